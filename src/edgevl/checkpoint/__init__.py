@@ -1,0 +1,28 @@
+"""Checkpoints: what is on disk. Nothing that is read here is ever executed."""
+
+from edgevl.checkpoint.checkpoint import Checkpoint
+from edgevl.checkpoint.config import (
+    GPTQConfig,
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+    parse_config,
+)
+from edgevl.checkpoint.gptq import GPTQWeight
+from edgevl.checkpoint.hub import locate, pull
+from edgevl.checkpoint.layouts import expected_tensors
+from edgevl.checkpoint.safetensors import StoredTensor
+
+__all__ = [
+    "Checkpoint",
+    "GPTQConfig",
+    "GPTQWeight",
+    "ModelConfig",
+    "StoredTensor",
+    "TextConfig",
+    "VisionConfig",
+    "expected_tensors",
+    "locate",
+    "parse_config",
+    "pull",
+]

@@ -1,0 +1,298 @@
+"""A checkpoint on disk: configuration and tensors, one face over all layouts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevl.checkpoint.config import ModelConfig, parse_config
+from edgevl.checkpoint.gptq import GPTQWeight, packed_shapes
+from edgevl.checkpoint.jsonfile import parse_object, read_text
+from edgevl.checkpoint.layouts import LM_HEAD, TEXT, StoredNames, expected_tensors
+from edgevl.checkpoint.safetensors import FLOAT_TYPES, StoredTensor, Weights
+from edgevl.errors import CheckpointError
+
+#: Largest configuration file and largest other JSON file that is parsed, in bytes.
+MAX_CONFIG_BYTES = 2 << 20
+MAX_JSON_BYTES = 16 << 20
+
+
+class Checkpoint:
+    """An opened checkpoint directory; every tensor has been found and has the right shape.
+
+    Nothing in it is executed, and tensor data is read only when asked for, by memory map. Reading
+    is safe from several threads. Use it as a context manager, or call ``close``.
+
+    Attributes:
+        path: the directory.
+        layout: "internvl_chat", "internvl" (HF), or "gptq_text" for a quantized text model alone.
+        config: what it says about itself.
+        has_vision: False where the vision encoder is not there ("gptq_text").
+    """
+
+    def __init__(
+        self, path: Path, layout: str, config: ModelConfig, weights: Weights, names: StoredNames
+    ) -> None:
+        self.path = path
+        self.layout = layout
+        self.config = config
+        self.has_vision = names.has_vision
+        self._weights = weights
+        self._stored_names = names
+        self._shapes = expected_tensors(config, vision=self.has_vision)
+        for name, shape in self._shapes.items():
+            self._check(name, shape)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a directory and check everything but the values of tensors.
+
+        Raises:
+            CheckpointError: the directory is not a checkpoint that is supported, whole and
+                well-formed; the message names the file, what is wrong, and the mend.
+        """
+        path = Path(path)
+        if not is_directory(path):
+            raise CheckpointError(
+                f"{path}: not a directory; give the one that holds config.json and "
+                "model.safetensors"
+            )
+        config_path = path / "config.json"
+        files = {
+            name: _read_json(path, name + ".json", MAX_CONFIG_BYTES)
+            for name in (
+                "config",
+                "preprocessor_config",
+                "processor_config",
+                "generation_config",
+                "quantize_config",
+            )
+        }
+        if files["config"] is None:
+            raise CheckpointError(f"{config_path}: there is no such file; is this a checkpoint?")
+        layout, config = parse_config(
+            files["config"],
+            str(config_path),
+            preprocessor=files["preprocessor_config"] or files["processor_config"],
+            generation=files["generation_config"],
+            quantize=files["quantize_config"],
+        )
+        weights = Weights(path)
+        try:
+            names = StoredNames(weights)
+            if names.has_head:
+                config = replace(config, text=replace(config.text, tie_word_embeddings=False))
+            if not names.has_vision:
+                if config.quantization is None:
+                    raise CheckpointError(
+                        f"{path}: the weights have no vision encoder; get the whole checkpoint"
+                    )
+                layout = "gptq_text"
+            elif layout == "gptq_text":
+                layout = "internvl" if names.hf_vision else "internvl_chat"
+            return cls(path, layout, config, weights, names)
+        except CheckpointError:
+            weights.close()
+            raise
+
+    def close(self) -> None:
+        """Close the files. Arrays got from here before stay valid."""
+        self._weights.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, layout={self.layout!r})"
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the weight files together."""
+        return sum(path.stat().st_size for path in self._weights.paths)
+
+    def names(self) -> list[str]:
+        """Return the canonical names of all tensors of the model."""
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor by canonical name.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        self._require(name)
+        return self._shapes[name]
+
+    def tensor(self, name: str, rows: Any = None) -> NDArray[np.float32]:
+        """Return a tensor as float32, C-contiguous: converted, dequantized, q/k/v fused.
+
+        It may be a read-only view of the file, where that stores just this.
+
+        Args:
+            name: canonical name.
+            rows: a slice or an integer array to take of the first dimension, such as the token
+                ids of an embedding.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its quantization is damaged.
+        """
+        packed = self.gptq(name)
+        if packed is None:
+            return self.stored(name).to_float32(rows)
+        try:
+            weight = packed.dequantize()
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r}: {error}") from None
+        return weight if rows is None else np.ascontiguousarray(weight[rows])
+
+    def stored(self, name: str) -> StoredTensor:
+        """Return a tensor as it is on disk, without a copy (q, k and v stored apart are joined).
+
+        Raises:
+            CheckpointError: there is no such tensor, or it is quantized (see ``gptq``).
+        """
+        self._require(name)
+        names = self._stored_names(name)
+        if names[0] not in self._weights:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is stored quantized (GPTQ)")
+        parts = [self._weights[part] for part in names]
+        if len(parts) == 1:
+            return parts[0]
+        if len({part.dtype for part in parts}) == 1:
+            return StoredTensor(parts[0].dtype, np.concatenate([part.data for part in parts]))
+        return StoredTensor("F32", np.concatenate([part.to_float32() for part in parts]))
+
+    def gptq(self, name: str) -> GPTQWeight | None:
+        """Return the packed form of a weight, or None if it is not quantized.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        self._require(name)
+        base = self._quantized_base(name)
+        if base is None or self.config.quantization is None:
+            return None
+        return GPTQWeight(
+            qweight=self._weights[base + "qweight"],
+            qzeros=self._weights[base + "qzeros"],
+            scales=self._weights[base + "scales"],
+            g_idx=self._weights.get(base + "g_idx"),
+            config=self.config.quantization,
+        )
+
+    def read_text(self, filename: str) -> str | None:
+        """Return the text of a small file of the directory, or None if it is not there.
+
+        Raises:
+            CheckpointError: it cannot be read, is not UTF-8, or is larger than 64 MiB.
+        """
+        return _read_text(self.path, filename)
+
+    def read_json(self, filename: str) -> dict[str, Any] | None:
+        """Return the JSON object in a file of the directory, or None if it is not there.
+
+        Raises:
+            CheckpointError: it cannot be read, is larger than 16 MiB, or is not a JSON object.
+        """
+        return _read_json(self.path, filename, MAX_JSON_BYTES)
+
+    def _require(self, name: str) -> None:
+        """Raise unless ``name`` is a tensor of this model."""
+        if name in self._shapes:
+            return
+        if not self.has_vision and not name.startswith((TEXT, LM_HEAD)):
+            raise CheckpointError(
+                f"{self.path}: no vision encoder here, this checkpoint answers text only; for "
+                "pictures use the original checkpoint"
+            )
+        raise CheckpointError(f"{self.path}: the model has no tensor {name!r}")
+
+    def _quantized_base(self, name: str) -> str | None:
+        """Return what the names of a quantized weight's tensors begin with, or None."""
+        if self.config.quantization is None or not name.endswith(".weight"):
+            return None
+        stored = self._stored_names(name)[0]
+        base = stored.removesuffix("weight")
+        # A plain weight beside is what a tool left dequantized; the packed one is the model.
+        return base if base + "qweight" in self._weights else None
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise unless a tensor is there with its shape and a type that can be converted."""
+        base = self._quantized_base(name)
+        if base is not None and self.config.quantization is not None:
+            try:
+                packed = packed_shapes(shape[0], shape[1], self.config.quantization)
+            except (CheckpointError, IndexError) as error:
+                raise CheckpointError(f"{self.path}: tensor {name!r}: {error}") from None
+            for part, part_shape in packed.items():
+                if part == "g_idx" and base + part not in self._weights:
+                    continue
+                types = FLOAT_TYPES if part == "scales" else ("I32",)
+                self._check_stored(base + part, part_shape, types)
+            return
+        parts = self._stored_names(name)
+        for part in parts:
+            self._check_stored(part, (shape[0] // len(parts), *shape[1:]), FLOAT_TYPES)
+
+    def _check_stored(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> None:
+        """Raise unless a tensor on disk has a shape and one of some types."""
+        weights = self._weights
+        if name not in weights:
+            where = weights.paths[0] if len(weights.paths) == 1 else self.path
+            raise CheckpointError(
+                f"{where}: tensor {name!r} of shape {list(shape)} is missing; config.json and the "
+                "weights do not belong together, or the download is incomplete"
+            )
+        if weights.shape(name) != shape:
+            raise CheckpointError(
+                f"{weights.path(name)}: tensor {name!r} has shape {list(weights.shape(name))}, "
+                f"config.json says {list(shape)}"
+            )
+        if weights.dtype(name) not in types:
+            raise CheckpointError(
+                f"{weights.path(name)}: tensor {name!r} has type {weights.dtype(name)}; supported: "
+                f"{', '.join(types)}"
+            )
+
+
+def is_directory(path: Path) -> bool:
+    """Whether ``path`` is a directory; False for what the system refuses as a path."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a file; False for what the system refuses as a path."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _read_text(directory: Path, filename: str, limit: int | None = None) -> str | None:
+    if Path(filename).name != filename:
+        raise CheckpointError(f"{filename!r} is not the plain name of a file in {directory}")
+    path = directory / filename
+    if not path.exists():
+        return None
+    return read_text(path) if limit is None else read_text(path, limit)
+
+
+def _read_json(directory: Path, filename: str, limit: int) -> dict[str, Any] | None:
+    text = _read_text(directory, filename, limit)
+    return None if text is None else parse_object(text, str(directory / filename))

@@ -1,0 +1,110 @@
+"""GPTQ storage: packed integers with a scale and a zero point a group, to float32.
+
+A linear layer of I inputs and O outputs, quantized to b bits in groups of input channels, is
+
+- ``qweight`` int32 [I·b/32, O]: input channel i is in row ``i·b // 32``, from bit ``i·b % 32``;
+- ``qzeros`` int32 [groups, O·b/32]: packed likewise along the outputs;
+- ``scales`` float [groups, O];
+- ``g_idx`` int32 [I], the group of each input channel; if absent, ``i // group_size``.
+
+The layout of AutoGPTQ and GPTQModel (https://github.com/ModelCloud/GPTQModel).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevl.checkpoint.config import GPTQConfig
+from edgevl.checkpoint.safetensors import StoredTensor
+from edgevl.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class GPTQWeight:
+    """The stored tensors of one quantized linear layer, and how to read them."""
+
+    qweight: StoredTensor
+    qzeros: StoredTensor
+    scales: StoredTensor
+    g_idx: StoredTensor | None
+    config: GPTQConfig
+
+    def group_indices(self) -> NDArray[np.int64]:
+        """Return the group of each input channel: int64 [I].
+
+        Raises:
+            CheckpointError: an index is not that of a group.
+        """
+        groups = self.scales.shape[0]
+        if self.g_idx is None:
+            inputs = self.qweight.shape[0] * 32 // self.config.bits
+            return np.arange(inputs) // group_length(inputs, self.config)
+        indices = self.g_idx.data.astype(np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= groups):
+            raise CheckpointError(
+                f"g_idx has groups {indices.min()} to {indices.max()}, expected 0 to {groups - 1}"
+            )
+        return indices
+
+    def zeros(self) -> NDArray[np.uint8]:
+        """Return the zero points: uint8 [groups, O]."""
+        packed = self.qzeros.data.view(np.uint32)
+        bits = self.config.bits
+        if self.config.checkpoint_format == "gptq":
+            # Stored minus one. Added to the whole word and not to each field, as GPTQModel, so
+            # that a borrow made when a zero point of 0 was stored is undone.
+            packed = packed + np.uint32(0x11111111 if bits == 4 else 0x01010101)
+        return unpack(packed, bits)
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """Return the weight: float32 [O, I].
+
+        Raises:
+            CheckpointError: ``g_idx`` names a group that is not there.
+        """
+        groups = self.group_indices()
+        weight = unpack(self.qweight.data.view(np.uint32).T, self.config.bits).astype(np.float32)
+        weight -= self.zeros().astype(np.float32).T[:, groups]
+        weight *= self.scales.to_float32().T[:, groups]
+        return weight
+
+
+def group_length(inputs: int, config: GPTQConfig) -> int:
+    """Return how many input channels share a scale."""
+    return inputs if config.group_size == -1 else config.group_size
+
+
+def packed_shapes(outputs: int, inputs: int, config: GPTQConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a layer's tensors must have.
+
+    Raises:
+        CheckpointError: the sizes are not multiples of what a 32-bit word holds.
+    """
+    per_word = 32 // config.bits
+    if inputs % per_word or outputs % per_word:
+        raise CheckpointError(
+            f"{outputs} outputs and {inputs} inputs are not multiples of {per_word}, as "
+            f"{config.bits}-bit GPTQ needs"
+        )
+    groups = -(-inputs // group_length(inputs, config))
+    return {
+        "qweight": (inputs // per_word, outputs),
+        "qzeros": (groups, outputs // per_word),
+        "scales": (groups, outputs),
+        "g_idx": (inputs,),
+    }
+
+
+def unpack(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
+    """Take 32-bit words apart, lowest bits first: uint32 [R, C] -> uint8 [R, C * 32 / bits]."""
+    # The bytes of a little-endian word are already in that order.
+    octets = np.ascontiguousarray(words, "<u4").view(np.uint8)
+    if bits == 8:
+        return octets
+    fields = np.empty((*octets.shape, 2), np.uint8)
+    fields[..., 0] = octets & 0x0F
+    fields[..., 1] = octets >> 4
+    return fields.reshape(octets.shape[0], -1)

@@ -1,0 +1,181 @@
+"""Finding models: the shipped one, a directory, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+from pathlib import Path
+
+from edgevl.checkpoint.checkpoint import Checkpoint, is_directory, is_file
+from edgevl.errors import CheckpointError, DownloadError
+
+#: What is downloaded: weights, configuration, tokenizer. No code, no pickles.
+PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def locate(model: str | Path) -> Path:
+    """Return the directory of a model.
+
+    Args:
+        model: ``tiny``, the small model that comes with EdgeVL; a checkpoint directory; or a Hub
+            id such as ``OpenGVLab/InternVL3_5-1B``, which is downloaded unless it is in the cache.
+
+    Raises:
+        CheckpointError: it is none of these.
+        DownloadError: it could not be fetched.
+    """
+    if model == "tiny":
+        return _shipped(model)
+    path = Path(model)
+    if is_directory(path):
+        return path
+    name = str(model)
+    if is_file(path):
+        raise CheckpointError(
+            f"{path}: is a file; give the directory of the checkpoint, {path.parent}"
+        )
+    if isinstance(model, str) and is_repository(name):
+        try:
+            return _cached(name) or pull(name)
+        except DownloadError as error:  # a path that is mistyped may look like a Hub id
+            raise DownloadError(f"{error} (nor is there a directory {name} here)") from error
+    raise CheckpointError(
+        f"{name!r} is no model: give `tiny` (the shipped one), a directory with config.json and "
+        "model.safetensors, or a Hub id such as OpenGVLab/InternVL3_5-1B"
+    )
+
+
+def is_repository(name: str) -> bool:
+    """Whether ``name`` has the form of a Hub id, ``organisation/name``."""
+    return _REPO.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def _shipped(name: str) -> Path:
+    """Return the directory of a model that comes with the package, installed or in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for directory in (package / "models" / name, package.parents[1] / "models" / name):
+        if (directory / "config.json").exists():
+            return directory
+    raise CheckpointError(
+        f"the shipped model {name!r} is not in this installation ({package / 'models' / name}); "
+        "install the edgevl wheel, or run inside a full checkout"
+    )
+
+
+def pull(repo: str, out: str | Path | None = None) -> Path:
+    """Download a checkpoint from the Hub; what is there already is not fetched again.
+
+    Only weights in safetensors, configuration and tokenizer files are fetched. Honours
+    ``HF_ENDPOINT`` (a mirror), ``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_TOKEN``. Progress is shown
+    on a terminal.
+
+    Args:
+        repo: Hub id, such as ``OpenGVLab/InternVL3_5-1B``.
+        out: directory for the files; by default the Hub's cache.
+
+    Returns:
+        The directory of the checkpoint, which has been opened once to see that it is whole.
+
+    Raises:
+        DownloadError: no network, no such repository, no access, no space; the message says what
+            to do.
+        CheckpointError: what was downloaded is not a checkpoint that is supported.
+    """
+    if not is_repository(repo):
+        raise DownloadError(
+            f"{repo!r} is no Hub id; it has the form organisation/name, such as "
+            "OpenGVLab/InternVL3_5-1B"
+        )
+    # Imported here because it takes longer than everything else together.
+    import huggingface_hub
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if sys.stderr is None or not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        directory = Path(
+            huggingface_hub.snapshot_download(
+                repo, local_dir=out, allow_patterns=list(PATTERNS), max_workers=4
+            )
+        )
+    except Exception as error:  # the hub, its HTTP library and the system raise many kinds
+        raise DownloadError(_explain(repo, error)) from error
+    Checkpoint.open(directory).close()
+    return directory
+
+
+def _cached(repo: str) -> Path | None:
+    """Return the directory of a checkpoint that is whole in the Hub's cache; asks no network."""
+    import huggingface_hub
+
+    try:
+        directory = Path(
+            huggingface_hub.snapshot_download(
+                repo, allow_patterns=list(PATTERNS), local_files_only=True
+            )
+        )
+        Checkpoint.open(directory).close()
+    except (CheckpointError, OSError, ValueError):
+        return None
+    # Older versions of huggingface_hub do not know whether a download was interrupted.
+    return directory if (directory / "tokenizer_config.json").exists() else None
+
+
+def _explain(repo: str, error: Exception) -> str:
+    """Return one line on why a download failed and what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    endpoint = constants.ENDPOINT
+    elsewhere = (
+        "or copy the directory from a machine that has it and give its path in place of the id"
+    )
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{repo}: access is restricted; accept its terms at {endpoint}/{repo}, then set "
+            "HF_TOKEN to a token of your account"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{repo}: no such repository at {endpoint}; check the spelling (if it is private, set "
+            "HF_TOKEN)"
+        )
+    if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
+        return (
+            f"{repo}: not in the cache, and HF_HUB_OFFLINE is set; unset it to download, "
+            f"{elsewhere}"
+        )
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return (
+                f"{repo}: the disk is full; free space or choose another place (-o DIR, or set "
+                "HF_HOME), then run it again: it resumes"
+            )
+        denied = (errno.EACCES, errno.EROFS, errno.EPERM)
+        # A connection that a firewall denies has the same numbers, but no file name.
+        if isinstance(cause, OSError) and cause.errno in denied and cause.filename:
+            return (
+                f"{repo}: cannot write to {cause.filename}; choose another place (-o DIR, or set "
+                "HF_HOME)"
+            )
+        cause = cause.__cause__ or cause.__context__
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, HfHubHTTPError) and not isinstance(
+        error, (LocalEntryNotFoundError, EntryNotFoundError)
+    ):
+        return f"{repo}: {endpoint} refused ({reason}); try again: it resumes"
+    return (
+        f"{repo}: {endpoint} cannot be reached; try again (it resumes), set HF_ENDPOINT to the "
+        f"address of a mirror, {elsewhere} [{reason}]"
+    )

@@ -1,0 +1,190 @@
+"""Strict, bounded JSON: everything that a checkpoint says about itself comes through here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgevl.errors import CheckpointError
+
+#: Largest JSON or text side file that is read, in bytes (tokenizer.json of InternVL3.5 has 11 MB).
+MAX_TEXT_BYTES = 64 << 20
+#: No size or count in a checkpoint needs more digits; longer integers are refused before parsing.
+MAX_INTEGER_DIGITS = 20
+
+_Choice = TypeVar("_Choice", bound=str)
+#: Marks a field that has no default.
+REQUIRED: Any = object()
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Read a UTF-8 file of at most ``limit`` bytes.
+
+    Raises:
+        CheckpointError: the file cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            # `read` allocates what it is asked for, so it is not asked for the limit.
+            data = file.read(min(size, limit) + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if len(data) > limit:
+        raise CheckpointError(f"{path}: larger than the limit of {limit} bytes for such a file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path}: not UTF-8 text (byte {error.start}); download the file again"
+        ) from None
+
+
+def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object strictly: no NaN, no duplicate keys, no integers of absurd length.
+
+    Raises:
+        CheckpointError: not JSON, not an object, nested too deep; ``where`` leads the message.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            seen: set[str] = set()
+            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{where}: the key {shown(twice)} occurs twice")
+        return result
+
+    def constant(name: str) -> Any:
+        raise CheckpointError(f"{where}: {name} is not valid JSON; replace it by a number or null")
+
+    def integer(digits: str) -> int:
+        if len(digits) > MAX_INTEGER_DIGITS:
+            raise CheckpointError(f"{where}: the integer {digits[:12]}… has {len(digits)} digits")
+        return int(digits)
+
+    try:
+        value = json.loads(
+            text, object_pairs_hook=pairs, parse_constant=constant, parse_int=integer
+        )
+    except RecursionError:
+        raise CheckpointError(f"{where}: JSON nested too deep") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{where}: not UTF-8 text") from None
+    except ValueError as error:
+        raise CheckpointError(f"{where}: not valid JSON ({error}); the file is damaged") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: a JSON object is expected, not {kind(value)}")
+    return value
+
+
+def shown(value: object) -> str:
+    """``repr`` of a value from a file, short enough for an error of one line."""
+    if isinstance(value, (dict, list)):
+        return f"{kind(value)} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…" + text[-1]
+
+
+def kind(value: object) -> str:
+    """Return the JSON name of a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return names.get(type(value), "null" if value is None else "a number")
+
+
+class Fields:
+    """A JSON object whose fields are read with a type, a range and a good error.
+
+    A field that is null counts as absent, as in transformers.
+
+    Args:
+        values: the object.
+        where: file, and path of the object inside it, for errors.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def error(self, name: str, problem: str) -> CheckpointError:
+        """Make the error for a field."""
+        return CheckpointError(f"{self.where}: field {name!r} {problem}")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            if default is REQUIRED:
+                raise self.error(name, "is missing")
+            return default
+        return value
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.values.get(name) is not None
+
+    def integer(self, name: str, low: int, high: int, default: Any = REQUIRED) -> int:
+        """Return an integer in ``low … high``."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(name, f"is {shown(value)}, expected an integer")
+        if not low <= value <= high:
+            raise self.error(name, f"is {value}, expected {low} to {high}")
+        return value
+
+    def number(self, name: str, low: float, high: float, default: Any = REQUIRED) -> float:
+        """Return a finite number in ``low … high``."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(name, f"is {shown(value)}, expected a number")
+        if not (math.isfinite(value) and low <= value <= high):
+            raise self.error(name, f"is {value}, expected {low:g} to {high:g}")
+        return float(value)
+
+    def flag(self, name: str, default: Any = REQUIRED) -> bool:
+        """Return a boolean."""
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(name, f"is {shown(value)}, expected true or false")
+        return value
+
+    def text(self, name: str, default: Any = REQUIRED) -> str:
+        """Return a string of at most 64 Ki characters."""
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise self.error(name, f"is {shown(value)}, expected a string")
+        if len(value) > 1 << 16:
+            raise self.error(name, f"has {len(value)} characters, expected at most {1 << 16}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.error(name, f"is {shown(value)}, which is not valid Unicode") from None
+        return value
+
+    def choice(self, name: str, choices: tuple[_Choice, ...], default: Any = REQUIRED) -> _Choice:
+        """Return one of some strings."""
+        value = self.text(name, default)
+        for choice in choices:
+            if value == choice:
+                return choice
+        raise self.error(name, f"is {shown(value)}; supported: {', '.join(choices)}")
+
+    def fields(self, name: str, default: Any = REQUIRED) -> Fields:
+        """Return an object inside this one."""
+        value = self._get(name, default)
+        if not isinstance(value, dict):
+            raise self.error(name, f"is {shown(value)}, expected an object")
+        return Fields(value, f"{self.where}: {name}")
+
+    def square(self, name: str, low: int, high: int, default: Any = REQUIRED) -> int:
+        """Return the side of a square, stored as an integer or as a list of two equal ones."""
+        value = self._get(name, default)
+        if isinstance(value, list):
+            if len(value) != 2 or value[0] != value[1]:
+                raise self.error(name, f"is {value[:4]}, expected one size or two equal sizes")
+            value = value[0]
+        return Fields({name: value}, self.where).integer(name, low, high)

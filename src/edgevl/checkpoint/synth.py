@@ -1,0 +1,269 @@
+"""Synthetic checkpoints: real shapes and files, seeded random weights.
+
+For measuring speed and memory where the real weights cannot be had, and for tests. Every tensor is
+made of blocks that have a random generator of their own, seeded by the checkpoint's seed, the
+tensor's canonical name and the block's number: so both layouts, and any number of threads, give
+the same model, and memory stays at a few blocks whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer
+
+from edgevl.checkpoint.config import ModelConfig
+from edgevl.checkpoint.layouts import expected_tensors, hf_names
+from edgevl.checkpoint.synth_config import CHAT_TEMPLATE, hf_files, internvl_chat_files
+from edgevl.checkpoint.synth_tokenizer import (
+    QWEN_BASE_VOCABULARY,
+    build_tokenizer,
+    special_tokens,
+)
+from edgevl.checkpoint.writer import (
+    DEFAULT_SHARD_BYTES,
+    TensorSpec,
+    encode,
+    write_safetensors,
+)
+from edgevl.errors import CheckpointError
+
+#: Layouts that can be written: OpenGVLab's own, and that of the "-HF" repositories.
+LAYOUTS = ("internvl_chat", "hf")
+#: Stored dtypes by the name users give them.
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+#: Elements that one random generator makes.
+_BLOCK = 1 << 20
+#: Room for everything but the weights, bytes.
+_SIDE_FILES_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the elements of a stored tensor come from: a stretch of a canonical one."""
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int = 0
+
+
+def write_checkpoint(
+    config: ModelConfig,
+    directory: str | Path,
+    *,
+    layout: str = "internvl_chat",
+    seed: int = 0,
+    dtype: str = "bf16",
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    base_vocabulary: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Path:
+    """Write a checkpoint with random weights.
+
+    Everything is written to ``directory`` + ".partial", which is renamed at the end and removed
+    if anything goes wrong.
+
+    Args:
+        config: The model's shape.
+        directory: Where to; it does not exist or is empty.
+        layout: One of ``LAYOUTS``.
+        seed: The same seed and NumPy version give the same weights in every layout; dtypes differ
+            by rounding.
+        dtype: One of ``DTYPES``.
+        shard_bytes: Most bytes of weights in one file.
+        base_vocabulary: Entries of the tokenizer before the added tokens; default: Qwen's
+            151643, or as many as the model's vocabulary has room for.
+        threads: Threads that make numbers; default: one a processor, at most four.
+        progress: Called with the number of bytes of weights after each write.
+
+    Returns:
+        ``directory``.
+
+    Raises:
+        CheckpointError: ``directory`` is in use or not writable, the disk is too small, or the
+            vocabulary has no room for the special tokens.
+        ValueError: an argument is not one of its choices.
+    """
+    if layout not in LAYOUTS or dtype not in DTYPES:
+        raise ValueError(f"layout {layout!r}, dtype {dtype!r}: see LAYOUTS and DTYPES")
+    directory = Path(directory)
+    sources = _stored_tensors(config, layout, DTYPES[dtype])
+    _check_target(directory, sum(tensor.nbytes for tensor in sources))
+    tokenizer = _tokenizer(config, layout, base_vocabulary)
+
+    def produce(tensors: Sequence[TensorSpec]) -> Iterator[bytes]:
+        return _blocks([(tensor, sources[tensor]) for tensor in tensors], seed, threads)
+
+    target = directory.resolve()
+    partial = target.with_name(target.name + ".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{target.parent}: cannot be made ({error.strerror})") from None
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise CheckpointError(
+            f"{partial}: exists; another run is writing it, or was killed: then remove it"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{partial}: cannot be made ({error.strerror})") from None
+    try:
+        _write_side_files(config, partial, layout, dtype, tokenizer)
+        write_safetensors(partial, list(sources), produce, shard_bytes, progress)
+        if target.exists():
+            target.rmdir()  # empty, as checked
+        partial.rename(target)
+    except BaseException as error:  # Ctrl-C too: nothing half-written stays behind
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{directory}: cannot be written ({error.strerror})") from None
+        raise
+    return directory
+
+
+def stored_bytes(config: ModelConfig, dtype: str = "bf16") -> int:
+    """Return the bytes of a checkpoint's weights on disk."""
+    return sum(tensor.nbytes for tensor in _stored_tensors(config, LAYOUTS[0], DTYPES[dtype]))
+
+
+def random_values(
+    name: str, shape: Sequence[int], seed: int, begin: int = 0, end: int | None = None
+) -> NDArray[np.float32]:
+    """Return the elements ``begin … end`` of a canonical tensor, flat, before any rounding.
+
+    Linear layers have the variance 1 / inputs, so that activations neither fade nor grow.
+    """
+    size = math.prod(shape)
+    end = size if end is None else end
+    mean, deviation = _distribution(name, shape)
+    pieces = []
+    for number in range(begin // _BLOCK, -(-end // _BLOCK)):
+        start = number * _BLOCK
+        values = _generator(seed, name, number).standard_normal(
+            min(_BLOCK, size - start), dtype=np.float32
+        )
+        pieces.append(values[max(begin - start, 0) : end - start])
+    values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    values *= np.float32(deviation)
+    values += np.float32(mean)
+    return values
+
+
+def _generator(seed: int, name: str, number: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()
+    return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
+
+
+def _distribution(name: str, shape: Sequence[int]) -> tuple[float, float]:
+    """Return mean and standard deviation of a tensor's elements."""
+    if name.endswith((".ls1", ".ls2")):
+        return 0.1, 0.02
+    if name.endswith(".bias"):
+        return 0.0, 0.05
+    if name.endswith(("class_embedding", "position_embedding")):
+        return 0.0, 0.1
+    if len(shape) == 1:  # of a norm
+        return 1.0, 0.1
+    return 0.0, 1 / math.sqrt(math.prod(shape[1:]))
+
+
+def _stored_tensors(config: ModelConfig, layout: str, dtype: str) -> dict[TensorSpec, _Source]:
+    """Return what is stored, in order, and the canonical tensors that it is taken from."""
+    stored: dict[TensorSpec, _Source] = {}
+    for name, shape in expected_tensors(config).items():
+        if layout == "internvl_chat":
+            stored[TensorSpec(name, dtype, shape)] = _Source(name, shape)
+            continue
+        parts = hf_names(name)
+        part_shape = (shape[0] // len(parts), *shape[1:])
+        for index, part in enumerate(parts):
+            source = _Source(name, shape, index * math.prod(part_shape))
+            stored[TensorSpec(part, dtype, part_shape)] = source
+    return stored
+
+
+def _blocks(
+    tensors: Sequence[tuple[TensorSpec, _Source]], seed: int, threads: int | None
+) -> Iterator[bytes]:
+    """Yield the data of tensors in order, made some blocks ahead by several threads."""
+
+    def make(source: _Source, begin: int, end: int, dtype: str) -> bytes:
+        return encode(random_values(source.name, source.shape, seed, begin, end), dtype)
+
+    threads = threads or min(os.cpu_count() or 1, 4)
+    waiting: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for tensor, source in tensors:
+                last = source.begin + math.prod(tensor.shape)
+                begin = source.begin
+                while begin < last:
+                    # Up to the next boundary of blocks, so that none is made twice.
+                    end = min(last, (begin // _BLOCK + 1) * _BLOCK)
+                    waiting.append(pool.submit(make, source, begin, end, tensor.dtype))
+                    begin = end
+                    if len(waiting) > 2 * threads:
+                        yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check_target(directory: Path, weight_bytes: int) -> None:
+    """Refuse a directory in use and a disk without room."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory}: exists and is not an empty directory; choose another")
+    if directory.resolve() == Path.cwd():  # it is to be replaced under this process's feet
+        raise CheckpointError(f"{directory}: is the working directory; name a directory in it")
+    existing = next(parent for parent in directory.resolve().parents if parent.exists())
+    free, needed = shutil.disk_usage(existing).free, weight_bytes + _SIDE_FILES_BYTES
+    if free < needed:
+        raise CheckpointError(
+            f"{directory}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on that disk"
+        )
+
+
+def _tokenizer(config: ModelConfig, layout: str, base_vocabulary: int | None) -> Tokenizer:
+    vocabulary, thinking = config.text.vocab_size, config.text.model_type == "qwen3"
+    room = vocabulary - len(special_tokens(thinking))
+    base = min(QWEN_BASE_VOCABULARY, room) if base_vocabulary is None else base_vocabulary
+    if not 256 <= base <= room:
+        raise CheckpointError(
+            f"vocab_size is {vocabulary}; {base} tokens and the special ones do not fit, and 256 "
+            "are needed at least"
+        )
+    tokenizer = build_tokenizer(base, thinking)
+    if layout == "hf" and tokenizer.get_vocab_size() < vocabulary:
+        tokenizer.add_tokens([AddedToken("<video>", normalized=False, special=True)])
+    return tokenizer
+
+
+def _write_side_files(
+    config: ModelConfig, directory: Path, layout: str, dtype: str, tokenizer: Tokenizer
+) -> None:
+    """Write everything but the weights."""
+    files = (internvl_chat_files if layout == "internvl_chat" else hf_files)(
+        config, tokenizer, dtype
+    )
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
+        (directory / name).write_text(text + "\n", encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    if layout == "internvl_chat":  # the slow tokenizer's files lie there too
+        tokenizer.model.save(str(directory))

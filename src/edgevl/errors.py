@@ -1,0 +1,25 @@
+"""Errors raised on purpose: each one line that names the file, the value and the mend."""
+
+
+class EdgeVLError(Exception):
+    """Base of all errors that are the input's, the file's or the machine's fault, not a bug."""
+
+
+class CheckpointError(EdgeVLError):
+    """A checkpoint is missing, malformed, unsafe, or of a kind that is not supported."""
+
+
+class ImageError(EdgeVLError):
+    """A picture cannot be read, or exceeds a limit."""
+
+
+class PromptError(EdgeVLError):
+    """Messages cannot be turned into a prompt, or a request's parameters are out of range."""
+
+
+class ContextLengthError(PromptError):
+    """A single message is longer than the context of the model."""
+
+
+class DownloadError(EdgeVLError):
+    """A model could not be fetched from the Hub."""

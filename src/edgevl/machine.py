@@ -1,0 +1,131 @@
+"""What machine this is: processor, cores a process may use, instruction sets, memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+#: Flag in /proc/cpuinfo -> the name people know it by; x86 first, then Arm.
+FEATURES = {
+    "avx2": "AVX2",
+    "fma": "FMA",
+    "f16c": "F16C",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 BF16",
+    "amx_int8": "AMX INT8",
+    "amx_bf16": "AMX BF16",
+    "asimd": "NEON",
+    "asimdhp": "NEON FP16",
+    "asimddp": "NEON dot product",
+    "i8mm": "I8MM",
+    "bf16": "BF16",
+    "sve": "SVE",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine as a process sees it.
+
+    Attributes:
+        cpu: the processor's name, or the board's where the processor has none.
+        architecture: such as ``x86_64`` or ``aarch64``.
+        logical_cores: all there are, hyper-threads counted.
+        usable_cores: those this process may keep busy (affinity and cgroup quota); can be broken.
+        features: instruction sets that matter here, by the names in `FEATURES`.
+        memory_bytes: all there is, or what the cgroup allows if that is less.
+        available_bytes: what can be had now without swapping.
+    """
+
+    cpu: str
+    architecture: str
+    logical_cores: int
+    usable_cores: float
+    features: tuple[str, ...]
+    memory_bytes: int
+    available_bytes: int
+
+
+def this_machine() -> Machine:
+    """Describe this machine."""
+    info = _cpuinfo(_read(Path("/proc/cpuinfo")))
+    logical = os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    memory = psutil.virtual_memory()
+    limit = cgroup_limit("memory.max", "memory/memory.limit_in_bytes")
+    return Machine(
+        cpu=info.get("model name") or _board() or platform.processor() or "unknown",
+        architecture=platform.machine(),
+        logical_cores=logical,
+        usable_cores=min(affinity, cgroup_cores()),
+        features=features(info),
+        memory_bytes=int(min(memory.total, limit)),
+        available_bytes=int(min(memory.available, limit)),
+    )
+
+
+def features(info: dict[str, str]) -> tuple[str, ...]:
+    """Return the known instruction sets among the flags of ``/proc/cpuinfo``."""
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    return tuple(name for flag, name in FEATURES.items() if flag in flags)
+
+
+def cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the cores that the cgroup's quota pays for; infinity without a quota."""
+    cores = math.inf
+    for directory in _cgroups(root):
+        quota, _, period = _read(directory / "cpu.max").strip().partition(" ")
+        if quota.isdigit() and period.isdigit():
+            cores = min(cores, int(quota) / int(period))
+    quota = _read(root / "cpu/cpu.cfs_quota_us").strip()  # cgroup version 1; -1 is no quota
+    period = _read(root / "cpu/cpu.cfs_period_us").strip()
+    if quota.isdigit() and period.isdigit():
+        cores = min(cores, int(quota) / int(period))
+    return cores
+
+
+def cgroup_limit(name: str, name_v1: str, root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the smallest of a byte limit in the process's cgroups; infinity if there is none."""
+    texts = [_read(directory / name).strip() for directory in _cgroups(root)]
+    texts.append(_read(root / name_v1).strip())
+    return min((int(text) for text in texts if text.isdigit()), default=math.inf)
+
+
+def _cgroups(root: Path) -> list[Path]:
+    """Return the directories of this process's cgroup (version 2), from the root down."""
+    directories = [root]
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        if line.startswith("0::/"):
+            for part in Path(line[len("0::/") :]).parts:
+                if part != "..":
+                    directories.append(directories[-1] / part)
+    return directories
+
+
+def _cpuinfo(text: str) -> dict[str, str]:
+    """Return the fields of the first processor in the text of ``/proc/cpuinfo``."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon:
+            fields.setdefault(key.strip(), value.strip())
+    return fields
+
+
+def _board() -> str:
+    return _read(Path("/proc/device-tree/model")).strip("\0 \n")
+
+
+def _read(path: Path) -> str:
+    """Return a small system file, or nothing where it cannot be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
