@@ -1,0 +1,131 @@
+"""What is said to and by the model, before it becomes tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from edgevl.errors import PromptError
+from edgevl.preprocess.picture import Picture
+
+#: Where a picture goes in the text of a user.
+IMAGE_MARKER = "<image>"
+
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class GeneratedTokens:
+    """An assistant's reply as the very ids that the model produced.
+
+    Putting the ids back, rather than their text, keeps the tokens of a conversation a prefix of
+    those of its next turn. The id that ended the turn is not among them: the template adds it.
+    """
+
+    token_ids: tuple[int, ...]
+
+
+#: A piece of a message.
+Part: TypeAlias = str | Picture | GeneratedTokens
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation: text, pictures and generated tokens in any sequence.
+
+    Attributes:
+        role: ``"system"``, ``"user"`` or ``"assistant"``.
+        parts: The pieces, in order. All text is taken literally: special tokens and ``<image>``
+            in it stay text.
+
+    Raises:
+        PromptError: Another role, a part of another type, generated tokens of another role than
+            the assistant, or text that is not Unicode.
+    """
+
+    role: str
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in _ROLES:
+            raise PromptError(
+                f"the role of a message is one of {', '.join(_ROLES)}, not {self.role!r}"
+            )
+        if not isinstance(self.parts, tuple):
+            raise PromptError(
+                f"the parts of a message come in a tuple, not a {type(self.parts).__name__}"
+            )
+        for part in self.parts:
+            if isinstance(part, str):
+                _check_unicode(part)
+            elif isinstance(part, GeneratedTokens):
+                if self.role != "assistant":
+                    raise PromptError(
+                        f"generated tokens belong to the assistant, not the {self.role}"
+                    )
+            elif not isinstance(part, Picture):
+                raise PromptError(
+                    f"a message consists of text, pictures and generated tokens, not of a "
+                    f"{type(part).__name__}; prepare_picture makes pictures"
+                )
+
+    @classmethod
+    def system(cls, text: str) -> Message:
+        """Return a system message."""
+        return cls("system", (text,))
+
+    @classmethod
+    def user(cls, text: str, pictures: Sequence[Picture] = ()) -> Message:
+        """Return a user's message with its pictures in place.
+
+        With as many ``<image>`` markers in the text as pictures, the pictures take their places.
+        With none, the pictures come first, each followed by a newline, as in InternVL's ``chat``.
+        Without pictures, the text is taken as it is.
+
+        Raises:
+            PromptError: The numbers of markers and pictures differ, or there is nothing at all.
+        """
+        if not isinstance(text, str):
+            raise PromptError(
+                f"the text of a message must be a string, not a {type(text).__name__}"
+            )
+        if not pictures:
+            if not text:
+                raise PromptError("the message is empty; give a text or a picture")
+            return cls("user", (text,))
+        for picture in pictures:
+            if not isinstance(picture, Picture):
+                raise PromptError(
+                    f"a picture of a message must be a Picture, not a {type(picture).__name__}; "
+                    "prepare_picture makes one"
+                )
+        pieces = text.split(IMAGE_MARKER)
+        markers = len(pieces) - 1
+        if markers == 0:
+            pieces = [""] + ["\n"] * len(pictures)
+            pieces[-1] += text
+        elif markers != len(pictures):
+            raise PromptError(
+                f"the text has {markers} {IMAGE_MARKER} markers but {len(pictures)} pictures were "
+                "given; use as many markers as pictures, or none"
+            )
+        parts: list[Part] = [pieces[0]]
+        for picture, piece in zip(pictures, pieces[1:], strict=True):
+            parts += [picture, piece]
+        return cls("user", tuple(part for part in parts if part != ""))
+
+    @classmethod
+    def assistant(cls, reply: str | GeneratedTokens) -> Message:
+        """Return a reply of the assistant: ids where they are known, else text."""
+        return cls("assistant", (reply,))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the text is not valid Unicode: lone surrogate {text[error.start]!r} at character "
+            f"{error.start}"
+        ) from None

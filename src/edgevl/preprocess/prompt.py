@@ -1,0 +1,321 @@
+"""Messages to token ids."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from edgevl.errors import CheckpointError, PromptError
+from edgevl.preprocess.messages import GeneratedTokens, Message
+from edgevl.preprocess.picture import Picture
+from edgevl.preprocess.protect import Sentinels, control_ids, cut_lookalikes
+from edgevl.preprocess.template import THINKING_SYSTEM_MESSAGE, load_template
+from edgevl.preprocess.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from edgevl.checkpoint import Checkpoint
+
+#: Most characters of text in one prompt, far above any context.
+MAX_TEXT_CHARS = 2**22
+
+_IMAGE_START, _IMAGE_CONTEXT, _IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
+_END_OF_TURN = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where the features of a picture go in a prompt.
+
+    Attributes:
+        start: Position of the picture's first ``<IMG_CONTEXT>``.
+        length: Number of them: tiles × tokens of a tile.
+        picture: The picture.
+    """
+
+    start: int
+    length: int
+    picture: Picture
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A conversation as the model reads it.
+
+    Attributes:
+        token_ids: int64 [T].
+        images: Its pictures, in order.
+    """
+
+    token_ids: NDArray[np.int64]
+    images: tuple[ImageSpan, ...]
+
+
+# What a mark in the rendered conversation stands for.
+_Item = Picture | GeneratedTokens
+
+
+class PromptEncoder:
+    """Turns the messages of a conversation into token ids, as one checkpoint wants them.
+
+    Args:
+        checkpoint: Gives tokenizer, chat template and image tokens.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        stop_ids: Ids that end a reply.
+
+    Raises:
+        CheckpointError: Tokenizer or template are missing or malformed, or the tokenizer does not
+            fit the model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.tokenizer: Tokenizer = load_tokenizer(checkpoint)
+        self._template = load_template(checkpoint)
+        self._path = checkpoint.path
+        self._image_tokens = checkpoint.config.image_tokens
+        self._vocab_size = checkpoint.config.text.vocab_size
+        self._controls = control_ids(self.tokenizer)
+        self._start_ids = self._added_by_tokenizer()
+        self._anchor = self._find_anchor()
+        self._image_ids = self._find_image_ids(checkpoint)
+        stop_ids = set(checkpoint.config.eos_token_ids)
+        end_of_turn = self.tokenizer.token_to_id(_END_OF_TURN)
+        if end_of_turn is not None:
+            stop_ids.add(end_of_turn)
+        self.stop_ids: frozenset[int] = frozenset(stop_ids)
+
+    def encode(self, messages: Sequence[Message], thinking: bool = False) -> Prompt:
+        """Encode a conversation, up to where the assistant's next reply begins.
+
+        Args:
+            messages: The conversation, with the system message, if any, first.
+            thinking: Ask the model to think before it answers: InternVL3.5's system message for
+                it goes before that of the messages, and the template hears of it.
+
+        Raises:
+            PromptError: There are no messages, the text is too long, a picture is given to a
+                model without vision, or ids or text are not of this model.
+            CheckpointError: The chat template fails, or loses parts of the messages.
+        """
+        if not messages:
+            raise PromptError("there are no messages; give at least one")
+        texts = [part for message in messages for part in message.parts if isinstance(part, str)]
+        characters = sum(map(len, texts))
+        if characters > MAX_TEXT_CHARS:
+            raise PromptError(
+                f"{characters} characters of text exceed the limit of {MAX_TEXT_CHARS}; shorten it"
+            )
+        sentinels = Sentinels.absent_from([*texts, self._template.source])
+        items = [p for message in messages for p in message.parts if not isinstance(p, str)]
+        self._check_items(items)
+        ids, images, controls = self._encode(messages, items, sentinels, thinking)
+        blank = [_blank(message) for message in messages]
+        if controls - self._encode(blank, items, sentinels, thinking)[2]:
+            # Only a template that rewrites text can do this (a replace that joins two halves).
+            raise PromptError(
+                f"{self._path}: the chat template would turn text of the messages into special "
+                "tokens; leave them out of the text"
+            )
+        token_ids = np.array(ids, dtype=np.int64)
+        if token_ids.max(initial=0) >= self._vocab_size:
+            raise CheckpointError(
+                f"{self._path}: token id {token_ids.max()} is outside of the model's vocabulary of "
+                f"{self._vocab_size}; the tokenizer is of another model"
+            )
+        token_ids.flags.writeable = False
+        return Prompt(token_ids, tuple(images))
+
+    def _encode(
+        self,
+        messages: Sequence[Message],
+        items: Sequence[_Item],
+        sentinels: Sentinels,
+        thinking: bool,
+    ) -> tuple[list[int], list[ImageSpan], Counter[int]]:
+        """Return ids, pictures, and how often each control id came from text."""
+        rendered = self._render(messages, sentinels, thinking)
+        texts, numbers = rendered[::2], rendered[1::2]
+        if numbers != [str(number) for number in range(len(items))]:
+            raise CheckpointError(
+                f"{self._path}: the chat template loses, repeats or reorders pictures or replies"
+            )
+        # Text between pictures is one string with `<img></img>` in their places, so that the
+        # tokenizer sees what it would see in the whole; only replies and cuts end a string.
+        ids: list[int] = []
+        images: list[ImageSpan] = []
+        controls: Counter[int] = Counter()
+        text, pictures = "", dict[int, Picture]()
+
+        def flush() -> None:
+            self._append_text(text, pictures, ids, images, controls)
+
+        for index, stretch in enumerate(texts):
+            first, *others = stretch.split(sentinels.cut)
+            text += first
+            for piece in others:
+                flush()
+                text, pictures = piece, {}
+            if index == len(items):
+                break
+            item = items[index]
+            if isinstance(item, Picture):
+                pictures[len(text)] = item
+                text += _IMAGE_START + _IMAGE_END
+            else:
+                flush()
+                ids += item.token_ids
+                text, pictures = "", {}
+        flush()
+        if ids[: len(self._start_ids)] != self._start_ids:
+            shift = len(self._start_ids)
+            ids = self._start_ids + ids
+            images = [ImageSpan(i.start + shift, i.length, i.picture) for i in images]
+        return ids, images, controls
+
+    def _append_text(
+        self,
+        text: str,
+        pictures: dict[int, Picture],
+        ids: list[int],
+        images: list[ImageSpan],
+        controls: Counter[int],
+    ) -> None:
+        """Encode one string; a picture goes inside each `<img></img>` at the given places."""
+        if not text:
+            return
+        anchor = self._anchor if ids else ""
+        encoding = self.tokenizer.encode(anchor + text, add_special_tokens=False)
+        text_ids, offsets = encoding.ids, encoding.offsets
+        if anchor:
+            text_ids, offsets = text_ids[1:], offsets[1:]
+            pictures = {len(anchor) + place: picture for place, picture in pictures.items()}
+        controls.update(token_id for token_id in text_ids if token_id in self._controls)
+        if not pictures:
+            ids += text_ids
+            return
+        assert self._image_ids is not None  # _check_items saw to it
+        start_id, context_id, end_id = self._image_ids
+        places = iter(sorted(pictures))
+        place = next(places, None)
+        following = [*text_ids[1:], -1]
+        for token_id, (_, end), after in zip(text_ids, offsets, following, strict=True):
+            ids.append(token_id)
+            if place is None or end <= place:
+                continue
+            # The first token that reaches into the place must be the start token.
+            if (token_id, after) != (start_id, end_id):
+                break
+            picture = pictures[place]
+            length = self._image_tokens * len(picture.pixels)
+            images.append(ImageSpan(len(ids), length, picture))
+            ids += [context_id] * length
+            place = next(places, None)
+        if place is not None:
+            raise CheckpointError(
+                f"{self._path}: the tokenizer does not keep {_IMAGE_START}{_IMAGE_END} as tokens"
+            )
+
+    def _render(
+        self, messages: Sequence[Message], sentinels: Sentinels, thinking: bool
+    ) -> list[str]:
+        plain: list[dict[str, str]] = []
+        number = 0
+        for message in messages:
+            content, text = "", ""
+            # Adjacent texts are one text: a lookalike may not be put together from halves.
+            for part in message.parts:
+                if isinstance(part, str):
+                    text += part
+                else:
+                    content += self._protect(text, sentinels) + sentinels.mark(number)
+                    text = ""
+                    number += 1
+            content += self._protect(text, sentinels)
+            plain.append({"role": message.role, "content": content})
+        if thinking:
+            # Our own text, whose <think> and </think> are meant as tokens: not protected.
+            if plain[0]["role"] == "system":
+                plain[0]["content"] = f"{THINKING_SYSTEM_MESSAGE}\n\n{plain[0]['content']}"
+            else:
+                plain.insert(0, {"role": "system", "content": THINKING_SYSTEM_MESSAGE})
+        return sentinels.split(self._template.render(plain, thinking))
+
+    def _protect(self, text: str, sentinels: Sentinels) -> str:
+        return cut_lookalikes(text, self.tokenizer, self._controls, sentinels.cut) if text else ""
+
+    def _check_items(self, items: Sequence[_Item]) -> None:
+        for item in items:
+            if isinstance(item, Picture) and self._image_ids is None:
+                raise PromptError(f"{self._path}: this checkpoint has no vision; give no pictures")
+            if isinstance(item, GeneratedTokens):
+                wrong = [i for i in item.token_ids if not 0 <= i < self._vocab_size]
+                if wrong:
+                    raise PromptError(
+                        f"generated token id {wrong[0]} is not of this model's vocabulary of "
+                        f"{self._vocab_size}"
+                    )
+
+    def _find_image_ids(self, checkpoint: Checkpoint) -> tuple[int, int, int] | None:
+        if not checkpoint.has_vision:
+            return None
+        ids = []
+        for token in (_IMAGE_START, _IMAGE_CONTEXT, _IMAGE_END):
+            token_id = self.tokenizer.token_to_id(token)
+            if token_id is None or token_id not in self._controls:
+                raise CheckpointError(
+                    f"{self._path}: the tokenizer has no token {token}; it is not InternVL's"
+                )
+            if token_id >= self._vocab_size:
+                raise CheckpointError(
+                    f"{self._path}: token {token} has id {token_id}, outside of the model's "
+                    f"vocabulary of {self._vocab_size}; the tokenizer is of another model"
+                )
+            ids.append(token_id)
+        stored = (checkpoint.read_json("config.json") or {}).get("image_token_id")
+        if stored is not None and stored != ids[1]:
+            raise CheckpointError(
+                f"{self._path / 'config.json'}: image_token_id is {stored} but {_IMAGE_CONTEXT} is "
+                f"{ids[1]} in the tokenizer; the files do not belong together"
+            )
+        return ids[0], ids[1], ids[2]
+
+    def _find_anchor(self) -> str:
+        """Return what to put before a string that is not the first, so that it is not taken so.
+
+        Tokenizers in the manner of SentencePiece put a space before the first word of a string.
+        For the others, Qwen's among them, this is empty.
+        """
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+            return ids
+
+        for token_id, token in self.tokenizer.get_added_tokens_decoder().items():
+            anchored = encode(token.content + "a")
+            if token.special and not token.rstrip and anchored[0] == token_id:
+                return token.content if anchored[1:] != encode("a") else ""
+        return ""
+
+    def _added_by_tokenizer(self) -> list[int]:
+        """Return the ids that the tokenizer puts before any text (``<s>`` of some Llamas)."""
+        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
+        full = self.tokenizer.encode("a").ids
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return full[:start]
+        return []
+
+
+def _blank(message: Message) -> Message:
+    """Return the message with its words replaced by ones that look like nothing."""
+    return Message(
+        message.role,
+        tuple("x" if isinstance(part, str) and part.strip() else part for part in message.parts),
+    )

@@ -1,0 +1,318 @@
+"""Chat templates: messages to one string, as the checkpoint wants it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from edgevl.checkpoint.config import SYSTEM_MESSAGE
+from edgevl.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from edgevl.checkpoint import Checkpoint
+
+#: Largest template, in characters; those of large models with tools have some thousands.
+MAX_TEMPLATE_CHARS = 2**18
+#: Characters that a template may add to the messages.
+MAX_ADDED_CHARS = 2**18
+
+#: Largest product in a template, and longest text or list that is a multiple of another.
+MAX_PRODUCT = 2**24
+
+#: What switches thinking on (``R1_SYSTEM_PROMPT`` of the InternVL3.5 model card).
+THINKING_SYSTEM_MESSAGE = (
+    "You are an AI assistant that rigorously follows this response protocol:\n\n"
+    "1. First, conduct a detailed analysis of the question. Consider different angles, potential "
+    "solutions, and reason through the problem step-by-step. Enclose this entire thinking process "
+    "within <think> and </think> tags.\n\n"
+    "2. After the thinking section, provide a clear, concise, and direct answer to the user's "
+    "question. Separate the answer from the think section with a newline.\n\n"
+    "Ensure that the thinking process is thorough but remains focused on the query. The final "
+    "answer should be standalone and not reference the thinking section."
+)
+
+# conversation.py of InternVL: templates of one shape, that differ in what ends a turn and in the
+# default system message.
+_INTERNVL2_SYSTEM = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+_BUILT_IN = {
+    "internvl2_5": ("<|im_end|>\n", SYSTEM_MESSAGE),
+    "Hermes-2": ("<|im_end|>", _INTERNVL2_SYSTEM),
+    "internlm2-chat": ("<|im_end|>", _INTERNVL2_SYSTEM),
+}
+
+# Variables that transformers gives to templates from tokenizer_config.json.
+_TOKEN_VARIABLES = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+
+#: A message for a template: ``role`` and ``content``.
+PlainMessage = Mapping[str, str]
+
+
+class ChatTemplate(Protocol):
+    """Turns messages into the text of a prompt that ends where the assistant's reply begins."""
+
+    @property
+    def source(self) -> str:
+        """Text that the template may write itself."""
+
+    def render(self, messages: Sequence[PlainMessage], thinking: bool) -> str:
+        """Render the messages, and open the assistant's turn."""
+
+
+@dataclass(frozen=True)
+class ChatMLTemplate:
+    """A template of InternVL's ``conversation.py``, such as ``internvl2_5``.
+
+    Attributes:
+        separator: What ends a turn.
+        system_message: Used if the messages do not begin with a system message.
+    """
+
+    separator: str
+    system_message: str
+
+    @property
+    def source(self) -> str:
+        """Text that the template may write itself."""
+        return self.system_message
+
+    def render(self, messages: Sequence[PlainMessage], thinking: bool) -> str:
+        """Render the messages; thinking is a matter of the system message alone."""
+        if not messages or messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system_message}, *messages]
+        turns = [
+            f"<|im_start|>{message['role']}\n{message['content']}{self.separator}"
+            for message in messages
+        ]
+        return "".join(turns) + "<|im_start|>assistant\n"
+
+
+class _BoundedSandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with operators that could make much of little held to a bound.
+
+    That bounds what a template holds in memory by plain means, not its time: a template written to
+    do harm can still loop for long.
+    """
+
+    # Intercepted operators are not computed in advance either, when a template is compiled.
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute ``left operator right`` unless its result could be larger than is sensible."""
+        sizes = [len(v) if isinstance(v, str | list | tuple) else v for v in (left, right)]
+        if operator == "*":
+            excessive = all(isinstance(size, int) for size in sizes) and (
+                abs(sizes[0] * sizes[1]) > MAX_PRODUCT
+            )
+        else:  # a format with a width, or a number with as many digits as the exponent says
+            excessive = operator == "**" or isinstance(left, str)
+        if excessive:
+            raise SecurityError(f"{operator!r} of operands that large, or of that kind")
+        return super().call_binop(context, operator, left, right)
+
+
+class _GenerationBlock(Extension):
+    """``{% generation %}`` marks replies for training; here it is what it contains."""
+
+    tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class JinjaTemplate:
+    """A checkpoint's own template, rendered in Jinja's sandbox as transformers does.
+
+    Args:
+        source: The template.
+        origin: The file it is from, for errors.
+        variables: What it may refer to beside the messages, such as ``eos_token``.
+
+    Raises:
+        CheckpointError: The template is too large, malformed, or does not render a message.
+    """
+
+    def __init__(self, source: str, origin: str, variables: Mapping[str, str]) -> None:
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise CheckpointError(
+                f"{origin}: chat template of {len(source)} characters; the limit is "
+                f"{MAX_TEMPLATE_CHARS}"
+            )
+        self.source = source
+        self.origin = origin
+        self._variables = dict(variables)
+        environment = _BoundedSandbox(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except Exception as error:  # a template may fail in any way, here and in _render
+            raise CheckpointError(f"{origin}: malformed chat template ({_reason(error)})") from None
+        self._as_list = False
+        self._as_list = not self._renders_strings()
+
+    def render(self, messages: Sequence[PlainMessage], thinking: bool) -> str:
+        """Render the messages.
+
+        Raises:
+            CheckpointError: The template fails, or writes without end.
+        """
+        return self._render(messages, {"enable_thinking": True} if thinking else {})
+
+    def _renders_strings(self) -> bool:
+        """Whether content goes in as a string; some templates want a list of typed parts."""
+        probe = [{"role": "user", "content": "\ufdd0"}]
+        failure = ""
+        for self._as_list in (False, True):
+            try:
+                if "\ufdd0" in self._render(probe, {}):
+                    return not self._as_list
+            except CheckpointError as error:
+                failure = failure or str(error)
+        raise CheckpointError(
+            failure or f"{self.origin}: the chat template leaves out the messages"
+        )
+
+    def _render(self, messages: Sequence[PlainMessage], options: Mapping[str, object]) -> str:
+        room = MAX_ADDED_CHARS + sum(len(message["content"]) for message in messages)
+        given = [
+            {
+                "role": message["role"],
+                "content": [{"type": "text", "text": message["content"]}]
+                if self._as_list
+                else message["content"],
+            }
+            for message in messages
+        ]
+        pieces: list[str] = []
+        try:
+            for piece in self._template.generate(
+                messages=given,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._variables,
+                **options,
+            ):
+                room -= len(piece)
+                if room < 0:
+                    raise CheckpointError(f"{self.origin}: the chat template writes without end")
+                pieces.append(piece)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.origin}: the chat template refuses the messages ({_reason(error)})"
+            ) from None
+        return "".join(pieces)
+
+
+def load_template(checkpoint: Checkpoint) -> ChatTemplate:
+    """Return the chat template of a checkpoint.
+
+    The first of: ``chat_template.jinja``; ``chat_template.json``; the template that
+    ``config.json`` names (``internvl_chat`` checkpoints, whose ``tokenizer_config.json`` often
+    still has that of the text model they grew from); ``tokenizer_config.json``; ``internvl2_5``.
+
+    Raises:
+        CheckpointError: The template is malformed, or ``config.json`` names an unknown one.
+    """
+    tokenizer_config = checkpoint.read_json("tokenizer_config.json") or {}
+    variables = _token_variables(tokenizer_config)
+    source = checkpoint.read_text("chat_template.jinja")
+    if source is not None:
+        return JinjaTemplate(source, str(checkpoint.path / "chat_template.jinja"), variables)
+    separate = checkpoint.read_json("chat_template.json") or {}
+    if separate.get("chat_template"):
+        origin = str(checkpoint.path / "chat_template.json")
+        return JinjaTemplate(_stored(separate["chat_template"], origin), origin, variables)
+    config = checkpoint.read_json("config.json") or {}
+    name = config.get("template")
+    if name is None and tokenizer_config.get("chat_template"):
+        origin = str(checkpoint.path / "tokenizer_config.json")
+        return JinjaTemplate(_stored(tokenizer_config["chat_template"], origin), origin, variables)
+    name = "internvl2_5" if name is None else name
+    if not isinstance(name, str) or name not in _BUILT_IN:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: template {str(name)[:60]!r} is not known "
+            f"({', '.join(_BUILT_IN)}); put a chat_template.jinja beside it"
+        )
+    separator, system_message = _BUILT_IN[name]
+    if config.get("system_message") is not None:
+        system_message = checkpoint.config.system_message
+    return ChatMLTemplate(separator, system_message)
+
+
+def _stored(value: Any, origin: str) -> str:
+    """Return a template from JSON: a string, or a list of named ones with a ``default``."""
+    if isinstance(value, list):
+        named = {
+            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
+        }
+        value = named.get("default")
+    if not isinstance(value, str):
+        raise CheckpointError(
+            f"{origin}: chat_template should be a string, or a list with one named 'default'"
+        )
+    return value
+
+
+def _token_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    variables = {}
+    for name in _TOKEN_VARIABLES:
+        value = tokenizer_config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            variables[name] = value
+    return variables
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML; transformers replaces it by this.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
