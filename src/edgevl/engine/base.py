@@ -1,0 +1,76 @@
+"""The engine interface: embeddings in, logits out; the engine owns the key/value cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+@dataclass
+class EngineTimings:
+    """Time spent inside the engine since it was loaded, in milliseconds, and what it bought."""
+
+    vision_ms: float = 0.0
+    tiles: int = 0
+    prefill_ms: float = 0.0
+    prefill_tokens: int = 0
+    decode_ms: float = 0.0
+    decode_tokens: int = 0
+
+
+class Engine(ABC):
+    """One model, loaded, with the cache of one sequence.
+
+    Positions ``0 … length - 1`` are in the cache. ``prefill`` and ``decode`` append to it,
+    ``rewind`` shortens it.
+
+    Shapes use B tiles, T tokens, H hidden size of the text model, V vocabulary.
+    """
+
+    #: Most positions the cache may hold.
+    max_context: int
+    #: Positions computed at once by ``prefill``; longer inputs are cut into chunks.
+    chunk: int
+    #: Positions now in the cache.
+    length: int
+
+    @abstractmethod
+    def encode_images(self, pixels: Floats) -> Floats:
+        """Encode tiles: float32 [B, 3, tile, tile] -> features float32 [B, image_tokens, H]."""
+
+    @abstractmethod
+    def embed(self, token_ids: NDArray[np.int64]) -> Floats:
+        """Look up token embeddings: int [T] -> float32 [T, H]."""
+
+    @abstractmethod
+    def prefill(self, embeddings: Floats, at: int) -> Floats:
+        """Append T embeddings at position ``at`` (= ``length``): [T, H] -> last logits [V].
+
+        Raises:
+            ValueError: ``at`` is not ``length``, T is 0, or the context would overflow.
+        """
+
+    @abstractmethod
+    def decode(self, token_id: int) -> Floats:
+        """Append one token: -> its logits float32 [V].
+
+        Raises:
+            ValueError: the context would overflow.
+        """
+
+    @abstractmethod
+    def rewind(self, length: int) -> None:
+        """Keep the first ``length`` positions of the cache.
+
+        Raises:
+            ValueError: ``length`` is negative or more than is cached.
+        """
+
+    @abstractmethod
+    def timings(self) -> EngineTimings:
+        """Return the totals so far."""

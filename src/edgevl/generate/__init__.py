@@ -1,0 +1,19 @@
+"""Generating: sampling, stopping, streaming, conversations."""
+
+from edgevl.generate.answer import Answer, Timings, Usage
+from edgevl.generate.decoding import Piece
+from edgevl.generate.model import Model, load
+from edgevl.generate.sampling import SamplingParams
+from edgevl.generate.session import Session, Stream
+
+__all__ = [
+    "Answer",
+    "Model",
+    "Piece",
+    "SamplingParams",
+    "Session",
+    "Stream",
+    "Timings",
+    "Usage",
+    "load",
+]

@@ -1,0 +1,168 @@
+"""One answer: from a prompt to text, a token at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Iterator
+
+from edgevl.engine.base import Engine
+from edgevl.errors import EdgeVLError
+from edgevl.generate.answer import Answer, Timings, Usage
+from edgevl.generate.prefix import PrefixRunner
+from edgevl.generate.sampling import Sampler, SamplingParams
+from edgevl.generate.text import Detokenizer, StopStrings, ThinkingSplitter
+from edgevl.preprocess import Prompt, PromptEncoder
+
+
+class Piece(str):
+    """A piece of streamed text; ``thinking`` tells whether it stands in the thinking part."""
+
+    thinking: bool
+    __slots__ = ("thinking",)
+
+    def __new__(cls, text: str, thinking: bool = False) -> Piece:
+        """Make a piece."""
+        piece = super().__new__(cls, text)
+        piece.thinking = thinking
+        return piece
+
+
+class AnswerText:
+    """Collects the text of an answer from its tokens and passes it on in pieces."""
+
+    def __init__(self, prompts: PromptEncoder, params: SamplingParams) -> None:
+        """Start an empty answer."""
+        self._detokenizer = Detokenizer(prompts.tokenizer)
+        self._stops = StopStrings(params.stop)
+        self._splitter = ThinkingSplitter()
+        self._parts: dict[bool, list[str]] = {False: [], True: []}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has been reached."""
+        return self._stops.found
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without thinking."""
+        return "".join(self._parts[False])
+
+    @property
+    def thinking(self) -> str:
+        """The thinking so far."""
+        return "".join(self._parts[True]).strip()
+
+    def add(self, token_id: int) -> Iterator[Piece]:
+        """Take a token; yield the text that is now certain."""
+        text = self._stops.add(self._detokenizer.add(token_id))
+        yield from self._collect(self._splitter.add(text))
+
+    def finish(self) -> Iterator[Piece]:
+        """Yield what was held back, unless a stop string cut it off."""
+        if not self.stopped:
+            text = self._stops.add(self._detokenizer.finish())
+            text += "" if self.stopped else self._stops.finish()
+            yield from self._collect(self._splitter.add(text))
+        yield from self._collect(self._splitter.finish())
+
+    def _collect(self, pieces: Iterator[tuple[bool, str]]) -> Iterator[Piece]:
+        for thinking, text in pieces:
+            self._parts[thinking].append(text)
+            yield Piece(text, thinking)
+
+
+class AnswerGenerator:
+    """Turns prompts into answers with one engine, one answer at a time.
+
+    Attributes:
+        engine: the engine; nothing else may move its cache.
+        prompts: the tokenizer and the ids that end a turn.
+        load_ms: passed on to every answer's timings.
+    """
+
+    def __init__(self, engine: Engine, prompts: PromptEncoder, load_ms: float) -> None:
+        """Take charge of ``engine``."""
+        self.engine = engine
+        self.prompts = prompts
+        self.load_ms = load_ms
+        self._runner = PrefixRunner(engine)
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def run(
+        self, prompt: Prompt, params: SamplingParams, started: float
+    ) -> Generator[Piece, None, Answer]:
+        """Yield the answer's text as it comes; return the answer.
+
+        Another thread's answer is waited for.
+
+        Args:
+            prompt: what to answer; shorter than the engine's context.
+            params: how.
+            started: ``time.perf_counter()`` when the question was asked.
+
+        Raises:
+            EdgeVLError: this thread has an answer of this model under way, which could never end.
+        """
+        thread = threading.get_ident()
+        if self._owner == thread:
+            raise EdgeVLError("an answer is still being streamed: read it to its end or close it")
+        with self._lock:
+            self._owner = thread
+            try:
+                return (yield from self._run(prompt, params, started))
+            finally:
+                self._owner = None
+
+    def _run(
+        self, prompt: Prompt, params: SamplingParams, started: float
+    ) -> Generator[Piece, None, Answer]:
+        before = self.engine.timings()
+        prefilled = self._runner.prefill(prompt)
+        sampler = Sampler(params, prompt.token_ids.tolist())
+        text = AnswerText(self.prompts, params)
+        token_ids: list[int] = []
+        room = min(params.max_tokens, self.engine.max_context - len(prompt.token_ids))
+        finish_reason, steps, decode_ms = "length", 0, 0.0
+        token_id = sampler.choose(prefilled.logits)
+        ttft_ms = 1000 * (time.perf_counter() - started)
+        while True:
+            if token_id in self.prompts.stop_ids:
+                finish_reason = "stop"
+                break
+            token_ids.append(token_id)
+            yield from text.add(token_id)
+            if text.stopped:
+                finish_reason = "stop"
+                break
+            if len(token_ids) == room:
+                break
+            # Timed without the yields: whoever reads the stream may take as long as they like.
+            begun = time.perf_counter()
+            token_id = sampler.choose(self._runner.decode(token_id))
+            decode_ms += 1000 * (time.perf_counter() - begun)
+            steps += 1
+        yield from text.finish()
+        after = self.engine.timings()
+        per_token_ms = decode_ms / steps if steps else 0.0
+        return Answer(
+            text=text.text,
+            thinking=text.thinking,
+            token_ids=tuple(token_ids),
+            finish_reason=finish_reason,
+            usage=Usage(
+                prompt_tokens=len(prompt.token_ids),
+                image_tokens=sum(span.length for span in prompt.images),
+                completion_tokens=len(token_ids),
+                cached_tokens=prefilled.cached_tokens,
+            ),
+            timings=Timings(
+                load_ms=self.load_ms,
+                vision_ms=after.vision_ms - before.vision_ms,
+                prefill_ms=after.prefill_ms - before.prefill_ms,
+                ttft_ms=ttft_ms,
+                decode_ms_per_token=per_token_ms,
+                decode_tokens_per_s=1000 / per_token_ms if per_token_ms else 0.0,
+            ),
+        )

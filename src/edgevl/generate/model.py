@@ -1,0 +1,89 @@
+"""The Python face: load a model, ask it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from edgevl.checkpoint import Checkpoint, locate
+from edgevl.engine import Engine, load_engine
+from edgevl.generate.answer import Answer
+from edgevl.generate.decoding import AnswerGenerator
+from edgevl.generate.session import Session, Stream
+from edgevl.preprocess import PromptEncoder
+
+
+def load(model: str | Path, engine: str = "auto", max_context: int | None = None) -> Model:
+    """Load a model.
+
+    Args:
+        model: ``tiny``, a checkpoint directory, or a Hub id, which is downloaded if need be.
+        engine: ``auto`` or a name in `edgevl.engine.ENGINES`.
+        max_context: most tokens of prompt and answer; default and limit is what the model was
+            trained for. Memory follows use.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, malformed, or not supported.
+        DownloadError: it could not be downloaded.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(locate(model))
+    loaded = load_engine(checkpoint, engine, max_context)
+    prompts = PromptEncoder(checkpoint)
+    return Model(checkpoint, loaded, prompts, load_ms=1000 * (time.perf_counter() - started))
+
+
+class Model:
+    """A loaded model. Threads may share it: one answer is computed at a time.
+
+    Attributes:
+        checkpoint: what it was loaded from.
+        engine: what computes it.
+        prompts: its tokenizer and chat template.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, engine: Engine, prompts: PromptEncoder, load_ms: float = 0.0
+    ) -> None:
+        """Put the parts together; use `load` unless you have them."""
+        self.checkpoint = checkpoint
+        self.engine = engine
+        self.prompts = prompts
+        self._generator = AnswerGenerator(engine, prompts, load_ms)
+
+    def ask(
+        self,
+        text: str,
+        images: Any = (),
+        system: str | None = None,
+        thinking: bool = False,
+        max_tiles: int | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """Ask one question; for the arguments and errors see `chat` and `Session.ask`."""
+        return self.chat(system, thinking, max_tiles).ask(text, images, **sampling)
+
+    def stream(
+        self,
+        text: str,
+        images: Any = (),
+        system: str | None = None,
+        thinking: bool = False,
+        max_tiles: int | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """Ask one question and receive the answer as it is generated; see `Session.stream`."""
+        return self.chat(system, thinking, max_tiles).stream(text, images, **sampling)
+
+    def chat(
+        self, system: str | None = None, thinking: bool = False, max_tiles: int | None = None
+    ) -> Session:
+        """Start a conversation.
+
+        Args:
+            system: system message; default is the chat template's own.
+            thinking: ask the model to think before it answers.
+            max_tiles: most tiles a picture is cut into; default is the checkpoint's.
+        """
+        return Session(self.checkpoint, self._generator, system, thinking, max_tiles)

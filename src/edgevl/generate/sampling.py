@@ -1,0 +1,112 @@
+"""How the next token is chosen from its logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevl.errors import EdgeVLError, PromptError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request may ask of the sampler.
+
+    Attributes:
+        max_tokens: most tokens to generate, at least 1.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the most likely tokens that together reach this probability (nucleus sampling).
+        min_p: keep tokens at least this fraction as likely as the most likely one.
+        repetition_penalty: divide the positive logits of tokens already in prompt or answer by it
+            and multiply the negative ones (Keskar et al. 2019); 1 is off.
+        seed: the same seed gives the same answer; None draws a new one each time.
+        stop: strings that end the answer; they are not part of it.
+
+    Raises:
+        PromptError: a value is out of its range.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        for name in ("max_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and not (name == "seed" and value is None):
+                raise PromptError(f"{name} is {value!r}: it must be a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if not isinstance(getattr(self, name), Real):
+                raise PromptError(f"{name} is {getattr(self, name)!r}: it must be a number")
+        for name, allowed, rule in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
+            ("stop", all(isinstance(s, str) and s for s in stop), "strings that are not empty"),
+        ):
+            if not allowed:
+                raise PromptError(f"{name} is {getattr(self, name)!r}: it must be {rule}")
+
+
+class Sampler:
+    """Chooses tokens of one answer; keeps the random state and the tokens seen."""
+
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
+        """Start an answer to a prompt of these token ids."""
+        self._params = params
+        self._random = np.random.default_rng(params.seed)
+        self._seen = set(prompt_ids) if params.repetition_penalty != 1 else None
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """Choose a token: logits float32 [V] -> id.
+
+        The filters apply in the order of `transformers`: repetition penalty, temperature, top-k,
+        top-p, min-p.
+
+        Raises:
+            EdgeVLError: the logits are not finite, so the weights must be damaged.
+        """
+        params = self._params
+        if not np.isfinite(logits).all():
+            raise EdgeVLError("the model's logits are not finite: its weights are damaged")
+        if self._seen is not None:
+            seen = np.fromiter(self._seen, np.int64)
+            logits = logits.copy()
+            penalty, old = np.float32(params.repetition_penalty), logits[seen]
+            logits[seen] = np.where(old > 0, old / penalty, old * penalty)
+        token_id = int(np.argmax(logits)) if params.temperature == 0 else self._draw(logits)
+        if self._seen is not None:
+            self._seen.add(token_id)
+        return token_id
+
+    def _draw(self, logits: NDArray[np.float32]) -> int:
+        """Draw from the filtered distribution, the most likely tokens first."""
+        params = self._params
+        count = min(params.top_k or len(logits), len(logits))
+        order = np.argsort(-logits, kind="stable")[:count]
+        with np.errstate(over="ignore"):  # -inf, probability 0, is the limit of low temperatures
+            scaled = (logits[order] - logits[order[0]]).astype(np.float64) / params.temperature
+        probabilities = np.exp(scaled)
+        probabilities /= probabilities.sum()
+        reached_before = np.cumsum(probabilities) - probabilities
+        keep = (reached_before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+        keep[0] = True
+        probabilities = np.where(keep, probabilities, 0)
+        return int(self._random.choice(order, p=probabilities / probabilities.sum()))

@@ -1,0 +1,199 @@
+"""A conversation: its messages, and their place in the engine's cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+from edgevl.checkpoint import Checkpoint
+from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError
+from edgevl.generate.answer import Answer
+from edgevl.generate.decoding import AnswerGenerator, Piece
+from edgevl.generate.sampling import SamplingParams
+from edgevl.preprocess import GeneratedTokens, Message, Picture, Prompt, prepare_picture
+
+
+class Stream(Iterator[Piece]):
+    """An answer that is being given: iterate over its pieces of text, then read ``answer``.
+
+    The work is done while iterating, in the caller's thread. ``close`` ends the answer early.
+    """
+
+    def __init__(self, pieces: Generator[Piece, None, Answer]) -> None:
+        """Stream what ``pieces`` yields and keep what it returns."""
+        self._pieces = pieces
+        self._answer: Answer | None = None
+
+    def __next__(self) -> Piece:
+        """Compute and return the next piece."""
+        try:
+            return next(self._pieces)
+        except StopIteration as stop:
+            if stop.value is not None:
+                self._answer = stop.value
+            raise
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once the stream has been read to its end.
+
+        Raises:
+            EdgeVLError: it has not.
+        """
+        if self._answer is None:
+            raise EdgeVLError("the answer is not complete: read the stream to its end first")
+        return self._answer
+
+    def close(self) -> None:
+        """Stop generating; a conversation keeps what was said so far."""
+        self._pieces.close()
+
+
+class Session:
+    """A conversation of many turns.
+
+    The engine computes only what a turn adds, and a picture once. When the conversation outgrows
+    the context, its oldest turns are left out.
+
+    Attributes:
+        messages: the turns so far, without the system message; they may be edited.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        generator: AnswerGenerator,
+        system: str | None = None,
+        thinking: bool = False,
+        max_tiles: int | None = None,
+    ) -> None:
+        """Start a conversation.
+
+        Args:
+            checkpoint: says how pictures are prepared.
+            generator: answers prompts.
+            system: system message; default is the chat template's own.
+            thinking: ask the model to think before it answers.
+            max_tiles: most tiles a picture is cut into; default is the checkpoint's.
+        """
+        self.messages: list[Message] = []
+        self._checkpoint = checkpoint
+        self._generator = generator
+        self._system = [Message.system(system)] if system is not None else []
+        self._thinking = thinking
+        self._max_tiles = max_tiles
+
+    def ask(self, text: str, images: Any = (), **sampling: Any) -> Answer:
+        """Ask and wait for the whole answer.
+
+        Args:
+            text: the question; ``<image>`` marks the place of each picture, and without marks they
+                come first.
+            images: a picture or several: path, bytes, PIL image, array [rows, columns, 3], ``-``
+                for standard input, or ``data:`` URL.
+            **sampling: fields of `SamplingParams`.
+
+        Raises:
+            ImageError: a picture cannot be read or exceeds a limit.
+            PromptError: pictures and marks do not match, or a sampling value is out of range.
+            ContextLengthError: this message alone is longer than the context.
+        """
+        stream = self.stream(text, images, **sampling)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(self, text: str, images: Any = (), **sampling: Any) -> Stream:
+        """Ask and receive the answer as it is generated; see `ask`.
+
+        The pictures are read, and errors raised, before this returns.
+        """
+        started = time.perf_counter()
+        params = SamplingParams(**sampling)
+        message = Message.user(text, self._pictures(images))
+        history, prompt = self._fit(message, params)
+        return Stream(self._turn(history, message, prompt, params, started))
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self.messages.clear()
+
+    def _pictures(self, images: Any) -> list[Picture]:
+        if images is None:
+            images = ()
+        sources = images if isinstance(images, (list, tuple)) else [images]
+        if sources and not self._checkpoint.has_vision:
+            raise CheckpointError(
+                f"{self._checkpoint.path} has no vision weights: it answers text only"
+            )
+        config = self._checkpoint.config
+        return [prepare_picture(source, config, self._max_tiles) for source in sources]
+
+    def _fit(self, message: Message, params: SamplingParams) -> tuple[list[Message], Prompt]:
+        """Leave out the oldest turns until prompt and answer fit: -> turns kept, the prompt.
+
+        Half of the context at most is kept free for the answer, so that a generous ``max_tokens``
+        does not cost the whole history.
+        """
+        context = self._generator.engine.max_context
+        reserve = min(params.max_tokens, context // 2)
+        history = list(self.messages)
+        while True:
+            messages = [*self._system, *history, message]
+            prompt = self._generator.prompts.encode(messages, thinking=self._thinking)
+            length = len(prompt.token_ids)
+            if length + reserve <= context:
+                return history, prompt
+            if not history:
+                break
+            history = without_oldest_turn(history)
+        if length >= context:
+            raise ContextLengthError(
+                f"the message needs {length} tokens, but the context holds {context}, answer "
+                "included: shorten it, or use fewer pictures or tiles (max_tiles)"
+            )
+        return history, prompt
+
+    def _turn(
+        self,
+        history: list[Message],
+        message: Message,
+        prompt: Prompt,
+        params: SamplingParams,
+        started: float,
+    ) -> Generator[Piece, None, Answer]:
+        """Answer ``prompt`` and record the turn, also one that is broken off in mid-answer."""
+        said: list[str] = []
+        reply: GeneratedTokens | str | None = None
+        try:
+            pieces = self._generator.run(prompt, params, started)
+            while True:
+                try:
+                    piece = next(pieces)
+                except StopIteration as stop:
+                    answer: Answer = stop.value
+                    break
+                if not piece.thinking:
+                    said.append(piece)
+                yield piece
+            # The very tokens, so that the next prompt continues the cache; but not those of
+            # thinking, which models are trained to find left out, nor of a cut-off stop string.
+            maybe_cut = bool(params.stop) and answer.finish_reason == "stop"
+            exact = not answer.thinking and not maybe_cut
+            reply = GeneratedTokens(answer.token_ids) if exact else answer.text
+            return answer
+        except (GeneratorExit, KeyboardInterrupt):
+            reply = "".join(said) or None
+            raise
+        finally:
+            if reply is not None:
+                self.messages[:] = [*history, message, Message.assistant(reply)]
+
+
+def without_oldest_turn(history: Sequence[Message]) -> list[Message]:
+    """Drop messages up to the second user message (or all)."""
+    for index, message in enumerate(history[1:], start=1):
+        if message.role == "user":
+            return list(history[index:])
+    return []

@@ -1,0 +1,147 @@
+"""Token ids to text, while they come: whole characters, stop strings, thinking apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tokenizers import Tokenizer
+
+#: Special tokens that are part of what the model says: grounding, thinking, tool calls.
+SPOKEN_TOKENS = frozenset(
+    f"<{slash}{name}>"
+    for name in ("ref", "box", "quad", "think", "tool_call")
+    for slash in ("", "/")
+)
+
+#: What an incomplete UTF-8 sequence decodes to: once, or once for each of its up to 3 bytes.
+REPLACEMENT = "\ufffd"
+MAX_REPLACEMENTS = 3
+#: When so many tokens wait for a character to become whole, most of them are no part of any; the
+#: last few are enough to decode those that may be.
+MAX_WAITING, KEPT_WAITING = 24, 12
+
+
+class Detokenizer:
+    """Turns tokens into text as they come, whole characters at a time."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Hide the special tokens that steer a conversation; keep those that speak."""
+        self._tokenizer = tokenizer
+        self._hidden = {
+            token_id
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special and token.content not in SPOKEN_TOKENS
+        }
+        # The last token given out, then those that are not; `_shown` characters of them are out.
+        # One stays since decoding may depend on the token before (a leading space).
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def add(self, token_id: int) -> str:
+        """Take the next token and return the text that is now certain."""
+        if token_id in self._hidden:
+            return ""
+        self._ids.append(token_id)
+        text = self._decode()
+        if text.endswith(REPLACEMENT):
+            if len(self._ids) < MAX_WAITING:
+                return ""
+            held = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_REPLACEMENTS)
+            piece = text[self._shown : len(text) - held]
+            self._ids = self._ids[-KEPT_WAITING:]
+            self._shown = len(self._decode()) - held
+            return piece
+        piece = text[self._shown :]
+        self._ids = self._ids[-1:]
+        self._shown = len(self._decode())
+        return piece
+
+    def finish(self) -> str:
+        """Return what is left: bytes that never became a character show as U+FFFD."""
+        return self._decode()[self._shown :]
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=False)
+        return text
+
+
+class StopStrings:
+    """Cuts a stream of text at the first of several strings."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        """Watch for the strings ``stop``; with none, text passes through."""
+        self._stop = stop
+        self._held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """Take more text; return what cannot be part of a stop string, up to one that is found."""
+        self._held += text
+        ends = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if ends:
+            self.found = True
+            piece, self._held = self._held[: min(ends)], ""
+            return piece
+        safe = len(self._held) - max(
+            (partial_suffix(self._held, stop) for stop in self._stop), default=0
+        )
+        piece, self._held = self._held[:safe], self._held[safe:]
+        return piece
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        piece, self._held = self._held, ""
+        return piece
+
+
+def partial_suffix(text: str, target: str) -> int:
+    """Return the length of the longest end of ``text`` that begins, but is not, ``target``."""
+    for length in range(min(len(text), len(target) - 1), 0, -1):
+        if text.endswith(target[:length]):
+            return length
+    return 0
+
+
+class ThinkingSplitter:
+    """Tells the thinking part, ``<think>…</think>`` at the start of an answer, from the answer."""
+
+    OPEN, CLOSE = "<think>", "</think>"
+
+    def __init__(self) -> None:
+        """Start before the first character of an answer."""
+        self._held = ""
+        self._state = "undecided"  # then "thinking" (or straight on), "gap", "answer"
+
+    def add(self, text: str) -> Iterator[tuple[bool, str]]:
+        """Take more text; yield (is thinking, text) pieces. The tags are in neither."""
+        self._held += text
+        if self._state == "undecided":
+            start = self._held.lstrip()
+            if start.startswith(self.OPEN):
+                self._state, self._held = "thinking", start[len(self.OPEN) :]
+            elif self.OPEN.startswith(start):
+                return  # may still become the tag
+            else:
+                self._state = "answer"
+        if self._state == "thinking":
+            thought, tag, rest = self._held.partition(self.CLOSE)
+            if tag:
+                self._state, self._held = "gap", rest
+            else:
+                keep = partial_suffix(thought, self.CLOSE)
+                thought, self._held = thought[: len(thought) - keep], thought[len(thought) - keep :]
+            if thought:
+                yield True, thought
+        if self._state == "gap":  # blank lines between the two belong to neither
+            self._held = self._held.lstrip()
+            if self._held:
+                self._state = "answer"
+        if self._state == "answer" and self._held:
+            piece, self._held = self._held, ""
+            yield False, piece
+
+    def finish(self) -> Iterator[tuple[bool, str]]:
+        """Yield what was held back."""
+        if self._held:
+            yield self._state == "thinking", self._held
+            self._held = ""
