@@ -1,0 +1,48 @@
+"""What training sees and how fast it learns, by step.
+
+Both tables were written while the shipped weights were trained: after each look at the validation,
+the weak families got more pictures, and the rate was lowered once averaged weights were found to
+be far better than the latest.
+"""
+
+import numpy as np
+
+STEPS = 7_900
+EASY_STEPS = 900  # the pictures' difficulty rises from 0.15 to 1 until then
+
+# Step and factor of the learning rate; linear between.
+_RATES = (
+    (0, 0.0), (150, 1.0), (2430, 0.95), (4050, 0.57), (4290, 0.57), (4300, 0.32), (4820, 0.21),
+    (5090, 0.18), (5610, 0.18), (6430, 0.13), (6950, 0.08), (6960, 0.05), (7399, 0.0),
+    (7400, 0.12), (STEPS, 0.0),
+)  # fmt: skip
+
+# From which step, how much of each kind of picture.
+_KINDS = (
+    (0, {"display": 1.0, "label": 1.0, "handwriting": 1.3, "word": 1.6, "shapes": 1.5}),
+    (1030, {"display": 0.9, "label": 0.9, "handwriting": 1.3, "word": 2.4, "shapes": 2.2}),
+    (1840, {"display": 1.3, "label": 0.8, "handwriting": 1.6, "word": 2.4, "shapes": 2.2}),
+    (2430, {"display": 1.2, "label": 0.6, "handwriting": 1.6, "word": 2.6, "shapes": 3.0}),
+    (2690, {"display": 1.2, "label": 0.6, "handwriting": 2.2, "word": 2.6, "shapes": 3.0}),
+    (3540, {"display": 1.2, "label": 0.6, "handwriting": 2.2, "word": 2.6, "shapes": 4.0}),
+    (4290, {"display": 1.2, "label": 0.5, "handwriting": 2.4, "word": 2.4, "shapes": 5.0}),
+    (4820, {"display": 1.0, "label": 0.4, "handwriting": 2.8, "word": 2.2, "shapes": 5.2}),
+    (5610, {"display": 1.0, "label": 0.4, "handwriting": 2.6, "word": 2.2, "shapes": 7.0}),
+    (6430, {"display": 0.5, "label": 0.2, "handwriting": 1.2, "word": 1.3, "shapes": 7.0}),
+    (7400, {"display": 0.4, "label": 0.1, "handwriting": 1.0, "word": 0.9, "shapes": 7.0}),
+)
+
+
+def rate(step: int) -> float:
+    """The learning rate's factor."""
+    return float(np.interp(step + 1, *zip(*_RATES, strict=True)))
+
+
+def difficulty(step: int) -> float:
+    """How hard the pictures are, 0..1: reading begins with clean ones."""
+    return min(1.0, 0.15 + 0.85 * step / EASY_STEPS)
+
+
+def mixture(step: int) -> dict[str, float]:
+    """How much of each kind of picture."""
+    return [kinds for start, kinds in _KINDS if start <= step][-1]
