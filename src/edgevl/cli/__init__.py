@@ -1,0 +1,117 @@
+"""The ``edgevl`` command: one file a subcommand, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from edgevl.cli.terminal import reason
+
+#: Subcommand -> (module with an object ``command``, one-line help).
+COMMANDS = {
+    "chat": ("edgevl.cli.chat", "Ask a picture, once or in a conversation."),
+    "pull": ("edgevl.cli.pull", "Download a checkpoint from the Hub."),
+    "eval": ("edgevl.cli.eval", "Measure accuracy on a file of questions."),
+    "synth": ("edgevl.cli.synth", "Write a checkpoint of real shapes and random weights."),
+    "doctor": ("edgevl.cli.doctor", "Check this machine and the installation."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are imported when they run, so that ``--help`` is instant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of ``COMMANDS``."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of ``cmd_name`` and return its command."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands from the table, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from edgevl import __version__
+
+        click.echo(f"edgevl {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Show the version and exit.",
+)
+def group() -> None:
+    """Run InternVL vision-language models on this machine.
+
+    MODEL is a Hub id, a checkpoint directory, or `tiny`, the small model that comes with EdgeVL.
+    Results go to standard output, everything else to standard error.
+
+    \b
+    edgevl chat tiny -q "What number is on the display?" -i meter.png
+    """  # noqa: D301
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Returns:
+        0 done, 1 failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
+        With ``EDGEVL_DEBUG=1`` in the environment a failure also shows where it happened.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A terminal that cannot show Chinese gets \uXXXX in its place, not a crash.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = group.main(args, prog_name="edgevl", standalone_mode=False)
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.Abort:
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except SystemExit as stop:  # click's own answer to a closed pipe
+        _abandon_stdout()
+        return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        if isinstance(error, OSError):
+            _abandon_stdout()
+        if isinstance(error, BrokenPipeError):
+            return 1  # the reader (head, less) has left and wants to hear no more
+        if os.environ.get("EDGEVL_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        click.echo(f"edgevl: error: {reason(error)}", err=True)
+        return 1
+
+
+def _abandon_stdout() -> None:
+    """Point standard output at nothing, so that the flush at exit cannot fail again."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    except (OSError, ValueError, AttributeError):  # captured or closed
+        pass

@@ -1,0 +1,216 @@
+"""``edgevl chat``: ask a picture once, or hold a conversation."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgevl.cli.answer import print_answer
+from edgevl.cli.terminal import (
+    chinese,
+    engine_options,
+    is_terminal,
+    note,
+    print_json,
+    replacing,
+)
+from edgevl.errors import EdgeVLError
+
+#: A question from standard input is read up to this size.
+MAX_QUESTION_BYTES = 1 << 20
+
+
+@click.command("chat")
+@click.argument("model")
+@click.option("-q", "--question", metavar="TEXT", help="Ask once; - reads standard input.")
+@click.option(
+    "-i",
+    "--image",
+    "images",
+    multiple=True,
+    metavar="IMAGE",
+    help="A picture: path, data: URL, or - for standard input. May be repeated.",
+)
+@click.option("--system", metavar="TEXT", help="System message.  [default: the checkpoint's]")
+@click.option("--think", is_flag=True, help="Let the model think first (on standard error).")
+@click.option(
+    "--max-tiles",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Most tiles of a picture.  [default: the checkpoint's]",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Most tokens of an answer.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="T",
+    help="0 always takes the likeliest token.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="P",
+    help="Draw from the likeliest tokens that reach this probability.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="K",
+    help="Draw from the K likeliest tokens; 0 from all.",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    metavar="P",
+    help="Drop tokens less likely than this fraction of the likeliest.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="R",
+    help="Above 1, repeat less.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Same seed, same answer.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
+@engine_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--draw-boxes",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="OUT.png",
+    help="Draw the answer's boxes on the first picture.",
+)
+def command(
+    model: str,
+    question: str | None,
+    images: tuple[str, ...],
+    system: str | None,
+    think: bool,
+    max_tiles: int | None,
+    engine: str,
+    context: int | None,
+    as_json: bool,
+    draw_boxes: Path | None,
+    **sampling: Any,
+) -> None:
+    """Ask MODEL about pictures.
+
+    With -q, or with the question on standard input, it answers once. Otherwise a conversation
+    begins; /help in it lists what it understands.
+
+    \b
+    edgevl chat tiny -q "What number is on the display?" -i meter.png
+    edgevl chat OpenGVLab/InternVL3_5-1B -i left.jpg -i right.jpg
+    """  # noqa: D301
+    converse = question is None and is_terminal(sys.stdin)
+    if converse and (as_json or draw_boxes):
+        raise click.UsageError("--json and --draw-boxes need a question: add -q TEXT")
+    if draw_boxes and not images:
+        raise click.UsageError("--draw-boxes needs a picture: add -i IMAGE")
+    if "-" in images and (question is None or question == "-" or images.count("-") > 1):
+        raise click.UsageError("standard input can be read once: give the question with -q TEXT")
+    if not converse and question in (None, "-"):
+        question = _read_question()
+    question, system = _unicode(question), _unicode(system)
+    sampling["stop"] = tuple(_unicode(text) for text in sampling["stop"])
+    if question is not None and not question.strip():
+        raise click.UsageError("the question is empty: give it with -q TEXT")
+
+    with ExitStack() as stack:
+        # What can fail at once fails before the model is loaded: the file to write, the pictures.
+        drawing_format = _format(draw_boxes) if draw_boxes else None
+        drawing = stack.enter_context(replacing(draw_boxes)) if draw_boxes else None
+        from edgevl.preprocess import load_image
+
+        pictures = [load_image(image) for image in images]
+        import edgevl
+
+        note(f"{'正在加载' if chinese() else 'loading'} {model} …")
+        loaded = edgevl.load(model, engine=engine, max_context=context)
+        if question is None:
+            from edgevl.cli.conversation import Conversation
+
+            session = loaded.chat(system=system, thinking=think, max_tiles=max_tiles)
+            Conversation(model, session, sampling).run(list(zip(images, pictures, strict=True)))
+            return
+        stream = loaded.stream(
+            question,
+            images=pictures,
+            system=system,
+            thinking=think,
+            max_tiles=max_tiles,
+            **sampling,
+        )
+        if as_json:
+            for _ in stream:
+                pass
+            answer = stream.answer
+            print_json(answer.to_dict())
+        else:
+            answer = print_answer(stream)
+        if drawing is not None:
+            from edgevl.evaluate import boxes
+
+            found = boxes.parse_boxes(answer.text)
+            if not found:
+                raise EdgeVLError(
+                    "--draw-boxes: the answer has no <box>, nothing was drawn; ask where it is"
+                )
+            boxes.draw_boxes(pictures[0], found).save(drawing, format=drawing_format)
+
+
+def _read_question() -> str:
+    if sys.stdin is None:
+        raise click.UsageError("standard input is closed: give the question with -q TEXT")
+    data = sys.stdin.buffer.read(MAX_QUESTION_BYTES + 1)
+    if len(data) > MAX_QUESTION_BYTES:
+        raise click.UsageError(f"the question exceeds {MAX_QUESTION_BYTES} bytes: shorten it")
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise click.UsageError("the question on standard input is not UTF-8 text") from None
+
+
+def _unicode(text: str | None) -> str | None:
+    """Read an argument as UTF-8, also where the locale (LC_ALL=C) says it is something else."""
+    try:
+        return text and text.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        raise click.UsageError("a text on the command line is not valid UTF-8") from None
+
+
+def _format(path: Path) -> str:
+    """Return Pillow's name of the format that ``path`` ends in."""
+    from PIL import Image
+
+    extensions = Image.registered_extensions()
+    name = extensions.get(path.suffix.lower(), "")
+    if name not in ("PNG", "JPEG", "WEBP", "BMP"):
+        raise click.UsageError(f"--draw-boxes {path}: the name must end in .png, .jpg or .webp")
+    return name

@@ -1,0 +1,122 @@
+"""What the subcommands share: options, JSON, dimmed notes, the user's language, safe files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import click
+
+from edgevl.errors import EdgeVLError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+#: What ``edgevl.engine.load_engine`` accepts, written out so that --help needs no NumPy.
+ENGINES = ("auto", "reference")
+
+
+def engine_options(function: Function) -> Function:
+    """Add ``--engine`` and ``--context``, the same for every command that runs a model."""
+    function = click.option(
+        "--context",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Most tokens of prompt and answer together.  [default: the checkpoint's]",
+    )(function)
+    return click.option(
+        "--engine",
+        type=click.Choice(ENGINES),
+        default="auto",
+        show_default=True,
+        help="What computes.",
+    )(function)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON object on standard output, in ASCII where it cannot show more."""
+    unicode_output = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(value, ensure_ascii=not unicode_output, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """Write a dimmed line to standard error, if that is a terminal."""
+    if is_terminal(sys.stderr):
+        click.echo(dim(text), err=True)
+
+
+def is_terminal(stream: IO[Any] | None) -> bool:
+    """Tell whether a standard stream is a terminal; one that the caller has closed is None."""
+    return stream is not None and stream.isatty()
+
+
+def harmless(text: str) -> str:
+    """Leave out control characters, with which a picture could make a model steer the terminal."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
+
+
+def dim(text: str) -> str:
+    """Dim ``text`` on a terminal; elsewhere, or with ``NO_COLOR`` set, leave it as it is."""
+    if is_terminal(sys.stderr) and not os.environ.get("NO_COLOR"):
+        return click.style(text, dim=True)
+    return text
+
+
+def chinese() -> bool:
+    """Tell whether the user's locale asks for Chinese."""
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        if value := os.environ.get(name):
+            return value.lower().startswith("zh")
+    return False
+
+
+def reason(error: Exception) -> str:
+    """Say in one line what went wrong."""
+    if isinstance(error, EdgeVLError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, UnicodeError):
+        text = "the text is not valid UTF-8"
+    elif isinstance(error, MemoryError):
+        text = "not enough memory; close other programs or use a smaller model"
+    else:
+        text = f"internal error, {type(error).__name__}: {error} (EDGEVL_DEBUG=1 shows where)"
+    return " ".join(text.split())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file beside ``path`` and rename it on success; on failure leave nothing behind.
+
+    A device or pipe, such as ``/dev/stdout``, is written straight: a file must not take its place.
+
+    Raises:
+        OSError: the directory does not exist, is not writable, or is full.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(21, "is a directory; name a file", str(path))
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)  # mkstemp makes files private
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

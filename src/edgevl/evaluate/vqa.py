@@ -1,0 +1,231 @@
+"""Accuracy on a file of questions about pictures."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgevl.errors import EdgeVLError
+from edgevl.evaluate.boxes import mean_iou, parse_boxes
+
+if TYPE_CHECKING:
+    from edgevl.generate import Model
+
+#: An answer with boxes is right from this mean IoU on, the usual threshold of grounding tasks.
+IOU_THRESHOLD = 0.5
+
+#: A question file is read whole; larger ones are refused.
+MAX_FILE_BYTES = 256 << 20
+
+_TRAILING = ".,;:!?。，；：！？、…"
+
+
+class QuestionFileError(EdgeVLError):
+    """A question file is missing, malformed, or names a picture it may not."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of a question file; ``image`` is an existing file, ``answers`` any of them."""
+
+    image: Path
+    question: str
+    answers: tuple[str, ...]
+    family: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A question, what the model said, and whether that was right."""
+
+    question: Question
+    text: str
+    right: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the line of a record file: the question's fields, ``text`` and ``right``."""
+        return {
+            "line": self.question.line,
+            "image": str(self.question.image),
+            "question": self.question.question,
+            "answer": list(self.question.answers),
+            "family": self.question.family,
+            "text": self.text,
+            "right": self.right,
+        }
+
+
+@dataclass(frozen=True)
+class VQAResult:
+    """All outcomes, in the order of the file."""
+
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return sum(outcome.right for outcome in self.outcomes) / len(self.outcomes)
+
+    @property
+    def families(self) -> dict[str, tuple[int, int]]:
+        """Family -> (right answers, questions), by name."""
+        counts: dict[str, tuple[int, int]] = {}
+        for outcome in self.outcomes:
+            right, total = counts.get(outcome.question.family, (0, 0))
+            counts[outcome.question.family] = (right + outcome.right, total + 1)
+        return dict(sorted(counts.items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``accuracy``, ``questions`` and ``families`` {name: accuracy}."""
+        return {
+            "accuracy": self.accuracy,
+            "questions": len(self.outcomes),
+            "families": {name: right / total for name, (right, total) in self.families.items()},
+        }
+
+
+def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
+    """Read the first ``limit`` questions of a file with one JSON object a line.
+
+    A line has ``image`` (path of a picture, relative to the file and not outside its directory),
+    ``question``, ``answer`` (text or a list of texts) and, if wanted, ``family``.
+
+    Raises:
+        QuestionFileError: the file cannot be read or a line is wrong; names file and line.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise QuestionFileError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; split it")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise QuestionFileError(f"{path}: not UTF-8 at byte {error.start}; convert it") from None
+    except OSError as error:
+        raise QuestionFileError(f"{path}: cannot be read: {error.strerror}") from None
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            questions.append(_question(line, path, number))
+            if len(questions) == limit:
+                break
+    if not questions:
+        raise QuestionFileError(f"{path}: has no questions; write one JSON object a line")
+    return questions
+
+
+def _question(line: str, path: Path, number: int) -> Question:
+    where = f"{path}:{number}"
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise QuestionFileError(f"{where}: not JSON ({error}); write one object a line") from None
+    if not isinstance(value, dict):
+        raise QuestionFileError(f'{where}: not an object; write {{"image": …, "question": …}}')
+    for field in ("image", "question"):
+        if not isinstance(value.get(field), str) or not value[field].strip():
+            raise QuestionFileError(f"{where}: `{field}` must be a text, not empty")
+    _check_unicode(value["question"], "question", where)
+    answers = value.get("answer")
+    answers = [answers] if isinstance(answers, str) else answers
+    if (
+        not isinstance(answers, list)
+        or not answers
+        or not all(isinstance(answer, str) and normalise(answer) for answer in answers)
+    ):
+        raise QuestionFileError(
+            f"{where}: `answer` must be a text or a list of texts, not empty (numbers in quotes)"
+        )
+    for answer in answers:
+        _check_unicode(answer, "answer", where)
+    family = value.get("family", "all")
+    if not isinstance(family, str) or not family:
+        raise QuestionFileError(f"{where}: `family` must be a text, not empty")
+    _check_unicode(family, "family", where)
+    return Question(
+        _picture(path.parent, value["image"], where),
+        value["question"],
+        tuple(answers),
+        family,
+        number,
+    )
+
+
+def _check_unicode(text: str, field: str, where: str) -> None:
+    """Refuse lone surrogates, which JSON can spell and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise QuestionFileError(f"{where}: `{field}` has half a surrogate pair; mend it") from None
+
+
+def _picture(directory: Path, name: str, where: str) -> Path:
+    """Return the path of a picture; refuse what leads out of ``directory``, also by a link."""
+    image = directory / name
+    try:
+        inside = image.resolve().is_relative_to(directory.resolve())
+        exists = inside and image.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a loop of links
+        raise QuestionFileError(f"{where}: `image` {name[:80]!r} is not a usable path") from None
+    if not inside:
+        raise QuestionFileError(
+            f"{where}: `image` {name!r} lies outside of {directory}; put pictures beside the file"
+        )
+    if not exists:
+        raise QuestionFileError(f"{where}: `image` {name!r} is not a file in {directory}")
+    return image
+
+
+def normalise(text: str) -> str:
+    """Bring answers to one form: NFKC, case folded, single spaces, no trailing punctuation."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return text.rstrip(_TRAILING + " ")
+
+
+def is_right(text: str, answers: Sequence[str]) -> bool:
+    """Tell whether ``text`` is one of ``answers``.
+
+    Texts are compared as ``normalise`` writes them. Where an expected answer has boxes, the boxes
+    alone count: as many as expected, and a mean IoU of at least ``IOU_THRESHOLD``.
+    """
+    boxes = parse_boxes(text)
+    for answer in answers:
+        if expected := parse_boxes(answer):
+            if mean_iou(boxes, expected) >= IOU_THRESHOLD:
+                return True
+        elif normalise(text) == normalise(answer):
+            return True
+    return False
+
+
+def evaluate_vqa(
+    model: Model,
+    questions: Sequence[Question],
+    on_outcome: Callable[[Outcome], None] | None = None,
+    **options: Any,
+) -> VQAResult:
+    """Ask every question by itself and compare the answers.
+
+    Args:
+        model: what to ask.
+        questions: at least one, from ``read_questions``.
+        on_outcome: called after every answer, for progress and records.
+        options: passed to ``Model.ask``, such as ``max_tokens`` or ``max_tiles``.
+
+    Raises:
+        EdgeVLError: a picture or a prompt the model cannot take.
+    """
+    if not questions:
+        raise QuestionFileError("no questions to ask")
+    outcomes = []
+    for question in questions:
+        answer = model.ask(question.question, images=[question.image], **options)
+        outcome = Outcome(question, answer.text, is_right(answer.text, question.answers))
+        outcomes.append(outcome)
+        if on_outcome is not None:
+            on_outcome(outcome)
+    return VQAResult(tuple(outcomes))

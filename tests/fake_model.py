@@ -1,0 +1,61 @@
+"""A model that says what a test tells it to, through the real stream and answer types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from edgevl.generate import Answer, Piece, Stream, Timings, Usage
+
+#: What the model says: pieces of text, thinking ones as Piece(text, True); or an error to raise.
+Script = Sequence[str | BaseException]
+
+
+class FakeModel:
+    """Answers with ``say(question)`` and keeps what it was asked in ``calls``."""
+
+    def __init__(self, say: Callable[[str], Script], finish_reason: str = "stop") -> None:
+        self.say = say
+        self.finish_reason = finish_reason
+        self.calls: list[dict[str, Any]] = []
+        self.load_options: dict[str, Any] = {}
+        self.resets = 0
+
+    def load(self, model: str, **options: Any) -> FakeModel:
+        """Take the place of ``edgevl.load``."""
+        self.load_options = {"model": model, **options}
+        return self
+
+    def chat(self, **options: Any) -> FakeModel:
+        self.load_options |= options
+        return self
+
+    def reset(self) -> None:
+        self.resets += 1
+
+    def stream(self, question: str, images: Any = (), **options: Any) -> Stream:
+        self.calls.append({"question": question, "images": list(images), **options})
+        return Stream(self._pieces(self.say(question)))
+
+    def ask(self, question: str, images: Any = (), **options: Any) -> Answer:
+        stream = self.stream(question, images, **options)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def _pieces(self, script: Script) -> Generator[Piece, None, Answer]:
+        said: dict[bool, str] = {False: "", True: ""}
+        for part in script:
+            if isinstance(part, BaseException):
+                raise part
+            piece = part if isinstance(part, Piece) else Piece(part)
+            said[piece.thinking] += piece
+            yield piece
+        return Answer(
+            text=said[False],
+            thinking=said[True],
+            token_ids=(1, 2),
+            finish_reason=self.finish_reason,
+            usage=Usage(10, 4, 2, 0),
+            timings=Timings(1.0, 2.0, 3.0, 40.0, 5.0, 200.0),
+        )

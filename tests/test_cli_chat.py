@@ -1,0 +1,415 @@
+"""`edgevl chat`: one answer, boxes, conversations, terminals."""
+
+import base64
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from edgevl import cli
+from edgevl.cli.conversation import Conversation
+from edgevl.generate import Piece
+from fake_model import FakeModel
+
+BOX = "<ref>red circle</ref><box>[[100, 100, 500, 500]]</box>"
+
+
+class Stdin(io.TextIOWrapper):
+    def __init__(self, data: bytes, terminal: bool = False) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def give(data=b"", terminal=False):
+        monkeypatch.setattr(sys, "stdin", Stdin(data, terminal))
+
+    give()
+    return give
+
+
+@pytest.fixture
+def model(monkeypatch, stdin):
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    model = FakeModel(lambda question: ["It is ", "42", "."])
+    monkeypatch.setattr("edgevl.load", model.load)
+    return model
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (60, 40), "white").save(path)
+    return path
+
+
+def test_answer_on_stdout_and_nothing_else(model, picture, capsys):
+    assert cli.main(["chat", "m", "-q", "What?", "-i", str(picture)]) == 0
+    assert capsys.readouterr() == ("It is 42.\n", "")
+    assert model.load_options == {"model": "m", "engine": "auto", "max_context": None}
+    [call] = model.calls
+    assert call["question"] == "What?"
+    assert [image.size for image in call["images"]] == [(60, 40)]
+
+
+def test_options_reach_the_model(model, picture):
+    args = (
+        "chat m -q x --system S --think --max-tiles 3 --max-tokens 9 --temperature 0.5 --top-p .9"
+    )
+    args += " --top-k 8 --min-p .1 --repetition-penalty 1.1 --seed 7 --stop A --stop B --context 99"
+    assert cli.main([*args.split(), "-i", str(picture), "-i", str(picture)]) == 0
+    [call] = model.calls
+    assert len(call.pop("images")) == 2
+    assert call == {
+        "question": "x",
+        "system": "S",
+        "thinking": True,
+        "max_tiles": 3,
+        "max_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 8,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "seed": 7,
+        "stop": ("A", "B"),
+    }
+    assert model.load_options["max_context"] == 99
+
+
+def test_defaults_are_those_of_sampling_params(model):
+    from dataclasses import asdict
+
+    from edgevl.generate import SamplingParams
+
+    assert cli.main(["chat", "m", "-q", "x"]) == 0
+    assert asdict(SamplingParams()).items() <= model.calls[0].items()
+
+
+def test_json_is_the_answer_as_a_dict(model, capsys):
+    assert cli.main(["chat", "m", "-q", "x", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == {
+        "text": "It is 42.",
+        "token_ids": [1, 2],
+        "finish_reason": "stop",
+        "usage": {
+            "prompt_tokens": 10,
+            "image_tokens": 4,
+            "completion_tokens": 2,
+            "cached_tokens": 0,
+        },
+        "timings": {
+            "load_ms": 1.0,
+            "vision_ms": 2.0,
+            "prefill_ms": 3.0,
+            "ttft_ms": 40.0,
+            "decode_ms_per_token": 5.0,
+            "decode_tokens_per_s": 200.0,
+        },
+    }
+
+
+def test_thinking_goes_to_stderr(model, capsys):
+    model.say = lambda question: [Piece("Hmm. ", True), Piece("Well.", True), "42"]
+    assert cli.main(["chat", "m", "-q", "x", "--think"]) == 0
+    assert capsys.readouterr() == ("42\n", "Hmm. Well.\n")
+
+
+def test_an_answer_cannot_steer_the_terminal(model, capsys):
+    model.say = lambda question: ["a\x1b]0;title\x07b\n\tc\x9bd"]
+    assert cli.main(["chat", "m", "-q", "x"]) == 0
+    assert capsys.readouterr().out == "a]0;titleb\n\tcd\n"
+
+
+@pytest.mark.parametrize("args", [["-q", "-"], []])
+def test_question_from_stdin(model, stdin, args):
+    stdin("\ufeff这是什么？\n".encode())
+    assert cli.main(["chat", "m", *args]) == 0
+    assert model.calls[0]["question"] == "这是什么？"
+
+
+def test_picture_from_stdin(model, stdin, picture):
+    stdin(picture.read_bytes())
+    assert cli.main(["chat", "m", "-q", "x", "-i", "-"]) == 0
+    assert model.calls[0]["images"][0].size == (60, 40)
+
+
+def test_picture_from_data_url(model, picture):
+    url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+    assert cli.main(["chat", "m", "-q", "x", "-i", url]) == 0
+    assert model.calls[0]["images"][0].size == (60, 40)
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin_bytes"),
+    [
+        (["-q", " "], b""),
+        ([], b""),  # not a terminal, and nothing to read
+        ([], b"\xff\xfe"),
+        (["-q", "-"], b"x" * (1 << 20) + b"x"),
+        (["-i", "-"], b"x"),
+        (["-q", "-", "-i", "-"], b"x"),
+        (["-q", "x", "-i", "-", "-i", "-"], b"x"),
+        (["-q", "\udcff"], b""),
+        (["-q", "x", "--draw-boxes", "out.png"], b""),
+        (["-q", "x", "--temperature", "-1"], b""),
+        (["-q", "x", "--engine", "warp"], b""),
+    ],
+)
+def test_wrong_usage(model, stdin, capsys, args, stdin_bytes):
+    stdin(stdin_bytes)
+    assert cli.main(["chat", "m", *args]) == 2
+    assert "Error:" in capsys.readouterr().err
+    assert not model.load_options
+
+
+@pytest.mark.parametrize("args", [["--json"], ["--draw-boxes", "out.png", "-i", "a.png"]])
+def test_conversation_has_no_json_and_no_drawing(model, stdin, capsys, args):
+    stdin(terminal=True)
+    assert cli.main(["chat", "m", *args]) == 2
+    assert "add -q" in capsys.readouterr().err
+
+
+def test_bad_pictures_are_told_before_the_model_is_loaded(model, tmp_path, capsys):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("hello")
+    for name in ("none.png", "empty.png", "text.png", "."):
+        assert cli.main(["chat", "m", "-q", "x", "-i", str(tmp_path / name)]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("edgevl: error: ")
+        assert err.count("\n") == 1
+    assert not model.load_options
+
+
+def test_draw_boxes(model, picture, tmp_path, capsys):
+    model.say = lambda question: [BOX]
+    out = tmp_path / "out.png"
+    args = ["chat", "m", "-q", "where", "-i", str(picture), "--draw-boxes", str(out)]
+    assert cli.main(args) == 0
+    assert capsys.readouterr().out == BOX + "\n"
+    drawn = Image.open(out)
+    assert drawn.format == "PNG"
+    assert drawn.size == (60, 40)
+    assert drawn.getpixel((15, 19)) != (255, 255, 255)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "out.png"]
+
+
+def test_draw_boxes_says_when_there_is_none(model, picture, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    args = ["chat", "m", "-q", "where", "-i", str(picture), "--draw-boxes", str(out)]
+    assert cli.main(args) == 1
+    printed, err = capsys.readouterr()
+    assert printed == "It is 42.\n"
+    assert "no <box>" in err
+    assert not out.exists()
+
+
+def test_draw_boxes_needs_a_place_to_write(model, picture, tmp_path, capsys):
+    args = ["chat", "m", "-q", "where", "-i", str(picture), "--draw-boxes"]
+    assert cli.main([*args, str(tmp_path / "out.txt")]) == 2
+    assert cli.main([*args, str(tmp_path / "no" / "out.png")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert not model.calls
+
+
+def conversation(model):
+    return Conversation("m", model.chat(), {"max_tokens": 5})
+
+
+def test_conversation_keeps_pictures_for_the_next_question(model, picture, capsys):
+    talk = conversation(model)
+    assert talk.take(f"/image '{picture}'")
+    assert "60 x 40" in capsys.readouterr().err
+    assert talk.take("What?")
+    assert talk.take("And now?")
+    assert capsys.readouterr().out == "It is 42.\nIt is 42.\n"
+    assert [len(call["images"]) for call in model.calls] == [1, 0]
+    assert model.calls[0]["max_tokens"] == 5
+    assert not talk.take("/exit")
+
+
+def test_conversation_commands(model, picture, tmp_path, capsys):
+    talk = conversation(model)
+    talk.take(f"/image {picture}")
+    talk.take("这是什么？")
+    saved = tmp_path / "talk.json"
+    talk.take(f"/save {saved}")
+    transcript = json.loads(saved.read_text("utf-8"))
+    assert transcript["model"] == "m"
+    [turn] = transcript["turns"]
+    assert turn["question"] == "这是什么？"
+    assert turn["images"] == [str(picture)]
+    assert turn["text"] == "It is 42."
+    talk.take("/reset")
+    assert model.resets == 1
+    talk.take(f"/save {saved}")
+    assert json.loads(saved.read_text("utf-8"))["turns"] == []
+    capsys.readouterr()
+    for line, expected in [
+        ("/help", "/image PATH"),
+        ("/fly", "/fly is not a command"),
+        ("/image", "Name a picture"),
+        ("/save", "Name a file"),
+    ]:
+        assert talk.take(line)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert expected in err
+    assert len(model.calls) == 1
+
+
+def test_conversation_takes_a_path_like_question_as_a_question(model):
+    conversation(model).take("/etc/hosts says what?")
+    assert model.calls[0]["question"] == "/etc/hosts says what?"
+
+
+def test_conversation_speaks_chinese(model, monkeypatch, capsys):
+    monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    conversation(model).take("/help")
+    assert "附上图片" in capsys.readouterr().err
+
+
+def test_conversation_survives_errors_and_interruptions(
+    model, stdin, monkeypatch, capsys, tmp_path
+):
+    lines = iter(["/image none.png", "broken", "long", EOFError()])
+
+    def read_line():
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("edgevl.cli.conversation._read_line", read_line)
+    monkeypatch.setattr("edgevl.cli.conversation._enable_history", lambda: None)
+    scripts = {
+        "broken": [PermissionError(13, "Permission denied", "x")],
+        "long": ["It ", KeyboardInterrupt()],
+    }
+    model.say = scripts.__getitem__
+    talk = conversation(model)
+    talk.run([])
+    out, err = capsys.readouterr()
+    assert out == "It \n"
+    assert "edgevl: error: none.png: no such file" in err
+    assert "edgevl: error: x: Permission denied" in err
+    talk.take(f"/save {tmp_path / 't.json'}")
+    [turn] = json.loads((tmp_path / "t.json").read_text())["turns"]
+    assert turn == {"question": "long", "images": [], "text": "It ", "finish_reason": "interrupted"}
+
+
+@pytest.fixture(scope="module")
+def mini(mini_checkpoint):
+    """A real checkpoint with random weights; what it says is noise, but it says it."""
+    return str(mini_checkpoint())
+
+
+def test_question_in_a_locale_that_is_not_utf8(model):
+    disguised = "你好".encode().decode(
+        "ascii", "surrogateescape"
+    )  # as Python reads it with LC_ALL=C
+    assert cli.main(["chat", "m", "-q", disguised, "--stop", disguised]) == 0
+    assert model.calls[0]["question"] == "你好"
+    assert model.calls[0]["stop"] == ("你好",)
+
+
+def test_real_checkpoint_where_output_is_not_utf8(mini, picture):
+    args = [sys.executable, "-m", "edgevl", "chat", mini, "-q", "你好", "-i", str(picture)]
+    args += ["--max-tokens", "12"]
+    env = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    plain = subprocess.run(args, env=env, capture_output=True, check=False)
+    assert (plain.returncode, plain.stderr) == (0, b"")
+    assert plain.stdout.isascii()
+    as_json = subprocess.run([*args, "--json"], env=env, capture_output=True, check=False)
+    assert as_json.stdout.isascii()
+    assert json.loads(as_json.stdout)["usage"]["completion_tokens"] <= 12
+
+
+def test_closed_stderr_is_no_error(mini):
+    code = "import os, sys; os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    args = [sys.executable, "-c", code, "-m", "edgevl", "chat", mini, "-q", "hi", "--max-tokens=4"]
+    done = subprocess.run(args, stdout=subprocess.PIPE, check=False)
+    assert done.returncode == 0
+    assert done.stdout.endswith(b"\n")
+
+
+def test_interrupted_answer_ends_quietly(mini, picture):
+    args = [sys.executable, "-m", "edgevl", "chat", mini, "-q", "hello", "--max-tokens", "4000"]
+    args += ["--temperature", "1", "--seed", "0"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)  # it has begun
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().strip() == b""
+        assert process.wait(30) == 130
+
+
+def test_conversation_on_a_terminal(mini, picture):
+    # A session of its own with the terminal to control it, so that Ctrl-C becomes a signal.
+    code = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        "os.execv(sys.executable, [sys.executable, '-m', 'edgevl', *sys.argv[1:]])"
+    )
+    args = [sys.executable, "-c", code, "chat", mini, "-i", str(picture), "--max-tokens", "5"]
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(
+        args,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
+    )
+    os.close(theirs)
+    seen = b""
+
+    def wait_for(text: bytes, key: bytes = b"") -> None:
+        """Read up to ``text``; press ``key`` until it comes, as people do."""
+        nonlocal seen
+        deadline = time.monotonic() + 30
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([terminal], [], [], 0.5)[0]:
+                seen += os.read(terminal, 4096)
+            else:
+                os.write(terminal, key)
+        seen = seen.partition(text)[2]
+
+    wait_for(b"/help")
+    wait_for(b"> ")
+    os.write(terminal, b"hello\n")
+    wait_for(b"tokens/s")
+    wait_for(b"> ")
+    wait_for(b"/exit leaves", key=b"\x03")  # Ctrl-C at the prompt does not end the program
+    wait_for(b"> ")
+    os.write(terminal, b"\x04")  # Ctrl-D does
+    assert process.wait(30) == 0
+    os.close(terminal)
+
+
+def test_pictures_wait_on_when_an_answer_is_stopped_before_its_first_word(
+    model, picture, capsys, tmp_path
+):
+    scripts = {"slow": [Piece("Hmm", True), KeyboardInterrupt()], "again": ["It is 42."]}
+    model.say = scripts.__getitem__
+    talk = conversation(model)
+    talk.take(f"/image {picture}")
+    talk.take("slow")
+    talk.take("again")
+    assert [len(call["images"]) for call in model.calls] == [1, 1]
+    talk.take(f"/save {tmp_path / 't.json'}")
+    turns = json.loads((tmp_path / "t.json").read_text())["turns"]
+    assert [turn["question"] for turn in turns] == ["again"]

@@ -1,0 +1,48 @@
+"""What the README promises: the shipped model answers about the pictures in examples/."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from edgevl import cli
+from edgevl.evaluate.boxes import Box, mean_iou, parse_boxes
+
+ROOT = Path(__file__).parents[1]
+
+
+def ask(question, picture, *options):
+    path = str(ROOT / "examples" / picture)
+    return cli.main(["chat", "tiny", "-q", question, "-i", path, *options])
+
+
+@pytest.mark.parametrize(
+    ("picture", "question", "answer"),
+    [
+        ("meter.png", "What number is on the display?", "7305"),
+        ("meter.png", "显示屏上的数字是多少？", "7305"),
+        ("label.png", "What does the label say?", "2048"),
+        ("handwriting.png", "What number is written here?", "916"),
+        ("word.png", "What word is this?", "Coffee"),
+    ],
+)
+def test_examples(capsys, picture, question, answer):
+    assert ask(question, picture) == 0
+    assert capsys.readouterr().out.strip().casefold() == answer.casefold()
+
+
+def test_boxes_of_an_example(capsys, tmp_path):
+    out = tmp_path / "found.png"
+    assert ask("Where is the purple star?", "shapes.png", "--draw-boxes", str(out)) == 0
+    star = Box(306 / 0.48, 30 / 0.36, 414 / 0.48, 133 / 0.36)  # of 480 x 360 pixels
+    assert mean_iou(parse_boxes(capsys.readouterr().out), [star]) > 0.5
+    assert Image.open(out).size == (480, 360)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
+def test_links_of_the_readme_lead_somewhere(readme):
+    text = (ROOT / readme).read_text("utf-8")
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert len(links) > 8
+    assert [link for link in links if not (ROOT / link).exists()] == []
