@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 from edgevl.checkpoint import Checkpoint
@@ -167,16 +168,17 @@ class Session:
         said: list[str] = []
         reply: GeneratedTokens | str | None = None
         try:
-            pieces = self._generator.run(prompt, params, started)
-            while True:
-                try:
-                    piece = next(pieces)
-                except StopIteration as stop:
-                    answer: Answer = stop.value
-                    break
-                if not piece.thinking:
-                    said.append(piece)
-                yield piece
+            # Closed here and not when it is collected: it holds the engine until then.
+            with closing(self._generator.run(prompt, params, started)) as pieces:
+                while True:
+                    try:
+                        piece = next(pieces)
+                    except StopIteration as stop:
+                        answer: Answer = stop.value
+                        break
+                    if not piece.thinking:
+                        said.append(piece)
+                    yield piece
             # The very tokens, so that the next prompt continues the cache; but not those of
             # thinking, which models are trained to find left out, nor of a cut-off stop string.
             maybe_cut = bool(params.stop) and answer.finish_reason == "stop"
