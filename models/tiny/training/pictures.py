@@ -289,6 +289,9 @@ def draw_shapes(
     count = count or rng.choice((1, 1, 2, 2, 3, 3, 4, 5, 6))
     grounds = [ground, image.getpixel((0, 0)), image.getpixel((width - 1, height - 1))]
     palette = [name for name, colour in COLOURS.items() if _distinct_from(colour, grounds)]
+    if not style.heldout and rng.random() < 0.75:
+        # Rivals of one colour: else colour alone tells most shapes apart, and no more is learned.
+        palette = rng.sample(palette, rng.choice((1, 1, 2)))
     few_kinds = rng.sample(SHAPES, 2) if rng.random() < 0.4 else SHAPES
     largest = side * (0.42, 0.3, 0.26, 0.22, 0.2, 0.19)[count - 1]
     placed: list[tuple[float, float, float]] = []

@@ -214,7 +214,7 @@ def picture_turns(rng: random.Random, scene: Scene) -> list[Turn]:
     count_turn = functools.partial(_count_turn, of_all=0.12)
     makers = rng.choices(
         (_name_turn, count_turn, _locate_turn, _exists_turn, describe_turn),
-        weights=(16, 38, 43, 1, 2),
+        weights=(16, 28, 53, 1, 2),
         k=rng.choice((4, 5, 6, 7)),
     )
     if _name_turn not in makers and rng.random() < 0.3:

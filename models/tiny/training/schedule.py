@@ -7,14 +7,17 @@ be far better than the latest.
 
 import numpy as np
 
-STEPS = 7_900
+STEPS = 13_700
 EASY_STEPS = 900  # the pictures' difficulty rises from 0.15 to 1 until then
 
 # Step and factor of the learning rate; linear between.
 _RATES = (
     (0, 0.0), (150, 1.0), (2430, 0.95), (4050, 0.57), (4290, 0.57), (4300, 0.32), (4820, 0.21),
     (5090, 0.18), (5610, 0.18), (6430, 0.13), (6950, 0.08), (6960, 0.05), (7399, 0.0),
-    (7400, 0.12), (STEPS, 0.0),
+    (7400, 0.12), (7899, 0.0), (7900, 0.05), (7960, 0.30), (9899, 0.0), (9900, 0.05),
+    (9960, 0.30), (10500, 0.15), (10550, 0.50), (11000, 0.50), (11999, 0.0), (12000, 0.05),
+    (12060, 0.50), (12500, 0.50), (13299, 0.0), (13300, 0.02),
+    (13320, 0.15), (STEPS, 0.0),
 )  # fmt: skip
 
 # From which step, how much of each kind of picture.
@@ -30,6 +33,10 @@ _KINDS = (
     (5610, {"display": 1.0, "label": 0.4, "handwriting": 2.6, "word": 2.2, "shapes": 7.0}),
     (6430, {"display": 0.5, "label": 0.2, "handwriting": 1.2, "word": 1.3, "shapes": 7.0}),
     (7400, {"display": 0.4, "label": 0.1, "handwriting": 1.0, "word": 0.9, "shapes": 7.0}),
+    (7900, {"display": 0.5, "label": 0.2, "handwriting": 1.2, "word": 1.0, "shapes": 7.0}),
+    (11_400, {"display": 0.6, "label": 0.2, "handwriting": 1.5, "word": 1.6, "shapes": 6.0}),
+    (12_000, {"display": 0.6, "label": 0.2, "handwriting": 2.0, "word": 1.5, "shapes": 6.5}),
+    (13_300, {"display": 0.8, "label": 0.3, "handwriting": 4.0, "word": 1.2, "shapes": 5.0}),
 )
 
 

@@ -268,7 +268,7 @@ def main() -> None:
     # Keep freed memory: handing it back after every tensor costs a quarter of the time.
     os.environ |= {
         "MALLOC_MMAP_THRESHOLD_": "8589934592",
-        "MALLOC_TRIM_THRESHOLD_": "17179869184",
+        "MALLOC_TRIM_THRESHOLD_": "2147483648",
         "MALLOC_TOP_PAD_": "268435456",
     }
     torch.multiprocessing.spawn(train, (arguments,), nprocs=PROCESSES)
