@@ -3,8 +3,12 @@
 #   make demo            ask the shipped model about a picture
 #   make test            run the tests
 #   make test-reference  the same with PyTorch and transformers, which turns on the live comparison
-#   make lint            ruff and mypy
-#   make bench           time the reference engine on this machine
+#   make test-native     build and run the tests of the C++ core
+#   make sanitize        the same with the address, undefined-behaviour and thread sanitizers
+#   make test-aarch64    the same for 64-bit Arm, with a cross compiler and qemu
+#   make lint            ruff, mypy and clang-format
+#   make bench           time the shipped model on this machine
+#   make bench-compare   compare with other stacks; see benchmarks/README.md
 #   make wheel           build dist/*.whl
 #   make clean           remove what the targets made
 
@@ -29,10 +33,20 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WHEEL = $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 endif
 
+# What an installation is compiled from, and all that is C++.
+NATIVE := CMakeLists.txt $(wildcard native/*/CMakeLists.txt native/*.cpp native/kernels/* native/model/* native/threads/*)
+CXX_FILES = $(wildcard native/*.cpp native/*/*.cpp native/*/*.h native/*/*.inl)
+NATIVE_JOBS ?= 2
+comma := ,
+# The tests of the C++ core: build/<first argument>, CMake's options; then a command that runs them.
+NATIVE_TESTS = $(BIN)/cmake -S . -B build/$1 -DEDGEVL_MODULE=OFF -DEDGEVL_TESTS=ON $2 && \
+	$(BIN)/cmake --build build/$1 --parallel $(NATIVE_JOBS)
+RUN_NATIVE = $2 build/$1/kernels_test && $2 build/$1/model_test
+
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test test-reference lint bench wheel clean
+.PHONY: demo test test-reference test-native sanitize test-aarch64 lint bench bench-compare wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgevl chat tiny -q "What number is on the display?" -i examples/meter.png
@@ -43,13 +57,38 @@ test: $(VENV)/.dev
 test-reference: $(VENV)/.reference
 	$(BIN)/python -m pytest $(ARGS)
 
+test-native: $(VENV)/.dev
+	$(call NATIVE_TESTS,native,)
+	$(call RUN_NATIVE,native,)
+
+sanitize: $(VENV)/.dev
+	$(call NATIVE_TESTS,asan,-DEDGEVL_SANITIZE=address$(comma)undefined)
+	$(call RUN_NATIVE,asan,)
+	$(call NATIVE_TESTS,tsan,-DEDGEVL_SANITIZE=thread)
+	$(call RUN_NATIVE,tsan,)
+
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+QEMU_AARCH64 ?= qemu-aarch64
+test-aarch64: $(VENV)/.dev
+	@command -v $(AARCH64_CXX) >/dev/null && command -v $(QEMU_AARCH64) >/dev/null || { echo \
+	  "test-aarch64 needs $(AARCH64_CXX) and $(QEMU_AARCH64), on Debian in g++-aarch64-linux-gnu and qemu-user"; \
+	  exit 1; }
+	$(call NATIVE_TESTS,aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(AARCH64_CXX) -DCMAKE_EXE_LINKER_FLAGS=-static)
+	$(call RUN_NATIVE,aarch64,$(QEMU_AARCH64) -cpu max)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/engine.py $(ARGS)
+	$(BIN)/edgevl bench tiny --prompt-tokens 128,300 --image $(ARGS)
+
+bench-compare: $(VENV)/.installed
+	$(INSTALL) --editable '.[bench]'
+	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 wheel: $(VENV)/.installed
 	rm -rf dist
@@ -63,11 +102,11 @@ $(VENV)/.created:
 	$(CREATE)
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.created pyproject.toml
+$(VENV)/.installed: $(VENV)/.created pyproject.toml $(NATIVE)
 	$(INSTALL) --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.created pyproject.toml
+$(VENV)/.dev: $(VENV)/.created pyproject.toml $(NATIVE)
 	$(INSTALL) --editable '.[dev]'
 	touch $(VENV)/.installed $@
 

@@ -1,4 +1,4 @@
-"""Check what is in the wheel: the package and the shipped model, not its training data."""
+"""Check what is in the wheel: package, native engine and shipped model, not its training data."""
 
 import sys
 import zipfile
@@ -7,17 +7,19 @@ from pathlib import Path
 MODEL = "edgevl/models/tiny/"
 NEEDED = {"edgevl/__init__.py", "edgevl/py.typed", f"{MODEL}config.json", f"{MODEL}tokenizer.json"}
 UNWANTED = (f"{MODEL}heldout/", f"{MODEL}training/", "tests/")
-MAX_BYTES = 24 << 20
+MAX_BYTES = 5_000_000
 
 path = Path(sys.argv[1])
 names = set(zipfile.ZipFile(path).namelist())
 size = path.stat().st_size
-print(f"{path.name}: {size / 2**20:.1f} MiB, {len(names)} files")
+print(f"{path.name}: {size / 1e6:.1f} MB, {len(names)} files")
 
 problems = [f"{name} is missing" for name in sorted(NEEDED - names)]
 if not any(name.startswith(MODEL) and name.endswith(".safetensors") for name in names):
     problems.append(f"{MODEL}*.safetensors is missing")
+if not any(name.startswith("edgevl/_native.") and name.endswith(".so") for name in names):
+    problems.append("edgevl/_native.*.so is missing: the native engine was not built")
 problems += [f"{name} does not belong" for name in sorted(names) if name.startswith(UNWANTED)]
 if size > MAX_BYTES:
-    problems.append(f"larger than {MAX_BYTES >> 20} MiB")
+    problems.append(f"larger than {MAX_BYTES / 1e6:.0f} MB")
 sys.exit("\n".join(problems) or 0)

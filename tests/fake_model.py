@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from edgevl.generate import Answer, Piece, Stream, Timings, Usage
@@ -20,6 +21,7 @@ class FakeModel:
         self.calls: list[dict[str, Any]] = []
         self.load_options: dict[str, Any] = {}
         self.resets = 0
+        self.engine = SimpleNamespace(notes=())
 
     def load(self, model: str, **options: Any) -> FakeModel:
         """Take the place of ``edgevl.load``."""

@@ -59,7 +59,13 @@ def picture(tmp_path):
 def test_answer_on_stdout_and_nothing_else(model, picture, capsys):
     assert cli.main(["chat", "m", "-q", "What?", "-i", str(picture)]) == 0
     assert capsys.readouterr() == ("It is 42.\n", "")
-    assert model.load_options == {"model": "m", "engine": "auto", "max_context": None}
+    assert model.load_options == {
+        "model": "m",
+        "engine": "auto",
+        "max_context": None,
+        "precision": "auto",
+        "threads": None,
+    }
     [call] = model.calls
     assert call["question"] == "What?"
     assert [image.size for image in call["images"]] == [(60, 40)]
@@ -70,6 +76,7 @@ def test_options_reach_the_model(model, picture):
         "chat m -q x --system S --think --max-tiles 3 --max-tokens 9 --temperature 0.5 --top-p .9"
     )
     args += " --top-k 8 --min-p .1 --repetition-penalty 1.1 --seed 7 --stop A --stop B --context 99"
+    args += " --engine cpu --precision int4 --threads 3"
     assert cli.main([*args.split(), "-i", str(picture), "-i", str(picture)]) == 0
     [call] = model.calls
     assert len(call.pop("images")) == 2
@@ -87,7 +94,13 @@ def test_options_reach_the_model(model, picture):
         "seed": 7,
         "stop": ("A", "B"),
     }
-    assert model.load_options["max_context"] == 99
+    assert model.load_options == {
+        "model": "m",
+        "engine": "cpu",
+        "max_context": 99,
+        "precision": "int4",
+        "threads": 3,
+    }
 
 
 def test_defaults_are_those_of_sampling_params(model):

@@ -1,5 +1,6 @@
 """`edgevl doctor` and what it knows about the machine."""
 
+import dataclasses
 import json
 import math
 import os
@@ -70,11 +71,83 @@ def test_cgroup_memory_limit(tmp_path):
     assert machine.cgroup_limit("memory.max", "v1", tmp_path) == 1000
 
 
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, math.inf),
+        ({"memory.max": "max\n", "memory.current": "900\n"}, math.inf),
+        ({"memory.max": "1000\n", "memory.current": "900\n"}, 100),
+        (
+            {
+                "memory.max": "1000\n",
+                "memory.current": "900\n",
+                "memory.stat": "anon 5\ninactive_file 300\nactive_file 7\n",
+            },
+            400,
+        ),
+        ({"memory.max": "1000\n", "memory.current": "1200\n"}, 0),
+        ({"a/memory.max": "500\n", "a/memory.current": "20\n", "memory.max": "600\n"}, 480),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000\n",
+                "memory/memory.usage_in_bytes": "700\n",
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 200\n",
+            },
+            301,
+        ),
+    ],
+)
+def test_memory_that_cgroups_leave(tmp_path, monkeypatch, files, available):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    read = machine._read
+    group = "0::/a\n"
+    monkeypatch.setattr(
+        machine, "_read", lambda path: group if path == Path("/proc/self/cgroup") else read(path)
+    )
+    assert machine.cgroup_available(tmp_path) == available
+
+
+def test_hyper_threads_of_a_core_count_once(tmp_path):
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3", None)):
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        if siblings:
+            (topology / "thread_siblings_list").write_text(siblings + "\n")
+    assert machine.physical_cores({0, 1, 2, 3}, tmp_path) == 2
+    assert machine.physical_cores({1, 3}, tmp_path) == 1
+    assert machine.physical_cores({0, 4}, tmp_path) == 2
+    assert machine.physical_cores({7, 8}, tmp_path) == 2  # nothing is told of these
+    assert 1 <= machine.physical_cores(None) <= os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("physical", "usable", "threads"), [(4, 8, 4), (4, 2.5, 2), (4, 0.5, 1), (1, 2, 1)]
+)
+def test_threads_are_what_cores_and_quota_pay_for(physical, usable, threads):
+    found = dataclasses.replace(
+        machine.this_machine(), physical_cores=physical, usable_cores=usable
+    )
+    assert found.threads == threads
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_affinity_is_respected():
+    cpus = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cpus)})
+        assert machine.this_machine().threads == 1
+    finally:
+        os.sched_setaffinity(0, cpus)
+
+
 def test_this_machine_agrees_with_the_system():
     found = machine.this_machine()
     assert found.cpu
     assert found.logical_cores == os.cpu_count()
     assert 0 < found.usable_cores <= found.logical_cores
+    assert 1 <= found.threads <= found.physical_cores <= found.logical_cores
     assert 0 < found.available_bytes <= found.memory_bytes <= psutil.virtual_memory().total
 
 
@@ -111,6 +184,8 @@ def test_a_wrong_answer_is_a_problem(monkeypatch, capsys, answer, status):
     assert report["packages"]["numpy"]
     assert report["machine"]["logical_cores"] == os.cpu_count()
     assert report["hub"]["free_bytes"] > 0
+    if report["cpu_engine"]:
+        assert report["cpu_engine"]["instruction_set"] in report["cpu_engine"]["instruction_sets"]
 
 
 def test_what_is_broken_is_reported_and_the_rest_too(monkeypatch, capsys):

@@ -50,6 +50,18 @@ def test_decoding_equals_prefill(checkpoint):
     assert engine.length == 12
 
 
+def test_extending_gives_the_logits_of_every_step(checkpoint):
+    ids = random_ids(checkpoint, 9)
+    engine = ReferenceEngine(checkpoint)
+    prefill(engine, ids[:4])
+    steps = [engine.decode(int(token_id)) for token_id in ids[4:]]
+    engine.rewind(4)
+    np.testing.assert_allclose(engine.extend(ids[4:]), steps, **TOLERANCE)
+    assert engine.length == 9
+    with pytest.raises(ValueError, match="0 tokens"):
+        engine.extend([])
+
+
 def test_the_past_matters_and_the_future_does_not(checkpoint):
     ids = random_ids(checkpoint, 20)
     other = ids.copy()
@@ -118,7 +130,7 @@ def test_timings_count_work(checkpoint):
 
 
 def test_an_unknown_engine_names_the_known(checkpoint):
-    with pytest.raises(EdgeVLError, match="'gpu' is unknown: choose auto or reference"):
+    with pytest.raises(EdgeVLError, match="'gpu' is unknown: choose auto or cpu, reference"):
         load_engine(checkpoint, "gpu")
 
 

@@ -1,12 +1,16 @@
 """The shipped model keeps what its card promises, on the questions it was never trained on."""
 
+import itertools
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import edgevl
 from edgevl.checkpoint import locate
+from edgevl.engine import native_missing
 from edgevl.evaluate import evaluate_vqa, read_questions
+from edgevl.generate.sampling import Sampler
 
 HELD_OUT = Path(__file__).parents[1] / "models" / "tiny" / "heldout" / "questions.jsonl"
 
@@ -24,11 +28,23 @@ LEAST_ACCURACY = {
 
 
 @pytest.fixture(scope="module")
-def families():
-    """Accuracy by family over the whole held-out set."""
+def questions():
     questions = read_questions(HELD_OUT)
     assert len(questions) >= 500
-    return evaluate_vqa(edgevl.load("tiny"), questions, max_tokens=64).to_dict()["families"]
+    return questions
+
+
+@pytest.fixture(scope="module")
+def reference(questions):
+    """The reference engine's model, and its answers to the whole held-out set."""
+    model = edgevl.load("tiny", engine="reference")
+    return model, evaluate_vqa(model, questions, max_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def families(reference):
+    """Accuracy by family."""
+    return reference[1].to_dict()["families"]
 
 
 def test_the_families_are_those(families):
@@ -38,6 +54,56 @@ def test_the_families_are_those(families):
 @pytest.mark.parametrize("family", LEAST_ACCURACY)
 def test_held_out_accuracy(families, family):
     assert families[family] >= LEAST_ACCURACY[family]
+
+
+#: Rounding to bfloat16 and int8 moves a logit by less than this share of the logits' deviation
+#: (`text_bound` of test_cpu_engine: 2 % and 10 %), and the difference of two by 3 sqrt(2) times it
+#: at most.
+NEAR_TIE = {"bf16": 0.08, "auto": 0.4}
+#: Least share of answers that are the very same, token by token.
+LEAST_AGREEMENT = {"bf16": 0.97, "auto": 0.9}
+
+
+@pytest.mark.skipif(bool(native_missing()), reason="the native engine is not built")
+@pytest.mark.parametrize("precision", NEAR_TIE)
+def test_the_native_engine_answers_alike(questions, reference, precision):
+    """Greedy answers are the same, or part where the reference itself all but hesitates."""
+    theirs, expected = reference
+    ours = edgevl.load("tiny", engine="cpu", precision=precision)
+    outcomes = evaluate_vqa(ours, questions, max_tokens=64).outcomes
+    same = 0
+    for question, mine, other in zip(questions, outcomes, expected.outcomes, strict=True):
+        if mine.text == other.text:
+            same += 1
+            continue
+        place, chosen = first_difference(ours, theirs, question)
+        logits = logits_at(theirs, question, place)
+        hesitation = (logits.max() - logits[chosen]) / logits.std()
+        assert hesitation < NEAR_TIE[precision], (question, mine.text, other.text)
+    assert same / len(questions) >= LEAST_AGREEMENT[precision]
+
+
+def ask(model, question, max_tokens=64):
+    return model.ask(question.question, images=[question.image], max_tokens=max_tokens)
+
+
+def first_difference(ours, theirs, question):
+    """Ask both once more: -> the place of the first token that differs, and what ours chose."""
+    answers = [[*ask(model, question).token_ids] for model in (ours, theirs)]
+    end = min(theirs.prompts.stop_ids)
+    pairs = list(itertools.zip_longest(*answers, fillvalue=end))
+    place = next(index for index, (one, other) in enumerate(pairs) if one != other)
+    return place, pairs[place][0]
+
+
+def logits_at(model, question, place):
+    """Return the logits of a place of the answer."""
+    seen = []
+    with mock.patch.object(
+        Sampler, "choose", lambda self, logits: seen.append(logits) or int(logits.argmax())
+    ):
+        ask(model, question, place + 1)
+    return seen[place]
 
 
 def test_it_is_small():

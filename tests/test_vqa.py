@@ -145,7 +145,13 @@ def test_eval_json(model, path, capsys):
         "questions": 3,
         "families": {"colours": 1.0, "numbers": 0.5},
     }
-    assert model.load_options == {"model": "m", "engine": "reference", "max_context": None}
+    assert model.load_options == {
+        "model": "m",
+        "engine": "reference",
+        "max_context": None,
+        "precision": "auto",
+        "threads": None,
+    }
     assert model.calls[0]["images"] == [path.parent / "a.png"]
     assert model.calls[0]["max_tiles"] == 2
 

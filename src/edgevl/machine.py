@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,36 +40,48 @@ class Machine:
         cpu: the processor's name, or the board's where the processor has none.
         architecture: such as ``x86_64`` or ``aarch64``.
         logical_cores: all there are, hyper-threads counted.
+        physical_cores: those this process may run on (affinity), hyper-threads not counted.
         usable_cores: those this process may keep busy (affinity and cgroup quota); can be broken.
         features: instruction sets that matter here, by the names in `FEATURES`.
         memory_bytes: all there is, or what the cgroup allows if that is less.
-        available_bytes: what can be had now without swapping.
+        available_bytes: what can be had now without swapping, in memory and in the cgroup.
     """
 
     cpu: str
     architecture: str
     logical_cores: int
+    physical_cores: int
     usable_cores: float
     features: tuple[str, ...]
     memory_bytes: int
     available_bytes: int
+
+    @property
+    def threads(self) -> int:
+        """Threads that a computation should use: more would wait for each other.
+
+        One for each physical core, and no more than a quota pays for in whole: threads that wait
+        for each other at every step lose more when one of them is stopped than the part is worth.
+        """
+        return max(1, min(self.physical_cores, int(self.usable_cores)))
 
 
 def this_machine() -> Machine:
     """Describe this machine."""
     info = _cpuinfo(_read(Path("/proc/cpuinfo")))
     logical = os.cpu_count() or 1
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     memory = psutil.virtual_memory()
     limit = cgroup_limit("memory.max", "memory/memory.limit_in_bytes")
     return Machine(
         cpu=info.get("model name") or _board() or platform.processor() or "unknown",
         architecture=platform.machine(),
         logical_cores=logical,
-        usable_cores=min(affinity, cgroup_cores()),
+        physical_cores=physical_cores(cpus),
+        usable_cores=min(len(cpus) if cpus else logical, cgroup_cores()),
         features=features(info),
         memory_bytes=int(min(memory.total, limit)),
-        available_bytes=int(min(memory.available, limit)),
+        available_bytes=int(min(memory.available, cgroup_available())),
     )
 
 
@@ -75,6 +89,22 @@ def features(info: dict[str, str]) -> tuple[str, ...]:
     """Return the known instruction sets among the flags of ``/proc/cpuinfo``."""
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return tuple(name for flag, name in FEATURES.items() if flag in flags)
+
+
+def physical_cores(
+    cpus: Collection[int] | None, root: Path = Path("/sys/devices/system/cpu")
+) -> int:
+    """Count the cores of some processors: hyper-threads of one core count once.
+
+    Args:
+        cpus: their numbers; None for all of the machine.
+        root: where the system describes them.
+    """
+    if cpus is None:
+        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    # A processor whose topology is not told (in some sandboxes) counts as a core of its own.
+    siblings = {_read(root / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    return len(siblings)
 
 
 def cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -89,6 +119,27 @@ def cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float:
     if quota.isdigit() and period.isdigit():
         cores = min(cores, int(quota) / int(period))
     return cores
+
+
+def cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the bytes that the process's cgroups leave; infinity without limits.
+
+    File pages that are not in active use do not count as taken: they are dropped when needed.
+    """
+    available = math.inf
+    places = [(directory, "memory.max", "memory.current") for directory in _cgroups(root)]
+    places.append((root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    for directory, limit_file, usage_file in places:
+        limit = _read(directory / limit_file).strip()
+        if not limit.isdigit():
+            continue
+        usage = _read(directory / usage_file).strip()
+        inactive = re.search(
+            r"^(?:total_)?inactive_file (\d+)$", _read(directory / "memory.stat"), re.MULTILINE
+        )
+        taken = (int(usage) if usage.isdigit() else 0) - (int(inactive[1]) if inactive else 0)
+        available = min(available, max(int(limit) - max(taken, 0), 0))
+    return available
 
 
 def cgroup_limit(name: str, name_v1: str, root: Path = Path("/sys/fs/cgroup")) -> float:

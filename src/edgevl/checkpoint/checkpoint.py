@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,11 @@ from edgevl.errors import CheckpointError
 #: Largest configuration file and largest other JSON file that is parsed, in bytes.
 MAX_CONFIG_BYTES = 2 << 20
 MAX_JSON_BYTES = 16 << 20
+
+
+#: Blocks of a weight file that its fingerprint takes, and their size in bytes.
+SAMPLES = 16
+SAMPLE_BYTES = 4096
 
 
 class Checkpoint:
@@ -122,6 +129,28 @@ class Checkpoint:
     def stored_bytes(self) -> int:
         """Size of the weight files together."""
         return sum(path.stat().st_size for path in self._weights.paths)
+
+    def fingerprint(self) -> str:
+        """Return 64 hexadecimal digits that change when the configuration or the weights do.
+
+        Of the weight files it takes size, time of change, the header, and `SAMPLES` blocks of
+        data: reading all of a large model would take longer than loading it.
+        """
+        digest = hashlib.sha256(repr(self.config).encode())
+        for path in self._weights.paths:
+            with path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+                header_size = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(min(header_size, stat.st_size)))
+                for sample in range(SAMPLES):
+                    file.seek(stat.st_size * sample // SAMPLES)
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
+    def release(self) -> None:
+        """Give back the memory of tensors that have been read; they stay valid."""
+        self._weights.release()
 
     def names(self) -> list[str]:
         """Return the canonical names of all tensors of the model."""

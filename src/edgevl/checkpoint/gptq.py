@@ -59,6 +59,18 @@ class GPTQWeight:
             packed = packed + np.uint32(0x11111111 if bits == 4 else 0x01010101)
         return unpack(packed, bits)
 
+    def is_symmetric(self) -> bool:
+        """Whether every zero point is the middle of the range, as symmetric quantization has it."""
+        return bool((self.zeros() == 1 << (self.config.bits - 1)).all())
+
+    def is_in_order(self) -> bool:
+        """Whether the groups are consecutive input channels (no act-order)."""
+        if self.g_idx is None:
+            return True
+        inputs = len(self.g_idx.data)
+        expected = np.arange(inputs) // group_length(inputs, self.config)
+        return np.array_equal(self.g_idx.data, expected)
+
     def dequantize(self) -> NDArray[np.float32]:
         """Return the weight: float32 [O, I].
 

@@ -161,6 +161,11 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
         """Return a tensor's safetensors type."""
         return self._entries[name][0]
 
+    def release(self) -> None:
+        """Give back the memory of what has been read; it is read again when it is used again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Unmap the file; if views of it are alive, the last of them does so when it goes."""
         mapped, self._map = self._map, None
@@ -312,6 +317,11 @@ class Weights(Mapping[str, StoredTensor]):
     def paths(self) -> list[Path]:
         """The files, in the order of their names."""
         return [file.path for file in self._files]
+
+    def release(self) -> None:
+        """Give back the memory of what has been read, file by file."""
+        for file in self._files:
+            file.release()
 
     def close(self) -> None:
         """Close every file."""

@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 #: Bytes an element of a safetensors dtype takes.
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "U64": 8}
 
 #: Like the Hub's checkpoints: larger ones are cut into files of this size.
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -98,25 +99,48 @@ def write_safetensors(
         single = len(shards) == 1
         filename = f"model{'' if single else f'-{number:05}-of-{len(shards):05}'}.safetensors"
         weight_map |= {tensor.name: filename for tensor in shard}
-        expected = sum(tensor.nbytes for tensor in shard)
-        written = 0
         with (directory / filename).open("wb") as file:
-            file.write(_header(shard))
-            for piece in produce(shard):
-                file.write(piece)
-                written += len(piece)
-                if progress is not None:
-                    progress(len(piece))
-        if written != expected:
-            raise ValueError(f"{filename}: {written} bytes produced for {expected}")
+            write_file(file, shard, produce(shard), progress=progress)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _header(tensors: Sequence[TensorSpec]) -> bytes:
-    """Return a file's length prefix and JSON header, padded so that the data is 8-byte aligned."""
+def write_file(
+    file: IO[bytes],
+    tensors: Sequence[TensorSpec],
+    pieces: Iterable[bytes | memoryview],
+    *,
+    alignment: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write one file.
+
+    Args:
+        file: Where to.
+        tensors: Its tensors, in order.
+        pieces: Their data back to back, in pieces of any size.
+        alignment: Bytes; the first tensor begins at a multiple of it.
+        progress: Called with the number of bytes after each write.
+
+    Raises:
+        ValueError: ``pieces`` are more or less than ``tensors`` say.
+    """
+    expected = sum(tensor.nbytes for tensor in tensors)
+    written = 0
+    file.write(_header(tensors, alignment))
+    for piece in pieces:
+        size = file.write(piece)
+        written += size
+        if progress is not None:
+            progress(size)
+    if written != expected:
+        raise ValueError(f"{written} bytes produced for {expected}")
+
+
+def _header(tensors: Sequence[TensorSpec], alignment: int) -> bytes:
+    """Return a file's length prefix and JSON header, padded so that the data is aligned."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for tensor in tensors:
@@ -128,5 +152,5 @@ def _header(tensors: Sequence[TensorSpec]) -> bytes:
         }
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text

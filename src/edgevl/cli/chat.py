@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from edgevl.cli.terminal import (
     replacing,
 )
 from edgevl.errors import EdgeVLError
+
+if TYPE_CHECKING:
+    from edgevl.engine import Precision
 
 #: A question from standard input is read up to this size.
 MAX_QUESTION_BYTES = 1 << 20
@@ -115,6 +118,8 @@ def command(
     max_tiles: int | None,
     engine: str,
     context: int | None,
+    precision: Precision,
+    threads: int | None,
     as_json: bool,
     draw_boxes: Path | None,
     **sampling: Any,
@@ -152,7 +157,11 @@ def command(
         import edgevl
 
         note(f"{'正在加载' if chinese() else 'loading'} {model} …")
-        loaded = edgevl.load(model, engine=engine, max_context=context)
+        loaded = edgevl.load(
+            model, engine=engine, max_context=context, precision=precision, threads=threads
+        )
+        for line in loaded.engine.notes:
+            note(line)
         if question is None:
             from edgevl.cli.conversation import Conversation
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevl.cli.terminal import print_json, reason
+from edgevl.errors import EdgeVLError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +34,7 @@ NEEDED = {
 #: Extra -> its distributions and what it is for.
 EXTRAS = {
     "heic": (("pillow-heif",), "HEIC pictures"),
+    "bench": (("matplotlib",), "the plot of edgevl bench"),
     "reference": (("torch", "transformers"), "comparison with the original, for developers"),
 }
 
@@ -70,11 +72,13 @@ def examine() -> dict[str, Any]:
             for name, (distributions, purpose) in EXTRAS.items()
         },
         "machine": None,
+        "cpu_engine": None,
         "hub": None,
         "tiny": None,
         "problems": problems,
     }
-    for name, look in (("machine", _machine), ("hub", _hub), ("tiny", _tiny)):
+    looks = {"machine": _machine, "cpu_engine": _cpu_engine, "hub": _hub, "tiny": _tiny}
+    for name, look in looks.items():
         try:
             report[name] = look()
         except Exception as error:  # a doctor reports what is broken, whatever it is
@@ -98,11 +102,18 @@ def describe(report: dict[str, Any]) -> list[str]:
     if machine := report["machine"]:
         lines += [
             f"cpu       {machine['cpu']} ({machine['architecture']}), "
-            f"{machine['usable_cores']:g} of {machine['logical_cores']} cores usable",
+            f"{machine['usable_cores']:g} of {machine['logical_cores']} cores usable, "
+            f"{machine['physical_cores']} physical",
             f"isa       {', '.join(machine['features']) or 'nothing known'}",
             f"memory    {_gib(machine['memory_bytes'])}, "
             f"{_gib(machine['available_bytes'])} available",
         ]
+    if engine := report["cpu_engine"]:
+        others = ", ".join(engine["instruction_sets"])
+        lines.append(
+            f"engine    cpu with {engine['instruction_set']} (of {others}), "
+            f"{engine['threads']} threads"
+        )
     if hub := report["hub"]:
         lines += [
             f"hub       {hub['endpoint']}{' (offline mode)' if hub['offline'] else ''}",
@@ -141,6 +152,23 @@ def _machine() -> dict[str, Any]:
     from edgevl.machine import this_machine
 
     return asdict(this_machine())
+
+
+def _cpu_engine() -> dict[str, Any]:
+    """Return what the native engine would compute with."""
+    from edgevl.engine import native_missing
+
+    if missing := native_missing():
+        raise EdgeVLError(missing)
+    from edgevl import _native
+    from edgevl.engine.cpu import instruction_set
+    from edgevl.machine import this_machine
+
+    return {
+        "instruction_set": instruction_set(),
+        "instruction_sets": _native.instruction_sets(),
+        "threads": this_machine().threads,
+    }
 
 
 def _hub() -> dict[str, Any]:

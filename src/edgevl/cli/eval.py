@@ -6,10 +6,14 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgevl.cli.terminal import engine_options, is_terminal, note, print_json, replacing
+
+if TYPE_CHECKING:
+    from edgevl.engine import Precision
 
 
 @click.command("eval")
@@ -45,6 +49,8 @@ def command(
     save: Path | None,
     engine: str,
     context: int | None,
+    precision: Precision,
+    threads: int | None,
     as_json: bool,
 ) -> None:
     """Ask MODEL the questions of a file and print the share of right answers.
@@ -62,7 +68,11 @@ def command(
         import edgevl
 
         note(f"loading {model} …")
-        loaded = edgevl.load(model, engine=engine, max_context=context)
+        loaded = edgevl.load(
+            model, engine=engine, max_context=context, precision=precision, threads=threads
+        )
+        for line in loaded.engine.notes:
+            note(line)
         bar = stack.enter_context(
             tqdm(total=len(questions), unit="question", disable=not is_terminal(sys.stderr))
         )

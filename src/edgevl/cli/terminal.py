@@ -19,11 +19,29 @@ from edgevl.errors import EdgeVLError
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: What ``edgevl.engine.load_engine`` accepts, written out so that --help needs no NumPy.
-ENGINES = ("auto", "reference")
+ENGINES = ("auto", "cpu", "reference")
+#: What it accepts as a precision.
+PRECISIONS = ("auto", "int4", "int8", "bf16")
 
 
 def engine_options(function: Function) -> Function:
-    """Add ``--engine`` and ``--context``, the same for every command that runs a model."""
+    """Add what every command that runs a model takes: the arguments of ``edgevl.load``.
+
+    They arrive as ``engine``, ``context``, ``precision`` and ``threads``.
+    """
+    function = click.option(
+        "--threads",
+        type=click.IntRange(1, 256),
+        metavar="N",
+        help="Threads that compute.  [default: one for each physical core]",
+    )(function)
+    function = click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="auto",
+        show_default=True,
+        help="Weights in memory; auto keeps 4-bit GPTQ and takes all else to INT8.",
+    )(function)
     function = click.option(
         "--context",
         type=click.IntRange(min=1),

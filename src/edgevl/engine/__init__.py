@@ -2,32 +2,92 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from edgevl.engine.base import Engine, EngineTimings
+from edgevl.engine.base import Engine, EngineTimings, WeightBytes
+from edgevl.engine.plan import PRECISIONS, Precision
 from edgevl.engine.reference import ReferenceEngine
 from edgevl.errors import EdgeVLError
 
 if TYPE_CHECKING:
     from edgevl.checkpoint import Checkpoint
 
-__all__ = ["ENGINES", "Engine", "EngineTimings", "ReferenceEngine", "load_engine"]
+__all__ = [
+    "ENGINES",
+    "PRECISIONS",
+    "Engine",
+    "EngineTimings",
+    "Precision",
+    "ReferenceEngine",
+    "WeightBytes",
+    "load_engine",
+]
 
-#: Engines by name, the preferred first: ``auto`` takes that.
-ENGINES: dict[str, type[ReferenceEngine]] = {"reference": ReferenceEngine}
+log = logging.getLogger(__name__)
 
 
 def load_engine(
-    checkpoint: Checkpoint, engine: str = "auto", max_context: int | None = None
+    checkpoint: Checkpoint,
+    engine: str = "auto",
+    max_context: int | None = None,
+    precision: Precision = "auto",
+    threads: int | None = None,
 ) -> Engine:
     """Load ``checkpoint`` into the engine of that name.
 
+    ``auto`` is ``cpu`` or, where that cannot run, ``reference`` with a warning.
+
     Raises:
-        EdgeVLError: there is no such engine, or ``max_context`` is less than 1.
+        EdgeVLError: there is no such engine or precision, or a number is out of range.
     """
     if max_context is not None and max_context < 1:
         raise EdgeVLError(f"max_context is {max_context}: it must be at least 1")
-    name = next(iter(ENGINES)) if engine == "auto" else engine
-    if name not in ENGINES:
+    if engine != "auto" and engine not in ENGINES:
         raise EdgeVLError(f"engine {engine!r} is unknown: choose auto or {', '.join(ENGINES)}")
-    return ENGINES[name](checkpoint, max_context)
+    if engine == "auto":
+        if reason := native_missing():
+            log.warning("%s: answering with the slow reference engine, in float32", reason)
+            return ReferenceEngine(checkpoint, max_context)
+        engine = "cpu"
+    return ENGINES[engine](checkpoint, max_context, precision, threads)
+
+
+def native_missing() -> str | None:
+    """Return why the native engine cannot be used and what mends it, or None if it can."""
+    try:
+        from edgevl import _native  # noqa: F401
+    except ImportError as error:
+        return (
+            f"the native engine is missing ({error}); install a wheel of edgevl, or a C++20 "
+            "compiler and then edgevl from source"
+        )
+    return None
+
+
+def _cpu(
+    checkpoint: Checkpoint, max_context: int | None, precision: Precision, threads: int | None
+) -> Engine:
+    if reason := native_missing():
+        raise EdgeVLError(reason)
+    from edgevl.engine import cpu
+
+    return cpu.CpuModel(checkpoint, max_context, precision=precision, threads=threads).engine()
+
+
+def _reference(
+    checkpoint: Checkpoint, max_context: int | None, precision: Precision, threads: int | None
+) -> Engine:
+    if precision != "auto" or threads is not None:
+        raise EdgeVLError(
+            "the reference engine computes in float32, with NumPy's threads: leave precision and "
+            "threads out, or use engine cpu"
+        )
+    return ReferenceEngine(checkpoint, max_context)
+
+
+_Loader = Callable[["Checkpoint", "int | None", Precision, "int | None"], Engine]
+
+#: Engines by name, the preferred first.
+ENGINES: dict[str, _Loader] = {"cpu": _cpu, "reference": _reference}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +24,33 @@ class EngineTimings:
     decode_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class WeightBytes:
+    """What an engine's weights take as it holds and reads them, in bytes.
+
+    Attributes:
+        vision: encoder and projector, read once by each batch of tiles.
+        text: decoder layers and head, read once by each step of the decoder.
+        embedding: the embedding table, of which a step reads a row a token.
+        cache_per_token: keys and values of one position of the cache, over all layers.
+    """
+
+    vision: int
+    text: int
+    embedding: int
+    cache_per_token: int
+
+    @property
+    def total(self) -> int:
+        """All weights together."""
+        return self.vision + self.text + self.embedding
+
+
 class Engine(ABC):
     """One model, loaded, with the cache of one sequence.
 
-    Positions ``0 … length - 1`` are in the cache. ``prefill`` and ``decode`` append to it,
-    ``rewind`` shortens it.
+    Positions ``0 … length - 1`` are in the cache. ``prefill``, ``decode`` and ``extend`` append to
+    it, ``rewind`` shortens it. Logits may be a view that the engine's next call overwrites.
 
     Shapes use B tiles, T tokens, H hidden size of the text model, V vocabulary.
     """
@@ -38,6 +61,12 @@ class Engine(ABC):
     chunk: int
     #: Positions now in the cache.
     length: int
+    #: Threads that compute; None where the engine does not say.
+    threads: int | None = None
+    #: Most drafted tokens that `extend` verifies for little more than a `decode`; 0 for none.
+    max_draft: int = 0
+    #: What a user should know of how the model was loaded, a line each.
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def encode_images(self, pixels: Floats) -> Floats:
@@ -64,6 +93,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def extend(self, token_ids: Sequence[int]) -> Floats:
+        """Append T tokens: -> the logits after each, float32 [T, V].
+
+        Raises:
+            ValueError: T is 0, or the context would overflow.
+        """
+
+    @abstractmethod
     def rewind(self, length: int) -> None:
         """Keep the first ``length`` positions of the cache.
 
@@ -74,3 +111,7 @@ class Engine(ABC):
     @abstractmethod
     def timings(self) -> EngineTimings:
         """Return the totals so far."""
+
+    def weight_bytes(self) -> WeightBytes | None:
+        """Return what the weights take, or None where the engine does not say."""
+        return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -254,6 +255,18 @@ class ReferenceEngine(Engine):
         logits = self._logits(self._decoder(self.embed(np.array([token_id])))[-1])
         self._timings.decode_ms += (time.perf_counter() - start) * 1000
         self._timings.decode_tokens += 1
+        return logits
+
+    def extend(self, token_ids: Sequence[int]) -> Floats:
+        """Append T tokens: -> the logits after each, float32 [T, V]."""
+        if len(token_ids) == 0:
+            raise ValueError("extend by 0 tokens")
+        start = time.perf_counter()
+        self._check_room(len(token_ids))
+        hidden = self._decoder(self.embed(np.array(token_ids, np.int64)))
+        logits = np.stack([self._logits(position) for position in hidden])
+        self._timings.decode_ms += (time.perf_counter() - start) * 1000
+        self._timings.decode_tokens += len(token_ids)
         return logits
 
     def rewind(self, length: int) -> None:

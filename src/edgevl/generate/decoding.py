@@ -11,6 +11,7 @@ from edgevl.errors import EdgeVLError
 from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.prefix import PrefixRunner
 from edgevl.generate.sampling import Sampler, SamplingParams
+from edgevl.generate.speculation import PromptLookup
 from edgevl.generate.text import Detokenizer, StopStrings, ThinkingSplitter
 from edgevl.preprocess import Prompt, PromptEncoder
 
@@ -115,6 +116,34 @@ class AnswerGenerator:
             finally:
                 self._owner = None
 
+    def _step(self, token_id: int, room: int, sampler: Sampler, lookup: PromptLookup) -> list[int]:
+        """Append a token, with a draft of what follows if there is one: -> the tokens after it.
+
+        Args:
+            token_id: the latest token of the answer.
+            room: tokens that the answer may still have, at least 1.
+            sampler: chooses them.
+            lookup: drafts them.
+        """
+        begun = time.perf_counter()
+        lookup.add(token_id)
+        draft = lookup.draft(room - 1)
+        if not draft:
+            chosen = [sampler.choose(self._runner.decode(token_id))]
+        else:
+            chosen = []
+            for logits, drafted in zip(
+                self._runner.extend([token_id, *draft]), [*draft, None], strict=True
+            ):
+                chosen.append(sampler.choose(logits))
+                if chosen[-1] != drafted or drafted in self.prompts.stop_ids:
+                    break
+            self._runner.drop(len(draft) + 1 - len(chosen))
+            for accepted in chosen[:-1]:
+                lookup.add(accepted)
+        lookup.learn(len(draft), len(chosen), 1000 * (time.perf_counter() - begun))
+        return chosen
+
     def _run(
         self, prompt: Prompt, params: SamplingParams, started: float
     ) -> Generator[Piece, None, Answer]:
@@ -125,9 +154,14 @@ class AnswerGenerator:
         token_ids: list[int] = []
         room = min(params.max_tokens, self.engine.max_context - len(prompt.token_ids))
         finish_reason, steps, decode_ms = "length", 0, 0.0
-        token_id = sampler.choose(prefilled.logits)
+        # Only for greedy answers: a seed promises the same draws, and logits that are computed
+        # together differ in the last bits.
+        max_draft = self.engine.max_draft if params.temperature == 0 else 0
+        lookup = PromptLookup(prompt.token_ids.tolist(), max_draft)
+        chosen = [sampler.choose(prefilled.logits)]
         ttft_ms = 1000 * (time.perf_counter() - started)
         while True:
+            token_id = chosen.pop(0)
             if token_id in self.prompts.stop_ids:
                 finish_reason = "stop"
                 break
@@ -138,11 +172,12 @@ class AnswerGenerator:
                 break
             if len(token_ids) == room:
                 break
-            # Timed without the yields: whoever reads the stream may take as long as they like.
-            begun = time.perf_counter()
-            token_id = sampler.choose(self._runner.decode(token_id))
-            decode_ms += 1000 * (time.perf_counter() - begun)
             steps += 1
+            if not chosen:
+                # Timed without the yields: who reads the stream may take as long as they like.
+                begun = time.perf_counter()
+                chosen = self._step(token_id, room - len(token_ids), sampler, lookup)
+                decode_ms += 1000 * (time.perf_counter() - begun)
         yield from text.finish()
         after = self.engine.timings()
         per_token_ms = decode_ms / steps if steps else 0.0

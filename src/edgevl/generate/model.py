@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from edgevl.checkpoint import Checkpoint, locate
-from edgevl.engine import Engine, load_engine
+from edgevl.engine import Engine, Precision, load_engine
 from edgevl.generate.answer import Answer
 from edgevl.generate.decoding import AnswerGenerator
 from edgevl.generate.session import Session, Stream
 from edgevl.preprocess import PromptEncoder
 
 
-def load(model: str | Path, engine: str = "auto", max_context: int | None = None) -> Model:
+def load(
+    model: str | Path,
+    engine: str = "auto",
+    max_context: int | None = None,
+    precision: Precision = "auto",
+    threads: int | None = None,
+) -> Model:
     """Load a model.
 
     Args:
@@ -22,14 +28,18 @@ def load(model: str | Path, engine: str = "auto", max_context: int | None = None
         engine: ``auto`` or a name in `edgevl.engine.ENGINES`.
         max_context: most tokens of prompt and answer; default and limit is what the model was
             trained for. Memory follows use.
+        precision: of the weights in memory. ``auto`` takes 4-bit GPTQ as it is and everything else
+            to INT8; ``int4``, ``int8`` and ``bf16`` round to that.
+        threads: how many compute; default is one for each physical core that may be used.
 
     Raises:
         CheckpointError: the checkpoint is missing, malformed, or not supported.
         DownloadError: it could not be downloaded.
+        EdgeVLError: the memory does not suffice, or an argument is not one of its choices.
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(locate(model))
-    loaded = load_engine(checkpoint, engine, max_context)
+    loaded = load_engine(checkpoint, engine, max_context, precision, threads)
     prompts = PromptEncoder(checkpoint)
     return Model(checkpoint, loaded, prompts, load_ms=1000 * (time.perf_counter() - started))
 

@@ -55,6 +55,18 @@ class PrefixRunner:
         self._cached.append(token_id)
         return logits
 
+    def extend(self, token_ids: list[int]) -> Floats:
+        """Append tokens and return the logits after each, float32 [T, V]."""
+        logits = self._engine.extend(token_ids)
+        self._cached.extend(token_ids)
+        return logits
+
+    def drop(self, count: int) -> None:
+        """Take back the last ``count`` tokens."""
+        if count:
+            self._engine.rewind(self._engine.length - count)
+            del self._cached[-count:]
+
     def _embeddings(self, prompt: Prompt, start: int) -> Floats:
         """Embed the positions from ``start`` on: [T - start, H]."""
         embeddings = np.array(self._engine.embed(prompt.token_ids[start:]))

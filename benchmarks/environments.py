@@ -1,0 +1,115 @@
+"""Environments and models of the peers, made once and kept in the working directory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from peers import PEERS, Peer
+
+HERE = Path(__file__).resolve().parent
+#: Where ``edgevl`` is imported from if it is not installed.
+SOURCE = HERE.parent / "src"
+
+
+class UnavailableError(Exception):
+    """A peer cannot be set up, built or run here; the message says why."""
+
+
+def python_of(peer: type[Peer], work: Path) -> Path:
+    """Return the Python that runs a peer."""
+    if not peer.requirements:
+        return Path(sys.executable)
+    return work / "env" / peer.name / "bin" / "python"
+
+
+def models_of(peer: type[Peer], work: Path) -> Path:
+    """Return the directory of a peer's models."""
+    return work / "models" / (peer.models_of or peer.name)
+
+
+def install(peer: type[Peer], work: Path) -> None:
+    """Make a peer's environment, unless it is there with the same requirements.
+
+    Raises:
+        UnavailableError: pip failed.
+    """
+    if not peer.requirements:
+        return
+    directory = work / "env" / peer.name
+    wanted = repr(
+        (peer.requirements, peer.requirements_alone, peer.pip_options, peer.pip_environment)
+    )
+    stamp = directory / "installed"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    print(f"installing {peer.name}: {', '.join(peer.requirements)}", file=sys.stderr)
+    shutil.rmtree(directory, ignore_errors=True)
+    venv.create(directory, with_pip=True)
+    command = [python_of(peer, work), "-m", "pip", "install", "--disable-pip-version-check"]
+    variables = {**os.environ, **peer.pip_environment}
+    log = work / "log" / f"install-{peer.name}.log"
+    _run([*command, *peer.pip_options, *peer.requirements], log, variables)
+    if peer.requirements_alone:
+        _run([*command, "--no-deps", *peer.requirements_alone], log, variables)
+    stamp.write_text(wanted)
+
+
+def build(peer: type[Peer], work: Path, checkpoint: Path) -> None:
+    """Build a peer's models from the checkpoint, unless that has been done by the same code.
+
+    Raises:
+        UnavailableError: the peer's tools failed.
+    """
+    builder = PEERS[peer.models_of] if peer.models_of else peer
+    directory = models_of(peer, work)
+    code = b"".join(path.read_bytes() for path in _sources(builder))
+    wanted = hashlib.sha256(code + repr(builder.requirements).encode()).hexdigest()
+    stamp = directory / "built"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    print(f"building the models of {builder.name}", file=sys.stderr)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    command = [python_of(builder, work), HERE / "worker.py", "build", builder.name]
+    log = work / "log" / f"build-{builder.name}.log"
+    _run([*command, checkpoint, directory], log, environment())
+    stamp.write_text(wanted)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a peer's process."""
+    paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", **more}
+
+
+def _sources(peer: type[Peer]) -> list[Path]:
+    """Return the files that decide what a peer builds: its own and those that are no peer's."""
+    others = {f"{name}.py" for name in PEERS} - {f"{peer.name}.py"}
+    return sorted(path for path in (HERE / "peers").glob("*.py") if path.name not in others)
+
+
+def _run(command: list[object], log: Path, variables: dict[str, str]) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        status = subprocess.run(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            check=False,
+        ).returncode
+    if status:
+        raise UnavailableError(f"{last_line(log)} (status {status}, see {log})")
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that says something."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    return next((line[:300] for line in reversed(lines) if line), "no output")

@@ -1,0 +1,106 @@
+// The one interface between the model and the instruction sets.
+//
+// Every implementation is compiled from kernels.inl over the primitives of its instruction set and
+// found by name; the model calls through the table and knows none of them.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/layout.h"
+
+namespace edgevl {
+
+/// Most tokens any implementation takes in a block.
+constexpr int kMaxTokenBlock = 16;
+
+/// Attention of some query rows, which share one key/value head, over a cached sequence.
+struct Attention {
+  const std::uint32_t* const* keys;    ///< a pointer for each cache block, from position 0
+  const std::uint32_t* const* values;  ///< likewise
+  int head_dim;                        ///< a multiple of 2; the cache's is padded to 16
+  int rows;                            ///< query rows, at most Kernels::token_block
+  float scale;                         ///< of the scores, commonly 1 / sqrt(head_dim)
+  const float* query[kMaxTokenBlock];  ///< [head_dim] each
+  int visible[kMaxTokenBlock];         ///< positions 0 .. visible - 1 are attended to; at least 1
+  float* out[kMaxTokenBlock];          ///< [head_dim] each
+  float* scratch;  ///< attention_scratch(rows, most visible) floats, 64-byte aligned
+};
+
+/// Floats of scratch that `attend` needs: scores, and weights rounded to bfloat16.
+constexpr std::size_t attention_scratch(int rows, int visible) {
+  std::size_t padded = std::size_t(visible + kCacheBlock - 1) / kCacheBlock * kCacheBlock;
+  return rows * (padded + padded / 2) + std::size_t(kMaxTokenBlock) * 64;
+}
+
+/// The arithmetic of one instruction set.
+///
+/// Vectors and rows need no alignment and may have any length, except where it says so.
+struct Kernels {
+  const char* name;
+  int token_block;  ///< tokens that one matrix tile takes
+
+  // --- activations ---
+
+  /// Quantizes rows to int8: the scale of a group is its largest magnitude / 127, values are
+  /// rounded to nearest even. Columns from `cols` to out.cols are zero.
+  /// Reads x [out.tokens, cols] with `stride` floats from row to row.
+  void (*quantize)(const float* x, std::size_t stride, int cols, const Block& out);
+
+  /// Rounds rows to bfloat16, nearest even; otherwise as `quantize`.
+  void (*round)(const float* x, std::size_t stride, int cols, const Block& out);
+
+  // --- matrix products: float32 out; scales applied; no bias ---
+
+  /// One token: out[16] = a panel times the only token of the block. By Format.
+  void (*row[3])(const Matrix& matrix, const std::uint8_t* panel, const Block& x, float* out);
+
+  /// A block: out[tokens][32] = two panels that lie one after the other times the block. By Format.
+  /// `out` is 64-byte aligned.
+  void (*tile[3])(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out);
+
+  // --- attention ---
+
+  /// Puts a key [head_dim] at a position (0 .. kCacheBlock - 1) of a cache block, as bfloat16.
+  void (*store_key)(const float* key, int head_dim, int position, std::uint32_t* block);
+  void (*store_value)(const float* value, int head_dim, int position, std::uint32_t* block);
+
+  /// Softmax attention. Query, keys, values and weights are bfloat16, sums float32. Positions that
+  /// are not visible may hold anything finite.
+  void (*attend)(const Attention& attention);
+
+  // --- element by element ---
+
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float eps,
+                     float* out);
+  /// Rotary embedding in place, halves paired: x [head_dim], cos and sin [head_dim / 2].
+  void (*rotate)(float* x, const float* cos, const float* sin, int head_dim);
+  /// out = silu(gate) * up; out may be gate.
+  void (*swiglu)(const float* gate, const float* up, int n, float* out);
+  /// Exact GELU (by erf, to 1e-6) in place.
+  void (*gelu)(float* x, int n);
+  /// x += y, or x += scale * y where scale is not null.
+  void (*add)(float* x, const float* y, const float* scale, int n);
+  /// Inner product of a row in bfloat16 with a float32 vector, in float32.
+  float (*dot_bf16)(const std::uint16_t* row, const float* x, int n);
+
+  // --- what the machine can do, for `edgevl bench` ---
+
+  /// Reads `bytes` (a multiple of 256) once; returns something that depends on all of them.
+  std::uint64_t (*read)(const std::uint8_t* data, std::size_t bytes);
+  /// Keeps the int8 multipliers busy; returns the number of multiply-adds done, about 1e8.
+  std::uint64_t (*multiply)();
+};
+
+/// Names of the implementations that this processor can run, the best first; ends with "portable".
+std::vector<std::string> instruction_sets();
+
+/// The implementation of that name; of the environment's EDGEVL_ISA, or else the best, for "".
+/// Throws std::invalid_argument for one that is unknown or that this processor cannot run.
+const Kernels& kernels(const std::string& name = "");
+
+}  // namespace edgevl

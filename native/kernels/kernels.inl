@@ -1,0 +1,915 @@
+// The kernels, written once over the primitives of an instruction set.
+//
+// An instruction set's file defines, in an anonymous namespace of edgevl, what follows, and then
+// includes this one. A register is whatever the instruction set computes with; kLanes / kWidth of
+// them make a line of the layout.
+//
+//   kTokenBlock              tokens of a matrix tile
+//   kWidth                   32-bit lanes of a register
+//   kAccumulators            registers that a tile may keep sums in
+//   Floats, Ints             kWidth float32 or int32; + - * / work on Floats
+//   Bytes                    4 * kWidth int8, signed or not
+//   Pairs                    2 * kWidth bfloat16, in the form that dot2 wants
+//   kByteOffset              what bytes_int8 leaves added to the weights, 128 or 0
+//   load, store              (pointer[, n]): a register, or only its first n lanes (others: zero)
+//   splat, add               of float or int32; of two Floats or two Ints
+//   subtract, shift_left     (Ints, Ints); (Ints, bits)
+//   fma                      (a, b, c): a * b + c
+//   larger, smaller          of two; where one of two Floats is NaN, the second
+//   magnitude                Floats without the sign, as Ints: these compare as the floats do, and
+//                            NaN is the largest
+//   to_int, to_float         convert, to nearest even
+//   nearest                  Floats rounded to whole ones
+//   times_power_of_two       (Floats x, Floats n): x * 2^n, n whole, from -126 to 127
+//   sum, largest             over the lanes
+//   load_half, load_bf16     kWidth float16 or bfloat16 as Floats
+//   store_bytes, store_bf16  the low byte of each lane; Floats rounded to nearest even
+//   load_bytes, either       any register of bytes; bitwise or
+//   low_nibbles, high_nibbles, bytes_int8, broadcast_bytes
+//   dot4                     (Ints sums, Bytes weights, Bytes signed activations)
+//   load_pairs, broadcast_pairs
+//   dot2                     (Floats sums, Pairs, Pairs)
+//   opaque                   makes the compiler forget what it knows about a register of bytes
+//   kBothNibbles             whether both nibbles of a line are best multiplied together, by
+//   dot8                     (Ints sums, Bytes low, Bytes high, Bytes x of low, Bytes x of high)
+//   kLanesOfWords            whether the words of kWidth tokens are best loaded together, and
+//                            multiplied by
+//   dot4_lane<k>, dot2_lane<k>   as dot4 and dot2, with the k-th word
+//   kPairsOfTokens           whether tokens of a tile are best multiplied in pairs, by
+//   add_int4_pairs, add_int8_pairs   as add_int4 and add_int8 below
+//
+// The files are compiled with flags of their own. Nothing here may therefore be visible outside of
+// the file, or the linker could take it for a processor that lacks the instructions: everything is
+// in the anonymous namespace, and no template of the standard library is used.
+
+#if defined(__clang__)
+#define EDGEVL_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define EDGEVL_UNROLL _Pragma("GCC unroll 64")
+#endif
+#define EDGEVL_INLINE inline __attribute__((always_inline))
+#define EDGEVL_NOINLINE __attribute__((noinline))
+
+namespace edgevl {
+namespace {
+
+constexpr int kRegisters = kLanes / kWidth;
+constexpr int kRegisterBytes = 4 * kWidth;
+constexpr int kTileLanes = 2 * kLanes;
+/// A row's product is summed up in so many chains, as one would wait for its own latency.
+constexpr int kChains = kRegisters < 4 ? 4 / kRegisters : 1;
+
+static_assert(kTokenBlock <= kMaxTokenBlock);
+
+/// Registers of output lanes for so many tokens, of `most` (a power of two).
+constexpr int registers_for(int tokens, int most) {
+  int registers = most < 8 ? most : 8;
+  while (registers > 1 && registers * tokens > kAccumulators) registers /= 2;
+  return registers;
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+/// Calls body(Count<tokens>), for tokens from 1 to kTokenBlock.
+template <int T = kTokenBlock, class Body>
+EDGEVL_INLINE void with_count(int tokens, const Body& body) {
+  if (tokens == T) {
+    body(Count<T>());
+  } else if constexpr (T > 1) {
+    with_count<T - 1>(tokens, body);
+  }
+}
+
+/// Calls body(i, count) for every register's worth of n elements; count is kWidth but for the last.
+template <class Body>
+EDGEVL_INLINE void sweep(int n, const Body& body) {
+  int i = 0;
+  for (; i + kWidth <= n; i += kWidth) body(i, Count<kWidth>());
+  if (i < n) body(i, n - i);
+}
+
+EDGEVL_INLINE Floats load(const float* x, Count<kWidth>) { return load(x); }
+EDGEVL_INLINE void store(float* x, Floats value, Count<kWidth>) { store(x, value); }
+
+EDGEVL_INLINE int smaller_of(int a, int b) { return a < b ? a : b; }
+EDGEVL_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class Word>
+EDGEVL_INLINE void copy(void* to, const void* from) {
+  __builtin_memcpy(to, from, sizeof(Word));
+}
+
+// --- activations ---------------------------------------------------------------------------------
+
+/// Quantizes the first `count` of `n` columns, the other ones being zero, to n / 4 words that are
+/// `step` apart. Returns the sum of the int8 values.
+int quantize_group(const float* x, int count, int n, std::uint32_t* words, int step, float* scale) {
+  Ints top = splat(0);
+  sweep(count, [&](int i, auto lanes) { top = larger(top, magnitude(load(x + i, lanes))); });
+  const int bits = largest(top);
+  float most;
+  copy<float>(&most, &bits);
+  *scale = most / 127.0f;
+  // The reciprocal of less would overflow; NaN ends here too, and the scale carries it on.
+  const bool usable = most > 1e-30f;
+  const Floats inverse = splat(usable ? 127.0f / most : 0.0f);
+  if (!usable && most <= 1e-30f) *scale = 0.0f;
+  Ints total = splat(0);
+  for (int i = 0; i < n; i += kWidth) {
+    const int here = count - i;
+    const Floats value = here >= kWidth ? load(x + i) : here > 0 ? load(x + i, here) : splat(0.0f);
+    const Ints rounded = to_int(value * inverse);
+    total = add(total, rounded);
+    alignas(64) std::int8_t bytes[kWidth];
+    store_bytes(bytes, rounded);
+    const int whole = smaller_of(kWidth, n - i);
+    for (int k = 0; k < whole; k += 4) copy<std::uint32_t>(words + (i + k) / 4 * step, bytes + k);
+  }
+  return sum(total);
+}
+
+void quantize(const float* x, std::size_t stride, int cols, const Block& out) {
+  for (int t = 0; t < out.tokens; ++t) {
+    for (int g = 0; g * out.group < out.cols; ++g) {
+      const int first = g * out.group;
+      const int left = cols - first;
+      const int count = left < 0 ? 0 : smaller_of(left, out.group);
+      const int at = g * out.tokens + t;
+      out.sums[at] = quantize_group(x + t * stride + first, count, out.group,
+                                    out.words + std::size_t(first / 4) * out.tokens + t, out.tokens,
+                                    out.scales + at);
+    }
+  }
+}
+
+/// Rounds x [n] to bfloat16 and puts ceil(n / 2) pairs into words that are `step` apart.
+EDGEVL_INLINE void round_row(const float* x, int n, std::uint32_t* words, int step) {
+  sweep(n, [&](int i, auto lanes) {
+    alignas(64) std::uint16_t halves[kWidth];
+    store_bf16(halves, load(x + i, lanes));
+    const int pairs = smaller_of(kWidth, n - i + 1) / 2;
+    for (int k = 0; k < pairs; ++k) {
+      copy<std::uint32_t>(words + std::size_t(i / 2 + k) * step, halves + 2 * k);
+    }
+  });
+}
+
+void round_rows(const float* x, std::size_t stride, int cols, const Block& out) {
+  for (int t = 0; t < out.tokens; ++t) {
+    round_row(x + t * stride, cols, out.words + t, out.tokens);
+    for (int i = (cols + 1) / 2; i < out.cols / 2; ++i) {
+      out.words[std::size_t(i) * out.tokens + t] = 0;
+    }
+  }
+}
+
+// --- sums over lines: the loops in which the time goes -------------------------------------------
+
+/// How far ahead of the products a matrix is fetched. Processors do so by themselves for one token,
+/// but hardly look far enough when several tokens are multiplied with every line.
+constexpr std::ptrdiff_t kAhead = 4096;
+
+EDGEVL_INLINE void fetch(const std::uint8_t* from, std::ptrdiff_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + ahead));
+}
+
+template <int T, int R, class Sum>
+EDGEVL_INLINE void clear(Sum (&sums)[T][R], Sum zero) {
+  EDGEVL_UNROLL
+  for (int t = 0; t < T; ++t) {
+    EDGEVL_UNROLL
+    for (int r = 0; r < R; ++r) sums[t][r] = zero;
+  }
+}
+
+/// sums[t][r] += weights[r] * the word of token t.
+template <int T, int R>
+EDGEVL_INLINE void add_products(Ints (&sums)[T][R], const Bytes (&weights)[R],
+                                const std::uint32_t* words) {
+  if constexpr (kLanesOfWords && T % kWidth == 0) {
+    EDGEVL_UNROLL
+    for (int t = 0; t < T; t += kWidth) {
+      const Bytes x = load_bytes(reinterpret_cast<const std::uint8_t*>(words + t));
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        sums[t][r] = dot4_lane<0>(sums[t][r], weights[r], x);
+        sums[t + 1][r] = dot4_lane<1>(sums[t + 1][r], weights[r], x);
+        sums[t + 2][r] = dot4_lane<2>(sums[t + 2][r], weights[r], x);
+        sums[t + 3][r] = dot4_lane<3>(sums[t + 3][r], weights[r], x);
+      }
+    }
+  } else {
+    EDGEVL_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const Bytes x = broadcast_bytes(words + t);
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) sums[t][r] = dot4(sums[t][r], weights[r], x);
+    }
+  }
+}
+
+/// Lines of kInt4; source[r] is the register's place in the first line, words are [2 * lines][T].
+template <int T, int R>
+EDGEVL_INLINE void add_int4(Ints (&sums)[T][R], const std::uint8_t* const (&source)[R], int lines,
+                            const std::uint32_t* words) {
+  for (int i = 0; i < lines; ++i, words += 2 * T) {
+    Bytes low[R], high[R];
+    EDGEVL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      fetch(source[r] + i * kLineBytes, kAhead);
+      const Bytes both = load_bytes(source[r] + i * kLineBytes);
+      low[r] = low_nibbles(both);
+      high[r] = high_nibbles(both);
+    }
+    if constexpr (kBothNibbles) {
+      EDGEVL_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const Bytes x = broadcast_bytes(words + t), y = broadcast_bytes(words + T + t);
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) sums[t][r] = dot8(sums[t][r], low[r], high[r], x, y);
+      }
+    } else {
+      add_products(sums, low, words);
+      add_products(sums, high, words + T);
+    }
+  }
+}
+
+/// Lines of kInt8, likewise; words are [lines][T].
+template <int T, int R>
+EDGEVL_INLINE void add_int8(Ints (&sums)[T][R], const std::uint8_t* const (&source)[R], int lines,
+                            const std::uint32_t* words) {
+  for (int i = 0; i < lines; ++i, words += T) {
+    Bytes weights[R];
+    EDGEVL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      fetch(source[r] + i * kLineBytes, kAhead);
+      weights[r] = bytes_int8(source[r] + i * kLineBytes);
+    }
+    add_products(sums, weights, words);
+  }
+}
+
+/// Lines of bfloat16 pairs that are `stride` bytes apart. Words are kLineStep apart from line to
+/// line, kTokenStep from token to token: [lines][T] by default. `ahead` bytes are fetched ahead.
+template <int T, int R, int kLineStep = T, int kTokenStep = 1>
+EDGEVL_INLINE void add_bf16(Floats (&sums)[T][R], const std::uint8_t* const (&source)[R],
+                            std::size_t stride, int lines, const std::uint32_t* words,
+                            std::ptrdiff_t ahead = kAhead) {
+  for (int i = 0; i < lines; ++i, words += kLineStep) {
+    Pairs line[R];
+    EDGEVL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      fetch(source[r] + i * stride, ahead);
+      line[r] = load_pairs(source[r] + i * stride);
+    }
+    if constexpr (kLanesOfWords && kTokenStep == 1 && T % kWidth == 0) {
+      EDGEVL_UNROLL
+      for (int t = 0; t < T; t += kWidth) {
+        const Pairs x = load_pairs(reinterpret_cast<const std::uint8_t*>(words + t));
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          sums[t][r] = dot2_lane<0>(sums[t][r], line[r], x);
+          sums[t + 1][r] = dot2_lane<1>(sums[t + 1][r], line[r], x);
+          sums[t + 2][r] = dot2_lane<2>(sums[t + 2][r], line[r], x);
+          sums[t + 3][r] = dot2_lane<3>(sums[t + 3][r], line[r], x);
+        }
+      }
+    } else {
+      EDGEVL_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const Pairs x = broadcast_pairs(words + t * kTokenStep);
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) sums[t][r] = dot2(sums[t][r], line[r], x);
+      }
+    }
+  }
+}
+
+// --- matrix times one token ----------------------------------------------------------------------
+
+/// Lines dealt out to kChains of sums, which are then added up into sums[0][kRegisters].
+/// add_lines(chain, source, i) adds the products of line i.
+template <class Sum, class Add>
+EDGEVL_INLINE void add_in_chains(Sum (&sums)[kChains][1][kRegisters], const std::uint8_t* from,
+                                 int lines, const Add& add_lines) {
+  int i = 0;
+  for (; i + kChains <= lines; i += kChains) {
+    EDGEVL_UNROLL
+    for (int c = 0; c < kChains; ++c) {
+      const std::uint8_t* source[kRegisters];
+      EDGEVL_UNROLL
+      for (int r = 0; r < kRegisters; ++r) {
+        source[r] = from + std::size_t(i + c) * kLineBytes + r * kRegisterBytes;
+      }
+      add_lines(sums[c], source, i + c);
+    }
+  }
+  for (; i < lines; ++i) {
+    const std::uint8_t* source[kRegisters];
+    EDGEVL_UNROLL
+    for (int r = 0; r < kRegisters; ++r) {
+      source[r] = from + std::size_t(i) * kLineBytes + r * kRegisterBytes;
+    }
+    add_lines(sums[0], source, i);
+  }
+  EDGEVL_UNROLL
+  for (int c = 1; c < kChains; ++c) {
+    EDGEVL_UNROLL
+    for (int r = 0; r < kRegisters; ++r) sums[0][0][r] = add(sums[0][0][r], sums[c][0][r]);
+  }
+}
+
+void row_int4(const Matrix& matrix, const std::uint8_t* panel, const Block& x, float* out) {
+  const int lines = matrix.group / 8;
+  const int groups = matrix.groups();
+  const std::uint8_t* scales = panel;
+  const std::uint8_t* source = panel + matrix.scale_bytes();
+  const std::uint32_t* words = x.words;
+  Floats total[kRegisters];
+  EDGEVL_UNROLL
+  for (int r = 0; r < kRegisters; ++r) total[r] = splat(0.0f);
+  for (int g = 0; g < groups; ++g) {
+    Ints sums[kChains][1][kRegisters];
+    EDGEVL_UNROLL
+    for (auto& chain : sums) clear(chain, splat(0));
+    add_in_chains(sums, source, lines,
+                  [&](auto& one, auto& from, int i) { add_int4(one, from, 1, words + 2 * i); });
+    const Ints offset = shift_left(splat(x.sums[g]), 3);
+    const Floats scale = splat(x.scales[g]);
+    EDGEVL_UNROLL
+    for (int r = 0; r < kRegisters; ++r) {
+      const Floats product = to_float(subtract(sums[0][0][r], offset)) * scale;
+      total[r] = fma(product, load_half(scales + 2 * r * kWidth), total[r]);
+    }
+    scales += 2 * kLanes;
+    source += std::size_t(lines) * kLineBytes;
+    words += 2 * lines;
+  }
+  EDGEVL_UNROLL
+  for (int r = 0; r < kRegisters; ++r) store(out + r * kWidth, total[r]);
+}
+
+void row_int8(const Matrix& matrix, const std::uint8_t* panel, const Block& x, float* out) {
+  const int lines = matrix.group / 4;
+  const int groups = matrix.groups();
+  const std::uint8_t* source = panel + kLineBytes;
+  const std::uint32_t* words = x.words;
+  Floats total[kRegisters];
+  EDGEVL_UNROLL
+  for (int r = 0; r < kRegisters; ++r) total[r] = splat(0.0f);
+  for (int g = 0; g < groups; ++g) {
+    Ints sums[kChains][1][kRegisters];
+    EDGEVL_UNROLL
+    for (auto& chain : sums) clear(chain, splat(0));
+    add_in_chains(sums, source, lines,
+                  [&](auto& one, auto& from, int i) { add_int8(one, from, 1, words + i); });
+    const Ints offset = shift_left(splat(x.sums[g]), kByteOffset == 0 ? 0 : 7);
+    const Floats scale = splat(x.scales[g]);
+    EDGEVL_UNROLL
+    for (int r = 0; r < kRegisters; ++r) {
+      const Ints exact = kByteOffset == 0 ? sums[0][0][r] : subtract(sums[0][0][r], offset);
+      total[r] = fma(to_float(exact), scale, total[r]);
+    }
+    source += std::size_t(lines) * kLineBytes;
+    words += lines;
+  }
+  EDGEVL_UNROLL
+  for (int r = 0; r < kRegisters; ++r) {
+    const Floats scale = load(reinterpret_cast<const float*>(panel) + r * kWidth);
+    store(out + r * kWidth, total[r] * scale);
+  }
+}
+
+void row_bf16(const Matrix& matrix, const std::uint8_t* panel, const Block& x, float* out) {
+  Floats sums[kChains][1][kRegisters];
+  EDGEVL_UNROLL
+  for (auto& chain : sums) clear(chain, splat(0.0f));
+  add_in_chains(sums, panel, matrix.cols / 2, [&](auto& one, auto& from, int i) {
+    add_bf16(one, from, kLineBytes, 1, x.words + i);
+  });
+  EDGEVL_UNROLL
+  for (int r = 0; r < kRegisters; ++r) store(out + r * kWidth, sums[0][0][r]);
+}
+
+// --- matrix times a block of tokens --------------------------------------------------------------
+
+/// Where the lanes of R registers lie, from register `first` of the two panels' on.
+template <int R>
+struct Place {
+  const std::uint8_t* scales[R];
+  const std::uint8_t* source[R];
+
+  EDGEVL_INLINE Place(const Matrix& matrix, const std::uint8_t* panels, int first, int scale_size) {
+    const std::size_t panel_bytes = matrix.panel_bytes();
+    const std::size_t scale_bytes = matrix.scale_bytes();
+    EDGEVL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const std::uint8_t* panel = panels + (first + r) / kRegisters * panel_bytes;
+      const int at = (first + r) % kRegisters;
+      scales[r] = panel + at * kWidth * scale_size;
+      source[r] = panel + scale_bytes + at * kRegisterBytes;
+    }
+  }
+};
+
+/// One group's int32 sums, scaled, into out: put there for the first group, added for the others.
+template <int T, int R>
+EDGEVL_INLINE void add_scaled(const Ints (&sums)[T][R], const Floats (&weight_scales)[R],
+                              const float* token_scales, bool first, float* out) {
+  EDGEVL_UNROLL
+  for (int t = 0; t < T; ++t) {
+    const Floats scale = splat(token_scales[t]);
+    EDGEVL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      float* to = out + t * kTileLanes + r * kWidth;
+      const Floats product = to_float(sums[t][r]) * scale;
+      store(to, first ? product * weight_scales[r] : fma(product, weight_scales[r], load(to)));
+    }
+  }
+}
+
+/// Takes off what the offset of the weights, 2^bits, has added to a group's sums.
+template <int T, int R>
+EDGEVL_INLINE void take_off(Ints (&sums)[T][R], const std::int32_t* token_sums, int bits) {
+  EDGEVL_UNROLL
+  for (int t = 0; t < T; ++t) {
+    const Ints offset = shift_left(splat(token_sums[t]), bits);
+    EDGEVL_UNROLL
+    for (int r = 0; r < R; ++r) sums[t][r] = subtract(sums[t][r], offset);
+  }
+}
+
+template <int T>
+EDGEVL_NOINLINE void tile_int4_of(const Matrix& matrix, const std::uint8_t* panels, const Block& x,
+                                  float* out) {
+  constexpr int R = registers_for(T, 2 * kRegisters);
+  const int lines = matrix.group / 8;
+  const int groups = matrix.groups();
+  for (int first = 0; first < 2 * kRegisters; first += R, out += R * kWidth) {
+    Place<R> place(matrix, panels, first, 2);
+    const std::uint32_t* words = x.words;
+    for (int g = 0; g < groups; ++g) {
+      Ints sums[T][R];
+      clear(sums, splat(0));
+      if constexpr (kPairsOfTokens && T > 1) {
+        add_int4_pairs(sums, place.source, lines, words);
+      } else {
+        add_int4(sums, place.source, lines, words);
+      }
+      take_off(sums, x.sums + g * T, 3);
+      Floats scales[R];
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        scales[r] = load_half(place.scales[r] + g * 2 * kLanes);
+        place.source[r] += std::size_t(lines) * kLineBytes;
+      }
+      add_scaled(sums, scales, x.scales + g * T, g == 0, out);
+      words += 2 * lines * T;
+    }
+  }
+}
+
+template <int T>
+EDGEVL_NOINLINE void tile_int8_of(const Matrix& matrix, const std::uint8_t* panels, const Block& x,
+                                  float* out) {
+  constexpr int R = registers_for(T, 2 * kRegisters);
+  const int lines = matrix.group / 4;
+  const int groups = matrix.groups();
+  for (int first = 0; first < 2 * kRegisters; first += R, out += R * kWidth) {
+    Place<R> place(matrix, panels, first, 4);
+    const std::uint32_t* words = x.words;
+    for (int g = 0; g < groups; ++g) {
+      Ints sums[T][R];
+      clear(sums, splat(0));
+      if constexpr (kPairsOfTokens && T > 1) {
+        add_int8_pairs(sums, place.source, lines, words);
+      } else {
+        add_int8(sums, place.source, lines, words);
+      }
+      if constexpr (kByteOffset != 0) take_off(sums, x.sums + g * T, 7);
+      Floats scales[R];
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        scales[r] = load(reinterpret_cast<const float*>(place.scales[r]));
+        place.source[r] += std::size_t(lines) * kLineBytes;
+      }
+      add_scaled(sums, scales, x.scales + g * T, g == 0, out);
+      words += lines * T;
+    }
+  }
+}
+
+template <int T>
+EDGEVL_NOINLINE void tile_bf16_of(const Matrix& matrix, const std::uint8_t* panels, const Block& x,
+                                  float* out) {
+  constexpr int R = registers_for(T, 2 * kRegisters);
+  for (int first = 0; first < 2 * kRegisters; first += R, out += R * kWidth) {
+    const Place<R> place(matrix, panels, first, 0);
+    Floats sums[T][R];
+    clear(sums, splat(0.0f));
+    add_bf16(sums, place.source, kLineBytes, matrix.cols / 2, x.words);
+    EDGEVL_UNROLL
+    for (int t = 0; t < T; ++t) {
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) store(out + t * kTileLanes + r * kWidth, sums[t][r]);
+    }
+  }
+}
+
+void tile_int4(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out) {
+  with_count(x.tokens, [&](auto t) { tile_int4_of<decltype(t)::value>(matrix, panels, x, out); });
+}
+
+void tile_int8(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out) {
+  with_count(x.tokens, [&](auto t) { tile_int8_of<decltype(t)::value>(matrix, panels, x, out); });
+}
+
+void tile_bf16(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out) {
+  with_count(x.tokens, [&](auto t) { tile_bf16_of<decltype(t)::value>(matrix, panels, x, out); });
+}
+
+// --- attention -----------------------------------------------------------------------------------
+
+/// Channels of a query that are multiplied at once; their words fit into the scratch.
+constexpr int kQueryChannels = 128;
+
+// Half-words and whole words are stored one by one and nothing around them is touched, so that
+// positions may be stored by several threads at once.
+void store_key(const float* key, int head_dim, int position, std::uint32_t* block) {
+  const int padded = round_up(head_dim, kLanes);
+  std::uint32_t* words = block + position / kLanes * (padded / 2) * kLanes + position % kLanes;
+  round_row(key, head_dim, words, kLanes);
+}
+
+void store_value(const float* value, int head_dim, int position, std::uint32_t* block) {
+  const int padded = round_up(head_dim, kLanes);
+  std::uint32_t* words = block + std::size_t(position / 2) * padded;
+  sweep(head_dim, [&](int i, auto lanes) {
+    alignas(64) std::uint16_t halves[kWidth];
+    store_bf16(halves, load(value + i, lanes));
+    const int count = smaller_of(kWidth, head_dim - i);
+    char* to = reinterpret_cast<char*>(words + i) + 2 * (position % 2);
+    for (int k = 0; k < count; ++k) copy<std::uint16_t>(to + 4 * k, halves + k);
+  });
+}
+
+/// 2^x to 2e-7, for x from -126 (what is less counts as that) to 127; NaN stays NaN.
+/// The polynomial is the best one of its degree on [-1/2, 1/2]: 9.2e-8, relative.
+EDGEVL_INLINE Floats exp2(Floats x) {
+  x = larger(splat(-126.0f), x);
+  const Floats whole = nearest(x);
+  const Floats part = x - whole;
+  Floats y = splat(1.32647272e-3f);
+  y = fma(y, part, splat(9.67151264e-3f));
+  y = fma(y, part, splat(5.55073374e-2f));
+  y = fma(y, part, splat(2.40222421e-1f));
+  y = fma(y, part, splat(6.93146978e-1f));
+  y = fma(y, part, splat(1.0f));
+  return times_power_of_two(y, whole);
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+/// How the words of weights lie, for each cache block: those of all rows together, where kWidth of
+/// them are loaded at once; otherwise row by row, so that they can be stored as they come.
+template <int T>
+struct Weights {
+  static constexpr int kWords = kCacheBlock / 2;
+  static constexpr int kLineStep = kLanesOfWords ? T : 1;
+  static constexpr int kRowStep = kLanesOfWords ? 1 : kWords;
+};
+
+/// Weights of the first `visible` scores, not normalised; those of the positions up to `padded` are
+/// zero. Returns the weights' sum.
+template <int T>
+EDGEVL_INLINE float softmax(const float* scores, int visible, int padded, float scale,
+                            std::uint32_t* weights) {
+  const int whole = visible & ~(kWidth - 1);
+  Floats tops[4];
+  EDGEVL_UNROLL
+  for (int k = 0; k < 4; ++k) tops[k] = splat(-__builtin_inff());
+  for (int i = 0; i < whole; i += kWidth) {
+    Floats& top = tops[i / kWidth % 4];
+    top = larger(load(scores + i), top);
+  }
+  float most = largest(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
+  for (int i = whole; i < visible; ++i) most = scores[i] > most ? scores[i] : most;
+  const Floats factor = splat(scale * kLog2E);
+  const Floats top = splat(most);
+  Floats total = splat(0.0f);
+  const auto put = [&](int i, Floats weight) {
+    std::uint32_t* words = weights + i / kCacheBlock * (T * kCacheBlock / 2) +
+                           i % kCacheBlock / 2 * Weights<T>::kLineStep;
+    if constexpr (Weights<T>::kLineStep == 1) {
+      store_bf16(reinterpret_cast<std::uint16_t*>(words), weight);
+    } else {
+      alignas(64) std::uint16_t halves[kWidth];
+      store_bf16(halves, weight);
+      for (int k = 0; k < kWidth / 2; ++k) {
+        copy<std::uint32_t>(words + k * Weights<T>::kLineStep, halves + 2 * k);
+      }
+    }
+  };
+  for (int i = 0; i < whole; i += kWidth) {
+    const Floats weight = exp2((load(scores + i) - top) * factor);
+    total = total + weight;
+    put(i, weight);
+  }
+  for (int i = whole; i < padded; i += kWidth) {
+    Floats weight = splat(0.0f);
+    if (i < visible) {
+      alignas(64) float part[kWidth];
+      store(part, exp2((load(scores + i, visible - i) - top) * factor));
+      weight = load(part, visible - i);
+    }
+    total = total + weight;
+    put(i, weight);
+  }
+  return sum(total);
+}
+
+/// From a cache block to the one after it, in bytes; zero for the last of `blocks`.
+EDGEVL_INLINE std::ptrdiff_t to_next(const std::uint32_t* const* block, int index, int blocks) {
+  if (index + 1 >= blocks) return 0;
+  return std::ptrdiff_t(reinterpret_cast<std::uintptr_t>(block[index + 1]) -
+                        reinterpret_cast<std::uintptr_t>(block[index]));
+}
+
+/// scores[T][padded] = queries times keys, for `channels` channels from `channel` on.
+template <int T>
+EDGEVL_INLINE void add_scores(const Attention& a, const std::uint32_t* queries, int channel,
+                              int channels, int padded, float* scores) {
+  constexpr int kBlockRegisters = kCacheBlock / kWidth;
+  constexpr int R = registers_for(T, kBlockRegisters);
+  const std::size_t group_words = std::size_t(round_up(a.head_dim, kLanes)) / 2 * kLanes;
+  for (int position = 0; position < padded; position += kCacheBlock) {
+    const int index = position / kCacheBlock;
+    const std::uint32_t* block = a.keys[index] + channel / 2 * kLanes;
+    const std::ptrdiff_t ahead = to_next(a.keys, index, padded / kCacheBlock);
+    for (int first = 0; first < kBlockRegisters; first += R) {
+      const std::uint8_t* source[R];
+      float* out = scores + position + first * kWidth;
+      Floats sums[T][R];
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int at = first + r;
+        source[r] = reinterpret_cast<const std::uint8_t*>(block + at / kRegisters * group_words +
+                                                          at % kRegisters * kWidth);
+      }
+      EDGEVL_UNROLL
+      for (int t = 0; t < T; ++t) {
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const float* before = out + std::size_t(t) * padded + r * kWidth;
+          sums[t][r] = channel == 0 ? splat(0.0f) : load(before);
+        }
+      }
+      add_bf16(sums, source, kLineBytes, channels / 2, queries, ahead);
+      EDGEVL_UNROLL
+      for (int t = 0; t < T; ++t) {
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) store(out + std::size_t(t) * padded + r * kWidth, sums[t][r]);
+      }
+    }
+  }
+}
+
+/// out = weights times values, normalised, for the channels from `channel` on, R registers of them
+/// at a time.
+template <int T, int R>
+EDGEVL_INLINE void mix_values(const Attention& a, const std::uint32_t* weights,
+                              const float* inverse, int visible, int channel) {
+  const std::size_t row_words = round_up(a.head_dim, kLanes);
+  for (; channel + (R - 1) * kWidth < a.head_dim; channel += R * kWidth) {
+    Floats sums[T][R];
+    clear(sums, splat(0.0f));
+    for (int position = 0; position < visible; position += kCacheBlock) {
+      const int index = position / kCacheBlock;
+      const std::uint32_t* block = a.values[index] + channel;
+      const std::uint8_t* source[R];
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        source[r] = reinterpret_cast<const std::uint8_t*>(block + r * kWidth);
+      }
+      const int positions = smaller_of(kCacheBlock, visible - position);
+      add_bf16<T, R, Weights<T>::kLineStep, Weights<T>::kRowStep>(
+          sums, source, 4 * row_words, (positions + 1) / 2, weights + position / 2 * T,
+          to_next(a.values, index, (visible + kCacheBlock - 1) / kCacheBlock));
+    }
+    EDGEVL_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const Floats factor = splat(inverse[t]);
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int at = channel + r * kWidth;
+        const Floats mixed = sums[t][r] * factor;
+        if (at + kWidth <= a.head_dim) {
+          store(a.out[t] + at, mixed);
+        } else {
+          store(a.out[t] + at, mixed, a.head_dim - at);
+        }
+      }
+    }
+  }
+  if constexpr (R > 1) mix_values<T, R / 2>(a, weights, inverse, visible, channel);
+}
+
+template <int T>
+EDGEVL_NOINLINE void attend_of(const Attention& a) {
+  int visible = 0;
+  for (int t = 0; t < T; ++t) visible = a.visible[t] > visible ? a.visible[t] : visible;
+  const int padded = round_up(visible, kCacheBlock);
+  float* scores = a.scratch;
+  auto* queries = reinterpret_cast<std::uint32_t*>(scores + std::size_t(T) * padded);
+  auto* weights = queries + kMaxTokenBlock * (kQueryChannels / 2);
+  for (int channel = 0; channel < a.head_dim; channel += kQueryChannels) {
+    const int channels = smaller_of(kQueryChannels, a.head_dim - channel);
+    for (int t = 0; t < T; ++t) round_row(a.query[t] + channel, channels, queries + t, T);
+    add_scores<T>(a, queries, channel, channels, padded, scores);
+  }
+  float inverse[T];
+  for (int t = 0; t < T; ++t) {
+    const float* row = scores + std::size_t(t) * padded;
+    inverse[t] =
+        1.0f / softmax<T>(row, a.visible[t], padded, a.scale, weights + t * Weights<T>::kRowStep);
+  }
+  mix_values<T, registers_for(T, 8)>(a, weights, inverse, visible, 0);
+}
+
+void attend(const Attention& a) {
+  with_count(a.rows, [&](auto t) { attend_of<decltype(t)::value>(a); });
+}
+
+// --- element by element --------------------------------------------------------------------------
+
+/// The sum of what body(i, lanes) gives for every register's worth of n elements.
+template <class Body>
+EDGEVL_INLINE float sum_of(int n, const Body& body) {
+  Floats totals[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  int i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+    EDGEVL_UNROLL
+    for (int k = 0; k < 4; ++k) totals[k] = totals[k] + body(i + k * kWidth, Count<kWidth>());
+  }
+  for (; i + kWidth <= n; i += kWidth) totals[0] = totals[0] + body(i, Count<kWidth>());
+  if (i < n) totals[1] = totals[1] + body(i, n - i);
+  return sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
+}
+
+void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
+  const float squares = sum_of(n, [&](int i, auto lanes) {
+    const Floats value = load(x + i, lanes);
+    return value * value;
+  });
+  const Floats scale = splat(1.0f / sqrtf(squares / float(n) + eps));
+  sweep(n, [&](int i, auto lanes) {
+    store(out + i, load(x + i, lanes) * scale * load(weight + i, lanes), lanes);
+  });
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, int n, float eps,
+                float* out) {
+  const float total = sum_of(n, [&](int i, auto lanes) { return load(x + i, lanes); });
+  const Floats mean = splat(total / float(n));
+  // In lanes beyond the last element, (0 - mean)^2 would count.
+  float squares = sum_of(n & ~(kWidth - 1), [&](int i, auto lanes) {
+    const Floats value = load(x + i, lanes) - mean;
+    return value * value;
+  });
+  for (int i = n & ~(kWidth - 1); i < n; ++i) {
+    const float value = x[i] - total / float(n);
+    squares += value * value;
+  }
+  const Floats scale = splat(1.0f / sqrtf(squares / float(n) + eps));
+  sweep(n, [&](int i, auto lanes) {
+    const Floats normal = (load(x + i, lanes) - mean) * scale;
+    store(out + i, fma(normal, load(weight + i, lanes), load(bias + i, lanes)), lanes);
+  });
+}
+
+void rotate(float* x, const float* cos, const float* sin, int head_dim) {
+  const int half = head_dim / 2;
+  sweep(half, [&](int i, auto lanes) {
+    const Floats a = load(x + i, lanes), b = load(x + half + i, lanes);
+    const Floats c = load(cos + i, lanes), s = load(sin + i, lanes);
+    store(x + i, a * c - b * s, lanes);
+    store(x + half + i, b * c + a * s, lanes);
+  });
+}
+
+void swiglu(const float* gate, const float* up, int n, float* out) {
+  sweep(n, [&](int i, auto lanes) {
+    const Floats x = load(gate + i, lanes);
+    const Floats power = smaller(splat(126.0f), x * splat(-kLog2E));
+    const Floats sigmoid = splat(1.0f) / (splat(1.0f) + exp2(power));
+    store(out + i, x * sigmoid * load(up + i, lanes), lanes);
+  });
+}
+
+/// x * (1 + erf(x / sqrt 2)) / 2, as max(x, 0) - |x| * erfc(|x| / sqrt 2) / 2, so that nothing
+/// cancels. erfc: Abramowitz and Stegun 7.1.26, to 1.5e-7.
+void gelu(float* x, int n) {
+  sweep(n, [&](int i, auto lanes) {
+    const Floats value = load(x + i, lanes);
+    const Floats positive = larger(splat(0.0f), value);
+    const Floats size = positive - smaller(splat(0.0f), value);
+    const Floats z = size * splat(0.70710678118654752f);
+    const Floats t = splat(1.0f) / fma(z, splat(0.3275911f), splat(1.0f));
+    Floats y = splat(1.061405429f);
+    y = fma(y, t, splat(-1.453152027f));
+    y = fma(y, t, splat(1.421413741f));
+    y = fma(y, t, splat(-0.284496736f));
+    y = fma(y, t, splat(0.254829592f));
+    const Floats complement = y * t * exp2(z * z * splat(-kLog2E));
+    store(x + i, fma(size * splat(-0.5f), complement, positive), lanes);
+  });
+}
+
+void add_to(float* x, const float* y, const float* scale, int n) {
+  if (scale == nullptr) {
+    sweep(n,
+          [&](int i, auto lanes) { store(x + i, load(x + i, lanes) + load(y + i, lanes), lanes); });
+  } else {
+    sweep(n, [&](int i, auto lanes) {
+      store(x + i, fma(load(scale + i, lanes), load(y + i, lanes), load(x + i, lanes)), lanes);
+    });
+  }
+}
+
+float dot_bf16(const std::uint16_t* row, const float* x, int n) {
+  const int whole = n & ~(kWidth - 1);
+  float total = sum_of(whole, [&](int i, auto) { return load_bf16(row + i) * load(x + i); });
+  for (int i = whole; i < n; ++i) {
+    const std::uint32_t bits = std::uint32_t(row[i]) << 16;
+    float value;
+    copy<float>(&value, &bits);
+    total += value * x[i];
+  }
+  return total;
+}
+
+// --- what the machine can do ---------------------------------------------------------------------
+
+std::uint64_t read_bytes(const std::uint8_t* data, std::size_t bytes) {
+  constexpr int kStep = 256 / kRegisterBytes;
+  Bytes seen[kStep];
+  for (int k = 0; k < kStep; ++k) seen[k] = load_bytes(data + k * kRegisterBytes);
+  for (std::size_t i = 0; i < bytes; i += 256) {
+    EDGEVL_UNROLL
+    for (int k = 0; k < kStep; ++k) {
+      seen[k] = either(seen[k], load_bytes(data + i + k * kRegisterBytes));
+    }
+  }
+  for (int k = 1; k < kStep; ++k) seen[0] = either(seen[0], seen[k]);
+  std::uint64_t result;
+  copy<std::uint64_t>(&result, &seen[0]);
+  return result;
+}
+
+std::uint64_t multiply() {
+  constexpr int kChainsBusy = kAccumulators;
+  constexpr int kRounds = 100'000'000 / (kChainsBusy * 4 * kWidth);
+  alignas(64) std::uint8_t ones[kRegisterBytes];
+  for (int i = 0; i < kRegisterBytes; ++i) ones[i] = 1;
+  Bytes weights = load_bytes(ones), x = load_bytes(ones);
+  Ints sums[kChainsBusy];
+  EDGEVL_UNROLL
+  for (int k = 0; k < kChainsBusy; ++k) sums[k] = splat(0);
+  for (int i = 0; i < kRounds; ++i) {
+    opaque(weights);
+    opaque(x);
+    EDGEVL_UNROLL
+    for (int k = 0; k < kChainsBusy; ++k) sums[k] = dot4(sums[k], weights, x);
+  }
+  std::uint64_t total = 0;
+  for (int k = 0; k < kChainsBusy; ++k) total += std::uint64_t(sum(sums[k]));
+  return total;  // every product is 1
+}
+
+constexpr Kernels table(const char* name) {
+  return {name,
+          kTokenBlock,
+          quantize,
+          round_rows,
+          {row_int4, row_int8, row_bf16},
+          {tile_int4, tile_int8, tile_bf16},
+          store_key,
+          store_value,
+          attend,
+          rms_norm,
+          layer_norm,
+          rotate,
+          swiglu,
+          gelu,
+          add_to,
+          dot_bf16,
+          read_bytes,
+          multiply};
+}
+
+}  // namespace
+}  // namespace edgevl

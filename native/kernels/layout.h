@@ -1,0 +1,83 @@
+// How weights, activations and the key/value cache lie in memory. One layout for every instruction
+// set, so that a packed model can be kept in a file and mapped by any machine.
+//
+// Everything is built from lines of 64 bytes: 16 lanes of 32 bits. A lane belongs to one output row
+// (weights), one position (keys) or one channel (values), and holds what is multiplied with one
+// 32-bit word of the other operand: four int8, or two bfloat16.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace edgevl {
+
+constexpr int kLanes = 16;
+constexpr int kLineBytes = 64;
+
+/// How the numbers of a weight matrix are stored.
+enum class Format : std::uint8_t {
+  kInt4,  ///< symmetric, -8..7, a scale for each row and group of columns
+  kInt8,  ///< symmetric, -127..127, a scale for each row
+  kBf16,
+};
+
+/// A weight matrix [rows, cols], cut into panels of 16 rows that lie one after the other.
+///
+/// A panel is one sequential stream:
+/// - kInt4: `groups` times 16 float16 scales, then cols / 8 lines; byte 4 r + t of line i has
+///   w[r][8 i + t] + 8 in its low and w[r][8 i + 4 + t] + 8 in its high nibble;
+/// - kInt8: 16 float32 scales, then cols / 4 lines; byte 4 r + t of line i is w[r][4 i + t] + 128;
+/// - kBf16: cols / 2 lines; half-word 2 r + t of line i is w[r][2 i + t].
+///
+/// Scales come padded to whole lines. Rows are padded to pairs of panels and columns to a multiple
+/// of `group` (kBf16: of 2), with zeros.
+struct Matrix {
+  Format format = Format::kBf16;
+  int rows = 0;   ///< output features, not padded
+  int cols = 0;   ///< input features, padded
+  int group = 0;  ///< columns that share a scale of the activations and, in kInt4, of the weights;
+                  ///< divides cols; a multiple of 8 (kInt4) or 4 (kInt8); not used by kBf16
+  const std::uint8_t* data = nullptr;  ///< 64-byte aligned
+
+  [[gnu::always_inline]] int panels() const { return (rows + 2 * kLanes - 1) / (2 * kLanes) * 2; }
+  [[gnu::always_inline]] int groups() const { return format == Format::kBf16 ? 1 : cols / group; }
+  [[gnu::always_inline]] std::size_t scale_bytes() const {
+    switch (format) {
+      case Format::kInt4: return (std::size_t(groups()) * 32 + 63) / 64 * 64;
+      case Format::kInt8: return 64;
+      default: return 0;
+    }
+  }
+  [[gnu::always_inline]] std::size_t panel_bytes() const {
+    constexpr int kColumnsPerLine[] = {8, 4, 2};
+    return scale_bytes() + std::size_t(cols / kColumnsPerLine[int(format)]) * kLineBytes;
+  }
+  std::size_t bytes() const { return panels() * panel_bytes(); }
+  const std::uint8_t* panel(int index) const { return data + index * panel_bytes(); }
+};
+
+/// A block of tokens ready to be multiplied with a matrix: their words side by side, so that one
+/// broadcast a token and line feeds the multipliers.
+struct Block {
+  int tokens = 0;  ///< at most Kernels::token_block
+  int cols = 0;    ///< padded, as the matrix's
+  int group = 0;   ///< as the matrix's; not used for bfloat16
+  std::uint32_t* words =
+      nullptr;                   ///< [cols / 4][tokens] four int8, or [cols / 2][tokens] bf16 pairs
+  float* scales = nullptr;       ///< int8: [groups][tokens]
+  std::int32_t* sums = nullptr;  ///< int8: [groups][tokens], sum of the group's int8 values
+};
+
+/// Positions in one block of the key/value cache.
+constexpr int kCacheBlock = 64;
+
+/// Words of one head's keys, or of its values, in one cache block. `head_dim` is padded to 16.
+///
+/// Keys: [kCacheBlock / 16][head_dim / 2][16], the word of two channels of a position.
+/// Values: [kCacheBlock / 2][head_dim], the word of a channel at two positions.
+constexpr std::size_t cache_words(int head_dim) {
+  return std::size_t(kCacheBlock) / 2 * ((head_dim + 15) / 16 * 16);
+}
+
+}  // namespace edgevl

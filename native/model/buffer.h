@@ -1,0 +1,49 @@
+// Memory for vectors: aligned to cache lines, zeroed, freed by its owner.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "kernels/layout.h"
+
+namespace edgevl {
+
+/// `size` zeroed numbers, the first at a multiple of 64 bytes. Throws std::bad_alloc.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(std::size_t size) : size_(size) {
+    if (size > (std::numeric_limits<std::size_t>::max() - kLineBytes) / sizeof(T)) {
+      throw std::bad_alloc();
+    }
+    // calloc gets large blocks as fresh pages, which need no clearing.
+    memory_.reset(std::calloc(size * sizeof(T) + kLineBytes, 1));
+    if (!memory_) throw std::bad_alloc();
+    const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<T*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);
+  }
+
+  T* data() const { return data_; }
+  std::size_t size() const { return size_; }
+
+  /// Makes room for `size` numbers; what was in the buffer is lost if it had less.
+  void reserve(std::size_t size) {
+    if (size > size_) *this = Buffer(size);
+  }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  T* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace edgevl

@@ -1,0 +1,55 @@
+// Keys and values of one sequence.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/layout.h"
+#include "model/buffer.h"
+
+namespace edgevl {
+
+/// The key/value cache of one sequence, for all layers, in blocks of kCacheBlock positions. A block
+/// is one allocation; there are as many as the sequence needs.
+class Cache {
+ public:
+  Cache(int layers, int kv_heads, int head_dim);
+  Cache(const Cache&) = delete;
+  Cache& operator=(const Cache&) = delete;
+
+  /// Positions that hold a key and a value.
+  int length() const { return length_; }
+
+  /// Bytes allocated.
+  std::size_t bytes() const { return blocks_.size() * block_words_ * sizeof(std::uint32_t); }
+
+  /// Makes room for positions 0 .. positions - 1. Throws std::bad_alloc, unchanged.
+  void reserve(int positions);
+
+  /// Says that positions 0 .. length - 1, for which there is room, have been written.
+  void set_length(int length) { length_ = length; }
+
+  /// Forgets the positions from `length` on and frees their blocks. Throws std::invalid_argument
+  /// unless 0 <= length <= length().
+  void truncate(int length);
+
+  /// A pointer for each block to the keys, or values, of a head (see cache_words).
+  std::uint32_t* const* keys(int layer, int head) const { return pointers(layer, head, 0); }
+  std::uint32_t* const* values(int layer, int head) const { return pointers(layer, head, 1); }
+
+ private:
+  std::uint32_t* const* pointers(int layer, int head, int which) const {
+    return pointers_[(static_cast<std::size_t>(layer) * kv_heads_ + head) * 2 + which].data();
+  }
+
+  int kv_heads_;
+  int length_ = 0;
+  std::size_t head_words_;   ///< of a head's keys in a block
+  std::size_t block_words_;  ///< of a block
+  std::vector<Buffer<std::uint32_t>> blocks_;
+  std::vector<std::vector<std::uint32_t*>> pointers_;  ///< [layers][kv_heads][keys, values][blocks]
+};
+
+}  // namespace edgevl

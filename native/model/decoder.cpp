@@ -1,0 +1,393 @@
+#include "model/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace edgevl {
+namespace {
+
+/// Positions that one item stores: whole lines of the cache, so that no two members write to one.
+constexpr int kStoreRun = kLanes;
+
+std::uint64_t next_number() {
+  static std::atomic<std::uint64_t> number{0};
+  return ++number;
+}
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void check_matrix(const Linear& linear, const std::string& name, int rows, int cols) {
+  const Matrix& m = linear.matrix;
+  const int padded = describe(m.format, rows, cols, m.group).cols;
+  require(m.data && m.rows == rows && m.cols == padded,
+          name + " is " + std::to_string(m.rows) + " x " + std::to_string(m.cols) + ", expected " +
+              std::to_string(rows) + " x " + std::to_string(padded));
+}
+
+void check_plain(const PlainMatrix& matrix, const char* name, int rows, int cols) {
+  require(matrix.data && matrix.rows == rows && matrix.cols == cols,
+          std::string(name) + " is " + std::to_string(matrix.rows) + " x " +
+              std::to_string(matrix.cols) + ", expected " + std::to_string(rows) + " x " +
+              std::to_string(cols));
+}
+
+/// Returns the weights, whose shapes agree with the configuration.
+DecoderWeights checked(DecoderWeights weights, const DecoderConfig& c) {
+  check(c);
+  require(static_cast<int>(weights.layers.size()) == c.num_hidden_layers,
+          "there are weights of " + std::to_string(weights.layers.size()) + " layers");
+  const int inner = c.num_attention_heads * c.head_dim;
+  for (std::size_t i = 0; i < weights.layers.size(); ++i) {
+    const auto& layer = weights.layers[i];
+    const std::string name = "layers." + std::to_string(i);
+    check_matrix(layer.qkv, name + ".qkv", c.qkv_rows(), c.hidden_size);
+    check_matrix(layer.o, name + ".o", c.hidden_size, inner);
+    check_matrix(layer.gate_up, name + ".gate_up", 2 * c.padded(c.intermediate_size),
+                 c.hidden_size);
+    check_matrix(layer.down, name + ".down", c.hidden_size, c.intermediate_size);
+    require(layer.input_norm && layer.post_norm, name + " has no norm");
+  }
+  check_plain(weights.embedding, "embedding", c.vocab_size, c.hidden_size);
+  check_matrix(weights.head, "head", c.vocab_size, c.hidden_size);
+  if (weights.head_exact) {
+    check_plain(*weights.head_exact, "head_exact", c.vocab_size, c.hidden_size);
+  }
+  require(weights.norm && weights.inverse_frequencies, "norm or inverse_frequencies is missing");
+  return weights;
+}
+
+}  // namespace
+
+void check(const DecoderConfig& c) {
+  const std::pair<const char*, int> sizes[] = {
+      {"hidden_size", c.hidden_size},
+      {"intermediate_size", c.intermediate_size},
+      {"num_hidden_layers", c.num_hidden_layers},
+      {"num_attention_heads", c.num_attention_heads},
+      {"num_key_value_heads", c.num_key_value_heads},
+      {"head_dim", c.head_dim},
+      {"vocab_size", c.vocab_size},
+      {"max_context", c.max_context},
+      {"chunk", c.chunk},
+  };
+  for (const auto& [name, size] : sizes) {
+    require(size >= 1 && size <= 1 << 24, std::string(name) + " is " + std::to_string(size));
+  }
+  require(c.num_attention_heads % c.num_key_value_heads == 0,
+          "num_attention_heads is not a multiple of num_key_value_heads");
+  require(c.head_dim % 2 == 0, "head_dim is odd");
+  require(static_cast<long long>(c.num_attention_heads) * c.head_dim <= 1 << 22,
+          "num_attention_heads * head_dim is too large");
+}
+
+Decoder::Decoder(const DecoderConfig& config, DecoderWeights weights, Team& team,
+                 const Kernels& kernels)
+    : config_(config),
+      weights_(checked(std::move(weights), config)),
+      team_(team),
+      kernels_(kernels),
+      number_(next_number()),
+      products_(kernels, team.size(), config.chunk),
+      head_(kernels, {weights_.norm, nullptr, config.rms_norm_eps}, weights_.head,
+            weights_.head_exact, config.vocab_size, config.hidden_size, team.size()),
+      x_(static_cast<std::size_t>(config.chunk) * config.hidden_size),
+      qkv_(static_cast<std::size_t>(config.chunk) * config.qkv_rows()),
+      attended_(static_cast<std::size_t>(config.chunk) * config.num_attention_heads *
+                config.head_dim),
+      gated_(static_cast<std::size_t>(config.chunk) * config.intermediate_size),
+      scratch_(team.size()) {
+  for (const auto& layer : weights_.layers) {
+    for (const Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+      products_.fit(linear->matrix);
+    }
+  }
+  products_.fit(weights_.head.matrix);
+}
+
+std::unique_ptr<Sequence> Decoder::new_sequence() const {
+  return std::unique_ptr<Sequence>(new Sequence(config_, number_));
+}
+
+void Decoder::embed(std::span<const std::int64_t> ids, float* out) const {
+  check_ids(ids);
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    weights_.embedding.row(static_cast<int>(ids[i]), out + i * config_.hidden_size);
+  }
+}
+
+Logits Decoder::prefill(Sequence& sequence, const float* embeddings, int tokens) {
+  std::lock_guard lock(turn_);
+  check(sequence, tokens);
+  require(tokens >= 1, "prefill of no tokens");
+  Cache& cache = sequence.cache;
+  const int start = cache.length();
+  float* logits = start_logits(1);
+  try {
+    for (int begin = 0; begin < tokens; begin += config_.chunk) {
+      const int rows = std::min(config_.chunk, tokens - begin);
+      const bool last = begin + rows == tokens;
+      std::memcpy(x_.data(), embeddings + static_cast<std::size_t>(begin) * config_.hidden_size,
+                  static_cast<std::size_t>(rows) * config_.hidden_size * sizeof(float));
+      spans_.assign(1, {&cache, start + begin, 0, rows});
+      forward(rows, last ? 1 : 0, logits);
+    }
+  } catch (...) {
+    cache.truncate(start);
+    throw;
+  }
+  return {logits_, 1, config_.vocab_size};
+}
+
+Logits Decoder::decode(std::span<Sequence* const> sequences, std::span<const std::int64_t> ids) {
+  std::lock_guard lock(turn_);
+  require(sequences.size() == ids.size() && !ids.empty(),
+          "decode of " + std::to_string(sequences.size()) + " sequences with " +
+              std::to_string(ids.size()) + " tokens");
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    check(*sequences[i], 1);
+    require(
+        std::find(sequences.begin(), sequences.begin() + i, sequences[i]) == sequences.begin() + i,
+        "a sequence is given twice");
+  }
+  check_ids(ids);
+  const int count = static_cast<int>(ids.size());
+  float* logits = start_logits(count);
+  for (int begin = 0; begin < count; begin += config_.chunk) {
+    const int rows = std::min(config_.chunk, count - begin);
+    embed(ids.subspan(begin, rows), x_.data());
+    spans_.clear();
+    for (int row = 0; row < rows; ++row) {
+      Cache& cache = sequences[begin + row]->cache;
+      spans_.push_back({&cache, cache.length(), row, 1});
+    }
+    forward(rows, rows, logits + static_cast<std::size_t>(begin) * config_.vocab_size);
+  }
+  return {logits_, count, config_.vocab_size};
+}
+
+Logits Decoder::extend(Sequence& sequence, std::span<const std::int64_t> ids) {
+  std::lock_guard lock(turn_);
+  check_ids(ids);
+  const int tokens = static_cast<int>(std::min<std::size_t>(ids.size(), 1 << 30));
+  require(tokens >= 1, "extend by no tokens");
+  check(sequence, tokens);
+  Cache& cache = sequence.cache;
+  const int start = cache.length();
+  float* logits = start_logits(tokens);
+  try {
+    for (int begin = 0; begin < tokens; begin += config_.chunk) {
+      const int rows = std::min(config_.chunk, tokens - begin);
+      embed(ids.subspan(begin, rows), x_.data());
+      spans_.assign(1, {&cache, start + begin, 0, rows});
+      forward(rows, rows, logits + static_cast<std::size_t>(begin) * config_.vocab_size);
+    }
+  } catch (...) {
+    cache.truncate(start);
+    throw;
+  }
+  return {logits_, tokens, config_.vocab_size};
+}
+
+void Decoder::check(const Sequence& sequence, int tokens) const {
+  require(sequence.decoder_ == number_, "the cache is another decoder's");
+  require(tokens <= config_.max_context - sequence.cache.length(),
+          std::to_string(sequence.cache.length()) + " + " + std::to_string(tokens) +
+              " positions exceed " + std::to_string(config_.max_context));
+}
+
+void Decoder::check_ids(std::span<const std::int64_t> ids) const {
+  for (const auto id : ids) {
+    require(id >= 0 && id < config_.vocab_size, "token id " + std::to_string(id) +
+                                                    " is not in the vocabulary of " +
+                                                    std::to_string(config_.vocab_size));
+  }
+}
+
+float* Decoder::start_logits(int rows) {
+  const std::size_t size = static_cast<std::size_t>(rows) * config_.vocab_size;
+  if (!logits_ || logits_->size() < size) logits_ = std::make_shared<Buffer<float>>(size);
+  return logits_->data();
+}
+
+/// Makes room for a step's positions and divides its attention into items.
+void Decoder::plan(int rows, int wanted) {
+  int longest = 0;
+  for (const auto& span : spans_) {
+    span.cache->reserve(span.position + span.count);
+    longest = std::max(longest, span.position + span.count);
+  }
+  grow_rotary_table(longest);
+  for (auto& scratch : scratch_) scratch.reserve(attention_scratch(kernels_.token_block, longest));
+  head_.reserve(wanted);
+
+  stores_.clear();
+  attends_.clear();
+  last_attends_.clear();
+  for (int index = 0; index < static_cast<int>(spans_.size()); ++index) {
+    const Span& span = spans_[index];
+    for (int head = 0; head < config_.num_key_value_heads; ++head) {
+      for (int first = 0; first < span.count;) {
+        const int line_end = kStoreRun - (span.position + first) % kStoreRun;
+        const int count = std::min(line_end, span.count - first);
+        stores_.push_back({index, head, first, count});
+        first += count;
+      }
+    }
+    add_attention_items(attends_, span, index, 0);
+    const int skipped = std::clamp(rows - wanted - span.row, 0, span.count);
+    add_attention_items(last_attends_, span, index, skipped);
+  }
+}
+
+/// Adds items for the rows of a span from `first` on. The late rows, which see most, come first, so
+/// that no member is left with a long item at the end.
+void Decoder::add_attention_items(std::vector<Item>& items, const Span& span, int index,
+                                  int first) const {
+  const int heads = config_.num_attention_heads / config_.num_key_value_heads;
+  const int begin = first * heads, queries = span.count * heads - begin;
+  // Few queries are divided among all members, though they read the same keys then.
+  const int members = team_.size(), kv_heads = config_.num_key_value_heads;
+  const int items_a_head = std::max(1, (members + kv_heads - 1) / kv_heads);
+  const int size = std::clamp((queries + items_a_head - 1) / items_a_head, 1, kernels_.token_block);
+  for (int last = (queries - 1) / size; queries > 0 && last >= 0; --last) {
+    const int at = last * size;
+    for (int head = 0; head < kv_heads; ++head) {
+      items.push_back({index, head, begin + at, std::min(size, queries - at)});
+    }
+  }
+}
+
+/// Runs the rows in x_ through all layers; the last `wanted` of them go on to the head.
+void Decoder::forward(int rows, int wanted, float* logits) {
+  plan(rows, wanted);
+  team_.run([&](Member& member) {
+    const int layers = config_.num_hidden_layers;
+    for (int i = 0; i < layers; ++i) layer(member, i, rows, i + 1 < layers ? 0 : rows - wanted);
+    if (wanted > 0) {
+      const std::size_t first = static_cast<std::size_t>(rows - wanted) * config_.hidden_size;
+      head_.run(member, products_, x_.data() + first, wanted, logits);
+    }
+  });
+  for (const auto& span : spans_) span.cache->set_length(span.position + span.count);
+}
+
+/// One layer. Rows before `first` only leave their keys and values: in the last layer nothing else
+/// of them is needed.
+void Decoder::layer(Member& member, int index, int rows, int first) {
+  const auto& c = config_;
+  const auto& w = weights_.layers[index];
+  const std::size_t hidden = c.hidden_size, qkv = c.qkv_rows(), gated = c.intermediate_size;
+  const std::size_t inner = static_cast<std::size_t>(c.num_attention_heads) * c.head_dim;
+  const Norm input_norm{w.input_norm, nullptr, c.rms_norm_eps};
+  const Norm post_norm{w.post_norm, nullptr, c.rms_norm_eps};
+  const auto kStore = Output::Kind::kStore, kAdd = Output::Kind::kAdd;
+  const auto kSwiglu = Output::Kind::kSwiglu;
+
+  products_.run(member, w.qkv, {x_.data(), hidden, rows, c.hidden_size, input_norm},
+                {kStore, qkv_.data(), qkv, c.qkv_rows()});
+  attention(member, index, rows, first);
+  const int left = rows - first;
+  if (left == 0) return;
+  float* x = x_.data() + first * hidden;
+  products_.run(member, w.o,
+                {attended_.data() + first * inner, inner, left, static_cast<int>(inner)},
+                {kAdd, x, hidden, c.hidden_size});
+  products_.run(member, w.gate_up, {x, hidden, left, c.hidden_size, post_norm},
+                {kSwiglu, gated_.data(), gated, c.intermediate_size});
+  products_.run(member, w.down, {gated_.data(), gated, left, c.intermediate_size},
+                {kAdd, x, hidden, c.hidden_size});
+}
+
+/// Queries, keys and values in qkv_ to attended_, by way of the cache.
+void Decoder::attention(Member& member, int layer, int rows, int first) {
+  const auto& attends = first == 0 ? attends_ : last_attends_;
+  const int kv_heads = config_.num_key_value_heads;
+  if (rows <= kernels_.token_block && member.size() <= kv_heads) {
+    // A head is stored and attended to by one member: no barrier between.
+    member.each(kv_heads, [&](int head) {
+      for (const auto& item : stores_) {
+        if (item.head == head) store(layer, item);
+      }
+      for (const auto& item : attends) {
+        if (item.head == head) attend(member, layer, item);
+      }
+    });
+    return;
+  }
+  member.each(static_cast<int>(stores_.size()), [&](int i) { store(layer, stores_[i]); });
+  member.each(static_cast<int>(attends.size()), [&](int i) { attend(member, layer, attends[i]); });
+}
+
+/// Norm and rotary embedding of an item's queries and keys; keys and values into the cache.
+void Decoder::store(int layer, const Item& item) {
+  const auto& c = config_;
+  const auto& w = weights_.layers[layer];
+  const Span& span = spans_[item.span];
+  const int heads = c.num_attention_heads / c.num_key_value_heads;
+  std::uint32_t* const* keys = span.cache->keys(layer, item.head);
+  std::uint32_t* const* values = span.cache->values(layer, item.head);
+  for (int row = item.first; row < item.first + item.count; ++row) {
+    const int position = span.position + row;
+    const float* cos = cos_.data() + static_cast<std::size_t>(position) * c.head_dim / 2;
+    const float* sin = sin_.data() + static_cast<std::size_t>(position) * c.head_dim / 2;
+    float* qkv = qkv_.data() + static_cast<std::size_t>(span.row + row) * c.qkv_rows();
+    auto place = [&](float* x, const float* norm) {
+      if (norm) kernels_.rms_norm(x, norm, c.head_dim, c.rms_norm_eps, x);
+      kernels_.rotate(x, cos, sin, c.head_dim);
+    };
+    for (int i = 0; i < heads; ++i) place(qkv + (item.head * heads + i) * c.head_dim, w.q_norm);
+    float* key = qkv + c.key_row() + item.head * c.head_dim;
+    place(key, w.k_norm);
+    const int block = position / kCacheBlock, at = position % kCacheBlock;
+    kernels_.store_key(key, c.head_dim, at, keys[block]);
+    kernels_.store_value(qkv + c.value_row() + item.head * c.head_dim, c.head_dim, at,
+                         values[block]);
+  }
+}
+
+void Decoder::attend(Member& member, int layer, const Item& item) {
+  const auto& c = config_;
+  const Span& span = spans_[item.span];
+  const int heads = c.num_attention_heads / c.num_key_value_heads;
+  Attention attention;
+  attention.keys = span.cache->keys(layer, item.head);
+  attention.values = span.cache->values(layer, item.head);
+  attention.head_dim = c.head_dim;
+  attention.rows = item.count;
+  attention.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
+  attention.scratch = scratch_[member.rank()].data();
+  for (int i = 0; i < item.count; ++i) {
+    const int row = (item.first + i) / heads;
+    const int head = item.head * heads + (item.first + i) % heads;
+    const std::size_t at = span.row + row;
+    attention.query[i] = qkv_.data() + at * c.qkv_rows() + head * c.head_dim;
+    attention.visible[i] = span.position + row + 1;
+    attention.out[i] = attended_.data() + (at * c.num_attention_heads + head) * c.head_dim;
+  }
+  kernels_.attend(attention);
+}
+
+/// Angles are products in float32, as in transformers.
+void Decoder::grow_rotary_table(int positions) {
+  if (positions <= rotary_positions_) return;
+  const int count = std::min(std::max(positions, 2 * rotary_positions_), config_.max_context);
+  const int half = config_.head_dim / 2;
+  cos_.resize(static_cast<std::size_t>(count) * half);
+  sin_.resize(cos_.size());
+  for (int position = rotary_positions_; position < count; ++position) {
+    for (int i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(position) * weights_.inverse_frequencies[i];
+      cos_[static_cast<std::size_t>(position) * half + i] = std::cos(angle);
+      sin_[static_cast<std::size_t>(position) * half + i] = std::sin(angle);
+    }
+  }
+  rotary_positions_ = count;
+}
+
+}  // namespace edgevl

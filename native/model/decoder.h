@@ -1,0 +1,165 @@
+// The language model: Qwen3, Qwen2 and Llama.
+
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "model/buffer.h"
+#include "model/cache.h"
+#include "model/head.h"
+#include "model/linear.h"
+#include "model/pack.h"
+#include "threads/team.h"
+
+namespace edgevl {
+
+/// Shape of a decoder; the names are those of config.json.
+struct DecoderConfig {
+  int hidden_size = 0;
+  int intermediate_size = 0;
+  int num_hidden_layers = 0;
+  int num_attention_heads = 0;
+  int num_key_value_heads = 0;
+  int head_dim = 0;
+  int vocab_size = 0;
+  int max_context = 0;  ///< most positions of a sequence
+  int chunk = 0;        ///< most rows computed at once
+  float rms_norm_eps = 0;
+
+  /// Rows of the fused projection before those of the keys, and of the values: each part is padded
+  /// to whole panels.
+  int key_row() const { return padded(num_attention_heads * head_dim); }
+  int value_row() const { return key_row() + padded(num_key_value_heads * head_dim); }
+  int qkv_rows() const { return value_row() + padded(num_key_value_heads * head_dim); }
+  static int padded(int rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
+};
+
+/// Throws std::invalid_argument, with the name of the size, for a shape that cannot be.
+void check(const DecoderConfig& config);
+
+struct DecoderLayer {
+  const float* input_norm = nullptr;  ///< [hidden_size]
+  Linear qkv;                         ///< q, k and v, each padded to 16 rows
+  const float* q_norm = nullptr;      ///< [head_dim], Qwen3, or null
+  const float* k_norm = nullptr;      ///< likewise
+  Linear o;
+  const float* post_norm = nullptr;  ///< [hidden_size]
+  Linear gate_up;                    ///< panels of 16 rows of gate and up in turn
+  Linear down;
+};
+
+/// Weights of a decoder; nothing is copied.
+struct DecoderWeights {
+  std::vector<DecoderLayer> layers;
+  PlainMatrix embedding;                       ///< [vocab_size, hidden_size]
+  const float* norm = nullptr;                 ///< [hidden_size]
+  Linear head;                                 ///< [vocab_size, hidden_size]
+  std::optional<PlainMatrix> head_exact;       ///< as `head`, see Head
+  const float* inverse_frequencies = nullptr;  ///< [head_dim / 2]
+};
+
+/// A sequence of a decoder: its cache, which only that decoder's functions extend.
+class Sequence {
+ public:
+  Cache cache;
+
+ private:
+  friend class Decoder;
+  Sequence(const DecoderConfig& config, std::uint64_t decoder)
+      : cache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim),
+        decoder_(decoder) {}
+  std::uint64_t decoder_;  ///< the number of the decoder it belongs to
+};
+
+/// Logits [rows, vocab_size]. The next call overwrites them; the memory lives as long as somebody
+/// holds it.
+struct Logits {
+  std::shared_ptr<Buffer<float>> buffer;
+  int rows = 0;
+  int vocab_size = 0;
+};
+
+/// One forward pass for prefill, decode, several sequences together and speculation: rows, each at
+/// a position of a sequence.
+///
+/// Functions throw std::invalid_argument, and change nothing, where positions exceed max_context, a
+/// token id is not in the vocabulary, or a sequence is another decoder's. They may be called from
+/// several threads; one runs at a time.
+class Decoder {
+ public:
+  /// Throws std::invalid_argument where sizes of config and weights do not agree.
+  Decoder(const DecoderConfig& config, DecoderWeights weights, Team& team, const Kernels& kernels);
+
+  const DecoderConfig& config() const { return config_; }
+
+  std::unique_ptr<Sequence> new_sequence() const;
+
+  /// Looks up token embeddings: out [ids.size(), hidden_size].
+  void embed(std::span<const std::int64_t> ids, float* out) const;
+
+  /// Appends `tokens` embeddings [tokens, hidden_size]; logits of the last one.
+  Logits prefill(Sequence& sequence, const float* embeddings, int tokens);
+
+  /// Appends one token to each sequence; logits of each.
+  Logits decode(std::span<Sequence* const> sequences, std::span<const std::int64_t> ids);
+
+  /// Appends tokens to a sequence; logits of each.
+  Logits extend(Sequence& sequence, std::span<const std::int64_t> ids);
+
+ private:
+  /// Rows that are consecutive positions of one sequence.
+  struct Span {
+    Cache* cache;
+    int position;  ///< of the first
+    int row;       ///< of the first
+    int count;
+  };
+  /// Work for one member: some of a span's rows (or queries: rows times heads) of a key/value head.
+  struct Item {
+    int span, head, first, count;
+  };
+
+  void check(const Sequence& sequence, int tokens) const;
+  void check_ids(std::span<const std::int64_t> ids) const;
+  float* start_logits(int rows);
+  void plan(int rows, int wanted);
+  void add_attention_items(std::vector<Item>& items, const Span& span, int index, int first) const;
+  void forward(int rows, int wanted, float* logits);
+  void layer(Member& member, int index, int rows, int first);
+  void attention(Member& member, int layer, int rows, int first);
+  void store(int layer, const Item& item);
+  void attend(Member& member, int layer, const Item& item);
+  void grow_rotary_table(int positions);
+
+  const DecoderConfig config_;
+  const DecoderWeights weights_;
+  Team& team_;
+  const Kernels& kernels_;
+  const std::uint64_t number_;  ///< different for each decoder of the process
+  std::mutex turn_;
+
+  Products products_;
+  Head head_;
+  std::shared_ptr<Buffer<float>> logits_;
+  Buffer<float> x_;                     ///< [chunk, hidden_size]
+  Buffer<float> qkv_;                   ///< [chunk, qkv_rows]
+  Buffer<float> attended_;              ///< [chunk, heads * head_dim]
+  Buffer<float> gated_;                 ///< [chunk, intermediate_size]
+  std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
+  int rotary_positions_ = 0;
+  std::vector<float> cos_, sin_;  ///< [rotary_positions_, head_dim / 2]
+
+  // The step at hand.
+  std::vector<Span> spans_;
+  std::vector<Item> stores_, attends_, last_attends_;
+};
+
+}  // namespace edgevl

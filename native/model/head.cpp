@@ -1,0 +1,102 @@
+#include "model/head.h"
+
+#include <algorithm>
+#include <functional>
+#include <limits>
+
+namespace edgevl {
+namespace {
+
+using Candidate = std::pair<float, int>;
+
+/// Larger logits first, of equal ones the smaller id: the same whatever the number of threads.
+bool better(const Candidate& a, const Candidate& b) {
+  return a.first > b.first || (a.first == b.first && a.second < b.second);
+}
+
+/// Puts the best of logits[begin .. end) into `best`; fills up with -infinity, id -1.
+void find_best(const float* logits, int begin, int end, Candidate* best) {
+  constexpr int kRun = 32;  // compared as one with the worst of the best so far
+  std::fill_n(best, kRescored, Candidate{-std::numeric_limits<float>::infinity(), -1});
+  for (int first = begin; first < end; first += kRun) {
+    const int last = std::min(first + kRun, end);
+    bool any = false;
+    for (int i = first; i < last; ++i) any |= logits[i] > best[0].first;
+    if (!any) continue;
+    for (int i = first; i < last; ++i) {
+      if (!(logits[i] > best[0].first)) continue;
+      std::pop_heap(best, best + kRescored, better);  // a heap with the worst on top
+      best[kRescored - 1] = {logits[i], i};
+      std::push_heap(best, best + kRescored, better);
+    }
+  }
+}
+
+}  // namespace
+
+Head::Head(const Kernels& kernels, Norm norm, Linear linear, std::optional<PlainMatrix> exact,
+           int vocabulary, int hidden, int members)
+    : kernels_(kernels),
+      norm_(norm),
+      linear_(linear),
+      exact_(exact),
+      vocabulary_(vocabulary),
+      hidden_(hidden),
+      members_(members),
+      merged_(members, std::vector<Candidate>(static_cast<std::size_t>(members) * kRescored)) {
+  for (int i = 0; i < members; ++i) normed_.emplace_back(2 * static_cast<std::size_t>(hidden));
+}
+
+void Head::reserve(int rows) {
+  const std::size_t size = static_cast<std::size_t>(rows) * members_ * kRescored;
+  if (exact_ && candidates_.size() < size) candidates_.resize(size);
+}
+
+void Head::run(Member& member, Products& products, const float* hidden, int rows, float* logits) {
+  const auto stride = static_cast<std::size_t>(vocabulary_);
+  products.run(member, linear_, {hidden, static_cast<std::size_t>(hidden_), rows, hidden_, norm_},
+               {Output::Kind::kStore, logits, stride, vocabulary_});
+  if (!exact_) return;
+  find_candidates(member, rows, logits);
+  member.barrier();
+  rescore(member, hidden, rows, logits);
+  member.barrier();
+}
+
+void Head::find_candidates(Member& member, int rows, const float* logits) {
+  const auto [begin, end] = member.share(vocabulary_);
+  for (int row = 0; row < rows; ++row) {
+    find_best(logits + static_cast<std::size_t>(row) * vocabulary_, begin, end,
+              candidates(row, member.rank()));
+  }
+}
+
+void Head::rescore(Member& member, const float* hidden, int rows, float* logits) {
+  auto& merged = merged_[member.rank()];
+  float* x = normed_[member.rank()].data();
+  for (int row = 0; row < rows; ++row) {
+    norm_.apply(kernels_, hidden + static_cast<std::size_t>(row) * hidden_, hidden_, x);
+    std::copy_n(candidates(row, 0), merged.size(), merged.begin());
+    std::nth_element(merged.begin(), merged.begin() + kRescored - 1, merged.end(), better);
+    const auto [begin, end] = member.share(kRescored);
+    for (int i = begin; i < end; ++i) {
+      const int token = merged[i].second;
+      if (token < 0) continue;
+      logits[static_cast<std::size_t>(row) * vocabulary_ + token] =
+          exact_logit(token, x, x + hidden_);
+    }
+  }
+}
+
+float Head::exact_logit(int token, const float* x, float* weights) const {
+  if (exact_->dtype == Dtype::kBf16) {
+    const auto* row = static_cast<const std::uint16_t*>(exact_->data);
+    return kernels_.dot_bf16(row + static_cast<std::size_t>(token) * hidden_, x, hidden_);
+  }
+  exact_->row(token, weights);
+  float sum = 0;
+  for (int i = 0; i < hidden_; ++i) sum += weights[i] * x[i];
+  return sum;
+}
+
+}  // namespace edgevl

@@ -1,0 +1,60 @@
+// The output layer: hidden states to logits.
+
+#pragma once
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "model/linear.h"
+#include "model/pack.h"
+#include "threads/team.h"
+
+namespace edgevl {
+
+/// Candidates of a row whose logits are computed again from the original weights.
+constexpr int kRescored = 64;
+
+/// Final norm and output layer.
+///
+/// The output layer is a large part of what a token reads, so it is the matrix that gains most from
+/// few bits; and the one where their error is seen, as it falls straight on the logits. With the
+/// original rows at hand both are had: the quantized matrix finds the kRescored largest logits of a
+/// row, and those are computed again exactly, in float32 from the original weights. The largest
+/// logit is that of the original weights unless the quantized matrix misplaces it by more than
+/// kRescored ranks; what a sampler draws from is nearly all among the candidates.
+class Head {
+ public:
+  /// `exact` is [vocabulary, hidden] or nothing.
+  Head(const Kernels& kernels, Norm norm, Linear linear, std::optional<PlainMatrix> exact,
+       int vocabulary, int hidden, int members);
+
+  /// Makes room for `rows` rows; before `run`, not in it.
+  void reserve(int rows);
+
+  /// Hidden states [rows, hidden] to logits [rows, vocabulary]. All members call it alike; ends
+  /// with a barrier.
+  void run(Member& member, Products& products, const float* hidden, int rows, float* logits);
+
+ private:
+  using Candidate = std::pair<float, int>;  ///< logit, token id
+
+  void find_candidates(Member& member, int rows, const float* logits);
+  void rescore(Member& member, const float* hidden, int rows, float* logits);
+  float exact_logit(int token, const float* x, float* weights) const;
+  Candidate* candidates(int row, int rank) {
+    return candidates_.data() + (static_cast<std::size_t>(row) * members_ + rank) * kRescored;
+  }
+
+  const Kernels& kernels_;
+  Norm norm_;
+  Linear linear_;
+  std::optional<PlainMatrix> exact_;
+  int vocabulary_, hidden_, members_;
+  std::vector<Candidate> candidates_;           ///< [rows][members][kRescored]
+  std::vector<std::vector<Candidate>> merged_;  ///< for each member
+  std::vector<Buffer<float>> normed_;           ///< for each member: the row, and a row of weights
+};
+
+}  // namespace edgevl

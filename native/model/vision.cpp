@@ -1,0 +1,268 @@
+#include "model/vision.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "model/pack.h"
+
+namespace edgevl {
+namespace {
+
+/// Positions that one item stores: whole lines of the cache, so that no two members write to one.
+constexpr int kStoreRun = kLanes;
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void check_matrix(const Linear& linear, const std::string& name, int rows, int cols) {
+  const Matrix& m = linear.matrix;
+  const int padded = describe(m.format, rows, cols, m.group).cols;
+  require(m.data && m.rows == rows && m.cols == padded,
+          name + " is " + std::to_string(m.rows) + " x " + std::to_string(m.cols) + ", expected " +
+              std::to_string(rows) + " x " + std::to_string(padded));
+}
+
+VisionWeights checked(VisionWeights w, const VisionConfig& c) {
+  check(c);
+  require(c.num_hidden_layers == static_cast<int>(w.layers.size()),
+          "there are weights of " + std::to_string(w.layers.size()) + " layers");
+  check_matrix(w.patch, "patch", c.hidden_size, c.patch_values());
+  for (std::size_t i = 0; i < w.layers.size(); ++i) {
+    const auto& layer = w.layers[i];
+    const std::string name = "layers." + std::to_string(i);
+    check_matrix(layer.qkv, name + ".qkv", 3 * c.hidden_size, c.hidden_size);
+    check_matrix(layer.proj, name + ".proj", c.hidden_size, c.hidden_size);
+    check_matrix(layer.fc1, name + ".fc1", c.intermediate_size, c.hidden_size);
+    check_matrix(layer.fc2, name + ".fc2", c.hidden_size, c.intermediate_size);
+    require(layer.norm1 && layer.norm2 && layer.ls1 && layer.ls2, name + " lacks a norm or scale");
+    require(!c.layer_norm || (layer.norm1_bias && layer.norm2_bias), name + " lacks a norm's bias");
+  }
+  check_matrix(w.projector_fc1, "projector.fc1", c.text_hidden_size, c.merged_size());
+  check_matrix(w.projector_fc2, "projector.fc2", c.text_hidden_size, c.text_hidden_size);
+  require(
+      w.class_embedding && w.position_embedding && w.projector_norm.weight && w.projector_norm.bias,
+      "an embedding or the projector's norm is missing");
+  return w;
+}
+
+}  // namespace
+
+void check(const VisionConfig& c) {
+  const std::pair<const char*, int> sizes[] = {
+      {"hidden_size", c.hidden_size},
+      {"intermediate_size", c.intermediate_size},
+      {"num_attention_heads", c.num_attention_heads},
+      {"image_size", c.image_size},
+      {"patch_size", c.patch_size},
+      {"downsample", c.downsample},
+      {"text_hidden_size", c.text_hidden_size},
+  };
+  for (const auto& [name, size] : sizes) {
+    require(size >= 1 && size <= 1 << 20, std::string(name) + " is " + std::to_string(size));
+  }
+  require(c.image_size <= 1 << 13 && c.image_size % c.patch_size == 0,
+          "image_size is not a multiple of patch_size, or too large");
+  require(c.side() % c.downsample == 0, "patches of a side are not a multiple of downsample");
+  require(c.hidden_size % c.num_attention_heads == 0,
+          "hidden_size is not a multiple of num_attention_heads");
+}
+
+VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, Team& team,
+                             const Kernels& kernels)
+    : config_(config),
+      weights_(checked(std::move(weights), config)),
+      team_(team),
+      kernels_(kernels),
+      padded_head_dim_((config.head_dim() + 1) / 2 * 2),
+      products_(kernels, team.size(), config.positions()),
+      cache_(1, config.num_attention_heads, padded_head_dim_),
+      scratch_(team.size()),
+      odd_(config.head_dim() % 2 ? team.size() : 0) {
+  const std::size_t positions = config.positions(), tokens = config.image_tokens();
+  patches_ = Buffer<float>(
+      std::max((positions - 1) * config.patch_values(), tokens * config.merged_size()));
+  x_ = Buffer<float>(positions * config.hidden_size);
+  qkv_ = Buffer<float>(positions * 3 * config.hidden_size);
+  attended_ = Buffer<float>(positions * config.hidden_size);
+  inner_ = Buffer<float>(
+      std::max(positions * config.intermediate_size, tokens * config.text_hidden_size));
+  cache_.reserve(config.positions());
+  for (auto& odd : odd_) odd.reserve(kMaxTokenBlock * padded_head_dim_);
+  for (auto& scratch : scratch_) {
+    scratch.reserve(attention_scratch(kernels.token_block, config.positions()));
+  }
+  products_.fit(weights_.patch.matrix);
+  for (const auto& layer : weights_.layers) {
+    for (const Linear* linear : {&layer.qkv, &layer.proj, &layer.fc1, &layer.fc2}) {
+      products_.fit(linear->matrix);
+    }
+  }
+  products_.fit(weights_.projector_fc1.matrix);
+  products_.fit(weights_.projector_fc2.matrix);
+}
+
+void VisionEncoder::encode(const float* pixels, int tiles, float* out) {
+  std::lock_guard lock(turn_);
+  const auto& c = config_;
+  const std::size_t tile = 3 * static_cast<std::size_t>(c.image_size) * c.image_size;
+  const std::size_t features = static_cast<std::size_t>(c.image_tokens()) * c.text_hidden_size;
+  for (int i = 0; i < tiles; ++i) {
+    team_.run([&](Member& member) { encode_tile(member, pixels + i * tile, out + i * features); });
+  }
+}
+
+void VisionEncoder::encode_tile(Member& member, const float* pixels, float* out) {
+  const auto& c = config_;
+  const auto& w = weights_;
+  embed_patches(member, pixels);
+  for (int i = 0; i < c.num_hidden_layers; ++i) layer(member, i);
+  merge_patches(member);
+  const std::size_t merged = c.merged_size(), hidden = c.text_hidden_size;
+  products_.run(member, w.projector_fc1,
+                {patches_.data(), merged, c.image_tokens(), c.merged_size(), w.projector_norm},
+                {Output::Kind::kGelu, inner_.data(), hidden, c.text_hidden_size});
+  products_.run(member, w.projector_fc2,
+                {inner_.data(), hidden, c.image_tokens(), c.text_hidden_size},
+                {Output::Kind::kStore, out, hidden, c.text_hidden_size});
+}
+
+/// Patches, in the order of the convolution's kernel, times its weights; the class token before
+/// them; positions.
+void VisionEncoder::embed_patches(Member& member, const float* pixels) {
+  const auto& c = config_;
+  const int side = c.side(), size = c.patch_size;
+  member.each(c.positions(), [&](int position) {
+    float* x = x_.data() + static_cast<std::size_t>(position) * c.hidden_size;
+    std::copy_n(weights_.position_embedding + static_cast<std::size_t>(position) * c.hidden_size,
+                c.hidden_size, x);
+    if (position == 0) {
+      kernels_.add(x, weights_.class_embedding, nullptr, c.hidden_size);
+      return;
+    }
+    const int row = (position - 1) / side, column = (position - 1) % side;
+    float* patch = patches_.data() + static_cast<std::size_t>(position - 1) * c.patch_values();
+    for (int channel = 0; channel < 3; ++channel) {
+      for (int y = 0; y < size; ++y, patch += size) {
+        const std::size_t line = static_cast<std::size_t>(channel) * c.image_size + row * size + y;
+        std::copy_n(pixels + line * c.image_size + column * size, size, patch);
+      }
+    }
+  });
+  products_.run(member, weights_.patch,
+                {patches_.data(), static_cast<std::size_t>(c.patch_values()), c.positions() - 1,
+                 c.patch_values()},
+                {Output::Kind::kAdd, x_.data() + c.hidden_size,
+                 static_cast<std::size_t>(c.hidden_size), c.hidden_size});
+}
+
+void VisionEncoder::layer(Member& member, int index) {
+  const auto& c = config_;
+  const auto& w = weights_.layers[index];
+  const std::size_t hidden = c.hidden_size, inner = c.intermediate_size;
+  const int positions = c.positions();
+
+  products_.run(member, w.qkv,
+                {x_.data(), hidden, positions, c.hidden_size, norm(w.norm1, w.norm1_bias)},
+                {Output::Kind::kStore, qkv_.data(), 3 * hidden, 3 * c.hidden_size});
+  if (w.q_norm) {
+    member.each(positions, [&](int position) {
+      float* q = qkv_.data() + position * 3 * hidden;
+      kernels_.rms_norm(q, w.q_norm, c.hidden_size, c.norm_eps, q);
+      kernels_.rms_norm(q + hidden, w.k_norm, c.hidden_size, c.norm_eps, q + hidden);
+    });
+  }
+  attention(member);
+  products_.run(member, w.proj, {attended_.data(), hidden, positions, c.hidden_size},
+                {Output::Kind::kAdd, x_.data(), hidden, c.hidden_size, w.ls1});
+  products_.run(member, w.fc1,
+                {x_.data(), hidden, positions, c.hidden_size, norm(w.norm2, w.norm2_bias)},
+                {Output::Kind::kGelu, inner_.data(), inner, c.intermediate_size});
+  products_.run(member, w.fc2, {inner_.data(), inner, positions, c.intermediate_size},
+                {Output::Kind::kAdd, x_.data(), hidden, c.hidden_size, w.ls2});
+}
+
+/// Queries, keys and values in qkv_ to attended_; every position sees every other.
+void VisionEncoder::attention(Member& member) {
+  const int heads = config_.num_attention_heads, positions = config_.positions();
+  const int runs = (positions + kStoreRun - 1) / kStoreRun;
+  member.each(heads * runs, [&](int item) {
+    const int first = item % runs * kStoreRun;
+    const int last = std::min(first + kStoreRun, positions);
+    for (int position = first; position < last; ++position) store(item / runs, position);
+  });
+  // Blocks of one head follow one another, so that its keys and values stay in the cache.
+  const int size = kernels_.token_block, blocks = (positions + size - 1) / size;
+  member.each(heads * blocks, [&](int item) {
+    const int first = item % blocks * size;
+    attend(member, item / blocks, first, std::min(size, positions - first));
+  });
+}
+
+void VisionEncoder::store(int head, int position) {
+  const int head_dim = config_.head_dim();
+  const float* key = qkv_.data() +
+                     (static_cast<std::size_t>(position) * 3 + 1) * config_.hidden_size +
+                     head * head_dim;
+  const int block = position / kCacheBlock, at = position % kCacheBlock;
+  kernels_.store_key(key, head_dim, at, cache_.keys(0, head)[block]);
+  kernels_.store_value(key + config_.hidden_size, head_dim, at, cache_.values(0, head)[block]);
+}
+
+void VisionEncoder::attend(Member& member, int head, int first, int rows) {
+  const auto& c = config_;
+  const int head_dim = c.head_dim();
+  Attention attention;
+  attention.keys = cache_.keys(0, head);
+  attention.values = cache_.values(0, head);
+  attention.head_dim = padded_head_dim_;
+  attention.rows = rows;
+  attention.scale = 1 / std::sqrt(static_cast<float>(head_dim));
+  attention.scratch = scratch_[member.rank()].data();
+  auto query = [&](int i) {
+    return qkv_.data() + (first + i) * static_cast<std::size_t>(3 * c.hidden_size) +
+           head * head_dim;
+  };
+  auto out = [&](int i) {
+    return attended_.data() + (first + i) * static_cast<std::size_t>(c.hidden_size) +
+           head * head_dim;
+  };
+  const bool odd = head_dim != padded_head_dim_;
+  float* const copies = odd ? odd_[member.rank()].data() : nullptr;
+  for (int i = 0; i < rows; ++i) {
+    float* copy = copies + (odd ? i * padded_head_dim_ : 0);
+    if (odd) std::copy_n(query(i), head_dim, copy);  // its last channel stays zero
+    attention.query[i] = odd ? copy : query(i);
+    attention.visible[i] = c.positions();
+    attention.out[i] = odd ? copy : out(i);
+  }
+  kernels_.attend(attention);
+  if (!odd) return;
+  for (int i = 0; i < rows; ++i) std::copy_n(attention.out[i], head_dim, out(i));
+}
+
+/// Pixel shuffle: `downsample` patches along each axis become channels of one, (row, column,
+/// channel).
+void VisionEncoder::merge_patches(Member& member) {
+  const auto& c = config_;
+  const int n = c.downsample, side = c.side() / n;
+  member.each(c.image_tokens(), [&](int token) {
+    int row = token / side, column = token % side;
+    if (c.swapped_shuffle) std::swap(row, column);
+    float* out = patches_.data() + static_cast<std::size_t>(token) * c.merged_size();
+    for (int y = 0; y < n; ++y) {
+      const std::size_t patch = (static_cast<std::size_t>(row) * n + y) * c.side() + column * n;
+      std::copy_n(x_.data() + (1 + patch) * c.hidden_size, n * c.hidden_size,
+                  out + static_cast<std::size_t>(y) * n * c.hidden_size);
+    }
+  });
+}
+
+Norm VisionEncoder::norm(const float* weight, const float* bias) const {
+  return {weight, config_.layer_norm ? bias : nullptr, config_.norm_eps};
+}
+
+}  // namespace edgevl

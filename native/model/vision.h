@@ -1,0 +1,111 @@
+// The vision encoder: InternViT, pixel shuffle and projector.
+
+#pragma once
+
+#include <cstddef>
+#include <mutex>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "model/buffer.h"
+#include "model/cache.h"
+#include "model/linear.h"
+#include "threads/team.h"
+
+namespace edgevl {
+
+/// Shape of a vision encoder; the names are those of config.json.
+struct VisionConfig {
+  int hidden_size = 0;
+  int intermediate_size = 0;
+  int num_hidden_layers = 0;  ///< that are run
+  int num_attention_heads = 0;
+  int image_size = 0;  ///< of a tile, pixels
+  int patch_size = 0;
+  bool layer_norm = true;  ///< else root mean square
+  float norm_eps = 0;
+  int downsample = 0;            ///< patches merged along each axis
+  bool swapped_shuffle = false;  ///< pixel shuffle v1, which leaves the axes swapped
+  int text_hidden_size = 0;
+  float projector_norm_eps = 0;
+
+  int head_dim() const { return hidden_size / num_attention_heads; }
+  int side() const { return image_size / patch_size; }   ///< patches along a side
+  int positions() const { return side() * side() + 1; }  ///< with the class token
+  int patch_values() const { return 3 * patch_size * patch_size; }
+  int image_tokens() const { return side() / downsample * (side() / downsample); }
+  int merged_size() const { return hidden_size * downsample * downsample; }
+};
+
+/// Throws std::invalid_argument, with the name of the size, for a shape that cannot be.
+void check(const VisionConfig& config);
+
+struct VisionLayer {
+  const float* norm1 = nullptr;       ///< [hidden_size]
+  const float* norm1_bias = nullptr;  ///< likewise, or null
+  Linear qkv;                         ///< [3 * hidden_size, hidden_size]
+  const float* q_norm = nullptr;      ///< [hidden_size] or null: over all heads together
+  const float* k_norm = nullptr;      ///< likewise
+  Linear proj;
+  const float* ls1 = nullptr;  ///< layer scale, [hidden_size]
+  const float* norm2 = nullptr;
+  const float* norm2_bias = nullptr;
+  Linear fc1;
+  Linear fc2;
+  const float* ls2 = nullptr;
+};
+
+/// Weights of a vision encoder; nothing is copied.
+struct VisionWeights {
+  Linear patch;                               ///< [hidden_size, 3 * patch_size^2]
+  const float* class_embedding = nullptr;     ///< [hidden_size]
+  const float* position_embedding = nullptr;  ///< [positions, hidden_size]
+  std::vector<VisionLayer> layers;
+  Norm projector_norm;  ///< [merged_size]
+  Linear projector_fc1;
+  Linear projector_fc2;
+};
+
+/// Tiles to features that take the place of image tokens. Tiles are encoded one after another, so
+/// that memory does not grow with their number. `encode` may be called from several threads; one
+/// runs at a time.
+class VisionEncoder {
+ public:
+  /// Throws std::invalid_argument where sizes of config and weights do not agree.
+  VisionEncoder(const VisionConfig& config, VisionWeights weights, Team& team,
+                const Kernels& kernels);
+
+  const VisionConfig& config() const { return config_; }
+
+  /// pixels [tiles, 3, image_size, image_size] to out [tiles, image_tokens, text_hidden_size].
+  void encode(const float* pixels, int tiles, float* out);
+
+ private:
+  void encode_tile(Member& member, const float* pixels, float* out);
+  void embed_patches(Member& member, const float* pixels);
+  void layer(Member& member, int index);
+  void attention(Member& member);
+  void store(int head, int position);
+  void attend(Member& member, int head, int first, int rows);
+  void merge_patches(Member& member);
+  Norm norm(const float* weight, const float* bias) const;
+
+  const VisionConfig config_;
+  const VisionWeights weights_;
+  Team& team_;
+  const Kernels& kernels_;
+  std::mutex turn_;
+
+  int padded_head_dim_;  ///< even, as the kernels want it
+  Products products_;
+  Cache cache_;             ///< of one layer at a time
+  Buffer<float> patches_;   ///< [patches, patch_values], then [image_tokens, merged_size]
+  Buffer<float> x_;         ///< [positions, hidden_size]
+  Buffer<float> qkv_;       ///< [positions, 3 * hidden_size]
+  Buffer<float> attended_;  ///< [positions, hidden_size]
+  Buffer<float> inner_;     ///< [positions, intermediate_size], then of the projector
+  std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
+  std::vector<Buffer<float>> odd_;  ///< for each member, queries of heads with an odd channel more
+};
+
+}  // namespace edgevl

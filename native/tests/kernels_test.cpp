@@ -1,0 +1,686 @@
+// Every instruction set that this machine has, against double-precision references that are written
+// straight from layout.h and from the formulas. Prints what failed; the exit status is 1 then.
+//
+// Usage: kernels_test [instruction set ...]
+
+#include "kernels/kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+using namespace edgevl;
+
+namespace {
+
+int failures = 0;
+std::string context;  // what is being tested, for messages
+std::mt19937 random_bits(20240501);
+
+#define CHECK(condition)                          \
+  do {                                            \
+    if (!(condition)) fail(#condition, __LINE__); \
+  } while (false)
+
+void fail(const std::string& what, int line) {
+  if (++failures > 40) return;
+  std::printf("FAILED %s: %s (line %d)\n", context.c_str(), what.c_str(), line);
+}
+
+/// |actual - expected| <= tolerance, and not where anything is NaN.
+void check_near(const char* what, double actual, double expected, double tolerance, int line) {
+  if (std::abs(actual - expected) <= tolerance) return;
+  char text[200];
+  std::snprintf(text, sizeof text, "%s: %.9g instead of %.9g, tolerance %.3g", what, actual,
+                expected, tolerance);
+  fail(text, line);
+}
+#define CHECK_NEAR(actual, expected, tolerance) \
+  check_near(#actual, (actual), (expected), (tolerance), __LINE__)
+
+/// Half the distance of neighbouring float32 numbers, relative: what one rounding may add.
+constexpr double kRounding = 1.0 / (1 << 24);
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// --- numbers and buffers ---
+
+float uniform(float low, float high) {
+  return std::uniform_real_distribution<float>(low, high)(random_bits);
+}
+int whole(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_bits); }
+
+std::vector<float> floats(int n, float size = 1) {
+  std::vector<float> x(n);
+  for (float& value : x) value = uniform(-size, size);
+  return x;
+}
+
+/// Exactly `n` elements, 64-byte aligned, so that the address sanitizer sees a step too far.
+template <class T>
+struct Aligned {
+  explicit Aligned(std::size_t n)
+      : size(n), data(static_cast<T*>(operator new(n * sizeof(T), std::align_val_t(64)))) {
+    std::memset(static_cast<void*>(data), 0x5a, n * sizeof(T));  // finite as float and as bfloat16
+  }
+  ~Aligned() { operator delete(data, std::align_val_t(64)); }
+  Aligned(const Aligned&) = delete;
+  T& operator[](std::size_t i) { return data[i]; }
+  std::size_t size;
+  T* data;
+};
+
+std::uint32_t bits(float x) {
+  std::uint32_t y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+float from_bits(std::uint32_t x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+/// bfloat16 of a number, nearest even.
+std::uint16_t bf16(float x) {
+  return std::uint16_t((bits(x) + 0x7fff + (bits(x) >> 16 & 1)) >> 16);
+}
+float bf16_value(std::uint16_t x) { return from_bits(std::uint32_t(x) << 16); }
+float rounded(float x) { return bf16_value(bf16(x)); }
+
+/// A float16 scale: the bits of a normal number, or of a subnormal one, and its value.
+struct Half {
+  std::uint16_t bits;
+  double value;
+};
+Half random_half() {
+  const int mantissa = whole(0, 1023), exponent = whole(0, 9) == 0 ? 0 : whole(3, 12);
+  const double value =
+      exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  return {std::uint16_t(exponent << 10 | mantissa), value};
+}
+
+// --- activations ---
+
+struct Activations {
+  Activations(const Kernels& k, Format format, int tokens, int cols, int padded, int group,
+              const std::vector<float>& x)
+      : groups(format == Format::kBf16 ? 1 : padded / group),
+        words(std::size_t(padded) / (format == Format::kBf16 ? 2 : 4) * tokens),
+        scales(std::size_t(groups) * tokens),
+        sums(std::size_t(groups) * tokens) {
+    block = {tokens, padded, group, words.data, scales.data, sums.data};
+    (format == Format::kBf16 ? k.round : k.quantize)(x.data(), cols, cols, block);
+  }
+  int int8(int token, int col) {
+    return std::int8_t(words[std::size_t(col / 4) * block.tokens + token] >> 8 * (col % 4));
+  }
+  float half(int token, int col) {
+    return bf16_value(
+        std::uint16_t(words[std::size_t(col / 2) * block.tokens + token] >> 16 * (col % 2)));
+  }
+  int groups;
+  Aligned<std::uint32_t> words;
+  Aligned<float> scales;
+  Aligned<std::int32_t> sums;
+  Block block;
+};
+
+void test_quantize(const Kernels& k) {
+  for (int group : {4, 8, 12, 32, 64, 128, 1000}) {
+    for (int cols : {1, 7, 8, 100, 128, 1000}) {
+      const int padded = (cols + group - 1) / group * group;
+      for (int tokens : {1, 2, k.token_block}) {
+        context = std::string(k.name) + " quantize group " + std::to_string(group) + " cols " +
+                  std::to_string(cols) + " tokens " + std::to_string(tokens);
+        std::vector<float> x = floats(tokens * cols, uniform(0.01f, 30));
+        // Halves of a quantum, to see ties go to even; zeros only; very small numbers.
+        if (cols >= 8)
+          for (int i = 0; i < cols; ++i) x[i] = i == 0 ? 127 : (i % 250 - 125) + 0.5f;
+        if (tokens > 1)
+          for (int i = 0; i < cols; ++i) x[cols + i] = cols == 8 ? 1e-38f : 0;
+        Activations a(k, Format::kInt8, tokens, cols, padded, group, x);
+        for (int t = 0; t < tokens; ++t) {
+          for (int g = 0; g < a.groups; ++g) {
+            float most = 0;
+            for (int c = g * group; c < std::min(cols, (g + 1) * group); ++c) {
+              most = std::max(most, std::abs(x[t * cols + c]));
+            }
+            if (most < 1e-30f) most = 0;
+            const float inverse = most == 0 ? 0 : 127.0f / most;
+            int total = 0, wrong = 0;
+            for (int c = g * group; c < (g + 1) * group; ++c) {
+              const int q = c < cols ? int(std::nearbyint(x[t * cols + c] * inverse)) : 0;
+              total += q;
+              wrong += a.int8(t, c) != q;
+            }
+            CHECK(wrong == 0);
+            CHECK(a.sums[g * tokens + t] == total);
+            CHECK(a.scales[g * tokens + t] == most / 127.0f);
+          }
+        }
+      }
+    }
+  }
+}
+
+void test_round(const Kernels& k) {
+  for (int cols : {1, 2, 7, 8, 31, 100, 1000}) {
+    for (int tokens : {1, k.token_block}) {
+      context = std::string(k.name) + " round cols " + std::to_string(cols);
+      std::vector<float> x = floats(tokens * cols, 100);
+      x[0] = from_bits(0x3f808000);                // a tie, to even: down
+      if (cols > 1) x[1] = from_bits(0x3f818000);  // a tie, to even: up
+      if (cols > 2) x[2] = from_bits(0x7fffffff);  // NaN with all bits set
+      if (cols > 3) x[3] = -kInfinity;
+      const int padded = (cols + 15) / 2 * 2;
+      Activations a(k, Format::kBf16, tokens, cols, padded, 0, x);
+      for (int t = 0; t < tokens; ++t) {
+        for (int c = 0; c < padded; ++c) {
+          const float value = c < cols ? x[t * cols + c] : 0;
+          if (std::isnan(value)) {
+            CHECK(std::isnan(a.half(t, c)));
+          } else {
+            CHECK(a.half(t, c) == (std::isinf(value) ? value : rounded(value)));
+          }
+        }
+      }
+    }
+  }
+}
+
+// --- matrix products ---
+
+/// Random weights packed as layout.h says, and their parts.
+struct Weights {
+  Weights(Format format, int rows, int cols, int group) {
+    matrix.format = format;
+    matrix.rows = rows;
+    matrix.group = group;
+    const int multiple = format == Format::kBf16 ? 2 : group;
+    matrix.cols = (cols + multiple - 1) / multiple * multiple;
+    const int padded_rows = matrix.panels() * kLanes;
+    number.resize(std::size_t(padded_rows) * matrix.cols);
+    scale.resize(std::size_t(padded_rows) * matrix.groups(), 1);
+    data = std::make_unique<Aligned<std::uint8_t>>(matrix.bytes());
+    std::memset(data->data, 0, data->size);
+    matrix.data = data->data;
+    for (int r = 0; r < padded_rows; ++r) {
+      std::uint8_t* panel = data->data + r / kLanes * matrix.panel_bytes();
+      std::uint8_t* lines = panel + matrix.scale_bytes();
+      const int lane = r % kLanes;
+      if (format == Format::kInt8) {
+        const float value = uniform(0.001f, 0.1f);
+        scale_of(r, 0) = value;
+        for (int g = 1; g < matrix.groups(); ++g) scale_of(r, g) = value;
+        std::memcpy(panel + 4 * lane, &value, 4);
+      } else if (format == Format::kInt4) {
+        for (int g = 0; g < matrix.groups(); ++g) {
+          const Half value = random_half();
+          scale_of(r, g) = value.value;
+          std::memcpy(panel + 2 * (g * kLanes + lane), &value.bits, 2);
+        }
+      }
+      for (int c = 0; c < matrix.cols; ++c) {
+        const bool real = r < rows && c < cols;
+        double& w = number[std::size_t(r) * matrix.cols + c];
+        if (format == Format::kInt4) {
+          w = real ? whole(-8, 7) : 0;
+          lines[c / 8 * 64 + 4 * lane + c % 4] |= int(w + 8) << (c % 8 < 4 ? 0 : 4);
+        } else if (format == Format::kInt8) {
+          // Runs of the largest numbers would saturate 16-bit sums.
+          w = real ? (r % 3 == 0 ? (r % 2 ? 127 : -127) : whole(-127, 127)) : 0;
+          lines[c / 4 * 64 + 4 * lane + c % 4] = std::uint8_t(w + 128);
+        } else {
+          const std::uint16_t half = real ? bf16(uniform(-1, 1)) : 0;
+          w = bf16_value(half);
+          std::memcpy(lines + c / 2 * 64 + 4 * lane + 2 * (c % 2), &half, 2);
+        }
+      }
+    }
+  }
+  double& scale_of(int row, int group) { return scale[std::size_t(row) * matrix.groups() + group]; }
+
+  Matrix matrix;
+  std::vector<double> number, scale;
+  std::unique_ptr<Aligned<std::uint8_t>> data;
+};
+
+/// Checks one output against the product of what the block holds with what the weights mean.
+///
+/// Integer sums are exact. With n groups, a term is rounded when it becomes a float, and by two
+/// scales; adding up n terms rounds n times, and rows of kInt8 are scaled after that: all roundings
+/// together are less than (n + 4) * kRounding of the sum of the terms' magnitudes, to first order.
+/// Products of bfloat16 are exact in float32, and n of them are added with fewer than n + 1
+/// roundings, in whatever order.
+void check_product(Weights& w, Activations& a, int row, int token, float actual) {
+  const Matrix& m = w.matrix;
+  double expected = 0, magnitude = 0;
+  int terms = 0;
+  if (m.format == Format::kBf16) {
+    for (int c = 0; c < m.cols; ++c) {
+      const double term = w.number[std::size_t(row) * m.cols + c] * a.half(token, c);
+      expected += term;
+      magnitude += std::abs(term);
+    }
+    terms = m.cols;
+  } else {
+    for (int g = 0; g < m.groups(); ++g) {
+      double exact = 0;
+      for (int c = g * m.group; c < (g + 1) * m.group; ++c) {
+        exact += w.number[std::size_t(row) * m.cols + c] * a.int8(token, c);
+      }
+      const double term = exact * w.scale_of(row, g) * a.scales[g * a.block.tokens + token];
+      expected += term;
+      magnitude += std::abs(term);
+    }
+    terms = m.groups();
+  }
+  CHECK_NEAR(actual, expected, (terms + 5) * kRounding * magnitude);
+}
+
+void test_products(const Kernels& k) {
+  const char* const names[] = {"int4", "int8", "bf16"};
+  for (Format format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
+    for (int cols : {1, 7, 8, 40, 100, 128, 200, 1000}) {
+      const int all = (cols + 7) / 8 * 8;
+      for (int group : {8, 32, 64, 128, all}) {
+        if (format == Format::kBf16 && group != all) continue;
+        for (int rows : {1, 16, 17, 40, 64}) {
+          if (cols == 1000 && rows > 40) continue;
+          Weights w(format, rows, cols, group);
+          const Matrix& m = w.matrix;
+          for (int tokens = 1; tokens <= k.token_block; ++tokens) {
+            if (rows != 40 && tokens != 1 && tokens != k.token_block) continue;
+            context = std::string(k.name) + " " + names[int(format)] + " rows " +
+                      std::to_string(rows) + " cols " + std::to_string(cols) + " group " +
+                      std::to_string(group) + " tokens " + std::to_string(tokens);
+            std::vector<float> x = floats(tokens * cols, 3);
+            // The largest numbers with one sign: sums of 16 bits would saturate.
+            for (int c = 0; c < cols; ++c) x[c] = tokens % 2 ? 3 : -3;
+            Activations a(k, format, tokens, cols, m.cols, m.group, x);
+            if (tokens == 1) {
+              for (int panel = 0; panel < m.panels(); ++panel) {
+                Aligned<float> out(kLanes);
+                k.row[int(format)](m, m.panel(panel), a.block, out.data);
+                for (int r = 0; r < kLanes; ++r) {
+                  check_product(w, a, panel * kLanes + r, 0, out[r]);
+                }
+              }
+            }
+            for (int panel = 0; panel < m.panels(); panel += 2) {
+              Aligned<float> out(tokens * 32);
+              k.tile[int(format)](m, m.panel(panel), a.block, out.data);
+              for (int t = 0; t < tokens; ++t) {
+                for (int r = 0; r < 32; ++r) {
+                  check_product(w, a, panel * kLanes + r, t, out[t * 32 + r]);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+/// NaN and infinity in an activation reach every output of their token, and no other token's.
+void test_damage(const Kernels& k) {
+  for (Format format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
+    for (float damage : {kNan, -kNan, kInfinity, -kInfinity}) {
+      context = std::string(k.name) + " damaged activations, format " + std::to_string(int(format));
+      Weights w(format, 32, 128, 64);
+      for (int tokens : {1, k.token_block}) {
+        std::vector<float> x = floats(tokens * 128);
+        x[(tokens - 1) * 128 + 70] = damage;
+        Activations a(k, format, tokens, 128, 128, 64, x);
+        Aligned<float> out(tokens * 32), row(kLanes);
+        k.tile[int(format)](w.matrix, w.matrix.data, a.block, out.data);
+        for (int t = 0; t < tokens; ++t) {
+          for (int r = 0; r < 32; ++r) CHECK(std::isfinite(out[t * 32 + r]) == (t < tokens - 1));
+        }
+        if (tokens == 1) {
+          k.row[int(format)](w.matrix, w.matrix.data, a.block, row.data);
+          for (int r = 0; r < kLanes; ++r) CHECK(!std::isfinite(row[r]));
+        }
+      }
+    }
+  }
+}
+
+// --- attention ---
+
+struct Cache {
+  Cache(const Kernels& k, int positions, int head_dim) {
+    for (int p = 0; p < positions; ++p) {
+      keys.push_back(floats(head_dim, 1.5f));
+      values.push_back(floats(head_dim));
+    }
+    for (int b = 0; b * kCacheBlock < positions; ++b) {
+      for (auto* blocks : {&key_blocks, &value_blocks}) {
+        blocks->push_back(std::make_unique<Aligned<std::uint32_t>>(cache_words(head_dim)));
+      }
+      key_pointers.push_back(key_blocks[b]->data);
+      value_pointers.push_back(value_blocks[b]->data);
+    }
+    store(k, head_dim);
+  }
+  /// In an order of its own, as threads would.
+  void store(const Kernels& k, int head_dim) {
+    for (int p = int(keys.size()) - 1; p >= 0; --p) {
+      const int b = p / kCacheBlock, at = p % kCacheBlock;
+      k.store_key(keys[p].data(), head_dim, at, key_blocks[b]->data);
+      k.store_value(values[p].data(), head_dim, at, value_blocks[b]->data);
+    }
+  }
+  std::vector<std::vector<float>> keys, values;
+  std::vector<std::unique_ptr<Aligned<std::uint32_t>>> key_blocks, value_blocks;
+  std::vector<const std::uint32_t*> key_pointers, value_pointers;
+};
+
+/// Attention of rows that see so many positions, against double precision.
+///
+/// Errors: a weight is rounded to bfloat16 (2^-8); a score of head_dim exact products is rounded
+/// once a product, then scaled, which moves its exponential by as much, relative; the exponential
+/// itself is good to 4e-7; float sums over the positions round once a position.
+void check_attention(const Kernels& k, int head_dim, const std::vector<int>& visible) {
+  const int rows = int(visible.size());
+  const int most = *std::max_element(visible.begin(), visible.end());
+  context = std::string(k.name) + " attention head_dim " + std::to_string(head_dim) + " rows " +
+            std::to_string(rows) + " visible " + std::to_string(visible[0]) + " .. " +
+            std::to_string(most);
+  Cache cache(k, most + 3, head_dim);
+  // A position too few or too many shows.
+  for (int v : visible) {
+    for (int p : {v - 1, v}) {
+      for (float& value : cache.values[p]) value = value < 0 ? -40 : 40;
+    }
+  }
+  cache.store(k, head_dim);
+
+  std::vector<std::vector<float>> query, out;
+  Aligned<float> scratch(attention_scratch(rows, most));
+  Attention a{cache.key_pointers.data(),
+              cache.value_pointers.data(),
+              head_dim,
+              rows,
+              1 / std::sqrt(float(head_dim)),
+              {},
+              {},
+              {},
+              scratch.data};
+  for (int t = 0; t < rows; ++t) {
+    query.push_back(floats(head_dim, 2));
+    out.emplace_back(head_dim);
+  }
+  for (int t = 0; t < rows; ++t) {
+    a.query[t] = query[t].data();
+    a.out[t] = out[t].data();
+    a.visible[t] = visible[t];
+  }
+  k.attend(a);
+
+  for (int t = 0; t < rows; ++t) {
+    std::vector<double> weight(visible[t]);
+    double top = -1e300, largest_term = 0;
+    for (int p = 0; p < visible[t]; ++p) {
+      double score = 0, magnitude = 0;
+      for (int c = 0; c < head_dim; ++c) {
+        const double term = double(rounded(query[t][c])) * rounded(cache.keys[p][c]) * a.scale;
+        score += term;
+        magnitude += std::abs(term);
+      }
+      weight[p] = score;
+      top = std::max(top, score);
+      largest_term = std::max(largest_term, magnitude);
+    }
+    double total = 0;
+    for (double& w : weight) total += w = std::exp(w - top);
+    const double relative = 1.0 / 256 + 2 * (head_dim + 8) * kRounding * largest_term + 1e-6 +
+                            2 * visible[t] * kRounding;
+    for (int c = 0; c < head_dim; ++c) {
+      double expected = 0, magnitude = 0;
+      for (int p = 0; p < visible[t]; ++p) {
+        const double term = weight[p] / total * rounded(cache.values[p][c]);
+        expected += term;
+        magnitude += std::abs(term);
+      }
+      CHECK_NEAR(out[t][c], expected, relative * magnitude);
+    }
+  }
+}
+
+void test_attention(const Kernels& k) {
+  for (int head_dim : {2, 6, 16, 30, 32, 64, 80, 96, 128, 200}) {
+    for (int visible : {1, 2, 15, 17, 63, 64, 65, 200}) check_attention(k, head_dim, {visible});
+    std::vector<int> block;
+    for (int t = 0; t < k.token_block; ++t) block.push_back(60 + t);  // causal, over a block's end
+    check_attention(k, head_dim, block);
+  }
+  for (int rows = 1; rows <= k.token_block; ++rows) {
+    std::vector<int> visible(rows, 100);
+    check_attention(k, 128, visible);  // the heads of a group: all see the same
+    for (int t = 0; t < rows; ++t) visible[t] = 1 + t * 7;
+    check_attention(k, 64, visible);
+  }
+  check_attention(k, 128, {1000});
+  check_attention(k, 64, std::vector<int>(k.token_block, 1000));
+  check_attention(k, 80, {1000, 1, 63, 64});
+
+  // Scores so far apart that all but one weight vanish, and damage that must show.
+  context = std::string(k.name) + " attention, extremes";
+  Cache cache(k, 70, 32);
+  for (float& value : cache.keys[40]) value = 100;
+  cache.store(k, 32);
+  std::vector<float> query(32, 100.0f), out(32);
+  Aligned<float> scratch(attention_scratch(1, 70));
+  Attention a{cache.key_pointers.data(),
+              cache.value_pointers.data(),
+              32,
+              1,
+              1,
+              {query.data()},
+              {70},
+              {out.data()},
+              scratch.data};
+  k.attend(a);
+  for (int c = 0; c < 32; ++c) CHECK_NEAR(out[c], rounded(cache.values[40][c]), 1e-6);
+  query[3] = kNan;
+  k.attend(a);
+  for (int c = 0; c < 32; ++c) CHECK(std::isnan(out[c]));
+  query[3] = 100;
+  cache.keys[69][5] = kInfinity;
+  cache.store(k, 32);
+  k.attend(a);
+  for (int c = 0; c < 32; ++c) CHECK(!std::isfinite(out[c]));
+}
+
+// --- element by element ---
+
+void test_norms(const Kernels& k, int n) {
+  const std::vector<float> x = floats(n, 4), weight = floats(n, 2), bias = floats(n, 2);
+  std::vector<float> out(n);
+  double squares = 0, total = 0, variance = 0;
+  for (float value : x) total += value;
+  for (float value : x) squares += double(value) * value;
+  for (float value : x) variance += (value - total / n) * (value - total / n);
+  // Sums of n positive terms, halved by the square root, and a handful of roundings.
+  const double relative = (n / 2 + 6) * kRounding;
+  context = std::string(k.name) + " rms_norm " + std::to_string(n);
+  k.rms_norm(x.data(), weight.data(), n, 1e-6f, out.data());
+  for (int i = 0; i < n; ++i) {
+    const double expected = x[i] / std::sqrt(squares / n + 1e-6f) * weight[i];
+    CHECK_NEAR(out[i], expected, relative * std::abs(expected));
+  }
+  context = std::string(k.name) + " layer_norm " + std::to_string(n);
+  k.layer_norm(x.data(), weight.data(), bias.data(), n, 1e-6f, out.data());
+  const double deviation = std::sqrt(variance / n + 1e-6f);
+  for (int i = 0; i < n; ++i) {
+    // The mean, of n terms up to 4, is as wrong as n roundings make it.
+    const double normal = (x[i] - total / n) / deviation;
+    const double wrong = relative * std::abs(normal) + 4 * (n + 2) * kRounding / deviation;
+    CHECK_NEAR(out[i], normal * weight[i] + bias[i],
+               wrong * (std::abs(weight[i]) + 1) + 2 * kRounding * std::abs(bias[i]) + 1e-7);
+  }
+  std::vector<float> copy = x;
+  copy[n / 2] = kNan;
+  k.rms_norm(copy.data(), weight.data(), n, 1e-6f, out.data());
+  CHECK(std::isnan(out[0]) && std::isnan(out[n - 1]));
+  k.layer_norm(copy.data(), weight.data(), bias.data(), n, 1e-6f, out.data());
+  CHECK(std::isnan(out[0]) && std::isnan(out[n - 1]));
+}
+
+void test_elements(const Kernels& k, int n) {
+  const std::string length = " " + std::to_string(n);
+  std::vector<float> x = floats(n, 12), y = floats(n, 2), scale = floats(n, 2), out(n);
+
+  context = std::string(k.name) + " swiglu" + length;
+  std::vector<float> gate = x;
+  gate[0] = -150;
+  if (n > 1) gate[1] = 150;
+  if (n > 2) gate[2] = kNan;
+  k.swiglu(gate.data(), y.data(), n, out.data());
+  for (int i = 0; i < n; ++i) {
+    const double expected = double(gate[i]) / (1 + std::exp(-double(gate[i]))) * y[i];
+    // The argument of the exponential is rounded: |x| * kRounding more.
+    if (i == 2)
+      CHECK(std::isnan(out[i]));
+    else
+      CHECK_NEAR(out[i], expected, 1e-6 * (1 + std::abs(gate[i])) * std::abs(expected) + 1e-30);
+  }
+  k.swiglu(gate.data(), y.data(), n, gate.data());
+  CHECK(std::memcmp(gate.data(), out.data(), 4 * n) == 0);
+
+  context = std::string(k.name) + " gelu" + length;
+  std::vector<float> z = x;
+  z[0] = -1e20f;
+  if (n > 1) z[1] = 1e20f;
+  if (n > 2) z[2] = kNan;
+  if (n > 3) z[3] = 0;
+  if (n > 4) z[4] = -kInfinity;
+  const std::vector<float> before = z;
+  k.gelu(z.data(), n);
+  for (int i = 0; i < n; ++i) {
+    const double expected = 0.5 * before[i] * std::erfc(-before[i] / std::sqrt(2.0));
+    if (i == 2)
+      CHECK(std::isnan(z[i]));
+    else if (i == 4)
+      CHECK(std::isnan(z[i]) || z[i] == 0);
+    else
+      CHECK_NEAR(z[i], expected, 1e-6 + 1e-6 * std::abs(expected));
+  }
+
+  context = std::string(k.name) + " add" + length;
+  out = x;
+  k.add(out.data(), y.data(), nullptr, n);
+  for (int i = 0; i < n; ++i) CHECK(out[i] == x[i] + y[i]);
+  out = x;
+  k.add(out.data(), y.data(), scale.data(), n);
+  for (int i = 0; i < n; ++i) {
+    const double product = double(y[i]) * scale[i];
+    CHECK_NEAR(out[i], x[i] + product,
+               kRounding * (std::abs(product) + std::abs(x[i] + product)) * 1.01);
+  }
+
+  context = std::string(k.name) + " dot_bf16" + length;
+  std::vector<std::uint16_t> row(n);
+  double expected = 0, magnitude = 0;
+  for (int i = 0; i < n; ++i) {
+    row[i] = bf16(scale[i]);
+    expected += double(bf16_value(row[i])) * x[i];
+    magnitude += std::abs(double(bf16_value(row[i])) * x[i]);
+  }
+  CHECK_NEAR(k.dot_bf16(row.data(), x.data(), n), expected, (n + 1) * kRounding * magnitude);
+  x[n - 1] = kNan;
+  CHECK(std::isnan(k.dot_bf16(row.data(), x.data(), n)));
+}
+
+void test_rotate(const Kernels& k, int head_dim) {
+  context = std::string(k.name) + " rotate " + std::to_string(head_dim);
+  const int half = head_dim / 2;
+  const std::vector<float> before = floats(head_dim, 3);
+  std::vector<float> x = before, cos(half), sin(half);
+  for (int i = 0; i < half; ++i) {
+    const float angle = uniform(0, 6);
+    cos[i] = std::cos(angle);
+    sin[i] = std::sin(angle);
+  }
+  k.rotate(x.data(), cos.data(), sin.data(), head_dim);
+  for (int i = 0; i < half; ++i) {
+    const double a = before[i], b = before[half + i];
+    const double tolerance = 3 * kRounding * (std::abs(a) + std::abs(b));
+    CHECK_NEAR(x[i], a * cos[i] - b * sin[i], tolerance);
+    CHECK_NEAR(x[half + i], b * cos[i] + a * sin[i], tolerance);
+  }
+}
+
+void test_machine(const Kernels& k) {
+  context = std::string(k.name) + " read, multiply";
+  Aligned<std::uint8_t> data(1024);
+  std::memset(data.data, 0, 1024);
+  const std::uint64_t nothing = k.read(data.data, 1024);
+  for (int i : {0, 255, 256, 1023}) {
+    data[i] = 0;
+  }
+  CHECK(k.read(data.data, 1024) == nothing);
+  std::memset(data.data + 768, 255, 256);
+  CHECK(k.read(data.data, 1024) != nothing);
+  const double products = double(k.multiply());
+  CHECK(products > 0.5e8 && products < 2e8);
+}
+
+void test_dispatch() {
+  context = "dispatch";
+  const std::vector<std::string> names = instruction_sets();
+  CHECK(!names.empty() && names.back() == "portable");
+  for (const std::string& name : names) CHECK(kernels(name).name == name);
+  unsetenv("EDGEVL_ISA");
+  CHECK(kernels().name == names.front());
+  setenv("EDGEVL_ISA", "portable", 1);
+  CHECK(kernels().name == std::string("portable"));
+  CHECK(kernels(names.front()).name == names.front());
+  setenv("EDGEVL_ISA", "sse9", 1);
+  bool refused = false;
+  try {
+    kernels();
+  } catch (const std::invalid_argument& error) {
+    refused = std::string(error.what()).find("sse9") != std::string::npos;
+  }
+  CHECK(refused);
+  unsetenv("EDGEVL_ISA");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::string> names(argv + 1, argv + argc);
+  if (names.empty()) {
+    test_dispatch();
+    names = instruction_sets();
+  }
+  for (const std::string& name : names) {
+    const int before = failures;
+    const Kernels& k = kernels(name);
+    test_quantize(k);
+    test_round(k);
+    test_products(k);
+    test_damage(k);
+    test_attention(k);
+    for (int n : {1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 64, 65, 100, 1024}) {
+      test_norms(k, n);
+      test_elements(k, n);
+    }
+    for (int head_dim : {2, 6, 16, 32, 34, 64, 80, 96, 128}) test_rotate(k, head_dim);
+    test_machine(k);
+    std::printf("%s: %s\n", name.c_str(), failures == before ? "passed" : "FAILED");
+  }
+  if (failures > 40) std::printf("%d failures in all\n", failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,709 @@
+// The threads, the packed weights, and the forward passes on every instruction set that this
+// machine has. Prints what failed; the exit status is 1 then.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "model/buffer.h"
+#include "model/cache.h"
+#include "model/decoder.h"
+#include "model/floats.h"
+#include "model/measure.h"
+#include "model/pack.h"
+#include "model/vision.h"
+#include "threads/team.h"
+
+using namespace edgevl;
+
+namespace {
+
+int failures = 0;
+std::string context;  // what is being tested, for messages
+std::mt19937 random_bits(20240501);
+
+void fail(const std::string& what, int line) {
+  ++failures;
+  std::printf("FAILED %s: %s (line %d)\n", context.c_str(), what.c_str(), line);
+}
+
+#define CHECK(condition)                          \
+  do {                                            \
+    if (!(condition)) fail(#condition, __LINE__); \
+  } while (false)
+
+#define CHECK_THROWS(expression)                                         \
+  do {                                                                   \
+    bool thrown = false;                                                 \
+    try {                                                                \
+      expression;                                                        \
+    } catch (const std::invalid_argument&) {                             \
+      thrown = true;                                                     \
+    }                                                                    \
+    if (!thrown) fail(#expression " throws invalid_argument", __LINE__); \
+  } while (false)
+
+std::vector<float> normal(std::size_t n, float size = 1, float mean = 0) {
+  std::normal_distribution<float> distribution(mean, size);
+  std::vector<float> values(n);
+  for (auto& value : values) value = distribution(random_bits);
+  return values;
+}
+
+/// |a - b| / |b|, of whole vectors.
+double distance(const float* a, const float* b, std::size_t n) {
+  double difference = 0, size = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    difference += (static_cast<double>(a[i]) - b[i]) * (static_cast<double>(a[i]) - b[i]);
+    size += static_cast<double>(b[i]) * b[i];
+  }
+  return std::sqrt(difference / size);  // NaN, which is not less than anything, if one is
+}
+
+// --- threads ---------------------------------------------------------------------------------
+
+void test_team() {
+  context = "team";
+  CHECK_THROWS(Team(0));
+  CHECK_THROWS(Team(257));
+  for (int threads : {1, 2, 3, 7}) {
+    Team team(threads);
+    CHECK(team.size() == threads);
+    constexpr int kItems = 1000;
+    for (int round = 0; round < 50; ++round) {
+      std::vector<int> times(kItems), shared(kItems);
+      std::vector<long> sums(threads);
+      team.run([&](Member& member) {
+        member.each(kItems, [&](int i) { ++times[i]; });
+        // After a barrier everybody sees what everybody wrote.
+        sums[member.rank()] = std::accumulate(times.begin(), times.end(), 0L);
+        member.barrier();
+        const auto [begin, end] = member.share(kItems);
+        for (int i = begin; i < end; ++i) ++shared[i];
+        member.each(3, [&](int i) { times[i] += 10; });
+      });
+      CHECK(std::count(shared.begin(), shared.end(), 1) == kItems);
+      CHECK(std::count(sums.begin(), sums.end(), kItems) == threads);
+      CHECK(times[0] == 11 && times[2] == 11 && times[3] == 1 && times[kItems - 1] == 1);
+    }
+  }
+}
+
+void test_team_sleeps_and_wakes() {
+  context = "team that slept";
+  Team team(3);
+  std::atomic<int> count{0};
+  for (int i = 0; i < 3; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    team.run([&](Member& member) {
+      if (member.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      member.barrier();
+      ++count;
+    });
+  }
+  CHECK(count == 9);
+}
+
+void test_team_errors() {
+  context = "team with errors";
+  Team team(3);
+  for (int i = 0; i < 20; ++i) {
+    bool thrown = false;
+    try {
+      team.run([&](Member& member) {
+        if (member.rank() == i % 3) throw std::runtime_error("expected");
+      });
+    } catch (const std::runtime_error&) {
+      thrown = true;
+    }
+    CHECK(thrown);
+    int count = 0;
+    team.run([&](Member& member) { member.each(1, [&](int) { ++count; }); });
+    CHECK(count == 1);
+  }
+}
+
+void test_team_with_two_callers() {
+  context = "team with two callers";
+  Team team(2);
+  long total = 0;  // not atomic: steps must not overlap
+  auto call = [&] {
+    for (int i = 0; i < 200; ++i) {
+      team.run([&](Member& member) {
+        member.each(10, [&](int j) {
+          if (j == 0) ++total;
+        });
+      });
+    }
+  };
+  std::thread other(call);
+  call();
+  other.join();
+  CHECK(total == 400);
+}
+
+// --- weights ---------------------------------------------------------------------------------
+
+void test_floats() {
+  context = "floats";
+  for (std::uint32_t bits = 0; bits < 1 << 16; ++bits) {
+    const auto half = static_cast<std::uint16_t>(bits);
+    const bool nan_f16 = (bits & 0x7c00) == 0x7c00 && (bits & 0x3ff);
+    const bool nan_bf16 = (bits & 0x7f80) == 0x7f80 && (bits & 0x7f);
+    if (nan_f16 ? !std::isnan(from_f16(half)) : to_f16(from_f16(half)) != half) {
+      return fail("half precision does not come back", __LINE__);
+    }
+    if (nan_bf16 ? !std::isnan(from_bf16(to_bf16(from_bf16(half))))
+                 : to_bf16(from_bf16(half)) != half) {
+      return fail("bfloat16 does not come back", __LINE__);
+    }
+  }
+  CHECK(from_f16(0x3c00) == 1 && from_f16(0x0001) == 0x1p-24f && from_f16(0xc500) == -5);
+  CHECK(to_f16(65519.0f) == 0x7bff && to_f16(65520.0f) == 0x7c00 && to_f16(-1e30f) == 0xfc00);
+  CHECK(to_f16(1 + 0x1p-11f) == 0x3c00 && to_f16(1 + 3 * 0x1p-11f) == 0x3c02);
+  CHECK(to_f16(0x1p-25f) == 0 && to_f16(3 * 0x1p-25f) == 2 && std::isnan(from_f16(to_f16(NAN))));
+  CHECK(to_bf16(1 + 0x1p-8f) == 0x3f80 && to_bf16(1 + 3 * 0x1p-8f) == 0x3f82);
+}
+
+/// Packed weights and what they stand for.
+struct Packed {
+  Linear linear;
+  Buffer<std::uint8_t> bytes;
+  std::vector<float> weights;  ///< float32 [rows, cols], unpacked again
+
+  Packed(Format format, int rows, int cols, int group, Team& team, const std::vector<float>& source,
+         const std::vector<float>* source2 = nullptr) {
+    linear.matrix = describe(format, rows, cols, group);
+    bytes = Buffer<std::uint8_t>(linear.matrix.bytes());
+    if (source2) {
+      const int each = static_cast<int>(source.size()) / cols;
+      pack(PlainMatrix{Dtype::kF32, each, cols, source.data()}, linear.matrix, bytes.data(), {0, 2},
+           team);
+      pack(PlainMatrix{Dtype::kF32, each, cols, source2->data()}, linear.matrix, bytes.data(),
+           {1, 2}, team);
+    } else {
+      pack(PlainMatrix{Dtype::kF32, rows, cols, source.data()}, linear.matrix, bytes.data(), {},
+           team);
+    }
+    linear.matrix.data = bytes.data();
+    weights.resize(static_cast<std::size_t>(rows) * cols);
+    unpack(linear.matrix, cols, weights.data());
+  }
+};
+
+void test_packing() {
+  Team team(2);
+  for (const auto& [rows, cols, group] : {std::tuple{16, 8, 8}, {37, 100, 32}, {64, 250, 128}}) {
+    const auto source = normal(static_cast<std::size_t>(rows) * cols);
+    for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
+      context = "packing, format " + std::to_string(static_cast<int>(format));
+      const Packed packed(format, rows, cols, group, team, source);
+      CHECK(packed.linear.matrix.cols >= cols && packed.linear.matrix.panels() % 2 == 0);
+      for (int row = 0; row < rows; ++row) {
+        const float* x = source.data() + static_cast<std::size_t>(row) * cols;
+        const float* y = packed.weights.data() + static_cast<std::size_t>(row) * cols;
+        float largest = 0;
+        for (int c = 0; c < cols; ++c) largest = std::max(largest, std::fabs(x[c]));
+        for (int c = 0; c < cols; ++c) {
+          const float error = std::fabs(x[c] - y[c]);
+          if (format == Format::kBf16) CHECK(y[c] == from_bf16(to_bf16(x[c])));
+          if (format == Format::kInt8) CHECK(error <= largest / 127 * 0.5001f);
+        }
+        for (int g = 0; g < cols && format == Format::kInt4; g += group) {
+          // Better than rounding with the largest magnitude at 7; a little worse where the scale's
+          // float16 falls badly.
+          const int end = std::min(g + group, cols);
+          float peak = 0;
+          for (int c = g; c < end; ++c) peak = std::max(peak, std::fabs(x[c]));
+          double plain = 0, ours = 0;
+          for (int c = g; c < end; ++c) {
+            const float rounded = std::nearbyint(x[c] / peak * 7) * peak / 7;
+            plain += (x[c] - rounded) * (x[c] - rounded);
+            ours += (x[c] - y[c]) * (x[c] - y[c]);
+          }
+          CHECK(ours <= 1.01 * plain + 1e-6);
+        }
+      }
+    }
+  }
+  context = "packing zeros and NaN";
+  for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
+    const Packed zeros(format, 16, 32, 32, team, std::vector<float>(16 * 32));
+    CHECK(std::count(zeros.weights.begin(), zeros.weights.end(), 0.0f) == 16 * 32);
+    Packed(format, 16, 32, 32, team, std::vector<float>(16 * 32, NAN));  // must not be undefined
+  }
+  context = "packing what does not fit";
+  std::vector<float> source(40 * 32);
+  Buffer<std::uint8_t> out(1 << 16);
+  const Matrix matrix = describe(Format::kInt8, 32, 32, 32);
+  CHECK_THROWS(pack(PlainMatrix{Dtype::kF32, 40, 32, source.data()}, matrix, out.data(), {}, team));
+  CHECK_THROWS(pack(PlainMatrix{Dtype::kF32, 32, 64, source.data()}, matrix, out.data(), {}, team));
+  CHECK_THROWS(
+      pack(PlainMatrix{Dtype::kF32, 32, 32, source.data()}, matrix, out.data(), {1, 1}, team));
+  CHECK_THROWS(describe(Format::kInt4, 16, 16, 12));
+  CHECK_THROWS(describe(Format::kInt8, 0, 16, 16));
+}
+
+void test_gptq() {
+  context = "GPTQ";
+  Team team(2);
+  const int rows = 40, cols = 64, group = 32;
+  std::vector<std::uint32_t> words(cols / 8 * rows);
+  for (auto& word : words) word = random_bits();
+  std::vector<std::uint16_t> scales(cols / group * rows);
+  for (auto& scale : scales) scale = to_f16(normal(1, 0.1f)[0]);
+  const Matrix layout = describe(Format::kInt4, rows, cols, group);
+  Buffer<std::uint8_t> bytes(layout.bytes());
+  pack(GptqMatrix{rows, cols, group, words.data(), Dtype::kF16, scales.data()}, layout,
+       bytes.data(), {}, team);
+  Matrix matrix = layout;
+  matrix.data = bytes.data();
+  std::vector<float> weights(rows * cols);
+  unpack(matrix, cols, weights.data());
+  for (int row = 0; row < rows; ++row) {
+    for (int c = 0; c < cols; ++c) {
+      const int nibble = words[c / 8 * rows + row] >> (4 * (c % 8)) & 15;
+      const float expected =
+          static_cast<float>(nibble - 8) * from_f16(scales[c / group * rows + row]);
+      CHECK(weights[row * cols + c] == expected);
+    }
+  }
+}
+
+void test_cache() {
+  context = "cache";
+  Cache cache(2, 3, 24);
+  CHECK(cache.length() == 0 && cache.bytes() == 0);
+  cache.reserve(1);
+  const std::size_t block = cache.bytes();
+  CHECK(block == 2 * 3 * 2 * cache_words(24) * 4);
+  cache.reserve(10 * kCacheBlock);
+  CHECK(cache.bytes() == 10 * block);
+  cache.keys(1, 2)[9][0] = 7;
+  cache.set_length(10 * kCacheBlock);
+  CHECK_THROWS(cache.truncate(-1));
+  CHECK_THROWS(cache.truncate(10 * kCacheBlock + 1));
+  cache.truncate(kCacheBlock + 1);
+  CHECK(cache.length() == kCacheBlock + 1 && cache.bytes() == 3 * block);
+  cache.truncate(0);
+  CHECK(cache.bytes() == block);
+  cache.reserve(10 * kCacheBlock);
+  CHECK(cache.keys(1, 2)[9][0] == 0);
+}
+
+// --- decoder ---------------------------------------------------------------------------------
+
+/// A small decoder with random weights, and its forward pass in double precision.
+struct SmallDecoder {
+  DecoderConfig config;
+  Format format;
+  std::vector<std::vector<float>> vectors;
+  std::vector<Packed> matrices;  // qkv, o, gate_up, down of each layer; head
+  DecoderWeights weights;
+
+  SmallDecoder(bool qwen3, Format format, bool exact, Team& team) : format(format) {
+    auto& c = config;
+    c.hidden_size = 56;
+    c.intermediate_size = 72;
+    c.num_hidden_layers = 2;
+    c.num_attention_heads = qwen3 ? 4 : 6;
+    c.num_key_value_heads = 2;
+    c.head_dim = qwen3 ? 16 : 12;
+    c.vocab_size = 203;
+    c.max_context = 200;
+    c.chunk = 17;
+    c.rms_norm_eps = 1e-6f;
+    vectors.reserve(1000);
+    matrices.reserve(1000);
+    const int inner = c.num_attention_heads * c.head_dim;
+    for (int i = 0; i < c.num_hidden_layers; ++i) {
+      DecoderLayer layer;
+      layer.input_norm = vector(c.hidden_size, 0.2f, 1);
+      layer.qkv = matrix(c.qkv_rows(), c.hidden_size, team);
+      if (qwen3) {
+        layer.q_norm = vector(c.head_dim, 0.2f, 1);
+        layer.k_norm = vector(c.head_dim, 0.2f, 1);
+      } else {
+        layer.qkv.bias = vector(c.qkv_rows(), 0.5f);
+        layer.o.bias = vector(c.hidden_size, 0.5f);
+      }
+      const float* o_bias = layer.o.bias;
+      layer.o = matrix(c.hidden_size, inner, team);
+      layer.o.bias = o_bias;
+      layer.post_norm = vector(c.hidden_size, 0.2f, 1);
+      const auto gate = random_matrix(c.intermediate_size, c.hidden_size);
+      const auto up = random_matrix(c.intermediate_size, c.hidden_size);
+      matrices.emplace_back(format, 2 * c.padded(c.intermediate_size), c.hidden_size, 32, team,
+                            gate, &up);
+      layer.gate_up = matrices.back().linear;
+      layer.down = matrix(c.hidden_size, c.intermediate_size, team);
+      weights.layers.push_back(layer);
+    }
+    weights.embedding = {Dtype::kF32, c.vocab_size, c.hidden_size,
+                         vector(c.vocab_size * c.hidden_size, 1)};
+    weights.norm = vector(c.hidden_size, 0.2f, 1);
+    const float* head = vector(c.vocab_size * c.hidden_size, 0.2f);
+    matrices.emplace_back(format, c.vocab_size, c.hidden_size, 32, team, vectors.back());
+    weights.head = matrices.back().linear;
+    if (exact) weights.head_exact = PlainMatrix{Dtype::kF32, c.vocab_size, c.hidden_size, head};
+    float* frequencies = vector(c.head_dim / 2, 0);
+    for (int i = 0; i < c.head_dim / 2; ++i) {
+      frequencies[i] = std::pow(100.0f, -2.0f * i / c.head_dim);
+    }
+    weights.inverse_frequencies = frequencies;
+  }
+
+  float* vector(int n, float size, float mean = 0) {
+    vectors.push_back(normal(n, size, mean));
+    return vectors.back().data();
+  }
+  std::vector<float> random_matrix(int rows, int cols) {
+    return normal(static_cast<std::size_t>(rows) * cols, 1 / std::sqrt(static_cast<float>(cols)));
+  }
+  Linear matrix(int rows, int cols, Team& team) {
+    matrices.emplace_back(format, rows, cols, 32, team, random_matrix(rows, cols));
+    return matrices.back().linear;
+  }
+
+  using Row = std::vector<double>;
+
+  static Row norm(const double* x, const float* weight, int n, double eps) {
+    double squares = 0;
+    for (int i = 0; i < n; ++i) squares += x[i] * x[i];
+    Row out(n);
+    for (int i = 0; i < n; ++i) out[i] = x[i] / std::sqrt(squares / n + eps) * weight[i];
+    return out;
+  }
+  static Row product(const std::vector<float>& w, const float* bias, const Row& x) {
+    const std::size_t rows = w.size() / x.size();
+    Row out(rows);
+    for (std::size_t r = 0; r < rows; ++r) {
+      out[r] = bias ? bias[r] : 0;
+      for (std::size_t c = 0; c < x.size(); ++c) out[r] += w[r * x.size() + c] * x[c];
+    }
+    return out;
+  }
+  void rotate(double* x, int position) const {
+    const int half = config.head_dim / 2;
+    for (int i = 0; i < half; ++i) {
+      const double angle = static_cast<float>(position) * weights.inverse_frequencies[i];
+      const double a = x[i], b = x[half + i];
+      x[i] = a * std::cos(angle) - b * std::sin(angle);
+      x[half + i] = b * std::cos(angle) + a * std::sin(angle);
+    }
+  }
+
+  /// Logits [ids, vocabulary].
+  std::vector<float> reference(const std::vector<std::int64_t>& ids) const {
+    const auto& c = config;
+    const int heads = c.num_attention_heads, group = heads / c.num_key_value_heads;
+    std::vector<Row> x;
+    for (const auto id : ids) {
+      const auto* row = static_cast<const float*>(weights.embedding.data) + id * c.hidden_size;
+      x.emplace_back(row, row + c.hidden_size);
+    }
+    for (int l = 0; l < c.num_hidden_layers; ++l) {
+      const auto& w = weights.layers[l];
+      std::vector<Row> qkv;
+      for (std::size_t t = 0; t < x.size(); ++t) {
+        qkv.push_back(product(matrices[4 * l].weights, w.qkv.bias,
+                              norm(x[t].data(), w.input_norm, c.hidden_size, c.rms_norm_eps)));
+        for (int h = 0; h < heads + c.num_key_value_heads; ++h) {
+          double* head =
+              qkv[t].data() + (h < heads ? h * c.head_dim : c.key_row() + (h - heads) * c.head_dim);
+          if (const float* weight = h < heads ? w.q_norm : w.k_norm) {
+            const Row normed = norm(head, weight, c.head_dim, c.rms_norm_eps);
+            std::copy(normed.begin(), normed.end(), head);
+          }
+          rotate(head, static_cast<int>(t));
+        }
+      }
+      for (std::size_t t = 0; t < x.size(); ++t) {
+        Row mixed(heads * c.head_dim);
+        for (int h = 0; h < heads; ++h) {
+          const int key = c.key_row() + h / group * c.head_dim;
+          const int value = c.value_row() + h / group * c.head_dim;
+          Row scores(t + 1);
+          for (std::size_t s = 0; s <= t; ++s) {
+            for (int i = 0; i < c.head_dim; ++i) {
+              scores[s] += qkv[t][h * c.head_dim + i] * qkv[s][key + i];
+            }
+          }
+          double total = 0;
+          for (auto& score : scores) total += score = std::exp(score / std::sqrt(c.head_dim));
+          for (std::size_t s = 0; s <= t; ++s) {
+            for (int i = 0; i < c.head_dim; ++i) {
+              mixed[h * c.head_dim + i] += scores[s] / total * qkv[s][value + i];
+            }
+          }
+        }
+        const Row o = product(matrices[4 * l + 1].weights, w.o.bias, mixed);
+        for (int i = 0; i < c.hidden_size; ++i) x[t][i] += o[i];
+        const Row both = product(matrices[4 * l + 2].weights, nullptr,
+                                 norm(x[t].data(), w.post_norm, c.hidden_size, c.rms_norm_eps));
+        Row gated(c.intermediate_size);
+        for (int i = 0; i < c.intermediate_size; ++i) {
+          const double gate = both[i / kLanes * 2 * kLanes + i % kLanes];
+          gated[i] =
+              gate / (1 + std::exp(-gate)) * both[(i / kLanes * 2 + 1) * kLanes + i % kLanes];
+        }
+        const Row down = product(matrices[4 * l + 3].weights, nullptr, gated);
+        for (int i = 0; i < c.hidden_size; ++i) x[t][i] += down[i];
+      }
+    }
+    std::vector<float> logits;
+    for (const auto& row : x) {
+      const Row out = product(matrices.back().weights, nullptr,
+                              norm(row.data(), weights.norm, c.hidden_size, c.rms_norm_eps));
+      logits.insert(logits.end(), out.begin(), out.end());
+    }
+    return logits;
+  }
+};
+
+std::vector<std::int64_t> token_ids(int n, int vocabulary) {
+  std::vector<std::int64_t> ids(n);
+  for (auto& id : ids) id = random_bits() % vocabulary;
+  return ids;
+}
+
+/// What rounding activations to bfloat16, or to int8, adds up to in the small decoders.
+double tolerance(Format format) { return format == Format::kBf16 ? 0.02 : 0.08; }
+
+void test_decoder(const std::string& isa, int threads, bool qwen3, Format format) {
+  context = "decoder " + isa + ", " + std::to_string(threads) + " threads, " +
+            (qwen3 ? "qwen3" : "qwen2") + ", format " + std::to_string(static_cast<int>(format));
+  Team team(threads);
+  const SmallDecoder small(qwen3, format, false, team);
+  const auto& c = small.config;
+  Decoder decoder(c, small.weights, team, kernels(isa));
+  const auto vocabulary = static_cast<std::size_t>(c.vocab_size);
+  const auto ids = token_ids(90, c.vocab_size);
+  const auto expected = small.reference(ids);
+  auto near = [&](const Logits& logits, int row, std::size_t position) {
+    return distance(logits.buffer->data() + row * vocabulary, &expected[position * vocabulary],
+                    vocabulary) < tolerance(format);
+  };
+  std::vector<float> embeddings(ids.size() * c.hidden_size);
+  decoder.embed(ids, embeddings.data());
+
+  // Prefill in chunks, then token by token.
+  const auto sequence = decoder.new_sequence();
+  CHECK(near(decoder.prefill(*sequence, embeddings.data(), 70), 0, 69));
+  CHECK(sequence->cache.length() == 70);
+  Sequence* one[] = {sequence.get()};
+  for (int t = 70; t < 80; ++t) CHECK(near(decoder.decode(one, {{ids[t]}}), 0, t));
+
+  // Several at once, logits of each; from a shortened cache.
+  sequence->cache.truncate(63);
+  const auto extended = decoder.extend(*sequence, std::span(ids).subspan(63, 20));
+  for (int i = 0; i < 20; ++i) CHECK(near(extended, i, 63 + i));
+
+  // Several sequences, of different lengths.
+  const auto second = decoder.new_sequence();
+  decoder.prefill(*second, embeddings.data(), 1);
+  std::vector<std::unique_ptr<Sequence>> more;
+  std::vector<Sequence*> all = {sequence.get(), second.get()};
+  std::vector<std::int64_t> next = {ids[83], ids[1]};
+  for (int i = 0; i < c.chunk; ++i) {  // more than a chunk takes
+    more.push_back(decoder.new_sequence());
+    decoder.prefill(*more.back(), embeddings.data(), 2 + i);
+    all.push_back(more.back().get());
+    next.push_back(ids[2 + i]);
+  }
+  const auto batch = decoder.decode(all, next);
+  CHECK(near(batch, 0, 83) && near(batch, 1, 1));
+  for (int i = 0; i < c.chunk; ++i) CHECK(near(batch, 2 + i, 2 + i));
+}
+
+void test_decoder_errors() {
+  context = "decoder errors";
+  Team team(2);
+  const SmallDecoder small(true, Format::kBf16, false, team);
+  Decoder decoder(small.config, small.weights, team, kernels());
+  Decoder other(small.config, small.weights, team, kernels());
+  const auto sequence = decoder.new_sequence();
+  const auto stranger = other.new_sequence();
+  std::vector<float> x(201 * small.config.hidden_size);
+  Sequence* mine[] = {sequence.get()};
+  Sequence* theirs[] = {stranger.get()};
+  Sequence* twice[] = {sequence.get(), sequence.get()};
+  CHECK_THROWS(decoder.prefill(*sequence, x.data(), 201));
+  CHECK_THROWS(decoder.prefill(*sequence, x.data(), 0));
+  CHECK_THROWS(decoder.prefill(*stranger, x.data(), 1));
+  CHECK_THROWS(decoder.decode(theirs, {{1}}));
+  CHECK_THROWS(decoder.decode(mine, {{203}}));
+  CHECK_THROWS(decoder.decode(mine, {{-1}}));
+  CHECK_THROWS(decoder.decode(twice, (std::vector<std::int64_t>{1, 2})));
+  CHECK_THROWS(decoder.decode(mine, (std::vector<std::int64_t>{1, 2})));
+  CHECK_THROWS(decoder.extend(*sequence, {}));
+  CHECK(sequence->cache.length() == 0);
+  decoder.prefill(*sequence, x.data(), 200);
+  CHECK_THROWS(decoder.decode(mine, {{1}}));
+  auto config = small.config;
+  config.hidden_size = 57;
+  CHECK_THROWS(Decoder(config, small.weights, team, kernels()));
+  config = small.config;
+  config.head_dim = 0;
+  CHECK_THROWS(Decoder(config, small.weights, team, kernels()));
+}
+
+void test_exact_head() {
+  context = "exact head";
+  constexpr int kTokens = 5;
+  std::vector<float> first;
+  for (int threads : {1, 2, 3}) {
+    random_bits.seed(7);
+    Team team(threads);
+    SmallDecoder small(true, Format::kBf16, false, team);
+    const auto& c = small.config;
+    // "Exact" weights twice as large show which logits they were used for.
+    std::vector<float> doubled = small.matrices.back().weights;
+    for (auto& weight : doubled) weight *= 2;
+    Decoder plain(c, small.weights, team, kernels());
+    small.weights.head_exact = {Dtype::kF32, c.vocab_size, c.hidden_size, doubled.data()};
+    Decoder rescoring(c, small.weights, team, kernels());
+    const auto ids = token_ids(kTokens, c.vocab_size);
+    const auto before = plain.extend(*plain.new_sequence(), ids);
+    const auto after = rescoring.extend(*rescoring.new_sequence(), ids);
+    for (int row = 0; row < kTokens; ++row) {
+      const float* x = before.buffer->data() + row * c.vocab_size;
+      const float* y = after.buffer->data() + row * c.vocab_size;
+      std::vector<float> sorted(x, x + c.vocab_size);
+      std::sort(sorted.rbegin(), sorted.rend());
+      for (int i = 0; i < c.vocab_size; ++i) {
+        if (x[i] >= sorted[kRescored - 1]) {
+          CHECK(std::fabs(y[i] - 2 * x[i]) < 0.02);
+        } else {
+          CHECK(y[i] == x[i]);
+        }
+      }
+    }
+    const float* logits = after.buffer->data();
+    if (first.empty()) first.assign(logits, logits + kTokens * c.vocab_size);
+    CHECK(std::equal(first.begin(), first.end(), logits));
+  }
+}
+
+// --- vision ----------------------------------------------------------------------------------
+
+/// Features of two tiles, from the same random weights in every call.
+std::vector<float> features(const std::string& isa, int threads, bool large, Format format) {
+  random_bits.seed(11);
+  Team team(threads);
+  VisionConfig c;
+  c.hidden_size = large ? 45 : 32;  // heads of 15 channels, or 16
+  c.intermediate_size = 70;
+  c.num_hidden_layers = 2;
+  c.num_attention_heads = large ? 3 : 2;
+  c.image_size = 24;
+  c.patch_size = 4;
+  c.layer_norm = !large;
+  c.norm_eps = 1e-6f;
+  c.downsample = 2;
+  c.swapped_shuffle = large;
+  c.text_hidden_size = 40;
+  c.projector_norm_eps = 1e-5f;
+  std::vector<std::vector<float>> vectors;
+  std::vector<Packed> matrices;
+  vectors.reserve(1000);
+  matrices.reserve(1000);
+  auto vector = [&](int n, float mean = 0) {
+    vectors.push_back(normal(n, 0.2f, mean));
+    return vectors.back().data();
+  };
+  auto matrix = [&](int rows, int cols, bool bias) {
+    matrices.emplace_back(
+        format, rows, cols, 32, team,
+        normal(static_cast<std::size_t>(rows) * cols, 1 / std::sqrt(static_cast<float>(cols))));
+    Linear linear = matrices.back().linear;
+    if (bias) linear.bias = vector(rows);
+    return linear;
+  };
+  VisionWeights w;
+  w.patch = matrix(c.hidden_size, c.patch_values(), true);
+  w.class_embedding = vector(c.hidden_size);
+  w.position_embedding = vector(c.positions() * c.hidden_size);
+  for (int i = 0; i < c.num_hidden_layers; ++i) {
+    VisionLayer layer;
+    layer.norm1 = vector(c.hidden_size, 1);
+    layer.norm2 = vector(c.hidden_size, 1);
+    if (c.layer_norm) layer.norm1_bias = vector(c.hidden_size);
+    if (c.layer_norm) layer.norm2_bias = vector(c.hidden_size);
+    layer.qkv = matrix(3 * c.hidden_size, c.hidden_size, !large);
+    if (large) layer.q_norm = vector(c.hidden_size, 1);
+    if (large) layer.k_norm = vector(c.hidden_size, 1);
+    layer.proj = matrix(c.hidden_size, c.hidden_size, true);
+    layer.fc1 = matrix(c.intermediate_size, c.hidden_size, true);
+    layer.fc2 = matrix(c.hidden_size, c.intermediate_size, true);
+    layer.ls1 = vector(c.hidden_size, 0.5f);
+    layer.ls2 = vector(c.hidden_size, 0.5f);
+    w.layers.push_back(layer);
+  }
+  w.projector_norm = {vector(c.merged_size(), 1), vector(c.merged_size()), c.projector_norm_eps};
+  w.projector_fc1 = matrix(c.text_hidden_size, c.merged_size(), true);
+  w.projector_fc2 = matrix(c.text_hidden_size, c.text_hidden_size, true);
+  const auto pixels = normal(2 * 3 * static_cast<std::size_t>(c.image_size) * c.image_size);
+  VisionEncoder encoder(c, w, team, kernels(isa));
+  const std::size_t tile = static_cast<std::size_t>(c.image_tokens()) * c.text_hidden_size;
+  std::vector<float> out(2 * tile), alone(tile);
+  encoder.encode(pixels.data(), 2, out.data());
+  encoder.encode(pixels.data() + pixels.size() / 2, 1, alone.data());
+  CHECK(std::equal(alone.begin(), alone.end(), out.begin() + static_cast<long>(tile)));
+  CHECK(distance(out.data(), alone.data(), tile) > 0.1);
+  return out;
+}
+
+void test_vision(const std::string& isa) {
+  for (const bool large : {false, true}) {
+    context = "vision " + isa + (large ? ", large" : "");
+    const auto precise = features("portable", 1, large, Format::kBf16);
+    const auto threads = features(isa, 3, large, Format::kBf16);
+    CHECK(distance(threads.data(), precise.data(), precise.size()) < 0.01);
+    const auto same = features(isa, 1, large, Format::kBf16);
+    CHECK(threads == same);
+    const auto rounded = features(isa, 2, large, Format::kInt8);
+    CHECK(distance(rounded.data(), precise.data(), precise.size()) < 0.05);
+  }
+}
+
+void test_measurements() {
+  context = "measurements";
+  Team team(2);
+  Buffer<std::uint8_t> memory(1 << 20);
+  CHECK(read_bandwidth(team, kernels(), memory) > 0);
+}
+
+}  // namespace
+
+int main() {
+  test_team();
+  test_team_sleeps_and_wakes();
+  test_team_errors();
+  test_team_with_two_callers();
+  test_floats();
+  test_packing();
+  test_gptq();
+  test_cache();
+  for (const auto& isa : instruction_sets()) {
+    for (const int threads : {1, 3}) {  // 3: more than there are key/value heads
+      for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
+        test_decoder(isa, threads, true, format);
+        test_decoder(isa, threads, false, format);
+      }
+    }
+    test_vision(isa);
+  }
+  test_decoder_errors();
+  test_exact_head();
+  test_measurements();
+  if (failures == 0) std::printf("model_test: all passed\n");
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,164 @@
+#include "threads/team.h"
+
+#include <chrono>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace edgevl {
+namespace {
+
+/// How long a thread spins before it sleeps. Waking a sleeper costs about as much, so that spinning
+/// longer would not pay; members that all run reach a barrier within a few microseconds.
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr int kMaxThreads = 256;
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__) || defined(__arm__)
+  asm volatile("yield");
+#endif
+}
+
+/// Waits until the value is not `old` any more.
+void wait_for_change(const std::atomic<std::uint32_t>& value, std::uint32_t old) {
+  constexpr int kPausesPerLook = 64;  // reading the clock costs more than a pause
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < kPausesPerLook; ++i) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+long process_id() {
+#if defined(__unix__) || defined(__APPLE__)
+  return getpid();
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+struct Team::State {
+  // Each counter has a cache line of its own: members spin on one while others write the next.
+  alignas(64) std::atomic<int> next{0};               ///< item that the next claim gets
+  alignas(64) std::atomic<int> arrived{0};            ///< members at the current barrier
+  alignas(64) std::atomic<std::uint32_t> passed{0};   ///< barriers passed; wraps around
+  alignas(64) std::atomic<std::uint32_t> started{0};  ///< steps started; wraps around
+
+  alignas(64) int size = 1;
+  long process = process_id();
+  std::mutex turn;                                     ///< held by the caller whose step runs
+  const std::function<void(Member&)>* step = nullptr;  ///< null: leave
+  std::mutex error_mutex;
+  std::exception_ptr error;
+  std::vector<std::thread> threads;
+
+  void run_step(Member& member) {
+    try {
+      (*step)(member);
+    } catch (...) {
+      std::lock_guard lock(error_mutex);
+      if (!error) error = std::current_exception();
+    }
+    member.barrier();
+  }
+
+  void start(const std::function<void(Member&)>* next_step) {
+    step = next_step;
+    started.fetch_add(1, std::memory_order_release);
+    started.notify_all();
+  }
+
+  void work(Member member) {
+    for (std::uint32_t seen = 0;; ++seen) {
+      wait_for_change(started, seen);
+      if (!step) return;
+      run_step(member);
+    }
+  }
+
+  void stop() {
+    start(nullptr);
+    for (auto& thread : threads) thread.join();
+  }
+};
+
+int Member::claim() { return team_.state_->next.fetch_add(1, std::memory_order_relaxed); }
+
+Member::Range Member::share(int n) const {
+  auto edge = [&](int rank) { return static_cast<int>(static_cast<long long>(n) * rank / size_); };
+  return {edge(rank_), edge(rank_ + 1)};
+}
+
+void Member::barrier() {
+  auto& state = *team_.state_;
+  const std::uint32_t passed = state.passed.load(std::memory_order_relaxed);
+  if (state.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < size_) {
+    wait_for_change(state.passed, passed);
+    return;
+  }
+  // Nobody claims or arrives while the others wait for the last one.
+  state.next.store(0, std::memory_order_relaxed);
+  state.arrived.store(0, std::memory_order_relaxed);
+  state.passed.fetch_add(1, std::memory_order_release);
+  state.passed.notify_all();
+}
+
+Team::Team(int threads) {
+  if (threads < 1 || threads > kMaxThreads) {
+    throw std::invalid_argument("threads is " + std::to_string(threads) + ": give 1 to " +
+                                std::to_string(kMaxThreads));
+  }
+  state_ = std::make_unique<State>();
+  state_->size = threads;
+  try {
+    for (int rank = 1; rank < threads; ++rank) {
+      state_->threads.emplace_back(&State::work, state_.get(), Member(*this, rank, threads));
+    }
+  } catch (...) {  // the system has no more threads
+    state_->stop();
+    throw;
+  }
+}
+
+Team::~Team() {
+  if (state_->process != process_id()) {
+    state_
+        .release();  // a fork's child: the threads to join, and so their objects, are the parent's
+    return;
+  }
+  state_->stop();
+}
+
+int Team::size() const { return state_->size; }
+
+void Team::run(const std::function<void(Member&)>& step) {
+  auto& state = *state_;
+  if (state.process != process_id()) {
+    throw std::runtime_error("threads do not survive a fork: load the model in the child process");
+  }
+  std::lock_guard lock(state.turn);
+  state.error = nullptr;
+  Member caller(*this, 0, state.size);
+  if (state.size == 1) {
+    state.step = &step;
+  } else {
+    state.start(&step);
+  }
+  state.run_step(caller);
+  if (state.error) std::rethrow_exception(std::exchange(state.error, nullptr));
+}
+
+}  // namespace edgevl

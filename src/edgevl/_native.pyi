@@ -1,0 +1,104 @@
+"""The native engine: kernels, packed weights, decoder and vision encoder (``native/``).
+
+Arrays are C-contiguous unless it says otherwise. Functions that compute release the GIL. Wrong
+arguments are a ValueError. A matrix is a tuple (format, rows, cols, group, packed bytes), with
+``cols`` not padded; layouts are in ``native/kernels/layout.h``.
+"""
+
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Format: TypeAlias = Literal["int4", "int8", "bf16"]
+Matrix: TypeAlias = tuple[Format, int, int, int, NDArray[np.uint8]]
+#: A two-dimensional tensor as a checkpoint stores it: its safetensors type, and its data.
+Stored: TypeAlias = tuple[str, NDArray[Any]]
+Tensors: TypeAlias = dict[str, NDArray[np.float32] | Matrix | Stored]
+
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that this processor can run, the best first."""
+
+class Team:
+    """Threads that compute together; the calling thread is one of them."""
+
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def size(self) -> int: ...
+
+def padded_cols(format: Format, cols: int, group: int) -> int:
+    """Return the columns of a packed matrix."""
+
+def packed_bytes(format: Format, rows: int, cols: int, group: int) -> int:
+    """Return the bytes of a packed matrix, a multiple of 64."""
+
+def pack(
+    format: Format,
+    weight: NDArray[Any],
+    dtype: str,
+    group: int,
+    out: NDArray[np.uint8],
+    first_panel: int,
+    panel_step: int,
+    team: Team,
+) -> None:
+    """Round a weight [R, C] (BF16, F16 as uint16; F32) to nearest into panels of ``out``."""
+
+def pack_gptq(
+    qweight: NDArray[np.int32],
+    scales: NDArray[Any],
+    group: int,
+    out: NDArray[np.uint8],
+    first_panel: int,
+    panel_step: int,
+    team: Team,
+) -> None:
+    """Take symmetric 4-bit GPTQ, qweight [C / 8, R] and scales [groups, R], as it is."""
+
+def unpack(
+    format: Format, data: NDArray[np.uint8], rows: int, cols: int, group: int
+) -> NDArray[np.float32]:
+    """Return the weight that the kernels multiply with: float32 [rows, cols]."""
+
+class Cache:
+    """Keys and values of one sequence; grows in blocks."""
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def truncate(self, length: int) -> None: ...
+
+class Decoder:
+    """The text model. Logits are views of a buffer, valid until the next call."""
+
+    def __init__(
+        self, config: dict[str, Any], tensors: Tensors, team: Team, isa: str = ""
+    ) -> None: ...
+    def new_cache(self) -> Cache: ...
+    def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Token ids [T] -> [T, H]."""
+
+    def prefill(self, cache: Cache, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Append [T, H] -> logits [V] of the last position."""
+
+    def decode(self, caches: list[Cache], token_ids: list[int]) -> NDArray[np.float32]:
+        """Append a token to each of B sequences -> logits [B, V]."""
+
+    def extend(self, cache: Cache, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append T tokens -> logits [T, V] after each."""
+
+class VisionEncoder:
+    """The vision encoder, pixel shuffle and projector."""
+
+    def __init__(
+        self, config: dict[str, Any], tensors: Tensors, team: Team, isa: str = ""
+    ) -> None: ...
+    def encode(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Tiles [B, 3, S, S] -> features [B, image_tokens, H]."""
+
+def read_bandwidth(team: Team, bytes: int, isa: str = "") -> float:
+    """Return the GB/s of reading a buffer of that size once."""
+
+def int8_rate(team: Team, isa: str = "") -> float:
+    """Return the int8 rate in GOPS, a multiply-add counted as two operations."""

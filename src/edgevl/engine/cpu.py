@@ -1,0 +1,386 @@
+"""The native engine: the model in packed weights, a step of it in one call.
+
+`CpuModel` has the weights; each `CpuEngine` is a sequence with a cache of its own, and several can
+be decoded together.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevl import _native
+from edgevl.checkpoint import Checkpoint
+from edgevl.checkpoint.layouts import EMBEDDING, PROJECTOR, TEXT, VISION
+from edgevl.engine.base import Engine, EngineTimings, Floats, WeightBytes
+from edgevl.engine.packed import convertible, packed_bytes, packed_matrices
+from edgevl.engine.plan import (
+    PANEL,
+    PackingPlan,
+    Precision,
+    head_weight,
+    make_plan,
+    vision_layers,
+)
+from edgevl.engine.reference import PROJECTOR_NORM_EPS, inverse_frequencies
+from edgevl.errors import CheckpointError, EdgeVLError
+from edgevl.machine import this_machine
+
+#: Positions computed at once by default.
+CHUNK = 128
+#: A longer prefill is cut into calls of this many positions, so that Ctrl-C is heard between them.
+INTERRUPTIBLE = 1024
+#: Most drafted tokens that are worth a step.
+MAX_DRAFT = 7
+
+
+class CpuModel:
+    """The weights of a model, packed, with the threads that compute it.
+
+    One call at a time: who shares a model among threads lets them take turns. Logits are views
+    that the model's next call overwrites.
+
+    Attributes:
+        config: of the model.
+        plan: the format of every matrix.
+        max_context: most positions of one sequence.
+        chunk: positions computed at once by a prefill.
+        threads: how many compute.
+        instruction_set: one of `edgevl._native.instruction_sets`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        max_context: int | None = None,
+        chunk: int = CHUNK,
+        *,
+        precision: Precision = "auto",
+        threads: int | None = None,
+        isa: str = "",
+    ) -> None:
+        """Pack the weights of ``checkpoint``, or map them from its cache.
+
+        Args:
+            checkpoint: an open checkpoint; its files stay mapped when it is closed, for the
+                embedding and the exact head.
+            max_context: most positions of one sequence; default and limit is what the model was
+                trained for. Memory follows use.
+            chunk: positions computed at once by a prefill.
+            precision: see `make_plan`.
+            threads: how many compute; default is one for each physical core that may be used.
+            isa: instruction set; default is the environment's ``EDGEVL_ISA``, or else the best.
+
+        Raises:
+            EdgeVLError: the machine has less memory to spare than the weights take, or an argument
+                is not one of its choices.
+            CheckpointError: the quantization of a weight is damaged.
+        """
+        config = self.config = checkpoint.config
+        self.instruction_set = instruction_set(isa)
+        machine = this_machine()
+        self.threads = machine.threads if threads is None else threads
+        if not 1 <= self.threads <= MAX_THREADS:
+            raise EdgeVLError(f"threads is {threads}: it must be from 1 to {MAX_THREADS}")
+        limit = config.text.max_position_embeddings
+        self.max_context = min(max_context or limit, limit)
+        self.chunk = min(chunk, self.max_context)
+        self.plan = make_plan(checkpoint, precision)
+        check_memory(checkpoint, self.plan, precision, machine.available_bytes)
+        self._team = _native.Team(self.threads)
+        tensors = stored_tensors(checkpoint, self.plan)
+        checkpoint.release()  # before the weights come, so that the two do not add up
+        packed = packed_matrices(checkpoint, self.plan, precision, self._team)
+        for matrix in self.plan.matrices:
+            model, _, name = matrix.name.partition(".")
+            data = packed[matrix.name]
+            tensors[model][name] = (matrix.format, matrix.rows, matrix.cols, matrix.group, data)
+        self.decoder = _native.Decoder(
+            decoder_config(checkpoint, self.max_context, self.chunk),
+            tensors["text"],
+            self._team,
+            self.instruction_set,
+        )
+        self.vision: _native.VisionEncoder | None = None
+        if checkpoint.has_vision:
+            self.vision = _native.VisionEncoder(
+                vision_config(checkpoint), tensors["vision"], self._team, self.instruction_set
+            )
+        self.path = checkpoint.path
+        self._weight_bytes = weight_bytes(checkpoint, self.plan)
+
+    def engine(self) -> CpuEngine:
+        """Return a new sequence."""
+        return CpuEngine(self)
+
+    def decode(self, engines: Sequence[CpuEngine], token_ids: Sequence[int]) -> Floats:
+        """Append one token to each of B different sequences: -> logits float32 [B, V].
+
+        The weights are read once for all of them.
+
+        Raises:
+            ValueError: a sequence is of another model, occurs twice or is full, or there is no
+                such token.
+        """
+        start = time.perf_counter()
+        logits = self.decoder.decode([engine.cache for engine in engines], list(token_ids))
+        elapsed_ms = (time.perf_counter() - start) * 1000
+        for engine in engines:
+            engine.count(decode_ms=elapsed_ms / len(engines), decode_tokens=1)
+        return logits
+
+    def weight_bytes(self) -> WeightBytes:
+        """Return what the weights take. The embedding is mapped and only its used rows are read."""
+        return self._weight_bytes
+
+
+class CpuEngine(Engine):
+    """One sequence of a `CpuModel`."""
+
+    max_draft = MAX_DRAFT
+
+    def __init__(self, model: CpuModel) -> None:
+        """Start an empty sequence."""
+        self.model = model
+        self.config = model.config
+        self.max_context = model.max_context
+        self.chunk = model.chunk
+        self.threads = model.threads
+        self.notes = model.plan.notes
+        self.length = 0
+        self.cache = model.decoder.new_cache()
+        self._timings = EngineTimings()
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """Encode tiles one by one: float32 [B, 3, tile, tile] -> [B, image_tokens, H]."""
+        vision = self.model.vision
+        if vision is None:
+            raise CheckpointError(f"{self.model.path}: no vision encoder, it answers text only")
+        start = time.perf_counter()
+        pixels = np.ascontiguousarray(pixels, np.float32)
+        features = np.concatenate([vision.encode(tile[None]) for tile in pixels])
+        self.count(vision_ms=(time.perf_counter() - start) * 1000, tiles=len(pixels))
+        return features
+
+    def embed(self, token_ids: NDArray[np.int64]) -> Floats:
+        """Look up token embeddings: int [T] -> float32 [T, H]."""
+        return self.model.decoder.embed(np.ascontiguousarray(token_ids, np.int64))
+
+    def prefill(self, embeddings: Floats, at: int) -> Floats:
+        """Append T embeddings at position ``at``: [T, H] -> last logits [V]."""
+        if at != self.length or len(embeddings) == 0:
+            raise ValueError(f"prefill of {len(embeddings)} at {at}, but {self.length} are cached")
+        self._check_room(len(embeddings))
+        start = time.perf_counter()
+        embeddings = np.ascontiguousarray(embeddings, np.float32)
+        step = max(INTERRUPTIBLE // self.chunk, 1) * self.chunk
+        for begin in range(0, len(embeddings), step):
+            logits = self.model.decoder.prefill(self.cache, embeddings[begin : begin + step])
+            self.length = self.cache.length
+        elapsed_ms = (time.perf_counter() - start) * 1000
+        self.count(prefill_ms=elapsed_ms, prefill_tokens=len(embeddings))
+        return logits
+
+    def decode(self, token_id: int) -> Floats:
+        """Append one token: -> its logits float32 [V]."""
+        self._check_room(1)
+        return self.model.decode([self], [token_id])[0]
+
+    def extend(self, token_ids: Sequence[int]) -> Floats:
+        """Append T tokens: -> the logits after each, float32 [T, V]."""
+        self._check_room(len(token_ids))
+        start = time.perf_counter()
+        logits = self.model.decoder.extend(self.cache, np.array(token_ids, np.int64))
+        elapsed_ms = (time.perf_counter() - start) * 1000
+        self.count(decode_ms=elapsed_ms, decode_tokens=len(token_ids))
+        return logits
+
+    def rewind(self, length: int) -> None:
+        """Keep the first ``length`` positions of the cache."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"rewind to {length}, but {self.length} are cached")
+        self.cache.truncate(length)
+        self.length = length
+
+    def timings(self) -> EngineTimings:
+        """Return the totals so far."""
+        return replace(self._timings)
+
+    def weight_bytes(self) -> WeightBytes:
+        """Return what the weights take."""
+        return self.model.weight_bytes()
+
+    def count(self, **work: float) -> None:
+        """Add work that has been done for this sequence to its timings."""
+        self.length = self.cache.length
+        totals = vars(self._timings)
+        for name, amount in work.items():
+            totals[name] += amount
+
+    def _check_room(self, tokens: int) -> None:
+        if self.length + tokens > self.max_context:
+            raise ValueError(f"{self.length} + {tokens} positions exceed {self.max_context}")
+
+
+#: The most that a team takes.
+MAX_THREADS = 256
+
+
+def instruction_set(isa: str = "") -> str:
+    """Return ``isa``, or the environment's ``EDGEVL_ISA``, or else the best there is.
+
+    Raises:
+        EdgeVLError: this processor cannot run it, or there is no such instruction set.
+    """
+    usable = _native.instruction_sets()
+    name = isa or os.environ.get("EDGEVL_ISA", "") or usable[0]
+    if name not in usable:
+        raise EdgeVLError(
+            f"instruction set {name!r} (EDGEVL_ISA): this processor and build run "
+            f"{', '.join(usable)}"
+        )
+    return name
+
+
+def check_memory(checkpoint: Checkpoint, plan: PackingPlan, precision: str, available: int) -> None:
+    """Raise an EdgeVLError if the packed weights exceed the memory that is free."""
+    needed = sum(map(packed_bytes, plan.matrices))
+    if needed > available:
+        mend = "use --precision int4" if precision in ("int8", "bf16") else "use a smaller model"
+        raise EdgeVLError(
+            f"{checkpoint.path}: the weights need {needed / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are free: close other programs, or {mend}"
+        )
+
+
+def weight_bytes(checkpoint: Checkpoint, plan: PackingPlan) -> WeightBytes:
+    """Add up the packed matrices, and the embedding as it is stored."""
+    text = checkpoint.config.text
+    sizes = {matrix.name: packed_bytes(matrix) for matrix in plan.matrices}
+    key_and_value = 2 * text.num_key_value_heads * (-(-text.head_dim // 16) * 16)
+    return WeightBytes(
+        vision=sum(size for name, size in sizes.items() if name.startswith("vision.")),
+        text=sum(size for name, size in sizes.items() if name.startswith("text.")),
+        embedding=convertible(checkpoint, EMBEDDING).data.nbytes,
+        cache_per_token=2 * key_and_value * text.num_hidden_layers,  # bfloat16
+    )
+
+
+# --- what the native models are made of ------------------------------------------------------
+
+
+def decoder_config(checkpoint: Checkpoint, max_context: int, chunk: int) -> dict[str, float]:
+    """Return the sizes that the native decoder asks for."""
+    text = checkpoint.config.text
+    return {
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "head_dim": text.head_dim,
+        "vocab_size": text.vocab_size,
+        "max_context": max_context,
+        "chunk": chunk,
+        "rms_norm_eps": text.rms_norm_eps,
+    }
+
+
+def vision_config(checkpoint: Checkpoint) -> dict[str, float | str]:
+    """Return the sizes that the native vision encoder asks for."""
+    config = checkpoint.config
+    vision = config.vision
+    return {
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": vision_layers(config),
+        "num_attention_heads": vision.num_attention_heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "norm_type": vision.norm_type,
+        "norm_eps": vision.layer_norm_eps,
+        "downsample": config.shuffle,
+        "ps_version": config.ps_version,
+        "text_hidden_size": config.text.hidden_size,
+        "projector_norm_eps": PROJECTOR_NORM_EPS,
+    }
+
+
+def stored_tensors(checkpoint: Checkpoint, plan: PackingPlan) -> dict[str, _native.Tensors]:
+    """Return what is not packed by the names of the native models, under ``text``, ``vision``."""
+    text = text_vectors(checkpoint)
+    embedding = convertible(checkpoint, EMBEDDING)
+    text["embedding"] = (embedding.dtype, embedding.data)
+    if plan.exact_head:
+        head = convertible(checkpoint, head_weight(checkpoint.config))
+        text["head_exact"] = (head.dtype, head.data)
+    return {"text": text, "vision": vision_vectors(checkpoint)}
+
+
+def text_vectors(checkpoint: Checkpoint) -> _native.Tensors:
+    """Return the decoder's norms and biases."""
+    text = checkpoint.config.text
+    stored = {"norm": "norm.weight"}
+    vectors: _native.Tensors = {"inverse_frequencies": inverse_frequencies(text)}
+    for layer in range(text.num_hidden_layers):
+        name = f"layers.{layer}."
+        stored[name + "input_norm"] = name + "input_layernorm.weight"
+        stored[name + "post_norm"] = name + "post_attention_layernorm.weight"
+        if text.use_qk_norm:
+            stored[name + "q_norm"] = name + "self_attn.q_norm.weight"
+            stored[name + "k_norm"] = name + "self_attn.k_norm.weight"
+        if text.attention_output_bias:
+            stored[name + "o_bias"] = name + "self_attn.o_proj.bias"
+        if text.attention_bias:
+            parts = [_panels(checkpoint, f"{name}self_attn.{part}_proj.bias") for part in "qkv"]
+            vectors[name + "qkv_bias"] = np.concatenate(parts).reshape(-1)
+        if text.mlp_bias:
+            parts = [_panels(checkpoint, f"{name}mlp.{part}_proj.bias") for part in ("gate", "up")]
+            vectors[name + "gate_up_bias"] = np.stack(parts, axis=1).reshape(-1)
+            stored[name + "down_bias"] = name + "mlp.down_proj.bias"
+    for name, tensor in stored.items():
+        vectors[name] = checkpoint.tensor(TEXT + tensor)
+    return vectors
+
+
+def _panels(checkpoint: Checkpoint, name: str) -> Floats:
+    """Return a bias of the text model padded and cut like the rows of its weight: [panels, 16]."""
+    bias = checkpoint.tensor(TEXT + name)
+    return np.pad(bias, (0, -len(bias) % PANEL)).reshape(-1, PANEL)
+
+
+def vision_vectors(checkpoint: Checkpoint) -> _native.Tensors:
+    """Return the vision encoder's and the projector's norms, biases and embeddings."""
+    if not checkpoint.has_vision:
+        return {}
+    config = checkpoint.config
+    stored = {
+        "patch_bias": VISION + "embeddings.patch_embedding.bias",
+        "projector.norm": PROJECTOR + "0.weight",
+        "projector.norm_bias": PROJECTOR + "0.bias",
+        "projector.fc1_bias": PROJECTOR + "1.bias",
+        "projector.fc2_bias": PROJECTOR + "3.bias",
+    }
+    for layer in range(vision_layers(config)):
+        source, name = f"{VISION}encoder.layers.{layer}.", f"layers.{layer}."
+        parts = {"proj_bias": "attn.proj.bias", "ls1": "ls1", "ls2": "ls2"}
+        parts |= {"fc1_bias": "mlp.fc1.bias", "fc2_bias": "mlp.fc2.bias"}
+        for norm in ("norm1", "norm2"):
+            parts[norm] = norm + ".weight"
+            if config.vision.norm_type == "layer_norm":
+                parts[norm + "_bias"] = norm + ".bias"
+        if config.vision.qkv_bias:
+            parts["qkv_bias"] = "attn.qkv.bias"
+        if config.vision.use_qk_norm:
+            parts |= {"q_norm": "attn.q_norm.weight", "k_norm": "attn.k_norm.weight"}
+        stored |= {name + part: source + tensor for part, tensor in parts.items()}
+    vectors: _native.Tensors = {name: checkpoint.tensor(tensor) for name, tensor in stored.items()}
+    embeddings = VISION + "embeddings."
+    vectors["class_embedding"] = checkpoint.tensor(embeddings + "class_embedding").reshape(-1)
+    vectors["position_embedding"] = checkpoint.tensor(embeddings + "position_embedding")[0]
+    return vectors

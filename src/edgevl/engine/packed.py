@@ -1,0 +1,254 @@
+"""Packed weights: made from a checkpoint, or mapped from the cache file beside it.
+
+The cache is ``.edgevl/<precision>-<key>.safetensors`` in the checkpoint's directory. Its key covers
+the checkpoint's fingerprint, the plan, and the layout's version, so that a file that is found is
+the right one. It is written beside and renamed: several processes may write it at once, and one
+of them wins. Where it cannot be written, the model is packed in memory at every start.
+
+``EDGEVL_CACHE=0`` in the environment neither reads nor writes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevl import _native
+from edgevl.checkpoint import Checkpoint, StoredTensor
+from edgevl.checkpoint.checkpoint import is_file
+from edgevl.checkpoint.safetensors import SafetensorsFile
+from edgevl.checkpoint.writer import TensorSpec, write_file
+from edgevl.engine.plan import MatrixPlan, PackingPlan, Part
+from edgevl.errors import CheckpointError
+
+Bytes = NDArray[np.uint8]
+
+#: To be raised when the packed layout, or how weights are rounded, changes.
+LAYOUT_VERSION = 1
+#: Smaller models are packed as fast as they are mapped.
+CACHE_FROM_BYTES = 64 << 20
+#: Packed data begins at multiples of this.
+ALIGNMENT = 64
+#: The tensor of the cache file that has a checksum for each of the others.
+CHECKSUMS = "checksums"
+#: An unfinished file this old is from a process that was killed.
+ABANDONED_SECONDS = 3600
+
+log = logging.getLogger(__name__)
+
+
+def packed_bytes(matrix: MatrixPlan) -> int:
+    """Return the size of a packed matrix."""
+    return _native.packed_bytes(matrix.format, matrix.rows, matrix.cols, matrix.group)
+
+
+def packed_matrices(
+    checkpoint: Checkpoint, plan: PackingPlan, precision: str, team: _native.Team
+) -> dict[str, Bytes]:
+    """Return the data of every matrix of ``plan`` by name, read from the cache or packed now.
+
+    Raises:
+        CheckpointError: the quantization of a weight is damaged.
+    """
+    total = sum(map(packed_bytes, plan.matrices))
+    if total < CACHE_FROM_BYTES or os.environ.get("EDGEVL_CACHE") == "0":
+        return pack_in_memory(checkpoint, plan, team)
+    path = cache_path(checkpoint, plan, precision)
+    if is_file(path):
+        try:
+            return read_cache(path, plan, team.size)
+        except CheckpointError as error:
+            log.warning("%s; packing the weights anew", error)
+    try:
+        write_cache(path, checkpoint, plan, team)
+        return read_cache(path, plan, team.size)
+    except (OSError, CheckpointError) as error:  # read-only, the disk is full, or just removed
+        log.info("%s: not written (%s), the weights are packed in memory", path, error)
+        return pack_in_memory(checkpoint, plan, team)
+
+
+# --- packing -------------------------------------------------------------------------------
+
+
+def pack_in_memory(
+    checkpoint: Checkpoint, plan: PackingPlan, team: _native.Team
+) -> dict[str, Bytes]:
+    """Pack all matrices into memory of their own."""
+    packed = {}
+    for matrix in plan.matrices:
+        packed[matrix.name] = aligned_zeros(packed_bytes(matrix))
+        pack_matrix(checkpoint, matrix, packed[matrix.name], team)
+    return packed
+
+
+def pack_matrix(checkpoint: Checkpoint, matrix: MatrixPlan, out: Bytes, team: _native.Team) -> None:
+    """Pack one matrix into ``out``, which is zero.
+
+    Raises:
+        CheckpointError: the quantization of a weight is damaged.
+    """
+    for part in matrix.parts:
+        if matrix.gptq:
+            _pack_gptq(checkpoint, matrix, part, out, team)
+            continue
+        weight = convertible(checkpoint, part.weight)
+        data = weight.data.reshape(part.rows, matrix.cols)
+        if data.dtype == np.float16:
+            data = data.view(np.uint16)
+        _native.pack(
+            matrix.format,
+            data,
+            weight.dtype,
+            matrix.group,
+            out,
+            part.first_panel,
+            part.panel_step,
+            team,
+        )
+    checkpoint.release()
+
+
+def _pack_gptq(
+    checkpoint: Checkpoint, matrix: MatrixPlan, part: Part, out: Bytes, team: _native.Team
+) -> None:
+    packed = checkpoint.gptq(part.weight)
+    assert packed is not None  # the plan says so
+    scales = packed.scales.data if packed.scales.dtype == "F16" else packed.scales.to_float32()
+    # Where the plan cuts long groups, their parts have the same scale.
+    groups = -(-matrix.cols // matrix.group)
+    scales = np.repeat(scales, -(-groups // len(scales)), axis=0)[:groups]
+    _native.pack_gptq(
+        np.require(packed.qweight.data, np.int32, ["C", "A"]),
+        np.require(scales, None, ["C", "A"]),
+        matrix.group,
+        out,
+        part.first_panel,
+        part.panel_step,
+        team,
+    )
+
+
+def convertible(checkpoint: Checkpoint, name: str) -> StoredTensor:
+    """Return a weight in a type that the native engine reads: as stored, or as float32.
+
+    Raises:
+        CheckpointError: it is quantized, and damaged.
+    """
+    if checkpoint.gptq(name) is None:
+        stored = checkpoint.stored(name)
+        if stored.dtype != "F64":
+            data = np.require(stored.data, None, ["C", "A"])
+            return StoredTensor(stored.dtype, data)
+    return StoredTensor("F32", checkpoint.tensor(name))
+
+
+def aligned_zeros(size: int) -> Bytes:
+    """Return zeros that begin at a multiple of `ALIGNMENT` and take memory when written to."""
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, size)
+
+
+# --- the cache file --------------------------------------------------------------------------
+
+
+def cache_path(checkpoint: Checkpoint, plan: PackingPlan, precision: str) -> Path:
+    """Return where the packed weights of a checkpoint are kept."""
+    text = f"{LAYOUT_VERSION} {checkpoint.fingerprint()} {plan.matrices}"
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return checkpoint.path / ".edgevl" / f"{precision}-{key}.safetensors"
+
+
+def write_cache(path: Path, checkpoint: Checkpoint, plan: PackingPlan, team: _native.Team) -> None:
+    """Pack all matrices into a cache file, one at a time, and remove those it takes the place of.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+        CheckpointError: the quantization of a weight is damaged.
+    """
+    sizes = [packed_bytes(matrix) for matrix in plan.matrices]
+    specs = [
+        TensorSpec(matrix.name, "U8", (size,))
+        for matrix, size in zip(plan.matrices, sizes, strict=True)
+    ]
+    specs.append(TensorSpec(CHECKSUMS, "U64", (len(sizes),)))
+
+    def pieces() -> Iterator[memoryview]:
+        sums = []
+        for matrix, size in zip(plan.matrices, sizes, strict=True):
+            data = aligned_zeros(size)
+            pack_matrix(checkpoint, matrix, data, team)
+            sums.append(checksum(data))
+            yield data.data
+        yield np.array(sums, "<u8").view(np.uint8).data
+
+    path.parent.mkdir(exist_ok=True)
+    _remove_leftovers(path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write_file(file, specs, pieces(), alignment=ALIGNMENT)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(file.fileno(), 0o666 & ~umask)  # mkstemp makes files private
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_cache(path: Path, plan: PackingPlan, threads: int) -> dict[str, Bytes]:
+    """Map a cache file and check every byte of it.
+
+    The checksum is the sum of all 64-bit words, which runs at the speed of memory: a
+    gigabyte takes a tenth of a second. It catches what happens to files, wrong bits and pages that
+    were never written, and is no protection against someone who wants to deceive it; who can
+    write here could change the checkpoint itself. It also brings the file into memory, which the
+    first answer would have to wait for anyway.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = SafetensorsFile(path)
+    expected = {matrix.name: ("U8", (packed_bytes(matrix),)) for matrix in plan.matrices}
+    expected[CHECKSUMS] = ("U64", (len(plan.matrices),))
+    found = {name: (file.dtype(name), file.shape(name)) for name in file}
+    if found != expected:
+        raise CheckpointError(f"{path}: the tensors are not those of the model")
+    packed = {matrix.name: file[matrix.name].data for matrix in plan.matrices}
+    if any(data.ctypes.data % ALIGNMENT for data in packed.values()):
+        raise CheckpointError(f"{path}: the tensors are not aligned")
+    with ThreadPoolExecutor(threads) as pool:
+        sums = list(pool.map(checksum, packed.values()))
+    if sums != file[CHECKSUMS].data.tolist():
+        raise CheckpointError(f"{path}: a checksum is wrong, the file is damaged")
+    return packed
+
+
+def checksum(data: Bytes) -> int:
+    """Return the sum of the 64-bit words of ``data``, modulo 2^64."""
+    return int(data.view("<u8").sum(dtype=np.uint64))
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove caches of what the checkpoint was before, and files of processes that were killed.
+
+    Who has one of them mapped keeps it: on POSIX a file lives as long as it is used.
+    """
+    precision = path.name.partition("-")[0]
+    for other in path.parent.iterdir():
+        with contextlib.suppress(OSError):
+            unfinished = other.name.startswith(".unfinished-")
+            abandoned = unfinished and time.time() - other.stat().st_mtime > ABANDONED_SECONDS
+            outdated = other.name.startswith(f"{precision}-") and other != path
+            if abandoned or outdated:
+                other.unlink()

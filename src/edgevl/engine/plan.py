@@ -1,0 +1,234 @@
+"""Which weights become which packed matrix, in which format: the plan of a model in memory.
+
+The native engine multiplies with packed matrices (``native/kernels/layout.h``): panels of 16 rows,
+INT4 with a scale for each row and group of columns, INT8 with a scale for each row, or bfloat16.
+INT4 and INT8 multiply with activations rounded to int8, with a scale for each token and group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from edgevl.checkpoint import Checkpoint, GPTQWeight, ModelConfig
+from edgevl.checkpoint.gptq import group_length
+from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, PROJECTOR, TEXT, VISION
+from edgevl.errors import EdgeVLError
+
+Format = Literal["int4", "int8", "bf16"]
+Precision = Literal["auto", "int4", "int8", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "int4", "int8", "bf16")
+
+#: Rows of a panel.
+PANEL = 16
+#: Columns that share a scale, where nothing else is asked for.
+GROUP = 128
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored weight in a packed matrix: its panel p is panel ``first_panel + p * panel_step``."""
+
+    weight: str
+    rows: int
+    first_panel: int = 0
+    panel_step: int = 1
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """One packed matrix.
+
+    Attributes:
+        name: what the native model calls it, after ``text.`` or ``vision.``.
+        format: how its numbers are stored.
+        rows: output features, those that pad the parts included.
+        cols: input features, not padded.
+        group: columns that share a scale of the activations and, in INT4, of the weights.
+        parts: the weights that it is made of.
+        gptq: whether the parts' GPTQ integers are taken as they are.
+    """
+
+    name: str
+    format: Format
+    rows: int
+    cols: int
+    group: int
+    parts: tuple[Part, ...]
+    gptq: bool = False
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """All packed matrices of a model.
+
+    Attributes:
+        matrices: in the order in which a forward pass reads them.
+        exact_head: whether the best candidates of the head are scored again with stored weights.
+        notes: what a user should know of the choices, a line each.
+    """
+
+    matrices: tuple[MatrixPlan, ...]
+    exact_head: bool
+    notes: tuple[str, ...]
+
+
+def make_plan(checkpoint: Checkpoint, precision: Precision = "auto") -> PackingPlan:
+    """Decide the format of every matrix.
+
+    ``auto`` keeps 4-bit GPTQ as it is, where the format can hold it, and takes everything else to
+    INT8; ``int4`` also rounds unquantized text weights to INT4. With both the head is INT4, of
+    which the best candidates are scored again with the stored weights: the head is read whole for
+    every token, so its size is speed, and only the candidates' order is what its precision is for.
+
+    Raises:
+        EdgeVLError: ``precision`` is not one of `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise EdgeVLError(f"precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}")
+    text = _Text(checkpoint, precision)
+    matrices = list(text.matrices())
+    if checkpoint.has_vision:
+        matrices += _vision(checkpoint.config, precision)
+    return PackingPlan(tuple(matrices), text.exact_head, tuple(text.notes))
+
+
+def vision_layers(config: ModelConfig) -> int:
+    """Return how many layers of the vision encoder run: those up to ``select_layer``."""
+    return range(config.vision.num_hidden_layers + 1)[config.select_layer]
+
+
+def head_weight(config: ModelConfig) -> str:
+    """Return the name of the output layer's weight: that of the embedding where they are tied."""
+    return EMBEDDING if config.text.tie_word_embeddings else LM_HEAD
+
+
+def exact_group(packed: GPTQWeight) -> int | None:
+    """Return the group with which a GPTQ weight is an INT4 matrix exactly, or None if it is none.
+
+    It must have 4 bits, zero points of 8, groups that follow each other, and scales that float16
+    holds. Groups longer than `GROUP` are cut: the parts have the same scale, and activations are
+    rounded in the finer groups.
+    """
+    config = packed.config
+    inputs = packed.qweight.shape[0] * 32 // config.bits
+    length = group_length(inputs, config)
+    if config.bits != 4 or not packed.is_symmetric() or not packed.is_in_order():
+        return None
+    if packed.scales.dtype != "F16":
+        scales = packed.scales.to_float32()
+        with np.errstate(over="ignore"):
+            if (scales.astype(np.float16) != scales).any():
+                return None
+    if length >= inputs or length % GROUP == 0:
+        return default_group(inputs)
+    return length if length % 8 == 0 else None
+
+
+def default_group(cols: int) -> int:
+    """Return `GROUP`, or all columns where there are fewer, padded to a whole line."""
+    return min(GROUP, _padded(cols, 8))
+
+
+class _Text:
+    """Plans the decoder; collects notes on the way."""
+
+    def __init__(self, checkpoint: Checkpoint, precision: Precision) -> None:
+        self.notes: list[str] = []
+        self.exact_head = False
+        self._checkpoint = checkpoint
+        self._precision = precision
+        self._rounded = 0
+
+    def matrices(self) -> Iterator[MatrixPlan]:
+        for layer in range(self._checkpoint.config.text.num_hidden_layers):
+            stored, name = f"{TEXT}layers.{layer}.", f"text.layers.{layer}."
+            attention, mlp = stored + "self_attn.", stored + "mlp."
+            yield self._joined(name + "qkv", [f"{attention}{part}_proj" for part in "qkv"])
+            yield self._joined(name + "o", [attention + "o_proj"])
+            yield self._interleaved(name + "gate_up", mlp + "gate_proj", mlp + "up_proj")
+            yield self._joined(name + "down", [mlp + "down_proj"])
+        yield self._head()
+        if self._rounded:
+            self.notes.append(
+                f"{self._rounded} GPTQ matrices are not symmetric 4-bit in groups that follow each "
+                f"other: they are rounded to {'INT8' if self._precision == 'auto' else 'INT4'}"
+            )
+
+    def _joined(self, name: str, linears: list[str]) -> MatrixPlan:
+        """One after the other, each padded to whole panels."""
+        parts, panel = [], 0
+        for linear in linears:
+            rows = self._checkpoint.shape(linear + ".weight")[0]
+            parts.append(Part(linear + ".weight", rows, panel))
+            panel += _padded(rows, PANEL) // PANEL
+        # A matrix of one part keeps its number of rows.
+        return self._matrix(name, parts, parts[0].rows if len(parts) == 1 else panel * PANEL)
+
+    def _interleaved(self, name: str, even: str, odd: str) -> MatrixPlan:
+        """Panel by panel in turn."""
+        rows = self._checkpoint.shape(even + ".weight")[0]
+        parts = [
+            Part(linear + ".weight", rows, first, 2) for first, linear in enumerate((even, odd))
+        ]
+        return self._matrix(name, parts, 2 * _padded(rows, PANEL))
+
+    def _matrix(self, name: str, parts: list[Part], rows: int) -> MatrixPlan:
+        cols = self._checkpoint.shape(parts[0].weight)[1]
+        precision = self._precision
+        kind: Format = "int8" if precision == "auto" else precision
+        group, exact = default_group(cols), False
+        if precision in ("auto", "int4"):
+            gptq = [self._checkpoint.gptq(part.weight) for part in parts]
+            groups = {exact_group(packed) if packed else None for packed in gptq}
+            shared = groups.pop()
+            if shared is not None and not groups:
+                kind, group, exact = "int4", shared, True
+            elif any(gptq):
+                self._rounded += 1
+        return MatrixPlan(name, kind, rows, cols, group, tuple(parts), exact)
+
+    def _head(self) -> MatrixPlan:
+        weight = head_weight(self._checkpoint.config)
+        rows, cols = self._checkpoint.shape(weight)
+        matrix = self._matrix("text.head", [Part(weight, rows)], rows)
+        if self._precision in ("auto", "int4") and self._checkpoint.gptq(weight) is None:
+            self.exact_head = True
+            return MatrixPlan("text.head", "int4", rows, cols, matrix.group, matrix.parts)
+        return matrix
+
+
+def _vision(config: ModelConfig, precision: Precision) -> Iterator[MatrixPlan]:
+    """Plan the vision encoder and the projector: INT8, or all bfloat16.
+
+    A token has one scale, except before ``fc2`` and ``projector.fc2``: what comes out of a GELU
+    has few large values, which would take the precision from all others.
+    """
+    vision, hidden = config.vision, config.text.hidden_size
+    kind: Format = "bf16" if precision == "bf16" else "int8"
+
+    def matrix(name: str, weight: str, rows: int, cols: int) -> MatrixPlan:
+        group = default_group(cols) if name.endswith("fc2") else _padded(cols, 8)
+        return MatrixPlan("vision." + name, kind, rows, cols, group, (Part(weight, rows),))
+
+    size, inner = vision.hidden_size, vision.intermediate_size
+    pixels = 3 * vision.patch_size**2
+    patch = Part(VISION + "embeddings.patch_embedding.weight", size)
+    # Small, and first: not worth an error.
+    yield MatrixPlan("vision.patch", "bf16", size, pixels, _padded(pixels, 8), (patch,))
+    for layer in range(vision_layers(config)):
+        stored, name = f"{VISION}encoder.layers.{layer}.", f"layers.{layer}."
+        yield matrix(name + "qkv", stored + "attn.qkv.weight", 3 * size, size)
+        yield matrix(name + "proj", stored + "attn.proj.weight", size, size)
+        yield matrix(name + "fc1", stored + "mlp.fc1.weight", inner, size)
+        yield matrix(name + "fc2", stored + "mlp.fc2.weight", size, inner)
+    merged = size * config.shuffle**2
+    yield matrix("projector.fc1", PROJECTOR + "1.weight", hidden, merged)
+    yield matrix("projector.fc2", PROJECTOR + "3.weight", hidden, hidden)
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,122 @@
+"""A packed model seen as a checkpoint, so that the reference can run the very same weights."""
+
+from unittest import mock
+
+import numpy as np
+
+import packed_layout
+from edgevl.checkpoint.layouts import LM_HEAD
+from edgevl.engine import ReferenceEngine
+from edgevl.engine import reference as ref
+from edgevl.engine.packed import pack_in_memory
+from edgevl.engine.plan import make_plan
+
+
+class Dequantized:
+    """Takes the place of a `Checkpoint` for `ReferenceEngine`, with the weights as packed.
+
+    The head is never tied: a packed head differs from the embedding.
+    """
+
+    def __init__(self, checkpoint, precision, team):
+        self.path, self.config = checkpoint.path, checkpoint.config
+        self.plan = make_plan(checkpoint, precision)
+        packed = pack_in_memory(checkpoint, self.plan, team)
+        self.tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+        for matrix in self.plan.matrices:
+            weight = packed_layout.unpack(
+                matrix.format, packed[matrix.name], matrix.rows, matrix.cols, matrix.group
+            )
+            for part in matrix.parts:
+                name = LM_HEAD if matrix.name == "text.head" else part.weight
+                rows = panel_rows(part)
+                values = weight[rows].reshape(checkpoint.shape(part.weight))
+                self.tensors[name] = values
+
+    def names(self):
+        return list(self.tensors)
+
+    def shape(self, name):
+        return self.tensors[name].shape
+
+    def tensor(self, name):
+        return self.tensors[name]
+
+
+def panel_rows(part):
+    """Rows of the packed matrix that a part's rows are."""
+    row = np.arange(part.rows)
+    return (part.first_panel + row // 16 * part.panel_step) * 16 + row % 16
+
+
+class RoundedReference(ReferenceEngine):
+    """The reference engine, rounding activations where the native engine does.
+
+    Inputs of linear layers to int8, with a scale for each token and group, or to bfloat16; queries,
+    keys, values and the weights of attention to bfloat16.
+    """
+
+    def __init__(self, dequantized, **options):
+        super().__init__(dequantized, **options)
+        self.matrices = {
+            LM_HEAD if matrix.name == "text.head" else part.weight: matrix
+            for matrix in dequantized.plan.matrices
+            for part in matrix.parts
+        }
+
+    def _linear(self, name, x):
+        return super()._linear(name, self.rounded(name + ".weight", x))
+
+    def rounded(self, weight, x):
+        matrix = self.matrices.get(weight)
+        if matrix is None:  # of a vision layer whose output is not used
+            return x
+        return to_bf16(x) if matrix.format == "bf16" else to_int8(x, matrix.group)
+
+    def _patch_embeddings(self, pixels):
+        return super()._patch_embeddings(to_bf16(pixels))
+
+    def _logits(self, hidden):
+        normed = self._text_norm("language_model.model.norm", hidden)
+        return self._weights[LM_HEAD] @ self.rounded(LM_HEAD, normed)
+
+    def _decoder(self, x):
+        with mock.patch.object(ref, "attention", bf16_attention):
+            return super()._decoder(x)
+
+    def _encode_tile(self, pixels):
+        with mock.patch.object(ref, "attention", bf16_attention):
+            return super()._encode_tile(pixels)
+
+
+def to_bf16(x):
+    """Round to bfloat16, nearest even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + (bits >> 16 & 1))) & np.uint32(0xFFFF0000)
+    return rounded.astype(np.uint32).view(np.float32)
+
+
+def to_int8(x, group):
+    """Round to int8 with a scale for each group of the last axis, and back."""
+    cols = x.shape[-1]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -cols % group)])
+    groups = padded.reshape(*x.shape[:-1], -1, group)
+    scales = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
+    integers = np.rint(groups / np.where(scales == 0, 1, scales))
+    return (integers * scales).reshape(padded.shape)[..., :cols].astype(np.float32)
+
+
+def bf16_attention(query, key, value, allowed=None):
+    """`reference.attention` with bfloat16 operands."""
+    *batch, heads, tokens, head_dim = query.shape
+    groups = key.shape[-3]
+    query, key, value = to_bf16(query), to_bf16(key), to_bf16(value)
+    query = query.reshape(*batch, groups, heads // groups, tokens, head_dim)
+    key, value = key[..., :, None, :, :], value[..., :, None, :, :]
+    scores = query @ key.swapaxes(-1, -2) * np.float32(head_dim**-0.5)
+    if allowed is not None:
+        scores = np.where(allowed, scores, np.float32(-np.inf))
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    mixed = to_bf16(weights) @ value / weights.sum(axis=-1, keepdims=True)
+    mixed = mixed.reshape(*batch, heads, tokens, head_dim)
+    return mixed.swapaxes(-2, -3).reshape(*batch, tokens, heads * head_dim)

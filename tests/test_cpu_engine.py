@@ -1,0 +1,487 @@
+"""The native engine against the reference, on the same weights.
+
+Two comparisons. With `RoundedReference`, which rounds activations where the engine does, little is
+left: float32 sums taken in another order (`CLOSE`), which now and then tip a value that lies
+between two roundings to the other side. A systematic mistake changes every sequence, so some of
+several must agree closely (`some_close`).
+
+With `ReferenceEngine` itself, the engine must stay within what rounding implies (`bound`):
+
+- A value rounded to steps of size s is off by s / sqrt(12) (root mean square of a uniform error).
+  int8: s = peak / 127, and the peak of a group is about 3 times its root mean square for the normal
+  values that random weights give; so a rounded vector is off by 3 / (127 sqrt(12)) of itself.
+  bfloat16 has 8 bits: off by at most 2**-9 of itself, uniformly 2**-9 / sqrt(3).
+- A product with a matrix takes errors and values alike: its outputs are off by the same share.
+- Errors of different roundings are independent, so n of them are off by sqrt(n) of one. The
+  residual stream carries them on, and norms keep the share. A text layer rounds the inputs of qkv,
+  o and down, and of gate and up, whose errors meet in a product; with bfloat16 everywhere also q,
+  k, v and the weights of attention. A vision layer has one matrix in place of gate and up. Then the
+  projector's two, or the head's.
+- Softmax and the gates amplify what they are given, by a factor that depends on the weights; it is
+  taken to be 3 at most.
+"""
+
+import dataclasses
+import math
+import threading
+
+import numpy as np
+import pytest
+
+from edgevl.checkpoint import Checkpoint, GPTQConfig, expected_tensors, parse_config
+from edgevl.engine import ReferenceEngine, load_engine
+from edgevl.errors import CheckpointError, EdgeVLError
+
+native = pytest.importorskip("edgevl._native", reason="the native engine is not built")
+
+from dequantized import Dequantized, RoundedReference  # noqa: E402
+from edgevl.engine import cpu  # noqa: E402
+from edgevl.engine.cpu import CpuModel  # noqa: E402
+from edgevl.engine.plan import head_weight, vision_layers  # noqa: E402
+from edgevl.machine import this_machine  # noqa: E402
+from storage import CHAT, TEXT, changed, random_tensors, write_directory  # noqa: E402
+from test_plan import gptq_checkpoint  # noqa: E402
+
+ISAS = native.instruction_sets()
+#: Formats whose logits come from one head, and so are comparable as a whole.
+PRECISIONS = ["int8", "bf16"]
+#: Of the root mean square: float32 sums of some hundred terms in another order, and a fast exp.
+CLOSE = 1e-3
+LENGTHS = [1, 2, 3, 5, 15, 16, 17, 65]
+
+
+def off(values, expected):
+    """By which share of the expected root mean square values are off."""
+    return np.linalg.norm(values - expected) / np.linalg.norm(expected)
+
+
+def bound(precision, roundings):
+    share = {"int8": 3 / (127 * math.sqrt(12)), "bf16": 2**-9 / math.sqrt(3)}[precision]
+    return 3 * share * math.sqrt(roundings)
+
+
+def text_bound(config, precision):
+    return bound(precision, (9 if precision == "bf16" else 5) * config.text.num_hidden_layers + 1)
+
+
+def vision_bound(config, precision):
+    return bound(precision, (8 if precision == "bf16" else 4) * vision_layers(config) + 2)
+
+
+def random_ids(checkpoint, count, seed=0):
+    return np.random.default_rng(seed).integers(0, checkpoint.config.text.vocab_size, count)
+
+
+def random_tiles(checkpoint, count, seed=0):
+    size = checkpoint.config.vision.image_size
+    return np.random.default_rng(seed).standard_normal((count, 3, size, size), np.float32)
+
+
+def prefill(engine, ids):
+    """Append tokens; a copy of the last logits."""
+    return engine.prefill(engine.embed(ids), engine.length).copy()
+
+
+def some_close(shares):
+    """Whether a third are close; by chance, none would be."""
+    return np.mean(np.array(shares) < CLOSE) > 0.3
+
+
+@pytest.fixture(scope="module")
+def team():
+    return native.Team(2)
+
+
+@pytest.fixture
+def checkpoint(mini_checkpoint, preset):
+    with Checkpoint.open(mini_checkpoint(preset)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def qwen3(mini_checkpoint):
+    with Checkpoint.open(mini_checkpoint("mini-qwen3")) as opened:
+        yield opened
+
+
+# --- the same numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_text_agrees_with_the_reference(checkpoint, precision, team):
+    dequantized = Dequantized(checkpoint, precision, team)
+    rounded, exact = RoundedReference(dequantized), ReferenceEngine(dequantized)
+    engines = {isa: CpuModel(checkpoint, precision=precision, threads=2, isa=isa) for isa in ISAS}
+    shares = {isa: [] for isa in ISAS}
+    for seed, length in enumerate(LENGTHS):
+        ids = random_ids(checkpoint, length + 1, seed)
+        results = []
+        for engine in (rounded, exact, *(model.engine() for model in engines.values())):
+            engine.rewind(0)
+            prefilled = prefill(engine, ids[:-1])
+            results.append(np.concatenate((prefilled, engine.decode(int(ids[-1])))))
+        for isa, result in zip(ISAS, results[2:], strict=True):
+            assert off(result, results[1]) < text_bound(checkpoint.config, precision), (isa, length)
+            shares[isa].append(off(result, results[0]))
+    for isa in ISAS:
+        assert some_close(shares[isa]), (isa, shares[isa])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_vision_agrees_with_the_reference(checkpoint, precision, team):
+    dequantized = Dequantized(checkpoint, precision, team)
+    tiles = random_tiles(checkpoint, 3)
+    rounded = RoundedReference(dequantized).encode_images(tiles)
+    exact = ReferenceEngine(dequantized).encode_images(tiles)
+    for isa in ISAS:
+        model = CpuModel(checkpoint, precision=precision, threads=2, isa=isa)
+        features = model.engine().encode_images(tiles)
+        assert features.shape == exact.shape
+        assert off(features, exact) < vision_bound(checkpoint.config, precision), isa
+        # Token by token: what is tipped in one layer stays in its tile, so a share of tokens.
+        shares = [
+            off(ours, theirs)
+            for ours, theirs in zip(
+                features.reshape(-1, features.shape[-1]),
+                rounded.reshape(-1, features.shape[-1]),
+                strict=True,
+            )
+        ]
+        assert np.median(shares) < 5 * CLOSE, isa
+
+
+@pytest.mark.parametrize("select_layer", [-2, 1, 0])
+@pytest.mark.parametrize("ps_version", ["v1", "v2"])
+def test_selected_layers_and_both_shuffles(qwen3, team, select_layer, ps_version):
+    qwen3.config = dataclasses.replace(
+        qwen3.config, select_layer=select_layer, ps_version=ps_version
+    )
+    tiles = random_tiles(qwen3, 1)
+    expected = RoundedReference(Dequantized(qwen3, "bf16", team)).encode_images(tiles)
+    features = CpuModel(qwen3, precision="bf16", threads=2).engine().encode_images(tiles)
+    assert off(features, expected) < 2 * CLOSE
+
+
+def test_all_biases_and_stored_types(tmp_path, team):
+    """A Llama with every bias there is, each far from zero; F32 and F16 as stored types."""
+    text = {**TEXT, "model_type": "llama", "attention_bias": True, "mlp_bias": True}
+    _, config = parse_config(changed(CHAT, "llm_config", text), "config.json")
+    tensors = random_tensors(expected_tensors(config))
+    for value in tensors.values():
+        if value.ndim > 1:
+            value /= np.float32(math.sqrt(math.prod(value.shape[1:])))
+    for dtype in ("F32", "F16"):
+        directory = write_directory(
+            tmp_path / dtype, changed(CHAT, "llm_config", text), tensors, dtype
+        )
+        with Checkpoint.open(directory) as checkpoint:
+            rounded = RoundedReference(Dequantized(checkpoint, "int8", team))
+            engine = CpuModel(checkpoint, precision="int8", threads=2).engine()
+            shares = []
+            for seed, length in enumerate(LENGTHS):
+                ids = random_ids(checkpoint, length, seed)
+                engine.rewind(0)
+                rounded.rewind(0)
+                shares.append(off(prefill(engine, ids), prefill(rounded, ids)))
+            assert some_close(shares), (dtype, shares)
+
+
+@pytest.mark.parametrize("precision", ["auto", "int4"])
+def test_the_int4_head_is_exact_for_the_best(checkpoint, precision, team):
+    dequantized = Dequantized(checkpoint, precision, team)
+    rounded = RoundedReference(dequantized)
+    weight = checkpoint.tensor(head_weight(checkpoint.config))
+    model = CpuModel(checkpoint, precision=precision, threads=3)
+    best_shares, other_shares = [], []
+    for seed, length in enumerate(LENGTHS):
+        ids = random_ids(checkpoint, length, seed)
+        rounded.rewind(0)
+        hidden = rounded._decoder(rounded.embed(ids))[-1]
+        coarse = rounded._logits(hidden)
+        exact = weight @ rounded._text_norm("language_model.model.norm", hidden)
+        order = np.argsort(-coarse)
+        best, others = order[:50], order[80:]
+        logits = prefill(model.engine(), ids)
+        best_shares.append(off(logits[best], exact[best]))
+        other_shares.append(off(logits[others], coarse[others]))
+        assert off(coarse[best], exact[best]) > 10 * CLOSE  # else this would prove nothing
+    assert some_close(best_shares)
+    assert some_close(other_shares)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_context_up_to_the_limit(checkpoint, isa, team):
+    """Through the blocks of the cache, a position at a time."""
+    limit = 131
+    rounded = RoundedReference(Dequantized(checkpoint, "bf16", team), max_context=limit)
+    engine = CpuModel(checkpoint, limit, precision="bf16", threads=2, isa=isa).engine()
+    shares = []
+    for token_id in random_ids(checkpoint, limit).tolist():
+        expected = rounded.decode(token_id)
+        shares.append(off(engine.decode(token_id), expected))
+    # Tipped roundings stay in the cache, but are few among its positions.
+    assert max(shares) < text_bound(checkpoint.config, "bf16")
+    assert np.median(shares) < 3 * CLOSE
+    assert engine.length == limit
+    with pytest.raises(ValueError, match=f"exceed {limit}"):
+        engine.decode(0)
+
+
+def test_a_long_context(qwen3, team):
+    limit = 1100
+    ids = random_ids(qwen3, limit)
+    engine = CpuModel(qwen3, limit, precision="bf16", threads=2).engine()
+    expected = prefill(ReferenceEngine(Dequantized(qwen3, "bf16", team), chunk=256), ids)
+    assert off(prefill(engine, ids), expected) < text_bound(qwen3.config, "bf16")
+    assert engine.length == limit
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 15, 16, 17, 128])
+def test_chunks_do_not_change_the_logits(qwen3, chunk, team):
+    ids = random_ids(qwen3, 70)
+    dequantized = Dequantized(qwen3, "bf16", team)
+    expected = prefill(RoundedReference(dequantized), ids)
+    model = CpuModel(qwen3, chunk=chunk, precision="bf16", threads=2)
+    logits = prefill(model.engine(), ids)
+    assert off(logits, expected) < 5 * CLOSE
+    # The same work, the same bits.
+    np.testing.assert_array_equal(prefill(model.engine(), ids), logits)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4])
+def test_threads_do_not_change_a_bit(checkpoint, threads):
+    ids, tiles = random_ids(checkpoint, 40), random_tiles(checkpoint, 1)
+    results = []
+    for count in (2, threads):
+        engine = CpuModel(checkpoint, threads=count).engine()
+        steps = [prefill(engine, ids[:35])]
+        steps += [engine.decode(token_id).copy() for token_id in ids[35:].tolist()]
+        results.append((np.array(steps), engine.encode_images(tiles)))
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_pieces_of_a_long_prefill(qwen3, monkeypatch):
+    ids = random_ids(qwen3, 100)
+    whole = prefill(CpuModel(qwen3, threads=1, chunk=8).engine(), ids)
+    monkeypatch.setattr(cpu, "INTERRUPTIBLE", 30)
+    np.testing.assert_array_equal(prefill(CpuModel(qwen3, threads=1, chunk=8).engine(), ids), whole)
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 64, 128])
+def test_gptq_agrees_with_the_reference(tmp_path, team, group_size):
+    config = GPTQConfig(4, group_size, True, False, "gptq")
+    sizes = {"hidden_size": 160, "intermediate_size": 136, "vocab_size": 120}
+    with gptq_checkpoint(tmp_path, config, **sizes) as checkpoint:
+        assert not checkpoint.has_vision
+        engine = load_engine(checkpoint, "cpu", threads=2)
+        # The weights are the checkpoint's own, so the reference reads them by itself.
+        for name in ("self_attn.q_proj", "mlp.down_proj"):
+            weight = f"language_model.model.layers.1.{name}.weight"
+            packed = Dequantized(checkpoint, "auto", team).tensor(weight)
+            np.testing.assert_array_equal(packed, checkpoint.tensor(weight))
+        reference = ReferenceEngine(checkpoint)
+        for seed in range(4):
+            ids = random_ids(checkpoint, 12, seed)
+            engine.rewind(0)
+            reference.rewind(0)
+            logits, expected = prefill(engine, ids), prefill(reference, ids)
+            best = np.argsort(-expected)[:20]  # scored with the stored head
+            share = off(logits[best], expected[best])
+            assert share < 2 * bound("int8", 5 * 2)
+        with pytest.raises(CheckpointError, match="text only"):
+            engine.encode_images(np.zeros((1, 3, 448, 448), np.float32))
+
+
+# --- sequences -----------------------------------------------------------------------------------
+
+
+def test_rewind_forgets_exactly_what_came_after(checkpoint):
+    ids, other = random_ids(checkpoint, 90), random_ids(checkpoint, 90, seed=1)
+    model = CpuModel(checkpoint, threads=2)
+    for kept in (0, 10, 63, 64, 65):
+        engine, fresh = model.engine(), model.engine()
+        prefill(engine, np.concatenate((ids[:kept], other)))
+        engine.rewind(kept)
+        assert engine.length == kept
+        if kept:
+            prefill(fresh, ids[:kept])
+        np.testing.assert_array_equal(prefill(engine, ids[kept:]), prefill(fresh, ids[kept:]))
+
+
+def test_sequences_decoded_together_equal_those_decoded_alone(checkpoint):
+    model = CpuModel(checkpoint, precision="int8", threads=2)
+    together, alone = ([model.engine() for _ in range(5)] for _ in range(2))
+    for number, (one, other) in enumerate(zip(together, alone, strict=True)):
+        ids = random_ids(checkpoint, 5 + 30 * number, number)
+        prefill(one, ids)
+        prefill(other, ids)
+    shares = []
+    for step in range(4):
+        ids = random_ids(checkpoint, 5, step).tolist()
+        batch = model.decode(together, ids).copy()
+        assert batch.shape == (5, checkpoint.config.text.vocab_size)
+        for logits, engine, token_id in zip(batch, alone, ids, strict=True):
+            shares.append(off(logits, engine.decode(token_id)))
+    assert some_close(shares)
+    assert max(shares) < text_bound(checkpoint.config, "int8")
+    assert [engine.length for engine in together] == [engine.length for engine in alone]
+    assert together[0].timings().decode_tokens == 4
+
+
+def test_extending_gives_the_logits_of_every_step(checkpoint):
+    model = CpuModel(checkpoint, precision="int8", threads=2)
+    shares = []
+    for seed in range(4):
+        ids = random_ids(checkpoint, 20, seed)
+        steps, extended = model.engine(), model.engine()
+        prefill(steps, ids[:12])
+        prefill(extended, ids[:12])
+        logits = extended.extend(ids[12:].tolist()).copy()
+        assert logits.shape == (8, checkpoint.config.text.vocab_size)
+        expected = [steps.decode(token_id).copy() for token_id in ids[12:].tolist()]
+        shares += [off(ours, theirs) for ours, theirs in zip(logits, expected, strict=True)]
+        assert extended.length == 20
+    assert some_close(shares)
+
+
+def test_logits_are_not_copied(qwen3):
+    engine = CpuModel(qwen3, threads=1).engine()
+    first = engine.decode(1)
+    before = first.copy()
+    engine.decode(2)
+    assert (first != before).any()  # the same memory
+
+
+def test_a_model_outlives_its_checkpoint(mini_checkpoint):
+    checkpoint = Checkpoint.open(mini_checkpoint("mini-qwen3"))
+    engine = load_engine(checkpoint, "cpu")
+    ids = random_ids(checkpoint, 9)
+    expected = prefill(engine, ids)
+    checkpoint.close()
+    del checkpoint
+    engine.rewind(0)
+    np.testing.assert_array_equal(prefill(engine, ids), expected)
+
+
+def test_several_models_and_threads(mini_checkpoint):
+    """Models with teams of their own, used from several threads at once."""
+    results = {}
+
+    def work(preset, number):
+        with Checkpoint.open(mini_checkpoint(preset)) as checkpoint:
+            engine = load_engine(checkpoint, "cpu", threads=2)
+            ids = random_ids(checkpoint, 30)
+            results[preset, number] = [prefill(engine, ids[:20])]
+            results[preset, number] += [engine.decode(i).copy() for i in ids[20:].tolist()]
+
+    workers = [
+        threading.Thread(target=work, args=(preset, number))
+        for preset in ("mini-qwen3", "mini-llama")
+        for number in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for preset in ("mini-qwen3", "mini-llama"):
+        np.testing.assert_array_equal(results[preset, 0], results[preset, 1])
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_the_cache_refuses_what_does_not_fit(checkpoint):
+    engine = CpuModel(checkpoint, 8, threads=1).engine()
+    ids = random_ids(checkpoint, 9)
+    with pytest.raises(ValueError, match="exceed 8"):
+        prefill(engine, ids)
+    assert engine.length == 0
+    prefill(engine, ids[:8])
+    with pytest.raises(ValueError, match="exceed 8"):
+        engine.decode(0)
+    with pytest.raises(ValueError, match="exceed 8"):
+        engine.extend([0])
+    with pytest.raises(ValueError, match="rewind to 9"):
+        engine.rewind(9)
+    with pytest.raises(ValueError, match="at 3"):
+        engine.prefill(engine.embed(ids[:1]), 3)
+    with pytest.raises(ValueError, match="prefill of 0"):
+        engine.prefill(engine.embed(ids[:0]), 8)
+    engine.rewind(2)
+    for token_id in (-1, checkpoint.config.text.vocab_size):
+        with pytest.raises(ValueError, match="token"):
+            engine.decode(token_id)
+        with pytest.raises(ValueError, match="token"):
+            engine.embed(np.array([token_id]))
+    assert engine.length == 2
+
+
+def test_sequences_of_another_model_or_twice(qwen3):
+    one, other = (CpuModel(qwen3, threads=1) for _ in range(2))
+    engine = one.engine()
+    with pytest.raises(ValueError):  # noqa: PT011 -- which of two caches is wrong has many names
+        one.decode([engine, other.engine()], [1, 2])
+    with pytest.raises(ValueError):  # noqa: PT011
+        one.decode([engine, engine], [1, 2])
+    assert engine.length == 0
+
+
+def test_max_context_is_at_most_the_models(qwen3):
+    limit = qwen3.config.text.max_position_embeddings
+    assert CpuModel(qwen3).max_context == limit
+    assert CpuModel(qwen3, limit + 1).max_context == limit
+
+
+def test_too_little_memory_gives_both_numbers(qwen3, monkeypatch):
+    machine = dataclasses.replace(this_machine(), available_bytes=2**10)
+    monkeypatch.setattr(cpu, "this_machine", lambda: machine)
+    with pytest.raises(EdgeVLError, match=r"need 0\.0 GiB of memory, 0\.0 GiB are free.*smaller"):
+        CpuModel(qwen3)
+    with pytest.raises(EdgeVLError, match="--precision int4"):
+        CpuModel(qwen3, precision="bf16")
+
+
+def test_wrong_arguments(qwen3, monkeypatch):
+    with pytest.raises(EdgeVLError, match="precision 'int2' is unknown"):
+        CpuModel(qwen3, precision="int2")
+    for threads in (0, 257):
+        with pytest.raises(EdgeVLError, match=f"threads is {threads}"):
+            CpuModel(qwen3, threads=threads)
+    monkeypatch.setenv("EDGEVL_ISA", "mmx")
+    with pytest.raises(EdgeVLError, match=r"'mmx' \(EDGEVL_ISA\).*portable"):
+        CpuModel(qwen3)
+
+
+def test_the_environment_chooses_the_instruction_set(qwen3, monkeypatch):
+    assert CpuModel(qwen3).instruction_set == ISAS[0]
+    monkeypatch.setenv("EDGEVL_ISA", "portable")
+    assert CpuModel(qwen3).instruction_set == "portable"
+    assert CpuModel(qwen3, isa=ISAS[0]).instruction_set == ISAS[0]
+
+
+def test_timings_count_work(qwen3):
+    engine = CpuModel(qwen3, threads=1).engine()
+    before = engine.timings()
+    prefill(engine, random_ids(qwen3, 5))
+    engine.decode(1)
+    engine.extend([1, 2])
+    engine.encode_images(random_tiles(qwen3, 2))
+    after = engine.timings()
+    assert (before.prefill_tokens, before.decode_tokens, before.tiles) == (0, 0, 0)
+    assert (after.prefill_tokens, after.decode_tokens, after.tiles) == (5, 3, 2)
+    assert min(after.prefill_ms, after.decode_ms, after.vision_ms) > 0
+
+
+def test_weight_bytes_are_those_of_the_matrices(qwen3):
+    engine = CpuModel(qwen3, precision="int8", threads=1).engine()
+    weights, text = engine.weight_bytes(), qwen3.config.text
+    elements = sum(
+        math.prod(qwen3.shape(name))
+        for name in qwen3.names()
+        if name.endswith(("_proj.weight", "lm_head.weight"))
+    )
+    assert elements < weights.text < 2 * elements  # a byte each, and padding
+    assert weights.embedding == 2 * text.vocab_size * text.hidden_size
+    assert weights.cache_per_token == 2 * 2 * 2 * 32 * text.num_hidden_layers
+    assert weights.vision > 0

@@ -1,0 +1,188 @@
+"""The plan of a packed model: every weight once, in the right format."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from edgevl.checkpoint import Checkpoint, GPTQConfig, GPTQWeight, StoredTensor
+from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD
+from edgevl.checkpoint.presets import PRESETS
+from edgevl.engine.plan import PRECISIONS, exact_group, make_plan, vision_layers
+from edgevl.errors import EdgeVLError
+from storage import TEXT, write_directory
+from test_gptq_storage import gptq_tensors, quantized
+
+
+@pytest.fixture
+def checkpoint(mini_checkpoint, preset):
+    with Checkpoint.open(mini_checkpoint(preset)) as opened:
+        yield opened
+
+
+def gptq_checkpoint(directory, config, **changes):
+    """Write and open a text model alone, with GPTQ weights."""
+    text = {**TEXT, **changes}
+    shapes = dataclasses.replace(
+        PRESETS["mini-qwen3"].config,
+        text=dataclasses.replace(
+            PRESETS["mini-qwen3"].config.text,
+            vocab_size=text["vocab_size"],
+            hidden_size=text["hidden_size"],
+            intermediate_size=text["intermediate_size"],
+            num_hidden_layers=text["num_hidden_layers"],
+            num_attention_heads=text["num_attention_heads"],
+            num_key_value_heads=text["num_key_value_heads"],
+            head_dim=text["head_dim"],
+        ),
+    )
+    stored, _ = gptq_tensors(shapes, config, "")
+    settings = {
+        "quant_method": "gptq",
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "sym": config.sym,
+        "desc_act": config.desc_act,
+        "checkpoint_format": config.checkpoint_format,
+    }
+    directory = write_directory(directory, {**text, "quantization_config": settings}, stored, "F16")
+    return Checkpoint.open(directory)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_linear_weight_is_in_one_matrix(checkpoint, precision):
+    plan = make_plan(checkpoint, precision)
+    used = [part.weight for matrix in plan.matrices for part in matrix.parts]
+    assert len(used) == len(set(used))
+    matrices = {name for name in checkpoint.names() if len(checkpoint.shape(name)) in (2, 4)}
+    tied = checkpoint.config.text.tie_word_embeddings
+    assert set(used) == (matrices if tied else matrices - {EMBEDDING})
+    assert len({matrix.name for matrix in plan.matrices}) == len(plan.matrices)
+
+
+@pytest.mark.parametrize(
+    ("precision", "text", "head", "vision", "exact"),
+    [
+        ("auto", "int8", "int4", "int8", True),
+        ("int4", "int4", "int4", "int8", True),
+        ("int8", "int8", "int8", "int8", False),
+        ("bf16", "bf16", "bf16", "bf16", False),
+    ],
+)
+def test_formats(checkpoint, precision, text, head, vision, exact):
+    plan = make_plan(checkpoint, precision)
+    formats = {matrix.name: matrix.format for matrix in plan.matrices}
+    assert formats.pop("vision.patch") == "bf16"
+    assert formats.pop("text.head") == head
+    assert plan.exact_head == exact
+    for name, kind in formats.items():
+        assert kind == (text if name.startswith("text.") else vision), name
+
+
+def test_parts_fill_panels_without_meeting(checkpoint):
+    for matrix in make_plan(checkpoint).matrices:
+        panels = [
+            part.first_panel + panel * part.panel_step
+            for part in matrix.parts
+            for panel in range(-(-part.rows // 16))
+        ]
+        assert sorted(panels) == list(range(-(-matrix.rows // 16)))
+
+
+def test_groups_suit_the_layout(checkpoint):
+    for matrix in make_plan(checkpoint).matrices:
+        assert matrix.group % 8 == 0
+        assert matrix.group < matrix.cols + 8
+        if matrix.name.endswith("fc2") or matrix.name.startswith("text."):
+            assert matrix.group <= 128
+        else:
+            assert matrix.group >= matrix.cols
+
+
+def test_layers_after_the_selected_one_are_left_out(mini_checkpoint):
+    with Checkpoint.open(mini_checkpoint("mini-qwen3")) as checkpoint:
+        layers = checkpoint.config.vision.num_hidden_layers
+        for select, expected in ((-1, layers), (-2, layers - 1), (0, 0), (1, 1)):
+            config = dataclasses.replace(checkpoint.config, select_layer=select)
+            assert vision_layers(config) == expected
+
+
+def test_an_unknown_precision_names_the_known(checkpoint):
+    with pytest.raises(EdgeVLError, match="'int2' is unknown: choose auto, int4, int8, bf16"):
+        make_plan(checkpoint, "int2")
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "group"),
+    [
+        (GPTQConfig(4, 128, True, False, "gptq"), 256, 128),
+        (GPTQConfig(4, 256, True, False, "gptq"), 512, 128),
+        (GPTQConfig(4, -1, True, False, "gptq_v2"), 256, 128),
+        (GPTQConfig(4, -1, True, False, "gptq"), 48, 48),
+        (GPTQConfig(4, 32, True, False, "gptq"), 48, 32),
+        (GPTQConfig(4, 16, True, False, "gptq"), 48, 16),
+        (GPTQConfig(4, 12, True, False, "gptq"), 48, None),  # no whole line
+        (GPTQConfig(8, 16, True, False, "gptq"), 48, None),
+        (GPTQConfig(4, 16, False, False, "gptq"), 48, None),
+        (GPTQConfig(4, 16, True, True, "gptq"), 48, None),
+    ],
+)
+def test_what_int4_can_hold(config, inputs, group):
+    stored, _ = quantized(16, inputs, config)
+    packed = GPTQWeight(
+        StoredTensor("I32", stored["qweight"]),
+        StoredTensor("I32", stored["qzeros"]),
+        StoredTensor("F16", stored["scales"].astype(np.float16)),
+        StoredTensor("I32", stored["g_idx"]),
+        config,
+    )
+    assert exact_group(packed) == group
+
+
+def test_scales_that_float16_does_not_hold():
+    config = GPTQConfig(4, 16, True, False, "gptq")
+    stored, _ = quantized(16, 48, config)
+    for scale, group in ((0.5, 16), (1 / 3, None), (1e6, None)):
+        packed = GPTQWeight(
+            StoredTensor("I32", stored["qweight"]),
+            StoredTensor("I32", stored["qzeros"]),
+            StoredTensor("F32", np.full((3, 16), scale, np.float32)),
+            None,
+            config,
+        )
+        assert exact_group(packed) == group
+
+
+@pytest.mark.parametrize(
+    ("precision", "text"), [("auto", "int4"), ("int4", "int4"), ("int8", "int8"), ("bf16", "bf16")]
+)
+def test_gptq_is_taken_as_it_is(tmp_path, precision, text):
+    with gptq_checkpoint(tmp_path, GPTQConfig(4, 16, True, False, "gptq")) as checkpoint:
+        plan = make_plan(checkpoint, precision)
+        assert plan.notes == ()
+        assert [matrix.name for matrix in plan.matrices][-1] == "text.head"
+        for matrix in plan.matrices[:-1]:
+            assert matrix.format == text
+            assert matrix.gptq == (text == "int4")
+            assert matrix.group == (16 if matrix.gptq else min(128, matrix.cols))
+
+
+def test_gptq_with_act_order_is_rounded_and_said(tmp_path):
+    with gptq_checkpoint(tmp_path, GPTQConfig(4, 16, True, True, "gptq")) as checkpoint:
+        plan = make_plan(checkpoint)
+        assert {m.format for m in plan.matrices} == {"int8", "int4"}  # int4: the head
+        assert not any(matrix.gptq for matrix in plan.matrices)
+        assert plan.notes == (
+            "8 GPTQ matrices are not symmetric 4-bit in groups that follow each other: they are "
+            "rounded to INT8",
+        )
+
+
+def test_the_head_of_a_tied_model_is_its_embedding(mini_checkpoint):
+    heads = {}
+    for preset in ("mini-qwen2", "mini-qwen3"):
+        with Checkpoint.open(mini_checkpoint(preset)) as checkpoint:
+            heads[preset] = make_plan(checkpoint).matrices
+    head = {p: next(m for m in ms if m.name == "text.head") for p, ms in heads.items()}
+    assert head["mini-qwen2"].parts[0].weight == EMBEDDING
+    assert head["mini-qwen3"].parts[0].weight == LM_HEAD

@@ -1,0 +1,144 @@
+"""Prompt lookup: what it drafts, when it stops drafting, and that answers stay the same."""
+
+import numpy as np
+import pytest
+
+import edgevl
+from edgevl.engine import native_missing
+from edgevl.generate.speculation import MAX_PAUSE, PromptLookup
+
+ENGINES = [
+    "reference",
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(bool(native_missing()), reason="no native engine")
+    ),
+]
+
+
+def test_the_draft_is_what_followed_the_last_time():
+    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1, 2, 3, 7, 8, 1, 2, 3], 4)
+    assert lookup.draft(9) == [7, 8, 1, 2]
+    assert lookup.draft(2) == [7, 8]
+    assert lookup.draft(0) == []
+    lookup.add(4)
+    assert lookup.draft(9) == [5, 6, 1, 2]
+
+
+def test_longer_matches_come_first():
+    tokens = [1, 2, 3, 10, 9, 2, 3, 20, 1, 2, 3]
+    assert PromptLookup(tokens, 1).draft(1) == [10]
+    assert PromptLookup([*tokens[:-3], 5, 2, 3], 1).draft(1) == [20]
+
+
+@pytest.mark.parametrize("tokens", [[], [1], [1, 2, 3, 4], [1, 2, 3, 1, 3]])
+def test_nothing_known_nothing_drafted(tokens):
+    assert PromptLookup(tokens, 4).draft(4) == []
+
+
+def test_a_repetition_continues_itself():
+    assert PromptLookup([5, 5, 5], 4).draft(4) == [5]
+    assert PromptLookup([1, 2, 1, 2, 1, 2], 4).draft(4) == [1, 2]
+
+
+def test_engines_without_it_get_no_draft():
+    assert PromptLookup([1, 2, 3, 1, 2, 3, 1, 2], 0).draft(9) == []
+
+
+def drafts_of(lookup, opportunities, gained, elapsed_ms):
+    """Count drafts among some opportunities, each draft giving ``gained`` tokens."""
+    count = 0
+    for _ in range(opportunities):
+        drafted = bool(lookup.draft(4))
+        count += drafted
+        lookup.learn(4 * drafted, gained if drafted else 1, elapsed_ms if drafted else 10)
+    return count
+
+
+def test_it_stops_where_it_does_not_pay_and_comes_back():
+    lookup = PromptLookup([1, 2, 3] * 3, 4)
+    lookup.learn(0, 1, 10)
+    assert drafts_of(lookup, 100, 3, 15) == 100  # three tokens in the time of one and a half
+    few = drafts_of(lookup, 1000, 1, 15)
+    assert few < 40
+    assert drafts_of(lookup, 2 * MAX_PAUSE, 3, 15) > MAX_PAUSE // 2
+    assert drafts_of(lookup, 100, 3, 15) == 100
+
+
+@pytest.fixture(params=ENGINES)
+def model(request, mini_checkpoint):
+    model = edgevl.load(mini_checkpoint("mini-qwen3"), engine=request.param)
+    model.engine.max_draft = 7
+    return model
+
+
+@pytest.fixture
+def extended(model, monkeypatch):
+    """Numbers of tokens that the engine was given at once; drafts always seem to pay."""
+    monkeypatch.setattr(PromptLookup, "learn", lambda *args: None)
+    counts = []
+    extend = model.engine.extend
+
+    def count(token_ids):
+        counts.append(len(token_ids))
+        return extend(token_ids)
+
+    monkeypatch.setattr(model.engine, "extend", count)
+    return counts
+
+
+QUESTION = "Repeat: one two three four, one two three four, one two three"
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"repetition_penalty": 1.02}, {"max_tokens": 37}, {"stop": "e"}]
+)
+def test_answers_stay_the_same(model, extended, sampling):
+    sampling = {"max_tokens": 150} | sampling
+    with_drafts = model.ask(QUESTION, **sampling)
+    turns = model.chat()
+    turns.ask(QUESTION, **sampling)
+    second = turns.ask("And again?", **sampling)
+    if "stop" not in sampling:
+        assert extended  # a random model soon repeats itself
+    extended.clear()
+
+    model.engine.max_draft = 0
+    model.engine.rewind(0)
+    plain = model.ask(QUESTION, **sampling)
+    turns = model.chat()
+    turns.ask(QUESTION, **sampling)
+    assert plain.token_ids == with_drafts.token_ids
+    assert plain.text == with_drafts.text
+    assert plain.finish_reason == with_drafts.finish_reason
+    assert turns.ask("And again?", **sampling).token_ids == second.token_ids
+    assert not extended
+
+
+def test_the_cache_holds_exactly_the_answer(model, extended):
+    first = model.ask(QUESTION, max_tokens=60)
+    assert extended
+    kept = model.engine.length
+    # All but the last token, which was never computed.
+    assert kept == first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    logits = np.array(model.engine.decode(first.token_ids[-1]))
+    ids = [*model.prompts.encode([edgevl.preprocess.Message.user(QUESTION, [])]).token_ids]
+    ids += first.token_ids
+    model.engine.rewind(0)
+    expected = model.engine.prefill(model.engine.embed(np.array(ids)), 0)
+    assert np.argmax(logits) == np.argmax(expected)
+    assert np.linalg.norm(logits - expected) < 0.05 * np.linalg.norm(expected)
+
+
+def test_a_limit_of_the_context_is_kept(mini_checkpoint, monkeypatch):
+    monkeypatch.setattr(PromptLookup, "learn", lambda *args: None)
+    for engine in ("reference", *(() if native_missing() else ("cpu",))):
+        model = edgevl.load(mini_checkpoint("mini-qwen3"), engine, max_context=120)
+        model.engine.max_draft = 7
+        answer = model.ask(QUESTION, max_tokens=500)
+        assert answer.finish_reason == "length"
+        assert answer.usage.prompt_tokens + answer.usage.completion_tokens == 120
+
+
+def test_drawn_answers_are_not_speculated(model, extended):
+    model.ask(QUESTION, max_tokens=60, temperature=1.0, seed=3)
+    assert not extended
