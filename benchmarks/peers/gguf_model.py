@@ -116,7 +116,8 @@ def _write(writer, checkpoint, names: dict[str, str], kind) -> None:
         if name.endswith("class_embedding"):
             data = data.reshape(-1)
         elif name.endswith("position_embedding"):
-            data = data.reshape(-1, data.shape[-1])
+            # mtmd puts the class token behind the patches and adds the positions in that order.
+            data = np.roll(data.reshape(-1, data.shape[-1]), -1, axis=0)
         if "{}" in stored:  # query, key and value apart, as llama.cpp's converter writes them
             for part, letter in zip(np.split(data, 3), "qkv", strict=True):
                 _add(writer, stored.format(letter), part, kind)

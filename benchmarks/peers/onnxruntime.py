@@ -34,10 +34,9 @@ class ONNXRuntime(Peer):
 
     @classmethod
     def build(cls, checkpoint: Path, directory: Path) -> None:
-        """Run GenAI's model builder; export the encoder and quantize it with calibration."""
+        """Run GenAI's model builder; export the encoder and quantize it."""
         import torch
 
-        from peers.calibration import tiles
         from peers.transformers_model import load_model, vision_module, write_text_model
 
         source = directory / "text-bf16"
@@ -60,7 +59,7 @@ class ONNXRuntime(Peer):
             dynamo=True,
             external_data=False,
         )
-        _quantize(plain, directory / "vision-int8.onnx", tiles(size))
+        _quantize(plain, directory / "vision-int8.onnx")
 
     def __init__(self, directory: Path, text: str | None, vision: str | None, threads: int) -> None:
         """Load what is asked for."""
@@ -108,35 +107,12 @@ class ONNXRuntime(Peer):
         return self._vision.run(None, {"pixels": pixels})[0][0]
 
 
-def _quantize(plain: Path, target: Path, tiles: list[NDArray[np.float32]]) -> None:
-    """Quantize weights by channel and activations by tensor, as the runtime's guide advises."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
+def _quantize(plain: Path, target: Path) -> None:
+    """Quantize dynamically, as the runtime's guide advises for transformers; weights by channel."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self._tiles = iter(tiles)
-
-        def get_next(self):
-            tile = next(self._tiles, None)
-            return None if tile is None else {"pixels": tile}
 
     prepared = target.with_suffix(".prepared")
     quant_pre_process(plain, prepared, skip_symbolic_shape=True)
-    quantize_static(
-        prepared,
-        target,
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
-    )
+    quantize_dynamic(prepared, target, per_channel=True, weight_type=QuantType.QInt8)
     prepared.unlink()

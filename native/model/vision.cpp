@@ -14,6 +14,10 @@ namespace {
 /// Positions that one item stores: whole lines of the cache, so that no two members write to one.
 constexpr int kStoreRun = kLanes;
 
+/// Rows that go through the linear layers together: their activations stay in a core's cache while
+/// panel after panel is multiplied with them.
+constexpr int kChunk = 128;
+
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -78,7 +82,7 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, 
       team_(team),
       kernels_(kernels),
       padded_head_dim_((config.head_dim() + 1) / 2 * 2),
-      products_(kernels, team.size(), config.positions()),
+      products_(kernels, team.size(), kChunk),
       cache_(1, config.num_attention_heads, padded_head_dim_),
       scratch_(team.size()),
       odd_(config.head_dim() % 2 ? team.size() : 0) {
@@ -88,8 +92,8 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, 
   x_ = Buffer<float>(positions * config.hidden_size);
   qkv_ = Buffer<float>(positions * 3 * config.hidden_size);
   attended_ = Buffer<float>(positions * config.hidden_size);
-  inner_ = Buffer<float>(
-      std::max(positions * config.intermediate_size, tokens * config.text_hidden_size));
+  inner_ = Buffer<float>(static_cast<std::size_t>(kChunk) *
+                         std::max(config.intermediate_size, config.text_hidden_size));
   cache_.reserve(config.positions());
   for (auto& odd : odd_) odd.reserve(kMaxTokenBlock * padded_head_dim_);
   for (auto& scratch : scratch_) {
@@ -115,6 +119,17 @@ void VisionEncoder::encode(const float* pixels, int tiles, float* out) {
   }
 }
 
+/// Calls body(first, rows) for chunks of `count` rows, about equally long.
+template <class Body>
+void VisionEncoder::each_chunk(int count, Body&& body) const {
+  const int chunks = (count + kChunk - 1) / kChunk, block = kernels_.token_block;
+  const int even = (count + chunks - 1) / chunks;
+  const int rows = std::min((even + block - 1) / block * block, kChunk);
+  for (int first = 0; first < count; first += rows) {
+    body(static_cast<std::size_t>(first), std::min(rows, count - first));
+  }
+}
+
 void VisionEncoder::encode_tile(Member& member, const float* pixels, float* out) {
   const auto& c = config_;
   const auto& w = weights_;
@@ -122,12 +137,14 @@ void VisionEncoder::encode_tile(Member& member, const float* pixels, float* out)
   for (int i = 0; i < c.num_hidden_layers; ++i) layer(member, i);
   merge_patches(member);
   const std::size_t merged = c.merged_size(), hidden = c.text_hidden_size;
-  products_.run(member, w.projector_fc1,
-                {patches_.data(), merged, c.image_tokens(), c.merged_size(), w.projector_norm},
-                {Output::Kind::kGelu, inner_.data(), hidden, c.text_hidden_size});
-  products_.run(member, w.projector_fc2,
-                {inner_.data(), hidden, c.image_tokens(), c.text_hidden_size},
-                {Output::Kind::kStore, out, hidden, c.text_hidden_size});
+  each_chunk(c.image_tokens(), [&](std::size_t first, int rows) {
+    products_.run(
+        member, w.projector_fc1,
+        {patches_.data() + first * merged, merged, rows, c.merged_size(), w.projector_norm},
+        {Output::Kind::kGelu, inner_.data(), hidden, c.text_hidden_size});
+    products_.run(member, w.projector_fc2, {inner_.data(), hidden, rows, c.text_hidden_size},
+                  {Output::Kind::kStore, out + first * hidden, hidden, c.text_hidden_size});
+  });
 }
 
 /// Patches, in the order of the convolution's kernel, times its weights; the class token before
@@ -152,11 +169,12 @@ void VisionEncoder::embed_patches(Member& member, const float* pixels) {
       }
     }
   });
-  products_.run(member, weights_.patch,
-                {patches_.data(), static_cast<std::size_t>(c.patch_values()), c.positions() - 1,
-                 c.patch_values()},
-                {Output::Kind::kAdd, x_.data() + c.hidden_size,
-                 static_cast<std::size_t>(c.hidden_size), c.hidden_size});
+  const std::size_t values = c.patch_values(), hidden = c.hidden_size;
+  each_chunk(c.positions() - 1, [&](std::size_t first, int rows) {
+    products_.run(member, weights_.patch,
+                  {patches_.data() + first * values, values, rows, c.patch_values()},
+                  {Output::Kind::kAdd, x_.data() + (1 + first) * hidden, hidden, c.hidden_size});
+  });
 }
 
 void VisionEncoder::layer(Member& member, int index) {
@@ -165,9 +183,12 @@ void VisionEncoder::layer(Member& member, int index) {
   const std::size_t hidden = c.hidden_size, inner = c.intermediate_size;
   const int positions = c.positions();
 
-  products_.run(member, w.qkv,
-                {x_.data(), hidden, positions, c.hidden_size, norm(w.norm1, w.norm1_bias)},
-                {Output::Kind::kStore, qkv_.data(), 3 * hidden, 3 * c.hidden_size});
+  each_chunk(positions, [&](std::size_t first, int rows) {
+    products_.run(
+        member, w.qkv,
+        {x_.data() + first * hidden, hidden, rows, c.hidden_size, norm(w.norm1, w.norm1_bias)},
+        {Output::Kind::kStore, qkv_.data() + first * 3 * hidden, 3 * hidden, 3 * c.hidden_size});
+  });
   if (w.q_norm) {
     member.each(positions, [&](int position) {
       float* q = qkv_.data() + position * 3 * hidden;
@@ -176,13 +197,15 @@ void VisionEncoder::layer(Member& member, int index) {
     });
   }
   attention(member);
-  products_.run(member, w.proj, {attended_.data(), hidden, positions, c.hidden_size},
-                {Output::Kind::kAdd, x_.data(), hidden, c.hidden_size, w.ls1});
-  products_.run(member, w.fc1,
-                {x_.data(), hidden, positions, c.hidden_size, norm(w.norm2, w.norm2_bias)},
-                {Output::Kind::kGelu, inner_.data(), inner, c.intermediate_size});
-  products_.run(member, w.fc2, {inner_.data(), inner, positions, c.intermediate_size},
-                {Output::Kind::kAdd, x_.data(), hidden, c.hidden_size, w.ls2});
+  each_chunk(positions, [&](std::size_t first, int rows) {
+    float* x = x_.data() + first * hidden;
+    products_.run(member, w.proj, {attended_.data() + first * hidden, hidden, rows, c.hidden_size},
+                  {Output::Kind::kAdd, x, hidden, c.hidden_size, w.ls1});
+    products_.run(member, w.fc1, {x, hidden, rows, c.hidden_size, norm(w.norm2, w.norm2_bias)},
+                  {Output::Kind::kGelu, inner_.data(), inner, c.intermediate_size});
+    products_.run(member, w.fc2, {inner_.data(), inner, rows, c.intermediate_size},
+                  {Output::Kind::kAdd, x, hidden, c.hidden_size, w.ls2});
+  });
 }
 
 /// Queries, keys and values in qkv_ to attended_; every position sees every other.

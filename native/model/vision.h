@@ -81,6 +81,8 @@ class VisionEncoder {
   void encode(const float* pixels, int tiles, float* out);
 
  private:
+  template <class Body>
+  void each_chunk(int count, Body&& body) const;
   void encode_tile(Member& member, const float* pixels, float* out);
   void embed_patches(Member& member, const float* pixels);
   void layer(Member& member, int index);
@@ -103,7 +105,7 @@ class VisionEncoder {
   Buffer<float> x_;         ///< [positions, hidden_size]
   Buffer<float> qkv_;       ///< [positions, 3 * hidden_size]
   Buffer<float> attended_;  ///< [positions, hidden_size]
-  Buffer<float> inner_;     ///< [positions, intermediate_size], then of the projector
+  Buffer<float> inner_;     ///< [chunk, intermediate_size], then of the projector
   std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
   std::vector<Buffer<float>> odd_;  ///< for each member, queries of heads with an odd channel more
 };
