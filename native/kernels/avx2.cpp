@@ -67,6 +67,7 @@ inline Floats times_power_of_two(Floats x, Floats n) {
   return x * _mm256_castsi256_ps(shift_left(add(to_int(n), splat(127)), 23).bits);
 }
 
+inline Floats reciprocal(Floats x) { return splat(1.0f) / x; }
 inline float sum(Floats x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));

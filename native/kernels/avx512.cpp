@@ -56,6 +56,10 @@ inline Ints to_int(Floats x) { return {_mm512_cvtps_epi32(x)}; }
 inline Floats to_float(Ints x) { return _mm512_cvtepi32_ps(x.bits); }
 inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
 inline Floats times_power_of_two(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+inline Floats reciprocal(Floats x) {
+  const Floats near = _mm512_rcp14_ps(x);
+  return near * _mm512_fnmadd_ps(x, near, splat(2.0f));
+}
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 inline std::int32_t sum(Ints x) { return _mm512_reduce_add_epi32(x.bits); }
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }

@@ -17,6 +17,22 @@ namespace edgevl {
 /// Most tokens any implementation takes in a block.
 constexpr int kMaxTokenBlock = 16;
 
+/// What becomes of the products y in a tile: rows of `out`, `stride` floats apart.
+struct Finish {
+  enum class Kind : std::uint8_t {
+    kStore,   ///< out = y
+    kAdd,     ///< out += scale * y
+    kGelu,    ///< out = gelu(y), exact (by erf, to 1e-6)
+    kSwiglu,  ///< out = silu(y[0 .. 15]) * y[16 .. 31]
+  };
+  Kind kind;
+  const float* bias;   ///< of the tile's columns, added to y first; or null
+  const float* scale;  ///< [width] for kAdd, or null for 1
+  float* out;
+  std::size_t stride;
+  int width;  ///< columns of `out`: up to 32, kSwiglu up to 16
+};
+
 /// Attention of some query rows, which share one key/value head, over a cached sequence.
 struct Attention {
   const std::uint32_t* const* keys;    ///< a pointer for each cache block, from position 0
@@ -62,6 +78,9 @@ struct Kernels {
   /// `out` is 64-byte aligned.
   void (*tile[3])(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out);
 
+  /// Does to each of the first `tokens` rows of a tile y[tokens][32] what `finish` says.
+  void (*finish)(const float* tile, int tokens, const Finish& finish);
+
   // --- attention ---
 
   /// Puts a key [head_dim] at a position (0 .. kCacheBlock - 1) of a cache block, as bfloat16.
@@ -79,12 +98,6 @@ struct Kernels {
                      float* out);
   /// Rotary embedding in place, halves paired: x [head_dim], cos and sin [head_dim / 2].
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim);
-  /// out = silu(gate) * up; out may be gate.
-  void (*swiglu)(const float* gate, const float* up, int n, float* out);
-  /// Exact GELU (by erf, to 1e-6) in place.
-  void (*gelu)(float* x, int n);
-  /// x += y, or x += scale * y where scale is not null.
-  void (*add)(float* x, const float* y, const float* scale, int n);
   /// Inner product of a row in bfloat16 with a float32 vector, in float32.
   float (*dot_bf16)(const std::uint16_t* row, const float* x, int n);
 

@@ -21,6 +21,7 @@
 //   to_int, to_float         convert, to nearest even
 //   nearest                  Floats rounded to whole ones
 //   times_power_of_two       (Floats x, Floats n): x * 2^n, n whole, from -126 to 127
+//   reciprocal               1 / x, to 3e-7, for x from 1 to 2^126; of infinity 0 or NaN
 //   sum, largest             over the lanes
 //   load_half, load_bf16     kWidth float16 or bfloat16 as Floats
 //   store_bytes, store_bf16  the low byte of each lane; Floats rounded to nearest even
@@ -56,7 +57,9 @@ namespace {
 constexpr int kRegisters = kLanes / kWidth;
 constexpr int kRegisterBytes = 4 * kWidth;
 constexpr int kTileLanes = 2 * kLanes;
-/// A row's product is summed up in so many chains, as one would wait for its own latency.
+/// A row's product in integers is summed up in so many chains, as one would wait for its own
+/// latency. In floating point it is one, in the order of a tile: one token or several give the same
+/// bits.
 constexpr int kChains = kRegisters < 4 ? 4 / kRegisters : 1;
 
 static_assert(kTokenBlock <= kMaxTokenBlock);
@@ -104,43 +107,106 @@ EDGEVL_INLINE void copy(void* to, const void* from) {
 
 // --- activations ---------------------------------------------------------------------------------
 
-/// Quantizes the first `count` of `n` columns, the other ones being zero, to n / 4 words that are
-/// `step` apart. Returns the sum of the int8 values.
-int quantize_group(const float* x, int count, int n, std::uint32_t* words, int step, float* scale) {
-  Ints top = splat(0);
-  sweep(count, [&](int i, auto lanes) { top = larger(top, magnitude(load(x + i, lanes))); });
-  const int bits = largest(top);
-  float most;
-  copy<float>(&most, &bits);
-  *scale = most / 127.0f;
-  // The reciprocal of less would overflow; NaN ends here too, and the scale carries it on.
-  const bool usable = most > 1e-30f;
-  const Floats inverse = splat(usable ? 127.0f / most : 0.0f);
-  if (!usable && most <= 1e-30f) *scale = 0.0f;
-  Ints total = splat(0);
-  for (int i = 0; i < n; i += kWidth) {
-    const int here = count - i;
-    const Floats value = here >= kWidth ? load(x + i) : here > 0 ? load(x + i, here) : splat(0.0f);
-    const Ints rounded = to_int(value * inverse);
-    total = add(total, rounded);
-    alignas(64) std::int8_t bytes[kWidth];
-    store_bytes(bytes, rounded);
-    const int whole = smaller_of(kWidth, n - i);
-    for (int k = 0; k < whole; k += 4) copy<std::uint32_t>(words + (i + k) / 4 * step, bytes + k);
+/// Four words of four tokens.
+using Words = std::uint32_t __attribute__((vector_size(16)));
+
+/// Four words, of eight: those of a, then those of b.
+template <int i, int j, int k, int l>
+EDGEVL_INLINE Words pick(Words a, Words b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, i, j, k, l);
+#else
+  return __builtin_shuffle(a, b, Words{i, j, k, l});
+#endif
+}
+
+/// words[k * step + t] = rows[t][k], for four words of four tokens.
+EDGEVL_INLINE void put_transposed(const std::int8_t (&rows)[4][16], std::uint32_t* words,
+                                  int step) {
+  Words row[4];
+  EDGEVL_UNROLL
+  for (int t = 0; t < 4; ++t) copy<Words>(&row[t], rows[t]);
+  const Words a = pick<0, 4, 1, 5>(row[0], row[1]), b = pick<0, 4, 1, 5>(row[2], row[3]);
+  const Words c = pick<2, 6, 3, 7>(row[0], row[1]), d = pick<2, 6, 3, 7>(row[2], row[3]);
+  const Words columns[] = {pick<0, 1, 4, 5>(a, b), pick<2, 3, 6, 7>(a, b), pick<0, 1, 4, 5>(c, d),
+                           pick<2, 3, 6, 7>(c, d)};
+  EDGEVL_UNROLL
+  for (int k = 0; k < 4; ++k) copy<Words>(words + k * step, &columns[k]);
+}
+
+/// Quantizes the first `count` of `n` columns of T tokens, the other ones being zero, to n / 4
+/// words that are `step` apart.
+template <int T>
+EDGEVL_INLINE void quantize_group(const float* x, std::size_t stride, int count, int n,
+                                  std::uint32_t* words, int step, float* scales,
+                                  std::int32_t* sums) {
+  Floats inverse[T];
+  Ints totals[T];
+  EDGEVL_UNROLL
+  for (int t = 0; t < T; ++t) {
+    Ints top = splat(0);
+    sweep(count, [&](int i, auto lanes) {
+      top = larger(top, magnitude(load(x + t * stride + i, lanes)));
+    });
+    const int bits = largest(top);
+    float most;
+    copy<float>(&most, &bits);
+    // The reciprocal of less would overflow; NaN ends here too, and the scale carries it on.
+    const bool usable = most > 1e-30f;
+    inverse[t] = splat(usable ? 127.0f / most : 0.0f);
+    scales[t] = most <= 1e-30f ? 0.0f : most / 127.0f;
+    totals[t] = splat(0);
   }
-  return sum(total);
+  constexpr int kStep = 16;
+  for (int i = 0; i < n; i += kStep) {
+    alignas(64) std::int8_t bytes[T][kStep];
+    EDGEVL_UNROLL
+    for (int t = 0; t < T; ++t) {
+      EDGEVL_UNROLL
+      for (int k = 0; k < kStep; k += kWidth) {
+        const float* from = x + t * stride + i + k;
+        const int here = count - i - k;
+        const Floats value = here >= kWidth ? load(from)
+                             : here > 0     ? load(from, here)
+                                            : splat(0.0f);
+        const Ints rounded = to_int(value * inverse[t]);
+        totals[t] = add(totals[t], rounded);
+        store_bytes(bytes[t] + k, rounded);
+      }
+    }
+    std::uint32_t* to = words + i / 4 * step;
+    if constexpr (T == 4) {
+      if (n - i >= kStep) {
+        put_transposed(bytes, to, step);
+        continue;
+      }
+    }
+    const int whole = smaller_of(kStep, n - i) / 4;
+    EDGEVL_UNROLL
+    for (int t = 0; t < T; ++t) {
+      for (int k = 0; k < whole; ++k) copy<std::uint32_t>(to + k * step + t, bytes[t] + 4 * k);
+    }
+  }
+  EDGEVL_UNROLL
+  for (int t = 0; t < T; ++t) sums[t] = sum(totals[t]);
 }
 
 void quantize(const float* x, std::size_t stride, int cols, const Block& out) {
-  for (int t = 0; t < out.tokens; ++t) {
-    for (int g = 0; g * out.group < out.cols; ++g) {
-      const int first = g * out.group;
-      const int left = cols - first;
-      const int count = left < 0 ? 0 : smaller_of(left, out.group);
-      const int at = g * out.tokens + t;
-      out.sums[at] = quantize_group(x + t * stride + first, count, out.group,
-                                    out.words + std::size_t(first / 4) * out.tokens + t, out.tokens,
-                                    out.scales + at);
+  for (int g = 0; g * out.group < out.cols; ++g) {
+    const int first = g * out.group;
+    const int left = cols - first;
+    const int count = left < 0 ? 0 : smaller_of(left, out.group);
+    std::uint32_t* words = out.words + std::size_t(first / 4) * out.tokens;
+    float* scales = out.scales + g * out.tokens;
+    std::int32_t* sums = out.sums + g * out.tokens;
+    int t = 0;
+    for (; t + 4 <= out.tokens; t += 4) {
+      quantize_group<4>(x + t * stride + first, stride, count, out.group, words + t, out.tokens,
+                        scales + t, sums + t);
+    }
+    for (; t < out.tokens; ++t) {
+      quantize_group<1>(x + t * stride + first, stride, count, out.group, words + t, out.tokens,
+                        scales + t, sums + t);
     }
   }
 }
@@ -293,8 +359,8 @@ EDGEVL_INLINE void add_bf16(Floats (&sums)[T][R], const std::uint8_t* const (&so
 
 /// Lines dealt out to kChains of sums, which are then added up into sums[0][kRegisters].
 /// add_lines(chain, source, i) adds the products of line i.
-template <class Sum, class Add>
-EDGEVL_INLINE void add_in_chains(Sum (&sums)[kChains][1][kRegisters], const std::uint8_t* from,
+template <class Add>
+EDGEVL_INLINE void add_in_chains(Ints (&sums)[kChains][1][kRegisters], const std::uint8_t* from,
                                  int lines, const Add& add_lines) {
   int i = 0;
   for (; i + kChains <= lines; i += kChains) {
@@ -358,9 +424,12 @@ void row_int8(const Matrix& matrix, const std::uint8_t* panel, const Block& x, f
   const int groups = matrix.groups();
   const std::uint8_t* source = panel + kLineBytes;
   const std::uint32_t* words = x.words;
-  Floats total[kRegisters];
+  Floats weight_scales[kRegisters], total[kRegisters];
   EDGEVL_UNROLL
-  for (int r = 0; r < kRegisters; ++r) total[r] = splat(0.0f);
+  for (int r = 0; r < kRegisters; ++r) {
+    weight_scales[r] = load(reinterpret_cast<const float*>(panel) + r * kWidth);
+    total[r] = splat(0.0f);
+  }
   for (int g = 0; g < groups; ++g) {
     Ints sums[kChains][1][kRegisters];
     EDGEVL_UNROLL
@@ -372,27 +441,24 @@ void row_int8(const Matrix& matrix, const std::uint8_t* panel, const Block& x, f
     EDGEVL_UNROLL
     for (int r = 0; r < kRegisters; ++r) {
       const Ints exact = kByteOffset == 0 ? sums[0][0][r] : subtract(sums[0][0][r], offset);
-      total[r] = fma(to_float(exact), scale, total[r]);
+      total[r] = fma(to_float(exact) * scale, weight_scales[r], total[r]);
     }
     source += std::size_t(lines) * kLineBytes;
     words += lines;
   }
   EDGEVL_UNROLL
-  for (int r = 0; r < kRegisters; ++r) {
-    const Floats scale = load(reinterpret_cast<const float*>(panel) + r * kWidth);
-    store(out + r * kWidth, total[r] * scale);
-  }
+  for (int r = 0; r < kRegisters; ++r) store(out + r * kWidth, total[r]);
 }
 
 void row_bf16(const Matrix& matrix, const std::uint8_t* panel, const Block& x, float* out) {
-  Floats sums[kChains][1][kRegisters];
+  Floats sums[1][kRegisters];
+  clear(sums, splat(0.0f));
+  const std::uint8_t* source[kRegisters];
   EDGEVL_UNROLL
-  for (auto& chain : sums) clear(chain, splat(0.0f));
-  add_in_chains(sums, panel, matrix.cols / 2, [&](auto& one, auto& from, int i) {
-    add_bf16(one, from, kLineBytes, 1, x.words + i);
-  });
+  for (int r = 0; r < kRegisters; ++r) source[r] = panel + r * kRegisterBytes;
+  add_bf16(sums, source, kLineBytes, matrix.cols / 2, x.words);
   EDGEVL_UNROLL
-  for (int r = 0; r < kRegisters; ++r) store(out + r * kWidth, sums[0][0][r]);
+  for (int r = 0; r < kRegisters; ++r) store(out + r * kWidth, sums[0][r]);
 }
 
 // --- matrix times a block of tokens --------------------------------------------------------------
@@ -432,14 +498,14 @@ EDGEVL_INLINE void add_scaled(const Ints (&sums)[T][R], const Floats (&weight_sc
   }
 }
 
-/// Takes off what the offset of the weights, 2^bits, has added to a group's sums.
+/// Starts a group's sums with what takes off the offset of the weights, 2^bits.
 template <int T, int R>
-EDGEVL_INLINE void take_off(Ints (&sums)[T][R], const std::int32_t* token_sums, int bits) {
+EDGEVL_INLINE void start(Ints (&sums)[T][R], const std::int32_t* token_sums, int bits) {
   EDGEVL_UNROLL
   for (int t = 0; t < T; ++t) {
-    const Ints offset = shift_left(splat(token_sums[t]), bits);
+    const Ints offset = shift_left(splat(-token_sums[t]), bits);
     EDGEVL_UNROLL
-    for (int r = 0; r < R; ++r) sums[t][r] = subtract(sums[t][r], offset);
+    for (int r = 0; r < R; ++r) sums[t][r] = offset;
   }
 }
 
@@ -454,13 +520,12 @@ EDGEVL_NOINLINE void tile_int4_of(const Matrix& matrix, const std::uint8_t* pane
     const std::uint32_t* words = x.words;
     for (int g = 0; g < groups; ++g) {
       Ints sums[T][R];
-      clear(sums, splat(0));
+      start(sums, x.sums + g * T, 3);
       if constexpr (kPairsOfTokens && T > 1) {
         add_int4_pairs(sums, place.source, lines, words);
       } else {
         add_int4(sums, place.source, lines, words);
       }
-      take_off(sums, x.sums + g * T, 3);
       Floats scales[R];
       EDGEVL_UNROLL
       for (int r = 0; r < R; ++r) {
@@ -484,13 +549,16 @@ EDGEVL_NOINLINE void tile_int8_of(const Matrix& matrix, const std::uint8_t* pane
     const std::uint32_t* words = x.words;
     for (int g = 0; g < groups; ++g) {
       Ints sums[T][R];
-      clear(sums, splat(0));
+      if constexpr (kByteOffset == 0) {
+        clear(sums, splat(0));
+      } else {
+        start(sums, x.sums + g * T, 7);
+      }
       if constexpr (kPairsOfTokens && T > 1) {
         add_int8_pairs(sums, place.source, lines, words);
       } else {
         add_int8(sums, place.source, lines, words);
       }
-      if constexpr (kByteOffset != 0) take_off(sums, x.sums + g * T, 7);
       Floats scales[R];
       EDGEVL_UNROLL
       for (int r = 0; r < R; ++r) {
@@ -801,42 +869,72 @@ void rotate(float* x, const float* cos, const float* sin, int head_dim) {
   });
 }
 
-void swiglu(const float* gate, const float* up, int n, float* out) {
-  sweep(n, [&](int i, auto lanes) {
-    const Floats x = load(gate + i, lanes);
-    const Floats power = smaller(splat(126.0f), x * splat(-kLog2E));
-    const Floats sigmoid = splat(1.0f) / (splat(1.0f) + exp2(power));
-    store(out + i, x * sigmoid * load(up + i, lanes), lanes);
-  });
+/// x * sigmoid(x)
+EDGEVL_INLINE Floats silu(Floats x) {
+  const Floats power = smaller(splat(126.0f), x * splat(-kLog2E));
+  return x * reciprocal(splat(1.0f) + exp2(power));
 }
 
 /// x * (1 + erf(x / sqrt 2)) / 2, as max(x, 0) - |x| * erfc(|x| / sqrt 2) / 2, so that nothing
 /// cancels. erfc: Abramowitz and Stegun 7.1.26, to 1.5e-7.
-void gelu(float* x, int n) {
-  sweep(n, [&](int i, auto lanes) {
-    const Floats value = load(x + i, lanes);
-    const Floats positive = larger(splat(0.0f), value);
-    const Floats size = positive - smaller(splat(0.0f), value);
-    const Floats z = size * splat(0.70710678118654752f);
-    const Floats t = splat(1.0f) / fma(z, splat(0.3275911f), splat(1.0f));
-    Floats y = splat(1.061405429f);
-    y = fma(y, t, splat(-1.453152027f));
-    y = fma(y, t, splat(1.421413741f));
-    y = fma(y, t, splat(-0.284496736f));
-    y = fma(y, t, splat(0.254829592f));
-    const Floats complement = y * t * exp2(z * z * splat(-kLog2E));
-    store(x + i, fma(size * splat(-0.5f), complement, positive), lanes);
+EDGEVL_INLINE Floats gelu(Floats x) {
+  const Floats positive = larger(splat(0.0f), x);
+  const Floats size = positive - smaller(splat(0.0f), x);
+  const Floats z = size * splat(0.70710678118654752f);
+  const Floats t = reciprocal(fma(z, splat(0.3275911f), splat(1.0f)));
+  Floats y = splat(1.061405429f);
+  y = fma(y, t, splat(-1.453152027f));
+  y = fma(y, t, splat(1.421413741f));
+  y = fma(y, t, splat(-0.284496736f));
+  y = fma(y, t, splat(0.254829592f));
+  const Floats complement = y * t * exp2(z * z * splat(-kLog2E));
+  return fma(size * splat(-0.5f), complement, positive);
+}
+
+/// out = body(y, out) for every register of every token, where body = column(i, lanes). Columns are
+/// the outer loop, so that their bias and scale are loaded once.
+template <class Column>
+EDGEVL_INLINE void finish_columns(const float* tile, int tokens, const Finish& f,
+                                  const Column& column) {
+  sweep(f.width, [&](int i, auto lanes) {
+    const auto body = column(i, lanes);
+    for (int t = 0; t < tokens; ++t) {
+      float* out = f.out + t * f.stride + i;
+      store(out, body(tile + t * kTileLanes + i, out), lanes);
+    }
   });
 }
 
-void add_to(float* x, const float* y, const float* scale, int n) {
-  if (scale == nullptr) {
-    sweep(n,
-          [&](int i, auto lanes) { store(x + i, load(x + i, lanes) + load(y + i, lanes), lanes); });
-  } else {
-    sweep(n, [&](int i, auto lanes) {
-      store(x + i, fma(load(scale + i, lanes), load(y + i, lanes), load(x + i, lanes)), lanes);
-    });
+void finish(const float* tile, int tokens, const Finish& f) {
+  const auto at = [](const float* x, int i, auto lanes, float missing) {
+    return x == nullptr ? splat(missing) : load(x + i, lanes);
+  };
+  switch (f.kind) {
+    case Finish::Kind::kStore:
+      return finish_columns(tile, tokens, f, [&](int i, auto lanes) {
+        const Floats bias = at(f.bias, i, lanes, 0);
+        return [=](const float* y, const float*) { return load(y) + bias; };
+      });
+    case Finish::Kind::kAdd:
+      return finish_columns(tile, tokens, f, [&](int i, auto lanes) {
+        const Floats bias = at(f.bias, i, lanes, 0), scale = at(f.scale, i, lanes, 1);
+        return [=](const float* y, const float* out) {
+          return fma(load(y) + bias, scale, load(out, lanes));
+        };
+      });
+    case Finish::Kind::kGelu:
+      return finish_columns(tile, tokens, f, [&](int i, auto lanes) {
+        const Floats bias = at(f.bias, i, lanes, 0);
+        return [=](const float* y, const float*) { return gelu(load(y) + bias); };
+      });
+    case Finish::Kind::kSwiglu:
+      return finish_columns(tile, tokens, f, [&](int i, auto lanes) {
+        const Floats gate_bias = at(f.bias, i, lanes, 0);
+        const Floats up_bias = at(f.bias, kLanes + i, lanes, 0);
+        return [=](const float* y, const float*) {
+          return silu(load(y) + gate_bias) * (load(y + kLanes) + up_bias);
+        };
+      });
   }
 }
 
@@ -897,15 +995,13 @@ constexpr Kernels table(const char* name) {
           round_rows,
           {row_int4, row_int8, row_bf16},
           {tile_int4, tile_int8, tile_bf16},
+          finish,
           store_key,
           store_value,
           attend,
           rms_norm,
           layer_norm,
           rotate,
-          swiglu,
-          gelu,
-          add_to,
           dot_bf16,
           read_bytes,
           multiply};

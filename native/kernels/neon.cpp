@@ -58,6 +58,7 @@ inline Floats nearest(Floats x) { return vrndnq_f32(x); }
 inline Floats times_power_of_two(Floats x, Floats n) {
   return x * vreinterpretq_f32_s32(shift_left(add(to_int(n), splat(127)), 23));
 }
+inline Floats reciprocal(Floats x) { return splat(1.0f) / x; }
 inline float sum(Floats x) { return vaddvq_f32(x); }
 inline std::int32_t sum(Ints x) { return vaddvq_s32(x); }
 inline float largest(Floats x) { return vmaxvq_f32(x); }

@@ -130,6 +130,8 @@ inline Floats times_power_of_two(Floats x, Floats n) {
   return x * floats_of(shift_left(add(to_int(n), splat(127)), 23));
 }
 
+inline Floats reciprocal(Floats x) { return splat(1.0f) / x; }
+
 inline float sum(Floats x) {
   float total = 0;
   EDGEVL_EACH(i, kWidth) total += x.at[i];

@@ -46,4 +46,20 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
+/// Activations [rows, cols]. Rows are padded, as they would commonly be a multiple of 4 KiB apart,
+/// and a column of them would fall on the same few sets of a core's cache.
+class Activations {
+ public:
+  Activations() = default;
+  Activations(std::size_t rows, int cols)
+      : stride_((static_cast<std::size_t>(cols) / kLanes + 2) * kLanes), data_(rows * stride_) {}
+
+  float* row(std::size_t index) const { return data_.data() + index * stride_; }
+  std::size_t stride() const { return stride_; }  ///< floats from row to row
+
+ private:
+  std::size_t stride_ = 0;
+  Buffer<float> data_;
+};
+
 }  // namespace edgevl

@@ -96,16 +96,15 @@ Decoder::Decoder(const DecoderConfig& config, DecoderWeights weights, Team& team
       products_(kernels, team.size(), config.chunk),
       head_(kernels, {weights_.norm, nullptr, config.rms_norm_eps}, weights_.head,
             weights_.head_exact, config.vocab_size, config.hidden_size, team.size()),
-      x_(static_cast<std::size_t>(config.chunk) * config.hidden_size),
-      qkv_(static_cast<std::size_t>(config.chunk) * config.qkv_rows()),
-      attended_(static_cast<std::size_t>(config.chunk) * config.num_attention_heads *
-                config.head_dim),
-      gated_(static_cast<std::size_t>(config.chunk) * config.intermediate_size),
+      x_(config.chunk, config.hidden_size),
+      qkv_(config.chunk, config.qkv_rows()),
+      attended_(config.chunk, config.num_attention_heads * config.head_dim),
       scratch_(team.size()) {
   for (const auto& layer : weights_.layers) {
-    for (const Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+    for (const Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up}) {
       products_.fit(linear->matrix);
     }
+    products_.fit_second(layer.down.matrix);
   }
   products_.fit(weights_.head.matrix);
 }
@@ -116,8 +115,12 @@ std::unique_ptr<Sequence> Decoder::new_sequence() const {
 
 void Decoder::embed(std::span<const std::int64_t> ids, float* out) const {
   check_ids(ids);
+  embed(ids, out, config_.hidden_size);
+}
+
+void Decoder::embed(std::span<const std::int64_t> ids, float* out, std::size_t stride) const {
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    weights_.embedding.row(static_cast<int>(ids[i]), out + i * config_.hidden_size);
+    weights_.embedding.row(static_cast<int>(ids[i]), out + i * stride);
   }
 }
 
@@ -132,8 +135,10 @@ Logits Decoder::prefill(Sequence& sequence, const float* embeddings, int tokens)
     for (int begin = 0; begin < tokens; begin += config_.chunk) {
       const int rows = std::min(config_.chunk, tokens - begin);
       const bool last = begin + rows == tokens;
-      std::memcpy(x_.data(), embeddings + static_cast<std::size_t>(begin) * config_.hidden_size,
-                  static_cast<std::size_t>(rows) * config_.hidden_size * sizeof(float));
+      for (int row = 0; row < rows; ++row) {
+        std::copy_n(embeddings + static_cast<std::size_t>(begin + row) * config_.hidden_size,
+                    config_.hidden_size, x_.row(row));
+      }
       spans_.assign(1, {&cache, start + begin, 0, rows});
       forward(rows, last ? 1 : 0, logits);
     }
@@ -160,7 +165,7 @@ Logits Decoder::decode(std::span<Sequence* const> sequences, std::span<const std
   float* logits = start_logits(count);
   for (int begin = 0; begin < count; begin += config_.chunk) {
     const int rows = std::min(config_.chunk, count - begin);
-    embed(ids.subspan(begin, rows), x_.data());
+    embed(ids.subspan(begin, rows), x_.row(0), x_.stride());
     spans_.clear();
     for (int row = 0; row < rows; ++row) {
       Cache& cache = sequences[begin + row]->cache;
@@ -183,7 +188,7 @@ Logits Decoder::extend(Sequence& sequence, std::span<const std::int64_t> ids) {
   try {
     for (int begin = 0; begin < tokens; begin += config_.chunk) {
       const int rows = std::min(config_.chunk, tokens - begin);
-      embed(ids.subspan(begin, rows), x_.data());
+      embed(ids.subspan(begin, rows), x_.row(0), x_.stride());
       spans_.assign(1, {&cache, start + begin, 0, rows});
       forward(rows, rows, logits + static_cast<std::size_t>(begin) * config_.vocab_size);
     }
@@ -270,8 +275,7 @@ void Decoder::forward(int rows, int wanted, float* logits) {
     const int layers = config_.num_hidden_layers;
     for (int i = 0; i < layers; ++i) layer(member, i, rows, i + 1 < layers ? 0 : rows - wanted);
     if (wanted > 0) {
-      const std::size_t first = static_cast<std::size_t>(rows - wanted) * config_.hidden_size;
-      head_.run(member, products_, x_.data() + first, wanted, logits);
+      head_.run(member, products_, {x_.row(rows - wanted), x_.stride(), wanted}, logits);
     }
   });
   for (const auto& span : spans_) span.cache->set_length(span.position + span.count);
@@ -282,26 +286,20 @@ void Decoder::forward(int rows, int wanted, float* logits) {
 void Decoder::layer(Member& member, int index, int rows, int first) {
   const auto& c = config_;
   const auto& w = weights_.layers[index];
-  const std::size_t hidden = c.hidden_size, qkv = c.qkv_rows(), gated = c.intermediate_size;
-  const std::size_t inner = static_cast<std::size_t>(c.num_attention_heads) * c.head_dim;
+  const int inner = c.num_attention_heads * c.head_dim;
   const Norm input_norm{w.input_norm, nullptr, c.rms_norm_eps};
   const Norm post_norm{w.post_norm, nullptr, c.rms_norm_eps};
-  const auto kStore = Output::Kind::kStore, kAdd = Output::Kind::kAdd;
-  const auto kSwiglu = Output::Kind::kSwiglu;
+  const auto kStore = Finish::Kind::kStore, kAdd = Finish::Kind::kAdd;
 
-  products_.run(member, w.qkv, {x_.data(), hidden, rows, c.hidden_size, input_norm},
-                {kStore, qkv_.data(), qkv, c.qkv_rows()});
+  products_.run(member, w.qkv, {x_.row(0), x_.stride(), rows, c.hidden_size, input_norm},
+                {kStore, qkv_.row(0), qkv_.stride(), c.qkv_rows()});
   attention(member, index, rows, first);
   const int left = rows - first;
   if (left == 0) return;
-  float* x = x_.data() + first * hidden;
-  products_.run(member, w.o,
-                {attended_.data() + first * inner, inner, left, static_cast<int>(inner)},
-                {kAdd, x, hidden, c.hidden_size});
-  products_.run(member, w.gate_up, {x, hidden, left, c.hidden_size, post_norm},
-                {kSwiglu, gated_.data(), gated, c.intermediate_size});
-  products_.run(member, w.down, {gated_.data(), gated, left, c.intermediate_size},
-                {kAdd, x, hidden, c.hidden_size});
+  const Output add{kAdd, x_.row(first), x_.stride(), c.hidden_size};
+  products_.run(member, w.o, {attended_.row(first), attended_.stride(), left, inner}, add);
+  products_.run(member, {w.gate_up, Finish::Kind::kSwiglu, w.down, c.intermediate_size},
+                {x_.row(first), x_.stride(), left, c.hidden_size, post_norm}, add);
 }
 
 /// Queries, keys and values in qkv_ to attended_, by way of the cache.
@@ -336,7 +334,7 @@ void Decoder::store(int layer, const Item& item) {
     const int position = span.position + row;
     const float* cos = cos_.data() + static_cast<std::size_t>(position) * c.head_dim / 2;
     const float* sin = sin_.data() + static_cast<std::size_t>(position) * c.head_dim / 2;
-    float* qkv = qkv_.data() + static_cast<std::size_t>(span.row + row) * c.qkv_rows();
+    float* qkv = qkv_.row(span.row + row);
     auto place = [&](float* x, const float* norm) {
       if (norm) kernels_.rms_norm(x, norm, c.head_dim, c.rms_norm_eps, x);
       kernels_.rotate(x, cos, sin, c.head_dim);
@@ -366,9 +364,9 @@ void Decoder::attend(Member& member, int layer, const Item& item) {
     const int row = (item.first + i) / heads;
     const int head = item.head * heads + (item.first + i) % heads;
     const std::size_t at = span.row + row;
-    attention.query[i] = qkv_.data() + at * c.qkv_rows() + head * c.head_dim;
+    attention.query[i] = qkv_.row(at) + head * c.head_dim;
     attention.visible[i] = span.position + row + 1;
-    attention.out[i] = attended_.data() + (at * c.num_attention_heads + head) * c.head_dim;
+    attention.out[i] = attended_.row(at) + head * c.head_dim;
   }
   kernels_.attend(attention);
 }

@@ -129,6 +129,7 @@ class Decoder {
 
   void check(const Sequence& sequence, int tokens) const;
   void check_ids(std::span<const std::int64_t> ids) const;
+  void embed(std::span<const std::int64_t> ids, float* out, std::size_t stride) const;
   float* start_logits(int rows);
   void plan(int rows, int wanted);
   void add_attention_items(std::vector<Item>& items, const Span& span, int index, int first) const;
@@ -149,10 +150,9 @@ class Decoder {
   Products products_;
   Head head_;
   std::shared_ptr<Buffer<float>> logits_;
-  Buffer<float> x_;                     ///< [chunk, hidden_size]
-  Buffer<float> qkv_;                   ///< [chunk, qkv_rows]
-  Buffer<float> attended_;              ///< [chunk, heads * head_dim]
-  Buffer<float> gated_;                 ///< [chunk, intermediate_size]
+  Activations x_;                       ///< [chunk, hidden_size]
+  Activations qkv_;                     ///< [chunk, qkv_rows]
+  Activations attended_;                ///< [chunk, heads * head_dim]
   std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
   int rotary_positions_ = 0;
   std::vector<float> cos_, sin_;  ///< [rotary_positions_, head_dim / 2]

@@ -52,14 +52,14 @@ void Head::reserve(int rows) {
   if (exact_ && candidates_.size() < size) candidates_.resize(size);
 }
 
-void Head::run(Member& member, Products& products, const float* hidden, int rows, float* logits) {
+void Head::run(Member& member, Products& products, const Hidden& hidden, float* logits) {
   const auto stride = static_cast<std::size_t>(vocabulary_);
-  products.run(member, linear_, {hidden, static_cast<std::size_t>(hidden_), rows, hidden_, norm_},
-               {Output::Kind::kStore, logits, stride, vocabulary_});
+  products.run(member, linear_, {hidden.rows, hidden.stride, hidden.count, hidden_, norm_},
+               {Finish::Kind::kStore, logits, stride, vocabulary_});
   if (!exact_) return;
-  find_candidates(member, rows, logits);
+  find_candidates(member, hidden.count, logits);
   member.barrier();
-  rescore(member, hidden, rows, logits);
+  rescore(member, hidden, logits);
   member.barrier();
 }
 
@@ -71,11 +71,11 @@ void Head::find_candidates(Member& member, int rows, const float* logits) {
   }
 }
 
-void Head::rescore(Member& member, const float* hidden, int rows, float* logits) {
+void Head::rescore(Member& member, const Hidden& hidden, float* logits) {
   auto& merged = merged_[member.rank()];
   float* x = normed_[member.rank()].data();
-  for (int row = 0; row < rows; ++row) {
-    norm_.apply(kernels_, hidden + static_cast<std::size_t>(row) * hidden_, hidden_, x);
+  for (int row = 0; row < hidden.count; ++row) {
+    norm_.apply(kernels_, hidden.rows + row * hidden.stride, hidden_, x);
     std::copy_n(candidates(row, 0), merged.size(), merged.begin());
     std::nth_element(merged.begin(), merged.begin() + kRescored - 1, merged.end(), better);
     const auto [begin, end] = member.share(kRescored);

@@ -33,15 +33,20 @@ class Head {
   /// Makes room for `rows` rows; before `run`, not in it.
   void reserve(int rows);
 
-  /// Hidden states [rows, hidden] to logits [rows, vocabulary]. All members call it alike; ends
-  /// with a barrier.
-  void run(Member& member, Products& products, const float* hidden, int rows, float* logits);
+  struct Hidden {
+    const float* rows;   ///< [count, hidden]
+    std::size_t stride;  ///< floats from row to row
+    int count;
+  };
+
+  /// Hidden states to logits [count, vocabulary]. All members call it alike; ends with a barrier.
+  void run(Member& member, Products& products, const Hidden& hidden, float* logits);
 
  private:
   using Candidate = std::pair<float, int>;  ///< logit, token id
 
   void find_candidates(Member& member, int rows, const float* logits);
-  void rescore(Member& member, const float* hidden, int rows, float* logits);
+  void rescore(Member& member, const Hidden& hidden, float* logits);
   float exact_logit(int token, const float* x, float* weights) const;
   Candidate* candidates(int row, int rank) {
     return candidates_.data() + (static_cast<std::size_t>(row) * members_ + rank) * kRescored;

@@ -1,13 +1,15 @@
 #include "model/linear.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace edgevl {
 namespace {
 
-constexpr int kPair = 2 * kLanes;  ///< output columns of a tile
+constexpr int kPair = 2 * kLanes;  ///< rows of a pair of panels
 
-int blocks_of(int tokens, int size) { return (tokens + size - 1) / size; }
+/// Output columns of a pair of panels.
+constexpr int columns(Finish::Kind kind) { return kind == Finish::Kind::kSwiglu ? kLanes : kPair; }
 
 }  // namespace
 
@@ -20,12 +22,11 @@ void Norm::apply(const Kernels& kernels, const float* x, int cols, float* out) c
 }
 
 Products::Products(const Kernels& kernels, int members, int tokens)
-    : kernels_(kernels), tokens_(tokens), own_(members), normed_(members) {}
+    : kernels_(kernels), tokens_(tokens), own_(members) {}
 
 void Products::fit(const Matrix& matrix) {
   const std::size_t words = matrix.cols / (matrix.format == Format::kBf16 ? 2 : 4);
   const std::size_t block = kernels_.token_block;
-  const std::size_t all = blocks_of(tokens_, kernels_.token_block) * block;
   cols_ = std::max<std::size_t>(cols_, matrix.cols);
   words_ = std::max(words_, words);
   groups_ = std::max<std::size_t>(groups_, matrix.groups());
@@ -34,50 +35,58 @@ void Products::fit(const Matrix& matrix) {
     blocks.scales.reserve(tokens * groups_);
     blocks.sums.reserve(tokens * groups_);
   };
-  reserve(shared_, all);
-  for (auto& own : own_) reserve(own, block);
-  for (auto& normed : normed_) normed.reserve(block * cols_);
+  reserve(shared_, blocks_of(tokens_) * block);
+  for (auto& own : own_) {
+    reserve(own.block, block);
+    own.normed.reserve(block * cols_);
+    own.inner.reserve(tokens_ * unit_);
+  }
+  if (unit_ == 0) return;
+  reserve(activated_, blocks_of(tokens_) * block);
+  row_.reserve(cols_);
+}
+
+void Products::fit_second(const Matrix& matrix) {
+  unit_ = std::max<std::size_t>(unit_, unit_of(matrix));
+  fit(matrix);
 }
 
 void Products::run(Member& member, const Linear& linear, const Input& input, const Output& output) {
-  const Matrix& matrix = linear.matrix;
-  const int format = static_cast<int>(matrix.format);
-  const int size = kernels_.token_block;
-  const int blocks = blocks_of(input.tokens, size);
-  const int pairs = matrix.panels() / 2;
-  float* normed = normed_[member.rank()].data();
-
-  // A single block is quicker made by every member for itself than by one for all.
-  Blocks& x = blocks == 1 ? own_[member.rank()] : shared_;
-  if (blocks == 1) {
-    prepare(matrix, input, 0, x, normed);
-  } else {
-    member.each(blocks, [&](int index) { prepare(matrix, input, index, x, normed); });
-  }
-
-  alignas(kLineBytes) float tile[kMaxTokenBlock * kPair];
-  if (input.tokens == 1) {
-    const Block token = block(x, matrix, 0, 1);
-    const auto [begin, end] = member.share(pairs);
-    for (int pair = begin; pair < end; ++pair) {
-      kernels_.row[format](matrix, matrix.panel(2 * pair), token, tile);
-      kernels_.row[format](matrix, matrix.panel(2 * pair + 1), token, tile + kLanes);
-      finish(linear, output, pair, 0, 1, tile);
-    }
-    member.barrier();
-    return;
-  }
-  member.each(pairs, [&](int pair) {
-    for (int index = 0; index < blocks; ++index) {
-      const int first = index * size;
-      const int tokens = std::min(size, input.tokens - first);
-      kernels_.tile[format](matrix, matrix.panel(2 * pair), block(x, matrix, index, tokens), tile);
-      finish(linear, output, pair, first, tokens, tile);
-    }
-  });
+  multiply(member, linear, prepare(member, linear.matrix, input), input.tokens, output);
 }
 
-Block Products::block(Blocks& blocks, const Matrix& matrix, int index, int tokens) const {
+void Products::run(Member& member, const Mlp& mlp, const Input& input, const Output& output) {
+  if (input.tokens == 1) {
+    const auto cols = static_cast<std::size_t>(mlp.inner);
+    run(member, mlp.first, input, {mlp.activation, row_.data(), cols, mlp.inner});
+    run(member, mlp.second, {row_.data(), cols, 1, mlp.inner}, output);
+    return;
+  }
+  const Blocks& x = prepare(member, mlp.first.matrix, input);
+  const int unit = unit_of(mlp.second.matrix), blocks = blocks_of(input.tokens);
+  const int units = (mlp.inner + unit - 1) / unit;
+  // Where there are few units, tokens are divided too, so that every member has its share.
+  constexpr int kItems = 8;  // for each member
+  const int parts = std::clamp(kItems * member.size() / units, 1, blocks);
+  member.each(units * parts, [&](int item) {
+    const int part = item % parts;
+    const Range range{blocks * part / parts, blocks * (part + 1) / parts, input.tokens};
+    activate(member, mlp, x, range, item / parts);
+  });
+  multiply(member, mlp.second, activated_, input.tokens, output);
+}
+
+int Products::blocks_of(int tokens) const {
+  return (tokens + kernels_.token_block - 1) / kernels_.token_block;
+}
+
+/// Columns of an MLP's inner activations that one item computes: whole groups and whole tiles.
+int Products::unit_of(const Matrix& matrix) {
+  constexpr int kBf16Unit = 128;  // has no groups
+  return matrix.format == Format::kBf16 ? kBf16Unit : std::lcm(matrix.group, kPair);
+}
+
+Block Products::block(const Blocks& blocks, const Matrix& matrix, int index, int tokens) const {
   const std::size_t first = static_cast<std::size_t>(index) * kernels_.token_block;
   return {tokens,
           matrix.cols,
@@ -87,13 +96,28 @@ Block Products::block(Blocks& blocks, const Matrix& matrix, int index, int token
           blocks.sums.data() + first * groups_};
 }
 
-void Products::prepare(const Matrix& matrix, const Input& input, int index, Blocks& blocks,
-                       float* normed) {
+/// Returns the input, normed and converted.
+const Products::Blocks& Products::prepare(Member& member, const Matrix& matrix,
+                                          const Input& input) {
+  // A single block is quicker made by every member for itself than by one for all.
+  if (input.tokens <= kernels_.token_block) {
+    const Blocks& blocks = own_[member.rank()].block;
+    prepare_block(member, matrix, input, 0, blocks);
+    return blocks;
+  }
+  member.each(blocks_of(input.tokens),
+              [&](int index) { prepare_block(member, matrix, input, index, shared_); });
+  return shared_;
+}
+
+void Products::prepare_block(Member& member, const Matrix& matrix, const Input& input, int index,
+                             const Blocks& blocks) {
   const int first = index * kernels_.token_block;
   const int tokens = std::min(kernels_.token_block, input.tokens - first);
   const float* rows = input.rows + first * input.stride;
   std::size_t stride = input.stride;
   if (input.norm.weight) {
+    float* normed = own_[member.rank()].normed.data();
     for (int t = 0; t < tokens; ++t) {
       input.norm.apply(kernels_, rows + t * stride, input.cols, normed + t * cols_);
     }
@@ -104,34 +128,90 @@ void Products::prepare(const Matrix& matrix, const Input& input, int index, Bloc
   convert(rows, stride, input.cols, block(blocks, matrix, index, tokens));
 }
 
-void Products::finish(const Linear& linear, const Output& output, int pair, int first, int tokens,
-                      float* tile) const {
-  const int column = pair * kPair;
-  if (linear.bias) {
-    const int width = std::min(kPair, linear.matrix.rows - column);
-    for (int t = 0; t < tokens; ++t) {
-      for (int c = 0; c < width; ++c) tile[t * kPair + c] += linear.bias[column + c];
-    }
-  }
-  if (output.kind == Output::Kind::kSwiglu) {
-    const int width = std::min(kLanes, output.cols - column / 2);
-    for (int t = 0; t < tokens; ++t) {
-      const float* gate = tile + t * kPair;
-      kernels_.swiglu(gate, gate + kLanes, width,
-                      output.rows + (first + t) * output.stride + column / 2);
-    }
+void Products::multiply(Member& member, const Linear& linear, const Blocks& x, int tokens,
+                        const Output& output) const {
+  const Matrix& matrix = linear.matrix;
+  const int pairs = matrix.panels() / 2;
+  if (tokens > 1) {
+    const Range all{0, blocks_of(tokens), tokens};
+    member.each(pairs, [&](int pair) { multiply_pair(linear, x, all, pair, output); });
     return;
   }
-  if (output.kind == Output::Kind::kGelu) kernels_.gelu(tile, tokens * kPair);
-  const int width = std::min(kPair, output.cols - column);
+  const auto row = kernels_.row[static_cast<int>(matrix.format)];
+  const Block token = block(x, matrix, 0, 1);
+  alignas(kLineBytes) float tile[kPair];
+  const auto [begin, end] = member.share(pairs);
+  for (int pair = begin; pair < end; ++pair) {
+    row(matrix, matrix.panel(2 * pair), token, tile);
+    row(matrix, matrix.panel(2 * pair + 1), token, tile + kLanes);
+    finish(tile, 1, linear, pair, 0, output);
+  }
+  member.barrier();
+}
+
+/// Two panels times some blocks.
+void Products::multiply_pair(const Linear& linear, const Blocks& x, const Range& range, int pair,
+                             const Output& output) const {
+  const Matrix& matrix = linear.matrix;
+  const auto product = kernels_.tile[static_cast<int>(matrix.format)];
+  alignas(kLineBytes) float tile[kMaxTokenBlock * kPair];
+  for (int index = range.begin; index < range.end; ++index) {
+    const int first = index * kernels_.token_block;
+    const int count = std::min(kernels_.token_block, range.tokens - first);
+    fetch_output(pair, first, count, output);
+    product(matrix, matrix.panel(2 * pair), block(x, matrix, index, count), tile);
+    finish(tile, count, linear, pair, first, output);
+  }
+}
+
+/// Brings the lines that a tile will be put into: they are far apart, and a processor does not see
+/// them coming.
+void Products::fetch_output(int pair, int first, int tokens, const Output& output) {
+  const int column = pair * columns(output.kind) - output.begin;
+  const float* rows = output.rows + first * output.stride + column;
   for (int t = 0; t < tokens; ++t) {
-    const float* y = tile + t * kPair;
-    float* out = output.rows + (first + t) * output.stride + column;
-    if (output.kind == Output::Kind::kAdd) {
-      kernels_.add(out, y, output.scale ? output.scale + column : nullptr, width);
-    } else {
-      std::copy_n(y, width, out);
+    for (int c = 0; c < columns(output.kind); c += kLanes) {
+      __builtin_prefetch(rows + t * output.stride + c, 1);
     }
+  }
+}
+
+void Products::finish(const float* tile, int tokens, const Linear& linear, int pair, int first,
+                      const Output& output) const {
+  const int column = pair * columns(output.kind);
+  const int width = std::min(columns(output.kind), output.cols - column);
+  if (width <= 0) return;  // all of it is padding
+  kernels_.finish(
+      tile, tokens,
+      {output.kind, linear.bias ? linear.bias + pair * kPair : nullptr,
+       output.scale ? output.scale + column : nullptr,
+       output.rows + first * output.stride + (column - output.begin), output.stride, width});
+}
+
+/// One unit of the inner activations of some blocks: computed, and converted for the second layer.
+void Products::activate(Member& member, const Mlp& mlp, const Blocks& x, const Range& range,
+                        int unit) {
+  const Matrix& matrix = mlp.second.matrix;
+  const int size = unit_of(matrix), begin = unit * size;
+  const int end = std::min(begin + size, mlp.inner);
+  const auto stride = static_cast<std::size_t>(size);
+  float* inner = own_[member.rank()].inner.data();
+  const Output output{mlp.activation, inner, stride, end, nullptr, begin};
+  const int width = columns(mlp.activation);
+  for (int pair = begin / width; pair * width < end; ++pair) {
+    multiply_pair(mlp.first, x, range, pair, output);
+  }
+  const bool bf16 = matrix.format == Format::kBf16;
+  const std::size_t words = begin / (bf16 ? 2 : 4), groups = bf16 ? 0 : begin / matrix.group;
+  for (int index = range.begin; index < range.end; ++index) {
+    const int first = index * kernels_.token_block;
+    Block part =
+        block(activated_, matrix, index, std::min(kernels_.token_block, range.tokens - first));
+    part.cols = std::min(size, matrix.cols - begin);
+    part.words += words * part.tokens;
+    part.scales += groups * part.tokens;
+    part.sums += groups * part.tokens;
+    (bf16 ? kernels_.round : kernels_.quantize)(inner + first * stride, stride, end - begin, part);
   }
 }
 

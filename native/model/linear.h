@@ -38,17 +38,20 @@ struct Input {
 
 /// What becomes of the products y, bias added: rows [tokens, cols].
 struct Output {
-  enum class Kind : std::uint8_t {
-    kStore,   ///< out = y
-    kAdd,     ///< out += y, or scale * y
-    kGelu,    ///< out = gelu(y)
-    kSwiglu,  ///< out = silu(gate) * up, where y has panels of gate and up in turn
-  };
-  Kind kind;
+  Finish::Kind kind;
   float* rows;
-  std::size_t stride;
+  std::size_t stride;  ///< floats from row to row
   int cols;
   const float* scale = nullptr;  ///< [cols] or null, for kAdd
+  int begin = 0;                 ///< the column that rows begin with
+};
+
+/// Two layers with an activation between: second(activation(first(x))).
+struct Mlp {
+  const Linear& first;
+  Finish::Kind activation;  ///< kGelu, or kSwiglu where panels of `first` are gate and up in turn
+  const Linear& second;
+  int inner;  ///< columns of the activation's output
 };
 
 /// Runs linear layers on a team; owns the quantized activations.
@@ -57,14 +60,19 @@ class Products {
   /// For inputs of up to `tokens` rows.
   Products(const Kernels& kernels, int members, int tokens);
 
-  /// Makes room for the inputs of a matrix; before the first call with it.
+  /// Makes room for the inputs of a matrix, or of an MLP's second one; before the first call.
   void fit(const Matrix& matrix);
+  void fit_second(const Matrix& matrix);
 
   /// One linear layer. All members call it alike; ends with a barrier.
   ///
   /// One token: each member streams its own contiguous share of the weights. More: members claim
   /// pairs of panels and take all tokens through each while it is in their cache.
   void run(Member& member, const Linear& linear, const Input& input, const Output& output);
+
+  /// Both layers of an MLP, likewise. What comes out of the activation is quantized group by group
+  /// while it is in the cache, and is never in memory as float32.
+  void run(Member& member, const Mlp& mlp, const Input& input, const Output& output);
 
  private:
   /// Activations of some tokens, in blocks of token_block.
@@ -73,20 +81,42 @@ class Products {
     Buffer<float> scales;
     Buffer<std::int32_t> sums;
   };
+  /// Some of a step's blocks.
+  struct Range {
+    int begin, end, tokens;  ///< tokens are all of the step's
+  };
+  /// Buffers of one member.
+  struct Own {
+    Blocks block;          ///< a single one
+    Buffer<float> normed;  ///< [token_block, cols]
+    Buffer<float> inner;   ///< [tokens, columns that are quantized together]
+  };
 
-  Block block(Blocks& blocks, const Matrix& matrix, int index, int tokens) const;
-  void prepare(const Matrix& matrix, const Input& input, int index, Blocks& blocks, float* normed);
-  void finish(const Linear& linear, const Output& output, int pair, int first, int tokens,
-              float* tile) const;
+  int blocks_of(int tokens) const;
+  Block block(const Blocks& blocks, const Matrix& matrix, int index, int tokens) const;
+  const Blocks& prepare(Member& member, const Matrix& matrix, const Input& input);
+  void prepare_block(Member& member, const Matrix& matrix, const Input& input, int index,
+                     const Blocks& blocks);
+  void multiply(Member& member, const Linear& linear, const Blocks& x, int tokens,
+                const Output& output) const;
+  void multiply_pair(const Linear& linear, const Blocks& x, const Range& range, int pair,
+                     const Output& output) const;
+  static void fetch_output(int pair, int first, int tokens, const Output& output);
+  void finish(const float* tile, int tokens, const Linear& linear, int pair, int first,
+              const Output& output) const;
+  void activate(Member& member, const Mlp& mlp, const Blocks& x, const Range& range, int unit);
+  static int unit_of(const Matrix& matrix);
 
   const Kernels& kernels_;
   int tokens_;
   std::size_t words_ = 0;   ///< of a token, at most
   std::size_t groups_ = 0;  ///< likewise
   std::size_t cols_ = 0;    ///< likewise
-  Blocks shared_;
-  std::vector<Blocks> own_;            ///< for each member, a single block
-  std::vector<Buffer<float>> normed_;  ///< for each member, [token_block, cols]
+  std::size_t unit_ = 0;    ///< columns that an MLP's item computes, at most
+  Blocks shared_;           ///< of a layer's input
+  Blocks activated_;        ///< of an MLP's second layer
+  Buffer<float> row_;       ///< likewise, of a single token
+  std::vector<Own> own_;    ///< for each member
 };
 
 }  // namespace edgevl

@@ -11,8 +11,8 @@
 namespace edgevl {
 namespace {
 
-/// Positions that one item stores: whole lines of the cache, so that no two members write to one.
-constexpr int kStoreRun = kLanes;
+/// Positions that one item stores: a block of the cache, so that no two members write to one line.
+constexpr int kStoreRun = kCacheBlock;
 
 /// Rows that go through the linear layers together: their activations stay in a core's cache while
 /// panel after panel is multiplied with them.
@@ -89,11 +89,9 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, 
   const std::size_t positions = config.positions(), tokens = config.image_tokens();
   patches_ = Buffer<float>(
       std::max((positions - 1) * config.patch_values(), tokens * config.merged_size()));
-  x_ = Buffer<float>(positions * config.hidden_size);
-  qkv_ = Buffer<float>(positions * 3 * config.hidden_size);
-  attended_ = Buffer<float>(positions * config.hidden_size);
-  inner_ = Buffer<float>(static_cast<std::size_t>(kChunk) *
-                         std::max(config.intermediate_size, config.text_hidden_size));
+  x_ = Activations(positions, config.hidden_size);
+  qkv_ = Activations(positions, 3 * config.hidden_size);
+  attended_ = Activations(positions, config.hidden_size);
   cache_.reserve(config.positions());
   for (auto& odd : odd_) odd.reserve(kMaxTokenBlock * padded_head_dim_);
   for (auto& scratch : scratch_) {
@@ -101,12 +99,13 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, 
   }
   products_.fit(weights_.patch.matrix);
   for (const auto& layer : weights_.layers) {
-    for (const Linear* linear : {&layer.qkv, &layer.proj, &layer.fc1, &layer.fc2}) {
+    for (const Linear* linear : {&layer.qkv, &layer.proj, &layer.fc1}) {
       products_.fit(linear->matrix);
     }
+    products_.fit_second(layer.fc2.matrix);
   }
   products_.fit(weights_.projector_fc1.matrix);
-  products_.fit(weights_.projector_fc2.matrix);
+  products_.fit_second(weights_.projector_fc2.matrix);
 }
 
 void VisionEncoder::encode(const float* pixels, int tiles, float* out) {
@@ -139,11 +138,9 @@ void VisionEncoder::encode_tile(Member& member, const float* pixels, float* out)
   const std::size_t merged = c.merged_size(), hidden = c.text_hidden_size;
   each_chunk(c.image_tokens(), [&](std::size_t first, int rows) {
     products_.run(
-        member, w.projector_fc1,
+        member, {w.projector_fc1, Finish::Kind::kGelu, w.projector_fc2, c.text_hidden_size},
         {patches_.data() + first * merged, merged, rows, c.merged_size(), w.projector_norm},
-        {Output::Kind::kGelu, inner_.data(), hidden, c.text_hidden_size});
-    products_.run(member, w.projector_fc2, {inner_.data(), hidden, rows, c.text_hidden_size},
-                  {Output::Kind::kStore, out + first * hidden, hidden, c.text_hidden_size});
+        {Finish::Kind::kStore, out + first * hidden, hidden, c.text_hidden_size});
   });
 }
 
@@ -153,11 +150,11 @@ void VisionEncoder::embed_patches(Member& member, const float* pixels) {
   const auto& c = config_;
   const int side = c.side(), size = c.patch_size;
   member.each(c.positions(), [&](int position) {
-    float* x = x_.data() + static_cast<std::size_t>(position) * c.hidden_size;
+    float* x = x_.row(position);
     std::copy_n(weights_.position_embedding + static_cast<std::size_t>(position) * c.hidden_size,
                 c.hidden_size, x);
     if (position == 0) {
-      kernels_.add(x, weights_.class_embedding, nullptr, c.hidden_size);
+      for (int i = 0; i < c.hidden_size; ++i) x[i] += weights_.class_embedding[i];
       return;
     }
     const int row = (position - 1) / side, column = (position - 1) % side;
@@ -169,42 +166,39 @@ void VisionEncoder::embed_patches(Member& member, const float* pixels) {
       }
     }
   });
-  const std::size_t values = c.patch_values(), hidden = c.hidden_size;
+  const std::size_t values = c.patch_values();
   each_chunk(c.positions() - 1, [&](std::size_t first, int rows) {
     products_.run(member, weights_.patch,
                   {patches_.data() + first * values, values, rows, c.patch_values()},
-                  {Output::Kind::kAdd, x_.data() + (1 + first) * hidden, hidden, c.hidden_size});
+                  {Finish::Kind::kAdd, x_.row(1 + first), x_.stride(), c.hidden_size});
   });
 }
 
 void VisionEncoder::layer(Member& member, int index) {
   const auto& c = config_;
   const auto& w = weights_.layers[index];
-  const std::size_t hidden = c.hidden_size, inner = c.intermediate_size;
   const int positions = c.positions();
 
   each_chunk(positions, [&](std::size_t first, int rows) {
-    products_.run(
-        member, w.qkv,
-        {x_.data() + first * hidden, hidden, rows, c.hidden_size, norm(w.norm1, w.norm1_bias)},
-        {Output::Kind::kStore, qkv_.data() + first * 3 * hidden, 3 * hidden, 3 * c.hidden_size});
+    products_.run(member, w.qkv,
+                  {x_.row(first), x_.stride(), rows, c.hidden_size, norm(w.norm1, w.norm1_bias)},
+                  {Finish::Kind::kStore, qkv_.row(first), qkv_.stride(), 3 * c.hidden_size});
   });
   if (w.q_norm) {
     member.each(positions, [&](int position) {
-      float* q = qkv_.data() + position * 3 * hidden;
+      float* q = qkv_.row(position);
+      float* k = q + c.hidden_size;
       kernels_.rms_norm(q, w.q_norm, c.hidden_size, c.norm_eps, q);
-      kernels_.rms_norm(q + hidden, w.k_norm, c.hidden_size, c.norm_eps, q + hidden);
+      kernels_.rms_norm(k, w.k_norm, c.hidden_size, c.norm_eps, k);
     });
   }
   attention(member);
   each_chunk(positions, [&](std::size_t first, int rows) {
-    float* x = x_.data() + first * hidden;
-    products_.run(member, w.proj, {attended_.data() + first * hidden, hidden, rows, c.hidden_size},
-                  {Output::Kind::kAdd, x, hidden, c.hidden_size, w.ls1});
-    products_.run(member, w.fc1, {x, hidden, rows, c.hidden_size, norm(w.norm2, w.norm2_bias)},
-                  {Output::Kind::kGelu, inner_.data(), inner, c.intermediate_size});
-    products_.run(member, w.fc2, {inner_.data(), inner, rows, c.intermediate_size},
-                  {Output::Kind::kAdd, x, hidden, c.hidden_size, w.ls2});
+    products_.run(member, w.proj, {attended_.row(first), attended_.stride(), rows, c.hidden_size},
+                  {Finish::Kind::kAdd, x_.row(first), x_.stride(), c.hidden_size, w.ls1});
+    products_.run(member, {w.fc1, Finish::Kind::kGelu, w.fc2, c.intermediate_size},
+                  {x_.row(first), x_.stride(), rows, c.hidden_size, norm(w.norm2, w.norm2_bias)},
+                  {Finish::Kind::kAdd, x_.row(first), x_.stride(), c.hidden_size, w.ls2});
   });
 }
 
@@ -227,9 +221,7 @@ void VisionEncoder::attention(Member& member) {
 
 void VisionEncoder::store(int head, int position) {
   const int head_dim = config_.head_dim();
-  const float* key = qkv_.data() +
-                     (static_cast<std::size_t>(position) * 3 + 1) * config_.hidden_size +
-                     head * head_dim;
+  const float* key = qkv_.row(position) + config_.hidden_size + head * head_dim;
   const int block = position / kCacheBlock, at = position % kCacheBlock;
   kernels_.store_key(key, head_dim, at, cache_.keys(0, head)[block]);
   kernels_.store_value(key + config_.hidden_size, head_dim, at, cache_.values(0, head)[block]);
@@ -245,14 +237,8 @@ void VisionEncoder::attend(Member& member, int head, int first, int rows) {
   attention.rows = rows;
   attention.scale = 1 / std::sqrt(static_cast<float>(head_dim));
   attention.scratch = scratch_[member.rank()].data();
-  auto query = [&](int i) {
-    return qkv_.data() + (first + i) * static_cast<std::size_t>(3 * c.hidden_size) +
-           head * head_dim;
-  };
-  auto out = [&](int i) {
-    return attended_.data() + (first + i) * static_cast<std::size_t>(c.hidden_size) +
-           head * head_dim;
-  };
+  auto query = [&](int i) { return qkv_.row(first + i) + head * head_dim; };
+  auto out = [&](int i) { return attended_.row(first + i) + head * head_dim; };
   const bool odd = head_dim != padded_head_dim_;
   float* const copies = odd ? odd_[member.rank()].data() : nullptr;
   for (int i = 0; i < rows; ++i) {
@@ -278,8 +264,9 @@ void VisionEncoder::merge_patches(Member& member) {
     float* out = patches_.data() + static_cast<std::size_t>(token) * c.merged_size();
     for (int y = 0; y < n; ++y) {
       const std::size_t patch = (static_cast<std::size_t>(row) * n + y) * c.side() + column * n;
-      std::copy_n(x_.data() + (1 + patch) * c.hidden_size, n * c.hidden_size,
-                  out + static_cast<std::size_t>(y) * n * c.hidden_size);
+      for (int x = 0; x < n; ++x, out += c.hidden_size) {
+        std::copy_n(x_.row(1 + patch + x), c.hidden_size, out);
+      }
     }
   });
 }

@@ -100,12 +100,11 @@ class VisionEncoder {
 
   int padded_head_dim_;  ///< even, as the kernels want it
   Products products_;
-  Cache cache_;             ///< of one layer at a time
-  Buffer<float> patches_;   ///< [patches, patch_values], then [image_tokens, merged_size]
-  Buffer<float> x_;         ///< [positions, hidden_size]
-  Buffer<float> qkv_;       ///< [positions, 3 * hidden_size]
-  Buffer<float> attended_;  ///< [positions, hidden_size]
-  Buffer<float> inner_;     ///< [chunk, intermediate_size], then of the projector
+  Cache cache_;            ///< of one layer at a time
+  Buffer<float> patches_;  ///< [patches, patch_values], then [image_tokens, merged_size]
+  Activations x_;          ///< [positions, hidden_size]
+  Activations qkv_;        ///< [positions, 3 * hidden_size]
+  Activations attended_;   ///< [positions, hidden_size]
   std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
   std::vector<Buffer<float>> odd_;  ///< for each member, queries of heads with an odd channel more
 };

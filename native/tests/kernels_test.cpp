@@ -323,6 +323,17 @@ void test_products(const Kernels& k) {
                   check_product(w, a, panel * kLanes + r, t, out[t * 32 + r]);
                 }
               }
+              // A token alone gives the same bits: generation does not depend on how tokens come.
+              const int last = tokens - 1;
+              const std::vector<float> own(x.begin() + last * cols, x.end());
+              Activations alone(k, format, 1, cols, m.cols, m.group, own);
+              for (int i = 0; i < 2; ++i) {
+                Aligned<float> row(kLanes);
+                k.row[int(format)](m, m.panel(panel + i), alone.block, row.data);
+                for (int r = 0; r < kLanes; ++r) {
+                  CHECK(row[r] == out[last * 32 + i * kLanes + r]);
+                }
+              }
             }
           }
         }
@@ -537,57 +548,60 @@ void test_norms(const Kernels& k, int n) {
   CHECK(std::isnan(out[0]) && std::isnan(out[n - 1]));
 }
 
+/// What follows a tile, with and without a bias and a scale.
+void test_finish(const Kernels& k, Finish::Kind kind, int tokens, int width, bool with) {
+  constexpr int kColumns = 2 * kLanes, kStride = kColumns + 3;
+  const bool swiglu = kind == Finish::Kind::kSwiglu;
+  if (swiglu) width = std::min(width, kLanes);
+  context = std::string(k.name) + " finish " + std::to_string(static_cast<int>(kind)) + ", " +
+            std::to_string(tokens) + " x " + std::to_string(width) + (with ? " with bias" : "");
+  const std::vector<float> values = floats(tokens * kColumns, 12);
+  Aligned<float> y(tokens * kColumns);
+  std::copy(values.begin(), values.end(), y.data);
+  const float special[] = {-150, 150, 0, kNan, -1e20f, 1e20f};
+  for (int i = 0; i < std::min(6, width); ++i) y.data[i] = special[i];
+  const auto bias = floats(kColumns, with ? 2 : 0), scale = floats(width, 2);
+  const auto before = floats(tokens * kStride, 3);
+  auto out = before;
+  k.finish(y.data, tokens,
+           {kind, with ? bias.data() : nullptr, with ? scale.data() : nullptr, out.data(), kStride,
+            width});
+  for (int t = 0; t < tokens; ++t) {
+    for (int c = 0; c < kStride; ++c) {
+      const float old = before[t * kStride + c], found = out[t * kStride + c];
+      if (c >= width) {
+        CHECK(found == old);
+        continue;
+      }
+      // The sum with the bias is rounded; what is made of it, in double precision.
+      const float sum = y.data[t * kColumns + c] + (with ? bias[c] : 0.0f);
+      const double factor = with ? scale[c] : 1.0f;
+      if (std::isnan(sum)) {
+        CHECK(std::isnan(found));
+      } else if (kind == Finish::Kind::kStore) {
+        CHECK(found == sum);
+      } else if (kind == Finish::Kind::kAdd) {
+        CHECK_NEAR(found, old + factor * sum,
+                   kRounding * (std::abs(factor * sum) + std::abs(old + factor * sum)) * 1.01);
+      } else if (kind == Finish::Kind::kGelu) {
+        const double expected = 0.5 * sum * std::erfc(-sum / std::sqrt(2.0));
+        CHECK_NEAR(found, expected, 1e-6 + 1e-6 * std::abs(expected));
+      } else {
+        const float up = y.data[t * kColumns + kLanes + c] + (with ? bias[kLanes + c] : 0.0f);
+        const double expected = sum / (1 + std::exp(-double(sum))) * up;
+        // The argument of the exponential is rounded: |x| * kRounding more. The sigmoid does not go
+        // below 2^-126.
+        CHECK_NEAR(found, expected,
+                   1e-6 * (1 + std::abs(sum)) * std::abs(expected) +
+                       std::abs(double(sum) * up) * 0x1p-125);
+      }
+    }
+  }
+}
+
 void test_elements(const Kernels& k, int n) {
   const std::string length = " " + std::to_string(n);
-  std::vector<float> x = floats(n, 12), y = floats(n, 2), scale = floats(n, 2), out(n);
-
-  context = std::string(k.name) + " swiglu" + length;
-  std::vector<float> gate = x;
-  gate[0] = -150;
-  if (n > 1) gate[1] = 150;
-  if (n > 2) gate[2] = kNan;
-  k.swiglu(gate.data(), y.data(), n, out.data());
-  for (int i = 0; i < n; ++i) {
-    const double expected = double(gate[i]) / (1 + std::exp(-double(gate[i]))) * y[i];
-    // The argument of the exponential is rounded: |x| * kRounding more.
-    if (i == 2)
-      CHECK(std::isnan(out[i]));
-    else
-      CHECK_NEAR(out[i], expected, 1e-6 * (1 + std::abs(gate[i])) * std::abs(expected) + 1e-30);
-  }
-  k.swiglu(gate.data(), y.data(), n, gate.data());
-  CHECK(std::memcmp(gate.data(), out.data(), 4 * n) == 0);
-
-  context = std::string(k.name) + " gelu" + length;
-  std::vector<float> z = x;
-  z[0] = -1e20f;
-  if (n > 1) z[1] = 1e20f;
-  if (n > 2) z[2] = kNan;
-  if (n > 3) z[3] = 0;
-  if (n > 4) z[4] = -kInfinity;
-  const std::vector<float> before = z;
-  k.gelu(z.data(), n);
-  for (int i = 0; i < n; ++i) {
-    const double expected = 0.5 * before[i] * std::erfc(-before[i] / std::sqrt(2.0));
-    if (i == 2)
-      CHECK(std::isnan(z[i]));
-    else if (i == 4)
-      CHECK(std::isnan(z[i]) || z[i] == 0);
-    else
-      CHECK_NEAR(z[i], expected, 1e-6 + 1e-6 * std::abs(expected));
-  }
-
-  context = std::string(k.name) + " add" + length;
-  out = x;
-  k.add(out.data(), y.data(), nullptr, n);
-  for (int i = 0; i < n; ++i) CHECK(out[i] == x[i] + y[i]);
-  out = x;
-  k.add(out.data(), y.data(), scale.data(), n);
-  for (int i = 0; i < n; ++i) {
-    const double product = double(y[i]) * scale[i];
-    CHECK_NEAR(out[i], x[i] + product,
-               kRounding * (std::abs(product) + std::abs(x[i] + product)) * 1.01);
-  }
+  std::vector<float> x = floats(n, 12), scale = floats(n, 2);
 
   context = std::string(k.name) + " dot_bf16" + length;
   std::vector<std::uint16_t> row(n);
@@ -678,6 +692,15 @@ int main(int argc, char** argv) {
       test_elements(k, n);
     }
     for (int head_dim : {2, 6, 16, 32, 34, 64, 80, 96, 128}) test_rotate(k, head_dim);
+    for (const auto kind :
+         {Finish::Kind::kStore, Finish::Kind::kAdd, Finish::Kind::kGelu, Finish::Kind::kSwiglu}) {
+      for (int tokens : {1, 5, k.token_block}) {
+        for (int width : {1, 7, 8, 16, 17, 31, 32}) {
+          test_finish(k, kind, tokens, width, false);
+          test_finish(k, kind, tokens, width, true);
+        }
+      }
+    }
     test_machine(k);
     std::printf("%s: %s\n", name.c_str(), failures == before ? "passed" : "FAILED");
   }
