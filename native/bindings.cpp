@@ -5,7 +5,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+#include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -20,6 +27,7 @@
 #include "model/decoder.h"
 #include "model/measure.h"
 #include "model/pack.h"
+#include "model/rows.h"
 #include "model/vision.h"
 #include "threads/team.h"
 
@@ -137,7 +145,7 @@ class Source {
 
   /// A packed matrix and the bias `bias`, which may be missing.
   Linear linear(const std::string& name, const std::string& bias) {
-    const auto parts = tuple(name, 5);
+    const auto parts = tuple(name, {5});
     Linear linear;
     linear.matrix = packed_matrix(cast<std::string>(parts[0], name), cast<int>(parts[1], name),
                                   cast<int>(parts[2], name), cast<int>(parts[3], name),
@@ -149,19 +157,30 @@ class Source {
 
   bool has(const char* name) const { return tensors_.contains(name); }
 
-  PlainMatrix plain(const char* name) {
-    const auto parts = tuple(name, 2);
-    return plain_matrix(cast<std::string>(parts[0], name), keep(parts[1], name), name);
+  /// Rows in memory, or in a file.
+  Rows rows(const char* name) {
+    const auto parts = tuple(name, {2, 6});
+    const auto dtype = cast<std::string>(parts[0], name);
+    if (parts.size() == 2) return plain_matrix(dtype, keep(parts[1], name), name);
+    const auto offset = cast<std::int64_t>(parts[4], name);
+    if (offset < 0) fail(std::string("tensors: ") + name + " has a negative offset");
+    return {parse_dtype(dtype),
+            cast<int>(parts[1], name),
+            cast<int>(parts[2], name),
+            cast<int>(parts[3], name),
+            offset,
+            cast<nb::bytes>(parts[5], name).c_str()};
   }
 
   std::vector<Array> take_arrays() { return std::move(arrays_); }
 
  private:
-  nb::tuple tuple(const std::string& name, std::size_t size) const {
+  nb::tuple tuple(const std::string& name, std::initializer_list<std::size_t> sizes) const {
     if (!tensors_.contains(name.c_str())) fail("tensors: " + name + " is missing");
     const auto parts = cast<nb::tuple>(tensors_[name.c_str()], "tensors: " + name);
-    if (parts.size() != size)
-      fail("tensors: " + name + " is not a tuple of " + std::to_string(size));
+    if (std::find(sizes.begin(), sizes.end(), parts.size()) == sizes.end()) {
+      fail("tensors: " + name + " is a tuple of " + std::to_string(parts.size()));
+    }
     return parts;
   }
 
@@ -204,10 +223,10 @@ DecoderWeights decoder_weights(Source& source, const DecoderConfig& config) {
     layer.down = source.linear(name + "down");
     weights.layers.push_back(layer);
   }
-  weights.embedding = source.plain("embedding");
+  weights.embedding = source.rows("embedding");
   weights.norm = source.vector("norm", config.hidden_size);
   weights.head = source.linear("head");
-  if (source.has("head_exact")) weights.head_exact = source.plain("head_exact");
+  if (source.has("head_exact")) weights.head_exact = source.rows("head_exact");
   weights.inverse_frequencies = source.vector("inverse_frequencies", config.head_dim / 2);
   return weights;
 }
@@ -461,6 +480,23 @@ double measure_int8_rate(Team& team, const std::string& isa) {
   return int8_rate(team, table);
 }
 
+void trim_heap() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
+
+/// A file's errors become OSError(errno, reason, file).
+void translate_file_error(const std::exception_ptr& exception, void*) {
+  try {
+    std::rethrow_exception(exception);
+  } catch (const FileError& error) {
+    const auto name = nb::steal(PyUnicode_DecodeFSDefault(error.file.c_str()));
+    const auto arguments = nb::make_tuple(error.code().value(), error.reason, name);
+    PyErr_SetObject(PyExc_OSError, arguments.ptr());
+  }
+}
+
 }  // namespace
 }  // namespace edgevl
 
@@ -468,6 +504,7 @@ NB_MODULE(_native, m) {
   using namespace edgevl;
   using namespace nb::literals;
 
+  nb::register_exception_translator(&translate_file_error);
   nb::set_leak_warnings(false);  // what is still referenced when the interpreter exits is no leak
 
   m.def("instruction_sets", &instruction_sets);
@@ -522,6 +559,7 @@ NB_MODULE(_native, m) {
           "config"_a, "tensors"_a, "team"_a, "isa"_a = "")
       .def("encode", &encode, "pixels"_a);
 
+  m.def("trim_heap", &trim_heap);
   m.def("read_bandwidth", &measure_bandwidth, "team"_a, "bytes"_a, "isa"_a = "");
   m.def("int8_rate", &measure_int8_rate, "team"_a, "isa"_a = "");
 }

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -260,6 +261,24 @@ def test_a_read_only_directory_from_several_threads(tmp_path):
                     np.testing.assert_array_equal(values, expected)
     finally:
         directory.chmod(0o700)
+
+
+@pytest.mark.parametrize("layout", CONFIGS)
+def test_tells_where_tensors_lie(tmp_path, layout):
+    stored = hf_names(TENSORS) if layout == "internvl" else TENSORS
+    with Checkpoint.open(write_directory(tmp_path, CONFIGS[layout], stored)) as checkpoint:
+        in_parts = []
+        for name in checkpoint.names():
+            place = checkpoint.place(name)
+            if place is None:
+                in_parts.append(name)
+                continue
+            data = os.pread(place.descriptor, 4 * TENSORS[name].size, place.offset)
+            assert data == TENSORS[name].astype("<f4").tobytes()
+        assert all(".attn.qkv." in name for name in in_parts)
+        assert bool(in_parts) == (layout == "internvl")
+        with pytest.raises(CheckpointError, match="no tensor 'x'"):
+            checkpoint.place("x")
 
 
 def test_closing_unmaps(tmp_path):

@@ -22,13 +22,18 @@ With `ReferenceEngine` itself, the engine must stay within what rounding implies
 """
 
 import dataclasses
+import errno
 import math
+import os
+import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, expected_tensors, parse_config
+from edgevl.checkpoint.layouts import EMBEDDING
 from edgevl.engine import ReferenceEngine, load_engine
 from edgevl.errors import CheckpointError, EdgeVLError
 
@@ -358,6 +363,78 @@ def test_a_model_outlives_its_checkpoint(mini_checkpoint):
     del checkpoint
     engine.rewind(0)
     np.testing.assert_array_equal(prefill(engine, ids), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_rows_in_the_file_and_in_memory_give_the_same_bits(mini_checkpoint, monkeypatch, dtype):
+    with Checkpoint.open(mini_checkpoint("mini-qwen3", dtype=dtype)) as checkpoint:
+        ids = random_ids(checkpoint, 20)
+        results = []
+        for in_file in (True, False):
+            if not in_file:
+                monkeypatch.setattr(Checkpoint, "place", lambda self, name: None)
+            engine = load_engine(checkpoint, "cpu", precision="int4")
+            embeddings = engine.embed(ids)
+            np.testing.assert_array_equal(embeddings, checkpoint.tensor(EMBEDDING, ids))
+            results.append([engine.prefill(embeddings, 0).copy(), engine.extend([3, 4]).copy()])
+    for from_file, from_memory in zip(*results, strict=True):
+        np.testing.assert_array_equal(from_file, from_memory)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_weights_cut_short_after_loading(mini_checkpoint, preset, tmp_path, dtype):
+    """An OSError that names the file, and an engine that goes on when the file is whole again."""
+    directory = shutil.copytree(mini_checkpoint(preset, dtype=dtype), tmp_path / "copy")
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    with Checkpoint.open(directory) as checkpoint:
+        model = CpuModel(checkpoint, precision="int4", threads=3)
+        places = [checkpoint.place(EMBEDDING), checkpoint.place(head_weight(checkpoint.config))]
+        ids = random_ids(checkpoint, 12)
+    engine, undisturbed = model.engine(), model.engine()
+    embeddings = engine.embed(ids)
+    engine.prefill(embeddings[:5], 0)
+    undisturbed.prefill(embeddings[:5], 0)
+
+    def fails(step):
+        with pytest.raises(OSError, match="cut short") as error:
+            step()
+        assert (error.value.errno, error.value.filename) == (errno.EIO, str(path))
+        assert engine.length == engine.cache.length == 5
+
+    steps = (
+        [lambda: engine.embed(ids), lambda: engine.decode(3), lambda: engine.extend([3, 4])],
+        [lambda: engine.prefill(embeddings[5:], 5), lambda: model.decode([engine], [3])],
+    )
+    for place, disturbed in zip(places, steps, strict=True):
+        os.truncate(path, place.offset)
+        for step in 2 * disturbed:
+            fails(step)
+        with path.open("r+b") as file:
+            file.write(whole)
+    np.testing.assert_array_equal(
+        engine.prefill(embeddings[5:], 5), undisturbed.prefill(embeddings[5:], 5).copy()
+    )
+
+
+def test_descriptors_are_given_back(mini_checkpoint):
+    opened = Path("/proc/self/fd")
+    if not opened.exists():
+        pytest.skip("needs /proc")
+    directory = mini_checkpoint("mini-qwen3")
+    before = len(list(opened.iterdir()))
+    for _ in range(3):
+        checkpoint = Checkpoint.open(directory)
+        engine = load_engine(checkpoint, "cpu", precision="int4")
+        checkpoint.close()
+        # The embedding's and the head's; neither the checkpoint's own nor a memory map.
+        assert len(list(opened.iterdir())) == before + 2
+        assert str(directory) not in Path("/proc/self/maps").read_text()
+        engine.decode(1)
+        del engine
+        assert len(list(opened.iterdir())) == before
+    Checkpoint.open(directory)  # not closed, only dropped
+    assert len(list(opened.iterdir())) == before
 
 
 def test_several_models_and_threads(mini_checkpoint):

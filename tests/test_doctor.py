@@ -27,10 +27,10 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd asimdhp asimddp i8mm bf16\nCPU part\
 
 
 def test_features_of_x86_and_arm():
-    info = machine._cpuinfo(X86)
+    info = machine._fields(X86)
     assert info["model name"] == "Test CPU @ 3.00GHz"
     assert machine.features(info) == ("AVX2", "FMA", "F16C", "AVX-512", "AVX-512 VNNI")
-    assert machine.features(machine._cpuinfo(ARM)) == (
+    assert machine.features(machine._fields(ARM)) == (
         "NEON",
         "NEON FP16",
         "NEON dot product",
@@ -149,6 +149,14 @@ def test_this_machine_agrees_with_the_system():
     assert 0 < found.usable_cores <= found.logical_cores
     assert 1 <= found.threads <= found.physical_cores <= found.logical_cores
     assert 0 < found.available_bytes <= found.memory_bytes <= psutil.virtual_memory().total
+
+
+def test_memory_is_what_psutil_says(monkeypatch):
+    for _ in range(2):
+        total, available = machine.memory()
+        assert total == psutil.virtual_memory().total
+        assert available == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+        monkeypatch.setattr(machine, "_read", lambda path: "")  # a system without /proc
 
 
 def test_lists_are_those_of_pyproject():

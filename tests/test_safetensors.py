@@ -52,6 +52,22 @@ def test_reads_a_view_of_the_file(write):
         file["x"]
 
 
+def test_tells_where_a_tensor_lies(write):
+    other = ENTRY | {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
+    later = ENTRY | {"data_offsets": [2, 26]}
+    path = write(safetensors_bytes({"a": other, "x": later}, b"??" + DATA))
+    file = SafetensorsFile(path)
+    place = file.place("x")
+    assert (place.path, place.dtype) == (path, "F32")
+    write(b"something else", "other").replace(path)
+    assert os.pread(place.descriptor, 24, place.offset) == DATA
+    file.close()
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(place.descriptor)
+    with pytest.raises(ValueError, match="closed"):
+        file.place("x")
+
+
 def test_agrees_with_the_library(tmp_path):
     library = pytest.importorskip("safetensors.numpy")
     rng = np.random.default_rng(0)

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -22,9 +24,7 @@ class Buffer {
     if (size > (std::numeric_limits<std::size_t>::max() - kLineBytes) / sizeof(T)) {
       throw std::bad_alloc();
     }
-    // calloc gets large blocks as fresh pages, which need no clearing.
-    memory_.reset(std::calloc(size * sizeof(T) + kLineBytes, 1));
-    if (!memory_) throw std::bad_alloc();
+    memory_ = allocate(size * sizeof(T) + kLineBytes);
     const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
     data_ = reinterpret_cast<T*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);
   }
@@ -39,9 +39,33 @@ class Buffer {
 
  private:
   struct Free {
-    void operator()(void* memory) const { std::free(memory); }
+    std::size_t mapped = 0;  ///< bytes, or 0 where calloc gave it
+    void operator()(void* memory) const {
+      if (mapped) {
+        ::munmap(memory, mapped);
+      } else {
+        std::free(memory);
+      }
+    }
   };
-  std::unique_ptr<void, Free> memory_;
+  using Memory = std::unique_ptr<void, Free>;
+
+  /// Large blocks are pages of their own: zero without being written to, so that they take memory
+  /// when they are used, and given back when they are freed. malloc would fill its holes with them.
+  static Memory allocate(std::size_t bytes) {
+    constexpr std::size_t kLarge = 1 << 20;
+    if (bytes < kLarge) {
+      Memory memory(std::calloc(bytes, 1));
+      if (!memory) throw std::bad_alloc();
+      return memory;
+    }
+    void* pages =
+        ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) throw std::bad_alloc();
+    return Memory(pages, Free{bytes});
+  }
+
+  Memory memory_;
   T* data_ = nullptr;
   std::size_t size_ = 0;
 };

@@ -30,10 +30,10 @@ void check_matrix(const Linear& linear, const std::string& name, int rows, int c
               std::to_string(rows) + " x " + std::to_string(padded));
 }
 
-void check_plain(const PlainMatrix& matrix, const char* name, int rows, int cols) {
-  require(matrix.data && matrix.rows == rows && matrix.cols == cols,
-          std::string(name) + " is " + std::to_string(matrix.rows) + " x " +
-              std::to_string(matrix.cols) + ", expected " + std::to_string(rows) + " x " +
+void check_rows(const Rows& matrix, const char* name, int rows, int cols) {
+  require(matrix.rows() == rows && matrix.cols() == cols,
+          std::string(name) + " is " + std::to_string(matrix.rows()) + " x " +
+              std::to_string(matrix.cols()) + ", expected " + std::to_string(rows) + " x " +
               std::to_string(cols));
 }
 
@@ -53,10 +53,10 @@ DecoderWeights checked(DecoderWeights weights, const DecoderConfig& c) {
     check_matrix(layer.down, name + ".down", c.hidden_size, c.intermediate_size);
     require(layer.input_norm && layer.post_norm, name + " has no norm");
   }
-  check_plain(weights.embedding, "embedding", c.vocab_size, c.hidden_size);
+  check_rows(weights.embedding, "embedding", c.vocab_size, c.hidden_size);
   check_matrix(weights.head, "head", c.vocab_size, c.hidden_size);
   if (weights.head_exact) {
-    check_plain(*weights.head_exact, "head_exact", c.vocab_size, c.hidden_size);
+    check_rows(*weights.head_exact, "head_exact", c.vocab_size, c.hidden_size);
   }
   require(weights.norm && weights.inverse_frequencies, "norm or inverse_frequencies is missing");
   return weights;
@@ -119,8 +119,9 @@ void Decoder::embed(std::span<const std::int64_t> ids, float* out) const {
 }
 
 void Decoder::embed(std::span<const std::int64_t> ids, float* out, std::size_t stride) const {
+  Buffer<std::uint8_t> stored(weights_.embedding.row_bytes());
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    weights_.embedding.row(static_cast<int>(ids[i]), out + i * stride);
+    weights_.embedding.row(static_cast<int>(ids[i]), out + i * stride, stored.data());
   }
 }
 
@@ -163,15 +164,21 @@ Logits Decoder::decode(std::span<Sequence* const> sequences, std::span<const std
   check_ids(ids);
   const int count = static_cast<int>(ids.size());
   float* logits = start_logits(count);
-  for (int begin = 0; begin < count; begin += config_.chunk) {
-    const int rows = std::min(config_.chunk, count - begin);
-    embed(ids.subspan(begin, rows), x_.row(0), x_.stride());
-    spans_.clear();
-    for (int row = 0; row < rows; ++row) {
-      Cache& cache = sequences[begin + row]->cache;
-      spans_.push_back({&cache, cache.length(), row, 1});
+  int begin = 0;
+  try {
+    for (; begin < count; begin += config_.chunk) {
+      const int rows = std::min(config_.chunk, count - begin);
+      embed(ids.subspan(begin, rows), x_.row(0), x_.stride());
+      spans_.clear();
+      for (int row = 0; row < rows; ++row) {
+        Cache& cache = sequences[begin + row]->cache;
+        spans_.push_back({&cache, cache.length(), row, 1});
+      }
+      forward(rows, rows, logits + static_cast<std::size_t>(begin) * config_.vocab_size);
     }
-    forward(rows, rows, logits + static_cast<std::size_t>(begin) * config_.vocab_size);
+  } catch (...) {
+    for (Sequence* done : sequences.first(begin)) done->cache.truncate(done->cache.length() - 1);
+    throw;
   }
   return {logits_, count, config_.vocab_size};
 }

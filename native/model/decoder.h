@@ -16,7 +16,7 @@
 #include "model/cache.h"
 #include "model/head.h"
 #include "model/linear.h"
-#include "model/pack.h"
+#include "model/rows.h"
 #include "threads/team.h"
 
 namespace edgevl {
@@ -59,10 +59,10 @@ struct DecoderLayer {
 /// Weights of a decoder; nothing is copied.
 struct DecoderWeights {
   std::vector<DecoderLayer> layers;
-  PlainMatrix embedding;                       ///< [vocab_size, hidden_size]
+  Rows embedding;                              ///< [vocab_size, hidden_size]
   const float* norm = nullptr;                 ///< [hidden_size]
   Linear head;                                 ///< [vocab_size, hidden_size]
-  std::optional<PlainMatrix> head_exact;       ///< as `head`, see Head
+  std::optional<Rows> head_exact;              ///< as `head`, see Head
   const float* inverse_frequencies = nullptr;  ///< [head_dim / 2]
 };
 
@@ -91,8 +91,9 @@ struct Logits {
 /// a position of a sequence.
 ///
 /// Functions throw std::invalid_argument, and change nothing, where positions exceed max_context, a
-/// token id is not in the vocabulary, or a sequence is another decoder's. They may be called from
-/// several threads; one runs at a time.
+/// token id is not in the vocabulary, or a sequence is another decoder's; FileError, and sequences
+/// keep their length, where rows of the embedding or the exact head cannot be read. They may be
+/// called from several threads; one runs at a time.
 class Decoder {
  public:
   /// Throws std::invalid_argument where sizes of config and weights do not agree.

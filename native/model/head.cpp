@@ -34,17 +34,17 @@ void find_best(const float* logits, int begin, int end, Candidate* best) {
 
 }  // namespace
 
-Head::Head(const Kernels& kernels, Norm norm, Linear linear, std::optional<PlainMatrix> exact,
+Head::Head(const Kernels& kernels, Norm norm, Linear linear, std::optional<Rows> exact,
            int vocabulary, int hidden, int members)
     : kernels_(kernels),
       norm_(norm),
       linear_(linear),
-      exact_(exact),
+      exact_(std::move(exact)),
       vocabulary_(vocabulary),
       hidden_(hidden),
       members_(members),
       merged_(members, std::vector<Candidate>(static_cast<std::size_t>(members) * kRescored)) {
-  for (int i = 0; i < members; ++i) normed_.emplace_back(2 * static_cast<std::size_t>(hidden));
+  for (int i = 0; i < members; ++i) normed_.emplace_back(3 * static_cast<std::size_t>(hidden));
 }
 
 void Head::reserve(int rows) {
@@ -60,7 +60,6 @@ void Head::run(Member& member, Products& products, const Hidden& hidden, float* 
   find_candidates(member, hidden.count, logits);
   member.barrier();
   rescore(member, hidden, logits);
-  member.barrier();
 }
 
 void Head::find_candidates(Member& member, int rows, const float* logits) {
@@ -82,18 +81,19 @@ void Head::rescore(Member& member, const Hidden& hidden, float* logits) {
     for (int i = begin; i < end; ++i) {
       const int token = merged[i].second;
       if (token < 0) continue;
-      logits[static_cast<std::size_t>(row) * vocabulary_ + token] =
-          exact_logit(token, x, x + hidden_);
+      logits[static_cast<std::size_t>(row) * vocabulary_ + token] = exact_logit(token, x);
     }
   }
 }
 
-float Head::exact_logit(int token, const float* x, float* weights) const {
-  if (exact_->dtype == Dtype::kBf16) {
-    const auto* row = static_cast<const std::uint16_t*>(exact_->data);
-    return kernels_.dot_bf16(row + static_cast<std::size_t>(token) * hidden_, x, hidden_);
+/// x is a member's normed_.
+float Head::exact_logit(int token, float* x) const {
+  float *weights = x + hidden_, *buffer = weights + hidden_;
+  if (exact_->dtype() == Dtype::kBf16) {
+    const auto* row = static_cast<const std::uint16_t*>(exact_->stored(token, buffer));
+    return kernels_.dot_bf16(row, x, hidden_);
   }
-  exact_->row(token, weights);
+  exact_->row(token, weights, buffer);
   float sum = 0;
   for (int i = 0; i < hidden_; ++i) sum += weights[i] * x[i];
   return sum;

@@ -8,7 +8,7 @@
 
 #include "kernels/kernels.h"
 #include "model/linear.h"
-#include "model/pack.h"
+#include "model/rows.h"
 #include "threads/team.h"
 
 namespace edgevl {
@@ -27,8 +27,8 @@ constexpr int kRescored = 64;
 class Head {
  public:
   /// `exact` is [vocabulary, hidden] or nothing.
-  Head(const Kernels& kernels, Norm norm, Linear linear, std::optional<PlainMatrix> exact,
-       int vocabulary, int hidden, int members);
+  Head(const Kernels& kernels, Norm norm, Linear linear, std::optional<Rows> exact, int vocabulary,
+       int hidden, int members);
 
   /// Makes room for `rows` rows; before `run`, not in it.
   void reserve(int rows);
@@ -39,7 +39,8 @@ class Head {
     int count;
   };
 
-  /// Hidden states to logits [count, vocabulary]. All members call it alike; ends with a barrier.
+  /// Hidden states to logits [count, vocabulary]. All members call it alike, and as the last of a
+  /// step: after its last barrier, some of them may throw FileError.
   void run(Member& member, Products& products, const Hidden& hidden, float* logits);
 
  private:
@@ -47,7 +48,7 @@ class Head {
 
   void find_candidates(Member& member, int rows, const float* logits);
   void rescore(Member& member, const Hidden& hidden, float* logits);
-  float exact_logit(int token, const float* x, float* weights) const;
+  float exact_logit(int token, float* x) const;
   Candidate* candidates(int row, int rank) {
     return candidates_.data() + (static_cast<std::size_t>(row) * members_ + rank) * kRescored;
   }
@@ -55,11 +56,12 @@ class Head {
   const Kernels& kernels_;
   Norm norm_;
   Linear linear_;
-  std::optional<PlainMatrix> exact_;
+  std::optional<Rows> exact_;
   int vocabulary_, hidden_, members_;
   std::vector<Candidate> candidates_;           ///< [rows][members][kRescored]
   std::vector<std::vector<Candidate>> merged_;  ///< for each member
-  std::vector<Buffer<float>> normed_;           ///< for each member: the row, and a row of weights
+  /// For each member: the row; a row of weights; and as it is stored.
+  std::vector<Buffer<float>> normed_;
 };
 
 }  // namespace edgevl

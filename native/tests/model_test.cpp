@@ -1,10 +1,15 @@
 // The threads, the packed weights, and the forward passes on every instruction set that this
 // machine has. Prints what failed; the exit status is 1 then.
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -18,6 +23,7 @@
 #include "model/floats.h"
 #include "model/measure.h"
 #include "model/pack.h"
+#include "model/rows.h"
 #include "model/vision.h"
 #include "threads/team.h"
 
@@ -306,6 +312,7 @@ struct SmallDecoder {
   Format format;
   std::vector<std::vector<float>> vectors;
   std::vector<Packed> matrices;  // qkv, o, gate_up, down of each layer; head
+  PlainMatrix embedding;
   DecoderWeights weights;
 
   SmallDecoder(bool qwen3, Format format, bool exact, Team& team) : format(format) {
@@ -346,8 +353,8 @@ struct SmallDecoder {
       layer.down = matrix(c.hidden_size, c.intermediate_size, team);
       weights.layers.push_back(layer);
     }
-    weights.embedding = {Dtype::kF32, c.vocab_size, c.hidden_size,
-                         vector(c.vocab_size * c.hidden_size, 1)};
+    embedding = {Dtype::kF32, c.vocab_size, c.hidden_size, vector(c.vocab_size * c.hidden_size, 1)};
+    weights.embedding = embedding;
     weights.norm = vector(c.hidden_size, 0.2f, 1);
     const float* head = vector(c.vocab_size * c.hidden_size, 0.2f);
     matrices.emplace_back(format, c.vocab_size, c.hidden_size, 32, team, vectors.back());
@@ -406,7 +413,7 @@ struct SmallDecoder {
     const int heads = c.num_attention_heads, group = heads / c.num_key_value_heads;
     std::vector<Row> x;
     for (const auto id : ids) {
-      const auto* row = static_cast<const float*>(weights.embedding.data) + id * c.hidden_size;
+      const auto* row = static_cast<const float*>(embedding.data) + id * c.hidden_size;
       x.emplace_back(row, row + c.hidden_size);
     }
     for (int l = 0; l < c.num_hidden_layers; ++l) {
@@ -568,7 +575,8 @@ void test_exact_head() {
     std::vector<float> doubled = small.matrices.back().weights;
     for (auto& weight : doubled) weight *= 2;
     Decoder plain(c, small.weights, team, kernels());
-    small.weights.head_exact = {Dtype::kF32, c.vocab_size, c.hidden_size, doubled.data()};
+    small.weights.head_exact =
+        PlainMatrix{Dtype::kF32, c.vocab_size, c.hidden_size, doubled.data()};
     Decoder rescoring(c, small.weights, team, kernels());
     const auto ids = token_ids(kTokens, c.vocab_size);
     const auto before = plain.extend(*plain.new_sequence(), ids);
@@ -590,6 +598,139 @@ void test_exact_head() {
     if (first.empty()) first.assign(logits, logits + kTokens * c.vocab_size);
     CHECK(std::equal(first.begin(), first.end(), logits));
   }
+}
+
+// --- rows in a file --------------------------------------------------------------------------
+
+/// A matrix in a temporary file, behind some bytes that are not its own.
+class MatrixFile {
+ public:
+  explicit MatrixFile(const PlainMatrix& matrix) : matrix_(matrix) { restore(); }
+  ~MatrixFile() { std::fclose(file_); }
+  MatrixFile(const MatrixFile&) = delete;
+  MatrixFile& operator=(const MatrixFile&) = delete;
+
+  /// Writes what has been cut off.
+  void restore() {
+    const std::size_t size = Rows(matrix_).row_bytes() * matrix_.rows;
+    CHECK(pwrite(fileno(file_), matrix_.data, size, kOffset) == static_cast<long>(size));
+  }
+  /// Cuts the file off inside of a row.
+  void cut(int row) {
+    const std::size_t size = Rows(matrix_).row_bytes() * row + 5;
+    CHECK(ftruncate(fileno(file_), static_cast<long>(kOffset + size)) == 0);
+  }
+  Rows rows() const {
+    return {matrix_.dtype, matrix_.rows, matrix_.cols, fileno(file_), kOffset, "weights.file"};
+  }
+
+ private:
+  static constexpr int kOffset = 13;  // aligned to nothing
+  PlainMatrix matrix_;
+  std::FILE* file_ = std::tmpfile();
+};
+
+/// Whether `call` throws a FileError that names the file, its errno being `expected`.
+template <class Call>
+bool fails(int expected, Call&& call) {
+  try {
+    call();
+  } catch (const FileError& error) {
+    return error.code().value() == expected && error.file == "weights.file";
+  }
+  return false;
+}
+
+void test_rows() {
+  constexpr int kRows = 40, kCols = 57;
+  const auto floats = normal(kRows * kCols);
+  std::vector<std::uint16_t> halves(kRows * kCols);
+  for (auto& half : halves) half = to_f16(normal(1)[0]);  // a number in bfloat16, too
+  for (const auto dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBf16}) {
+    context = "rows of dtype " + std::to_string(static_cast<int>(dtype));
+    const bool wide = dtype == Dtype::kF32;
+    const PlainMatrix matrix{dtype, kRows, kCols,
+                             wide ? static_cast<const void*>(floats.data()) : halves.data()};
+    auto file = std::make_unique<MatrixFile>(matrix);
+    const Rows inside = matrix, outside = file->rows();
+    CHECK(outside.rows() == kRows && outside.cols() == kCols && outside.dtype() == dtype);
+    std::vector<float> a(kCols), b(kCols), buffer(kCols);
+    for (int i = kRows - 1; i >= 0; --i) {
+      inside.row(i, a.data(), buffer.data());
+      outside.row(i, b.data(), buffer.data());
+      CHECK(a == b);
+      const void* stored = outside.stored(i, buffer.data());
+      CHECK(std::memcmp(inside.stored(i, nullptr), stored, inside.row_bytes()) == 0);
+    }
+    file->cut(20);
+    outside.row(19, b.data(), buffer.data());
+    for (const int i : {20, 21, 39}) {
+      CHECK(fails(EIO, [&] { outside.row(i, b.data(), buffer.data()); }));
+    }
+    file->restore();
+    file.reset();  // closes its descriptor, of which `outside` has a duplicate
+    outside.row(39, b.data(), buffer.data());
+    inside.row(39, a.data(), buffer.data());
+    CHECK(a == b);
+  }
+  context = "rows of no file";
+  CHECK(fails(EBADF, [] { Rows(Dtype::kF32, 1, 1, -1, 0, "weights.file"); }));
+}
+
+/// The same logits from rows in a file; where it is cut short, an error that leaves all as it was.
+void test_decoder_with_files(int threads) {
+  context = "decoder with files, " + std::to_string(threads) + " threads";
+  Team team(threads);
+  SmallDecoder small(true, Format::kInt4, false, team);
+  const auto& c = small.config;
+  const int size = c.vocab_size * c.hidden_size;
+  std::vector<std::uint16_t> halves(size);
+  for (auto& half : halves) half = to_bf16(normal(1, 0.2f)[0]);
+  const PlainMatrix exact{Dtype::kBf16, c.vocab_size, c.hidden_size, halves.data()};
+  MatrixFile embedding(small.embedding), head(exact);
+  small.weights.head_exact = exact;
+  Decoder inside(c, small.weights, team, kernels());
+  small.weights.embedding = embedding.rows();
+  small.weights.head_exact = head.rows();
+  Decoder outside(c, small.weights, team, kernels());
+
+  const auto ids = token_ids(20, c.vocab_size);
+  const auto first = inside.new_sequence(), second = outside.new_sequence();
+  auto same = [&](const Logits& a, const Logits& b) {
+    const float* x = a.buffer->data();
+    return std::equal(x, x + static_cast<long>(a.rows) * c.vocab_size, b.buffer->data());
+  };
+  CHECK(same(inside.extend(*first, ids), outside.extend(*second, ids)));
+
+  std::vector<float> x(c.hidden_size * ids.size());
+  outside.embed(ids, x.data());
+  std::vector<std::unique_ptr<Sequence>> more;
+  std::vector<Sequence*> all;
+  for (int i = 0; i < c.chunk; ++i) {  // with `second`, more than a chunk takes
+    more.push_back(outside.new_sequence());
+    all.push_back(more.back().get());
+  }
+  all.push_back(second.get());
+  const std::vector<std::int64_t> zeros(all.size());
+  std::vector<std::int64_t> last = zeros;
+  last.back() = c.vocab_size - 1;
+  Sequence* one[] = {second.get()};
+  head.cut(0);
+  for (int i = 0; i < 3; ++i) {
+    CHECK(fails(EIO, [&] { outside.prefill(*second, x.data(), 20); }));
+    CHECK(fails(EIO, [&] { outside.decode(one, {{0}}); }));
+    CHECK(fails(EIO, [&] { outside.extend(*second, ids); }));
+    CHECK(second->cache.length() == 20);
+  }
+  head.restore();
+  embedding.cut(c.vocab_size - 1);
+  CHECK(fails(EIO, [&] { outside.embed(last, x.data()); }));
+  CHECK(fails(EIO, [&] { outside.extend(*second, last); }));
+  CHECK(fails(EIO, [&] { outside.decode(all, last); }));
+  CHECK(second->cache.length() == 20 && more[0]->cache.length() == 0);
+  embedding.restore();
+  Sequence* other[] = {first.get()};
+  CHECK(same(inside.decode(other, {{0}}), outside.decode(one, {{0}})));
 }
 
 // --- vision ----------------------------------------------------------------------------------
@@ -691,6 +832,7 @@ int main() {
   test_floats();
   test_packing();
   test_gptq();
+  test_rows();
   test_cache();
   for (const auto& isa : instruction_sets()) {
     for (const int threads : {1, 3}) {  // 3: more than there are key/value heads
@@ -703,6 +845,7 @@ int main() {
   }
   test_decoder_errors();
   test_exact_head();
+  for (const int threads : {1, 3}) test_decoder_with_files(threads);
   test_measurements();
   if (failures == 0) std::printf("model_test: all passed\n");
   return failures == 0 ? 0 : 1;

@@ -14,7 +14,10 @@ Format: TypeAlias = Literal["int4", "int8", "bf16"]
 Matrix: TypeAlias = tuple[Format, int, int, int, NDArray[np.uint8]]
 #: A two-dimensional tensor as a checkpoint stores it: its safetensors type, and its data.
 Stored: TypeAlias = tuple[str, NDArray[Any]]
-Tensors: TypeAlias = dict[str, NDArray[np.float32] | Matrix | Stored]
+#: The same in a file: safetensors type, rows, columns, descriptor of the file open for reading,
+#: which is duplicated, offset of the data in bytes, and the file's name for messages.
+InFile: TypeAlias = tuple[str, int, int, int, int, bytes]
+Tensors: TypeAlias = dict[str, NDArray[np.float32] | Matrix | Stored | InFile]
 
 def instruction_sets() -> list[str]:
     """Return the instruction sets that this processor can run, the best first."""
@@ -70,7 +73,12 @@ class Cache:
     def truncate(self, length: int) -> None: ...
 
 class Decoder:
-    """The text model. Logits are views of a buffer, valid until the next call."""
+    """The text model. Logits are views of a buffer, valid until the next call.
+
+    The tensors ``embedding`` and ``head_exact`` (optional) are Stored, or InFile: then rows are
+    read as they are used. Where that fails, functions raise an OSError, and caches stay as they
+    were.
+    """
 
     def __init__(
         self, config: dict[str, Any], tensors: Tensors, team: Team, isa: str = ""
@@ -96,6 +104,9 @@ class VisionEncoder:
     ) -> None: ...
     def encode(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Tiles [B, 3, S, S] -> features [B, image_tokens, H]."""
+
+def trim_heap() -> None:
+    """Give back to the system the memory that malloc holds free, where malloc can (glibc)."""
 
 def read_bandwidth(team: Team, bytes: int, isa: str = "") -> float:
     """Return the GB/s of reading a buffer of that size once."""

@@ -10,8 +10,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 #: Flag in /proc/cpuinfo -> the name people know it by; x86 first, then Arm.
 FEATURES = {
     "avx2": "AVX2",
@@ -68,10 +66,10 @@ class Machine:
 
 def this_machine() -> Machine:
     """Describe this machine."""
-    info = _cpuinfo(_read(Path("/proc/cpuinfo")))
+    info = _fields(_read(Path("/proc/cpuinfo")))
     logical = os.cpu_count() or 1
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    memory = psutil.virtual_memory()
+    total, available = memory()
     limit = cgroup_limit("memory.max", "memory/memory.limit_in_bytes")
     return Machine(
         cpu=info.get("model name") or _board() or platform.processor() or "unknown",
@@ -80,8 +78,8 @@ def this_machine() -> Machine:
         physical_cores=physical_cores(cpus),
         usable_cores=min(len(cpus) if cpus else logical, cgroup_cores()),
         features=features(info),
-        memory_bytes=int(min(memory.total, limit)),
-        available_bytes=int(min(memory.available, cgroup_available())),
+        memory_bytes=int(min(total, limit)),
+        available_bytes=int(min(available, cgroup_available())),
     )
 
 
@@ -101,10 +99,24 @@ def physical_cores(
         root: where the system describes them.
     """
     if cpus is None:
+        import psutil
+
         return psutil.cpu_count(logical=False) or os.cpu_count() or 1
     # A processor whose topology is not told (in some sandboxes) counts as a core of its own.
     siblings = {_read(root / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
     return len(siblings)
+
+
+def memory() -> tuple[int, int]:
+    """Return the bytes of memory that there are, and those that can be had without swapping."""
+    info = _fields(_read(Path("/proc/meminfo")))
+    if "MemTotal" in info and "MemAvailable" in info:
+        total, available = (int(info[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+        return 1024 * total, 1024 * available  # "kB" there
+    import psutil  # not Linux
+
+    found = psutil.virtual_memory()
+    return found.total, found.available
 
 
 def cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -160,8 +172,8 @@ def _cgroups(root: Path) -> list[Path]:
     return directories
 
 
-def _cpuinfo(text: str) -> dict[str, str]:
-    """Return the fields of the first processor in the text of ``/proc/cpuinfo``."""
+def _fields(text: str) -> dict[str, str]:
+    """Return the values of ``key: value`` lines; of several with one key, the first."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, colon, value = line.partition(":")

@@ -16,7 +16,7 @@ from edgevl.checkpoint.config import ModelConfig, parse_config
 from edgevl.checkpoint.gptq import GPTQWeight, packed_shapes
 from edgevl.checkpoint.jsonfile import parse_object, read_text
 from edgevl.checkpoint.layouts import LM_HEAD, TEXT, StoredNames, expected_tensors
-from edgevl.checkpoint.safetensors import FLOAT_TYPES, StoredTensor, Weights
+from edgevl.checkpoint.safetensors import FLOAT_TYPES, FilePlace, StoredTensor, Weights
 from edgevl.errors import CheckpointError
 
 #: Largest configuration file and largest other JSON file that is parsed, in bytes.
@@ -203,6 +203,18 @@ class Checkpoint:
         if len({part.dtype for part in parts}) == 1:
             return StoredTensor(parts[0].dtype, np.concatenate([part.data for part in parts]))
         return StoredTensor("F32", np.concatenate([part.to_float32() for part in parts]))
+
+    def place(self, name: str) -> FilePlace | None:
+        """Return where a tensor lies, or None if it is stored quantized or in several parts.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        self._require(name)
+        names = self._stored_names(name)
+        if len(names) > 1 or self._quantized_base(name) is not None:
+            return None
+        return self._weights.place(names[0])
 
     def gptq(self, name: str) -> GPTQWeight | None:
         """Return the packed form of a weight, or None if it is not quantized.

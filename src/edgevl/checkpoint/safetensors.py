@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import os
 import struct
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,24 @@ class StoredTensor:
         return aligned if data.ndim else aligned.reshape(())
 
 
+@dataclass(frozen=True)
+class FilePlace:
+    """Where the data of a tensor lies, for a reader that does without the memory map.
+
+    Attributes:
+        path: the file, for messages.
+        descriptor: the file open for reading, until it is closed here: a longer reader duplicates
+            it. What is read from it stays what has been checked, were the path's file replaced.
+        offset: of the data in the file, in bytes.
+        dtype: the tensor's safetensors type.
+    """
+
+    path: Path
+    descriptor: int
+    offset: int
+    dtype: str
+
+
 class SafetensorsFile(Mapping[str, StoredTensor]):
     """One file, opened and checked; a mapping of names to tensors.
 
@@ -126,15 +146,18 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
                 file.seek(8)
                 header = file.read(header_size)
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                descriptor = os.dup(file.fileno())
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+        self._map: mmap.mmap | None = mapped
+        self._descriptor = descriptor
+        self._close_descriptor = weakref.finalize(self, os.close, descriptor)
+        self._start = 8 + header_size
         try:
             self._entries = _parse_header(header, size - 8 - header_size, path)
         except CheckpointError:
-            mapped.close()
+            self.close()
             raise
-        self._map: mmap.mmap | None = mapped
-        self._start = 8 + header_size
 
     def __getitem__(self, name: str) -> StoredTensor:
         dtype, shape, offset = self._entries[name]
@@ -161,6 +184,13 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
         """Return a tensor's safetensors type."""
         return self._entries[name][0]
 
+    def place(self, name: str) -> FilePlace:
+        """Return where a tensor lies in the file."""
+        dtype, _, offset = self._entries[name]
+        if self._map is None:
+            raise ValueError(f"{self.path} is closed")
+        return FilePlace(self.path, self._descriptor, self._start + offset, dtype)
+
     def release(self) -> None:
         """Give back the memory of what has been read; it is read again when it is used again."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -168,6 +198,7 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
 
     def close(self) -> None:
         """Unmap the file; if views of it are alive, the last of them does so when it goes."""
+        self._close_descriptor()
         mapped, self._map = self._map, None
         if mapped is not None:
             with contextlib.suppress(BufferError):
@@ -312,6 +343,10 @@ class Weights(Mapping[str, StoredTensor]):
     def path(self, name: str) -> Path:
         """Return the file that holds a tensor."""
         return self._home[name].path
+
+    def place(self, name: str) -> FilePlace:
+        """Return where a tensor lies in its file."""
+        return self._home[name].place(name)
 
     @property
     def paths(self) -> list[Path]:

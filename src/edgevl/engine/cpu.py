@@ -67,8 +67,8 @@ class CpuModel:
         """Pack the weights of ``checkpoint``, or map them from its cache.
 
         Args:
-            checkpoint: an open checkpoint; its files stay mapped when it is closed, for the
-                embedding and the exact head.
+            checkpoint: an open checkpoint; when it is closed, the files with the embedding and
+                the exact head stay open here, as rows of these are read when they are used.
             max_context: most positions of one sequence; default and limit is what the model was
                 trained for. Memory follows use.
             chunk: positions computed at once by a prefill.
@@ -94,7 +94,10 @@ class CpuModel:
         check_memory(checkpoint, self.plan, precision, machine.available_bytes)
         self._team = _native.Team(self.threads)
         tensors = stored_tensors(checkpoint, self.plan)
-        checkpoint.release()  # before the weights come, so that the two do not add up
+        # Before the weights come, so that the two do not add up: parsing a large tokenizer.json
+        # leaves 100 MB of free memory behind that malloc would keep.
+        checkpoint.release()
+        _native.trim_heap()
         packed = packed_matrices(checkpoint, self.plan, precision, self._team)
         for matrix in self.plan.matrices:
             model, _, name = matrix.name.partition(".")
@@ -135,7 +138,7 @@ class CpuModel:
         return logits
 
     def weight_bytes(self) -> WeightBytes:
-        """Return what the weights take. The embedding is mapped and only its used rows are read."""
+        """Return what the weights take; of the embedding, only used rows are read."""
         return self._weight_bytes
 
 
@@ -314,12 +317,20 @@ def vision_config(checkpoint: Checkpoint) -> dict[str, float | str]:
 def stored_tensors(checkpoint: Checkpoint, plan: PackingPlan) -> dict[str, _native.Tensors]:
     """Return what is not packed by the names of the native models, under ``text``, ``vision``."""
     text = text_vectors(checkpoint)
-    embedding = convertible(checkpoint, EMBEDDING)
-    text["embedding"] = (embedding.dtype, embedding.data)
+    text["embedding"] = stored_rows(checkpoint, EMBEDDING)
     if plan.exact_head:
-        head = convertible(checkpoint, head_weight(checkpoint.config))
-        text["head_exact"] = (head.dtype, head.data)
+        text["head_exact"] = stored_rows(checkpoint, head_weight(checkpoint.config))
     return {"text": text, "vision": vision_vectors(checkpoint)}
+
+
+def stored_rows(checkpoint: Checkpoint, name: str) -> _native.Stored | _native.InFile:
+    """Return a weight for reading rows: where it lies in its file, if stored as it is needed."""
+    place = checkpoint.place(name)
+    if place is None or place.dtype == "F64":
+        tensor = convertible(checkpoint, name)
+        return tensor.dtype, tensor.data
+    count, size = checkpoint.shape(name)
+    return place.dtype, count, size, place.descriptor, place.offset, os.fsencode(place.path)
 
 
 def text_vectors(checkpoint: Checkpoint) -> _native.Tensors:
@@ -344,8 +355,13 @@ def text_vectors(checkpoint: Checkpoint) -> _native.Tensors:
             vectors[name + "gate_up_bias"] = np.stack(parts, axis=1).reshape(-1)
             stored[name + "down_bias"] = name + "mlp.down_proj.bias"
     for name, tensor in stored.items():
-        vectors[name] = checkpoint.tensor(TEXT + tensor)
+        vectors[name] = vector(checkpoint, TEXT + tensor)
     return vectors
+
+
+def vector(checkpoint: Checkpoint, name: str) -> Floats:
+    """Return a copy of a tensor as float32: a view would keep its file mapped."""
+    return np.array(checkpoint.tensor(name))
 
 
 def _panels(checkpoint: Checkpoint, name: str) -> Floats:
@@ -379,8 +395,8 @@ def vision_vectors(checkpoint: Checkpoint) -> _native.Tensors:
         if config.vision.use_qk_norm:
             parts |= {"q_norm": "attn.q_norm.weight", "k_norm": "attn.k_norm.weight"}
         stored |= {name + part: source + tensor for part, tensor in parts.items()}
-    vectors: _native.Tensors = {name: checkpoint.tensor(tensor) for name, tensor in stored.items()}
+    vectors: _native.Tensors = {name: vector(checkpoint, source) for name, source in stored.items()}
     embeddings = VISION + "embeddings."
-    vectors["class_embedding"] = checkpoint.tensor(embeddings + "class_embedding").reshape(-1)
-    vectors["position_embedding"] = checkpoint.tensor(embeddings + "position_embedding")[0]
+    vectors["class_embedding"] = vector(checkpoint, embeddings + "class_embedding").reshape(-1)
+    vectors["position_embedding"] = vector(checkpoint, embeddings + "position_embedding")[0]
     return vectors

@@ -287,7 +287,8 @@ class _Steps:
         self._generate = generate
         random = np.random.default_rng(0)
         vocabulary = model.checkpoint.config.text.vocab_size
-        # The same in every round: other tokens would map in other rows of the embedding.
+        # The same in every round: their rows of the embedding are read from a file, which the
+        # system may have to fetch the first time.
         self._token_ids = random.integers(vocabulary, size=longest, dtype=np.int64)
         size = model.checkpoint.config.vision.image_size
         self._tile = random.standard_normal((1, 3, size, size), dtype=np.float32)

@@ -39,8 +39,8 @@ def load(
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(locate(model))
+    prompts = PromptEncoder(checkpoint)  # first: what parsing takes is free again for the weights
     loaded = load_engine(checkpoint, engine, max_context, precision, threads)
-    prompts = PromptEncoder(checkpoint)
     return Model(checkpoint, loaded, prompts, load_ms=1000 * (time.perf_counter() - started))
 
 
