@@ -193,6 +193,12 @@ class Source {
   std::vector<Array> arrays_;
 };
 
+CacheFormat parse_cache_format(const std::string& name) {
+  if (name == "bf16") return CacheFormat::kBf16;
+  if (name == "int8") return CacheFormat::kInt8;
+  fail("config: kv_cache is '" + name + "'");
+}
+
 DecoderConfig decoder_config(const Source& source) {
   DecoderConfig config;
   config.hidden_size = source.setting<int>("hidden_size");
@@ -205,6 +211,7 @@ DecoderConfig decoder_config(const Source& source) {
   config.max_context = source.setting<int>("max_context");
   config.chunk = source.setting<int>("chunk");
   config.rms_norm_eps = source.setting<float>("rms_norm_eps");
+  config.kv_cache = parse_cache_format(source.setting<std::string>("kv_cache"));
   return config;
 }
 

@@ -52,12 +52,13 @@ def panel_rows(part):
 class RoundedReference(ReferenceEngine):
     """The reference engine, rounding activations where the native engine does.
 
-    Inputs of linear layers to int8, with a scale for each token and group, or to bfloat16; queries,
-    keys, values and the weights of attention to bfloat16.
+    Inputs of linear layers to int8, with a scale for each token and group, or to bfloat16; queries
+    and the weights of attention to bfloat16; keys and values to what ``kv_cache`` says.
     """
 
-    def __init__(self, dequantized, **options):
+    def __init__(self, dequantized, kv_cache="bf16", **options):
         super().__init__(dequantized, **options)
+        self.attention = {"bf16": bf16_attention, "int8": int8_attention}[kv_cache]
         self.matrices = {
             LM_HEAD if matrix.name == "text.head" else part.weight: matrix
             for matrix in dequantized.plan.matrices
@@ -81,7 +82,7 @@ class RoundedReference(ReferenceEngine):
         return self._weights[LM_HEAD] @ self.rounded(LM_HEAD, normed)
 
     def _decoder(self, x):
-        with mock.patch.object(ref, "attention", bf16_attention):
+        with mock.patch.object(ref, "attention", self.attention):
             return super()._decoder(x)
 
     def _encode_tile(self, pixels):
@@ -100,23 +101,40 @@ def to_int8(x, group):
     """Round to int8 with a scale for each group of the last axis, and back."""
     cols = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -cols % group)])
-    groups = padded.reshape(*x.shape[:-1], -1, group)
-    scales = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
-    integers = np.rint(groups / np.where(scales == 0, 1, scales))
-    return (integers * scales).reshape(padded.shape)[..., :cols].astype(np.float32)
+    integers, scales = int8_parts(padded.reshape(*x.shape[:-1], -1, group))
+    return (integers * scales).reshape(padded.shape)[..., :cols]
+
+
+def int8_parts(x):
+    """Round the last axis to int8: the integers, as float32, and their scale."""
+    scales = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    return np.rint(x / np.where(scales == 0, np.float32(1), scales)), scales
 
 
 def bf16_attention(query, key, value, allowed=None):
     """`reference.attention` with bfloat16 operands."""
+    ones = np.ones((*value.shape[:-1], 1), np.float32)
+    return rounded_attention(query, to_bf16(key), to_bf16(value), ones, allowed)
+
+
+def int8_attention(query, key, value, allowed=None):
+    """`reference.attention` with keys and values in int8; each has a scale of its own."""
+    keys, scales = int8_parts(key)
+    return rounded_attention(query, keys * scales, *int8_parts(value), allowed)
+
+
+def rounded_attention(query, key, value, value_scale, allowed):
+    """Attention with bfloat16 queries, and bfloat16 weights that bring the values' scales."""
     *batch, heads, tokens, head_dim = query.shape
     groups = key.shape[-3]
-    query, key, value = to_bf16(query), to_bf16(key), to_bf16(value)
+    query = to_bf16(query)
     query = query.reshape(*batch, groups, heads // groups, tokens, head_dim)
     key, value = key[..., :, None, :, :], value[..., :, None, :, :]
+    value_scale = value_scale[..., :, None, :, :].swapaxes(-1, -2)
     scores = query @ key.swapaxes(-1, -2) * np.float32(head_dim**-0.5)
     if allowed is not None:
         scores = np.where(allowed, scores, np.float32(-np.inf))
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    mixed = to_bf16(weights) @ value / weights.sum(axis=-1, keepdims=True)
+    mixed = to_bf16(weights * value_scale) @ value / weights.sum(axis=-1, keepdims=True)
     mixed = mixed.reshape(*batch, heads, tokens, head_dim)
     return mixed.swapaxes(-2, -3).reshape(*batch, tokens, heads * head_dim)

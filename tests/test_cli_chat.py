@@ -65,6 +65,7 @@ def test_answer_on_stdout_and_nothing_else(model, picture, capsys):
         "max_context": None,
         "precision": "auto",
         "threads": None,
+        "kv_cache": "bf16",
     }
     [call] = model.calls
     assert call["question"] == "What?"
@@ -76,7 +77,7 @@ def test_options_reach_the_model(model, picture):
         "chat m -q x --system S --think --max-tiles 3 --max-tokens 9 --temperature 0.5 --top-p .9"
     )
     args += " --top-k 8 --min-p .1 --repetition-penalty 1.1 --seed 7 --stop A --stop B --context 99"
-    args += " --engine cpu --precision int4 --threads 3"
+    args += " --engine cpu --precision int4 --threads 3 --kv-cache int8"
     assert cli.main([*args.split(), "-i", str(picture), "-i", str(picture)]) == 0
     [call] = model.calls
     assert len(call.pop("images")) == 2
@@ -100,6 +101,7 @@ def test_options_reach_the_model(model, picture):
         "max_context": 99,
         "precision": "int4",
         "threads": 3,
+        "kv_cache": "int8",
     }
 
 

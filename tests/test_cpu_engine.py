@@ -17,6 +17,7 @@ With `ReferenceEngine` itself, the engine must stay within what rounding implies
   o and down, and of gate and up, whose errors meet in a product; with bfloat16 everywhere also q,
   k, v and the weights of attention. A vision layer has one matrix in place of gate and up. Then the
   projector's two, or the head's.
+- An int8 cache rounds keys and values to int8, two roundings a layer.
 - Softmax and the gates amplify what they are given, by a factor that depends on the weights; it is
   taken to be 3 at most.
 """
@@ -34,7 +35,7 @@ import pytest
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, expected_tensors, parse_config
 from edgevl.checkpoint.layouts import EMBEDDING
-from edgevl.engine import ReferenceEngine, load_engine
+from edgevl.engine import KV_CACHE_FORMATS, ReferenceEngine, load_engine
 from edgevl.errors import CheckpointError, EdgeVLError
 
 native = pytest.importorskip("edgevl._native", reason="the native engine is not built")
@@ -65,8 +66,10 @@ def bound(precision, roundings):
     return 3 * share * math.sqrt(roundings)
 
 
-def text_bound(config, precision):
-    return bound(precision, (9 if precision == "bf16" else 5) * config.text.num_hidden_layers + 1)
+def text_bound(config, precision, kv_cache="bf16"):
+    layers = config.text.num_hidden_layers
+    others = bound(precision, (9 if precision == "bf16" else 5) * layers + 1)
+    return math.hypot(others, bound("int8", 2 * layers) if kv_cache == "int8" else 0)
 
 
 def vision_bound(config, precision):
@@ -112,11 +115,15 @@ def qwen3(mini_checkpoint):
 # --- the same numbers --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_text_agrees_with_the_reference(checkpoint, precision, team):
+@pytest.mark.parametrize(
+    ("precision", "kv_cache"), [("int8", "bf16"), ("bf16", "bf16"), ("bf16", "int8")]
+)
+def test_text_agrees_with_the_reference(checkpoint, precision, kv_cache, team):
     dequantized = Dequantized(checkpoint, precision, team)
-    rounded, exact = RoundedReference(dequantized), ReferenceEngine(dequantized)
-    engines = {isa: CpuModel(checkpoint, precision=precision, threads=2, isa=isa) for isa in ISAS}
+    rounded, exact = RoundedReference(dequantized, kv_cache), ReferenceEngine(dequantized)
+    options = {"precision": precision, "kv_cache": kv_cache, "threads": 2}
+    engines = {isa: CpuModel(checkpoint, **options, isa=isa) for isa in ISAS}
+    limit = text_bound(checkpoint.config, precision, kv_cache)
     shares = {isa: [] for isa in ISAS}
     for seed, length in enumerate(LENGTHS):
         ids = random_ids(checkpoint, length + 1, seed)
@@ -126,7 +133,7 @@ def test_text_agrees_with_the_reference(checkpoint, precision, team):
             prefilled = prefill(engine, ids[:-1])
             results.append(np.concatenate((prefilled, engine.decode(int(ids[-1])))))
         for isa, result in zip(ISAS, results[2:], strict=True):
-            assert off(result, results[1]) < text_bound(checkpoint.config, precision), (isa, length)
+            assert off(result, results[1]) < limit, (isa, length)
             shares[isa].append(off(result, results[0]))
     for isa in ISAS:
         assert some_close(shares[isa]), (isa, shares[isa])
@@ -214,19 +221,21 @@ def test_the_int4_head_is_exact_for_the_best(checkpoint, precision, team):
     assert some_close(other_shares)
 
 
+@pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_context_up_to_the_limit(checkpoint, isa, team):
+def test_every_context_up_to_the_limit(checkpoint, isa, kv_cache, team):
     """Through the blocks of the cache, a position at a time."""
     limit = 131
-    rounded = RoundedReference(Dequantized(checkpoint, "bf16", team), max_context=limit)
-    engine = CpuModel(checkpoint, limit, precision="bf16", threads=2, isa=isa).engine()
+    rounded = RoundedReference(Dequantized(checkpoint, "bf16", team), kv_cache, max_context=limit)
+    options = {"precision": "bf16", "kv_cache": kv_cache, "threads": 2, "isa": isa}
+    engine = CpuModel(checkpoint, limit, **options).engine()
     shares = []
     for token_id in random_ids(checkpoint, limit).tolist():
         expected = rounded.decode(token_id)
         shares.append(off(engine.decode(token_id), expected))
-    # Tipped roundings stay in the cache, but are few among its positions.
-    assert max(shares) < text_bound(checkpoint.config, "bf16")
-    assert np.median(shares) < 3 * CLOSE
+    # Tipped roundings stay in the cache, but are few among its positions; a step of int8 is larger.
+    assert max(shares) < text_bound(checkpoint.config, "bf16", kv_cache)
+    assert np.median(shares) < {"bf16": 3, "int8": 6}[kv_cache] * CLOSE
     assert engine.length == limit
     with pytest.raises(ValueError, match=f"exceed {limit}"):
         engine.decode(0)
@@ -235,30 +244,36 @@ def test_every_context_up_to_the_limit(checkpoint, isa, team):
 def test_a_long_context(qwen3, team):
     limit = 1100
     ids = random_ids(qwen3, limit)
-    engine = CpuModel(qwen3, limit, precision="bf16", threads=2).engine()
     expected = prefill(ReferenceEngine(Dequantized(qwen3, "bf16", team), chunk=256), ids)
-    assert off(prefill(engine, ids), expected) < text_bound(qwen3.config, "bf16")
-    assert engine.length == limit
+    for kv_cache in KV_CACHE_FORMATS:
+        model = CpuModel(qwen3, limit, precision="bf16", threads=2, kv_cache=kv_cache)
+        engine = model.engine()
+        share = off(prefill(engine, ids), expected)
+        assert share < text_bound(qwen3.config, "bf16", kv_cache), kv_cache
+        assert engine.length == limit
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_chunks_do_not_change_a_bit(qwen3, isa, precision):
+def test_chunks_do_not_change_a_bit(qwen3, isa, kv_cache, precision):
     ids = random_ids(qwen3, 70)
+    options = {"precision": precision, "kv_cache": kv_cache, "isa": isa, "threads": 2}
     whole, *others = (
-        prefill(CpuModel(qwen3, chunk=chunk, precision=precision, isa=isa, threads=2).engine(), ids)
+        prefill(CpuModel(qwen3, chunk=chunk, **options).engine(), ids)
         for chunk in (128, 1, 2, 15, 16, 17)
     )
     for logits in others:
         np.testing.assert_array_equal(logits, whole)
 
 
+@pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 @pytest.mark.parametrize("threads", [1, 3, 4])
-def test_threads_do_not_change_a_bit(checkpoint, threads):
+def test_threads_do_not_change_a_bit(checkpoint, threads, kv_cache):
     ids, tiles = random_ids(checkpoint, 40), random_tiles(checkpoint, 1)
     results = []
     for count in (2, threads):
-        engine = CpuModel(checkpoint, threads=count).engine()
+        engine = CpuModel(checkpoint, threads=count, kv_cache=kv_cache).engine()
         steps = [prefill(engine, ids[:35])]
         steps += [engine.decode(token_id).copy() for token_id in ids[35:].tolist()]
         results.append((np.array(steps), engine.encode_images(tiles)))
@@ -301,9 +316,10 @@ def test_gptq_agrees_with_the_reference(tmp_path, team, group_size):
 # --- sequences -----------------------------------------------------------------------------------
 
 
-def test_rewind_forgets_exactly_what_came_after(checkpoint):
+@pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
+def test_rewind_forgets_exactly_what_came_after(checkpoint, kv_cache):
     ids, other = random_ids(checkpoint, 90), random_ids(checkpoint, 90, seed=1)
-    model = CpuModel(checkpoint, threads=2)
+    model = CpuModel(checkpoint, threads=2, kv_cache=kv_cache)
     for kept in (0, 10, 63, 64, 65):
         engine, fresh = model.engine(), model.engine()
         prefill(engine, np.concatenate((ids[:kept], other)))
@@ -314,8 +330,9 @@ def test_rewind_forgets_exactly_what_came_after(checkpoint):
         np.testing.assert_array_equal(prefill(engine, ids[kept:]), prefill(fresh, ids[kept:]))
 
 
-def test_sequences_decoded_together_equal_those_decoded_alone(checkpoint):
-    model = CpuModel(checkpoint, precision="int8", threads=2)
+@pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
+def test_sequences_decoded_together_equal_those_decoded_alone(checkpoint, kv_cache):
+    model = CpuModel(checkpoint, precision="int8", threads=2, kv_cache=kv_cache)
     together, alone = ([model.engine() for _ in range(5)] for _ in range(2))
     for number, (one, other) in enumerate(zip(together, alone, strict=True)):
         ids = random_ids(checkpoint, 5 + 30 * number, number)
@@ -332,9 +349,10 @@ def test_sequences_decoded_together_equal_those_decoded_alone(checkpoint):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_extending_gives_the_bits_of_every_step(qwen3, isa, precision):
-    model = CpuModel(qwen3, precision=precision, isa=isa, threads=2)
+def test_extending_gives_the_bits_of_every_step(qwen3, isa, kv_cache, precision):
+    model = CpuModel(qwen3, precision=precision, kv_cache=kv_cache, isa=isa, threads=2)
     ids = random_ids(qwen3, 30)
     steps, extended = model.engine(), model.engine()
     prefill(steps, ids[:12])
@@ -518,6 +536,8 @@ def test_too_little_memory_gives_both_numbers(qwen3, monkeypatch):
 def test_wrong_arguments(qwen3, monkeypatch):
     with pytest.raises(EdgeVLError, match="precision 'int2' is unknown"):
         CpuModel(qwen3, precision="int2")
+    with pytest.raises(EdgeVLError, match="kv_cache 'int4' is unknown: choose bf16, int8"):
+        CpuModel(qwen3, kv_cache="int4")
     for threads in (0, 257):
         with pytest.raises(EdgeVLError, match=f"threads is {threads}"):
             CpuModel(qwen3, threads=threads)
@@ -558,3 +578,16 @@ def test_weight_bytes_are_those_of_the_matrices(qwen3):
     assert weights.embedding == 2 * text.vocab_size * text.hidden_size
     assert weights.cache_per_token == 2 * 2 * 2 * 32 * text.num_hidden_layers
     assert weights.vision > 0
+
+
+@pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
+def test_the_cache_takes_what_it_says(checkpoint, kv_cache):
+    engine = CpuModel(checkpoint, kv_cache=kv_cache, threads=1).engine()
+    engine.decode(1)
+    assert engine.cache.bytes == 64 * engine.weight_bytes().cache_per_token  # a block
+
+
+def test_the_native_decoder_knows_its_caches(qwen3):
+    config = cpu.decoder_config(qwen3, 8, 8, "fp8")
+    with pytest.raises(ValueError, match="kv_cache is 'fp8'"):
+        native.Decoder(config, {}, native.Team(1))

@@ -9,7 +9,7 @@ import edgevl
 from edgevl import cli
 from edgevl.checkpoint import Checkpoint
 from edgevl.cli import terminal
-from edgevl.engine import PRECISIONS, ReferenceEngine, load_engine, native_missing
+from edgevl.engine import KV_CACHE_FORMATS, PRECISIONS, ReferenceEngine, load_engine, native_missing
 from edgevl.errors import EdgeVLError
 
 needs_native = pytest.mark.skipif(
@@ -72,8 +72,8 @@ def test_without_the_native_engine_cpu_is_an_error(checkpoint, without_native, c
     assert capsys.readouterr().err.startswith("edgevl: error: the native engine is missing")
 
 
-@pytest.mark.parametrize("options", [{"precision": "int8"}, {"threads": 2}])
-def test_the_reference_has_no_precision_and_no_threads(checkpoint, options):
+@pytest.mark.parametrize("options", [{"precision": "int8"}, {"threads": 2}, {"kv_cache": "int8"}])
+def test_the_reference_has_none_of_the_native_options(checkpoint, options):
     with pytest.raises(EdgeVLError, match="computes in float32"):
         load_engine(checkpoint, "reference", **options)
 
@@ -87,5 +87,16 @@ def test_precision_reaches_the_engine(checkpoint, precision):
     assert engine.model.threads == 3
 
 
-def test_the_command_line_offers_every_precision():
+@needs_native
+def test_the_kv_cache_reaches_the_engine(checkpoint):
+    sizes = {}
+    for kv_cache in KV_CACHE_FORMATS:
+        engine = load_engine(checkpoint, kv_cache=kv_cache)
+        engine.decode(1)
+        sizes[kv_cache] = engine.cache.bytes
+    assert sizes["int8"] < 0.6 * sizes["bf16"]
+
+
+def test_the_command_line_offers_every_choice():
     assert terminal.PRECISIONS == PRECISIONS
+    assert terminal.KV_CACHE_FORMATS == KV_CACHE_FORMATS

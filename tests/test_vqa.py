@@ -151,6 +151,7 @@ def test_eval_json(model, path, capsys):
         "max_context": None,
         "precision": "auto",
         "threads": None,
+        "kv_cache": "bf16",
     }
     assert model.calls[0]["images"] == [path.parent / "a.png"]
     assert model.calls[0]["max_tiles"] == 2

@@ -169,6 +169,13 @@ inline Pairs split(__m256i words) {
           _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000))))};
 }
 inline Pairs load_pairs(const std::uint8_t* x) { return split(load_bytes(x).bits); }
+inline Floats load_int8(const std::uint8_t* x) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+}
+inline Pairs load_int8_pairs(const std::uint8_t* x) {
+  return {load_int8(x), load_int8(x + kWidth)};
+}
 inline Pairs broadcast_pairs(const std::uint32_t* word) {
   return split(broadcast_bytes(word).bits);
 }

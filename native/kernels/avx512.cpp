@@ -76,6 +76,10 @@ inline void store_bytes(std::int8_t* out, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(x.bits));
 }
 
+inline Floats load_int8(const std::uint8_t* x) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
 inline Bytes load_bytes(const std::uint8_t* x) { return {_mm512_loadu_si512(x)}; }
 inline Bytes bytes_int8(const std::uint8_t* x) { return load_bytes(x); }
 inline Bytes either(Bytes a, Bytes b) { return {_mm512_or_si512(a.bits, b.bits)}; }
@@ -102,6 +106,12 @@ struct Pairs {
   __m512i bits;
 };
 inline Pairs load_pairs(const std::uint8_t* x) { return {_mm512_loadu_si512(x)}; }
+/// The low halves of the floats are zero: nothing is rounded.
+inline Pairs load_int8_pairs(const std::uint8_t* x) {
+  const __m512i first = _mm512_castps_si512(load_int8(x));
+  const __m512i second = _mm512_castps_si512(load_int8(x + kWidth));
+  return {_mm512_or_si512(_mm512_srli_epi32(first, 16), second)};
+}
 inline Pairs broadcast_pairs(const std::uint32_t* word) { return {broadcast_bytes(word).bits}; }
 inline Floats dot2(Floats sums, Pairs a, Pairs b) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a.bits), "v"(b.bits));
@@ -122,6 +132,9 @@ inline Pairs split(__m512i words) {
           _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))))};
 }
 inline Pairs load_pairs(const std::uint8_t* x) { return split(_mm512_loadu_si512(x)); }
+inline Pairs load_int8_pairs(const std::uint8_t* x) {
+  return {load_int8(x), load_int8(x + kWidth)};
+}
 inline Pairs broadcast_pairs(const std::uint32_t* word) {
   return split(broadcast_bytes(word).bits);
 }

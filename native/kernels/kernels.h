@@ -81,15 +81,18 @@ struct Kernels {
   /// Does to each of the first `tokens` rows of a tile y[tokens][32] what `finish` says.
   void (*finish)(const float* tile, int tokens, const Finish& finish);
 
-  // --- attention ---
+  // --- attention: by CacheFormat ---
 
-  /// Puts a key [head_dim] at a position (0 .. kCacheBlock - 1) of a cache block, as bfloat16.
-  void (*store_key)(const float* key, int head_dim, int position, std::uint32_t* block);
-  void (*store_value)(const float* value, int head_dim, int position, std::uint32_t* block);
+  /// Puts a key [head_dim] at a position (0 .. kCacheBlock - 1) of a cache block, rounded to
+  /// bfloat16, or to int8 as `quantize` does; one that is not finite has the scale NaN then.
+  void (*store_key[2])(const float* key, int head_dim, int position, std::uint32_t* block);
+  void (*store_value[2])(const float* value, int head_dim, int position, std::uint32_t* block);
 
-  /// Softmax attention. Query, keys, values and weights are bfloat16, sums float32. Positions that
-  /// are not visible may hold anything finite.
-  void (*attend)(const Attention& attention);
+  /// Softmax attention. Query, keys, values and weights are bfloat16, which holds every int8
+  /// exactly; sums are float32. In int8, scores take the scale of their key, and weights, before
+  /// they are rounded, that of their value. Positions that are not visible may hold anything
+  /// finite.
+  void (*attend[2])(const Attention& attention);
 
   // --- element by element ---
 

@@ -29,6 +29,7 @@
 //   low_nibbles, high_nibbles, bytes_int8, broadcast_bytes
 //   dot4                     (Ints sums, Bytes weights, Bytes signed activations)
 //   load_pairs, broadcast_pairs
+//   load_int8_pairs          kWidth int8 that are the first of each pair, then the second ones
 //   dot2                     (Floats sums, Pairs, Pairs)
 //   opaque                   makes the compiler forget what it knows about a register of bytes
 //   kBothNibbles             whether both nibbles of a line are best multiplied together, by
@@ -107,6 +108,24 @@ EDGEVL_INLINE void copy(void* to, const void* from) {
 
 // --- activations ---------------------------------------------------------------------------------
 
+/// What numbers are multiplied with to get int8, and with what these mean the numbers again.
+struct Scale {
+  float inverse, value;
+};
+
+/// The scale of x [n]: its largest magnitude / 127.
+EDGEVL_INLINE Scale scale_of(const float* x, int n) {
+  Ints top = splat(0);
+  sweep(n, [&](int i, auto lanes) { top = larger(top, magnitude(load(x + i, lanes))); });
+  const int bits = largest(top);
+  float most;
+  copy<float>(&most, &bits);
+  // The reciprocal of less would overflow.
+  if (most <= 1e-30f) return {0.0f, 0.0f};
+  // NaN ends here, and the scale carries it on.
+  return {most > 0.0f ? 127.0f / most : 0.0f, most / 127.0f};
+}
+
 /// Four words of four tokens.
 using Words = std::uint32_t __attribute__((vector_size(16)));
 
@@ -144,17 +163,9 @@ EDGEVL_INLINE void quantize_group(const float* x, std::size_t stride, int count,
   Ints totals[T];
   EDGEVL_UNROLL
   for (int t = 0; t < T; ++t) {
-    Ints top = splat(0);
-    sweep(count, [&](int i, auto lanes) {
-      top = larger(top, magnitude(load(x + t * stride + i, lanes)));
-    });
-    const int bits = largest(top);
-    float most;
-    copy<float>(&most, &bits);
-    // The reciprocal of less would overflow; NaN ends here too, and the scale carries it on.
-    const bool usable = most > 1e-30f;
-    inverse[t] = splat(usable ? 127.0f / most : 0.0f);
-    scales[t] = most <= 1e-30f ? 0.0f : most / 127.0f;
+    const Scale scale = scale_of(x + t * stride, count);
+    inverse[t] = splat(scale.inverse);
+    scales[t] = scale.value;
     totals[t] = splat(0);
   }
   constexpr int kStep = 16;
@@ -321,7 +332,9 @@ EDGEVL_INLINE void add_int8(Ints (&sums)[T][R], const std::uint8_t* const (&sour
 
 /// Lines of bfloat16 pairs that are `stride` bytes apart. Words are kLineStep apart from line to
 /// line, kTokenStep from token to token: [lines][T] by default. `ahead` bytes are fetched ahead.
-template <int T, int R, int kLineStep = T, int kTokenStep = 1>
+/// What is not bfloat16 yet becomes it by kLoad.
+template <int T, int R, int kLineStep = T, int kTokenStep = 1,
+          Pairs (*kLoad)(const std::uint8_t*) = load_pairs>
 EDGEVL_INLINE void add_bf16(Floats (&sums)[T][R], const std::uint8_t* const (&source)[R],
                             std::size_t stride, int lines, const std::uint32_t* words,
                             std::ptrdiff_t ahead = kAhead) {
@@ -330,7 +343,7 @@ EDGEVL_INLINE void add_bf16(Floats (&sums)[T][R], const std::uint8_t* const (&so
     EDGEVL_UNROLL
     for (int r = 0; r < R; ++r) {
       fetch(source[r] + i * stride, ahead);
-      line[r] = load_pairs(source[r] + i * stride);
+      line[r] = kLoad(source[r] + i * stride);
     }
     if constexpr (kLanesOfWords && kTokenStep == 1 && T % kWidth == 0) {
       EDGEVL_UNROLL
@@ -605,15 +618,36 @@ void tile_bf16(const Matrix& matrix, const std::uint8_t* panels, const Block& x,
 /// Channels of a query that are multiplied at once; their words fit into the scratch.
 constexpr int kQueryChannels = 128;
 
-// Half-words and whole words are stored one by one and nothing around them is touched, so that
-// positions may be stored by several threads at once.
-void store_key(const float* key, int head_dim, int position, std::uint32_t* block) {
+/// Where the pairs of a cache block lie, and how they are read.
+template <CacheFormat>
+struct Stored {
+  static constexpr int kPairBytes = 4;
+  static constexpr Pairs (*kLoad)(const std::uint8_t*) = load_pairs;
+  static EDGEVL_INLINE const std::uint8_t* pairs(const std::uint32_t* block) {
+    return reinterpret_cast<const std::uint8_t*>(block);
+  }
+};
+template <>
+struct Stored<CacheFormat::kInt8> {
+  static constexpr int kPairBytes = 2;
+  static constexpr Pairs (*kLoad)(const std::uint8_t*) = load_int8_pairs;
+  static EDGEVL_INLINE const std::uint8_t* pairs(const std::uint32_t* block) {
+    return reinterpret_cast<const std::uint8_t*>(block + kCacheBlock);
+  }
+  static EDGEVL_INLINE const float* scales(const std::uint32_t* block) {
+    return reinterpret_cast<const float*>(block);
+  }
+};
+
+// A position's bytes, half-words or words are stored one by one and nothing around them is touched,
+// so that positions may be stored by several threads at once.
+void store_key_bf16(const float* key, int head_dim, int position, std::uint32_t* block) {
   const int padded = round_up(head_dim, kLanes);
   std::uint32_t* words = block + position / kLanes * (padded / 2) * kLanes + position % kLanes;
   round_row(key, head_dim, words, kLanes);
 }
 
-void store_value(const float* value, int head_dim, int position, std::uint32_t* block) {
+void store_value_bf16(const float* value, int head_dim, int position, std::uint32_t* block) {
   const int padded = round_up(head_dim, kLanes);
   std::uint32_t* words = block + std::size_t(position / 2) * padded;
   sweep(head_dim, [&](int i, auto lanes) {
@@ -622,6 +656,43 @@ void store_value(const float* value, int head_dim, int position, std::uint32_t* 
     const int count = smaller_of(kWidth, head_dim - i);
     char* to = reinterpret_cast<char*>(words + i) + 2 * (position % 2);
     for (int k = 0; k < count; ++k) copy<std::uint16_t>(to + 4 * k, halves + k);
+  });
+}
+
+/// Quantizes x [n]: put(i, count, bytes) gets the int8 of every register's worth, and the scale
+/// goes to its place in the block. An infinite one becomes NaN: a score of minus infinity would
+/// hide it.
+template <class Put>
+EDGEVL_INLINE void store_int8(const float* x, int n, int position, std::uint32_t* block,
+                              const Put& put) {
+  const Scale found = scale_of(x, n);
+  const float scale = found.value + (found.value - found.value);
+  copy<float>(block + position, &scale);
+  const Floats inverse = splat(found.inverse);
+  sweep(n, [&](int i, auto lanes) {
+    alignas(64) std::int8_t bytes[kWidth];
+    store_bytes(bytes, to_int(load(x + i, lanes) * inverse));
+    put(i, smaller_of(kWidth, n - i), bytes);
+  });
+}
+
+void store_key_int8(const float* key, int head_dim, int position, std::uint32_t* block) {
+  const int group = position / kLanes, lane = position % kLanes;
+  auto* to = reinterpret_cast<std::int8_t*>(block + kCacheBlock) +
+             group * round_up(head_dim, kLanes) * kLanes + lane / kWidth * 2 * kWidth +
+             lane % kWidth;
+  store_int8(key, head_dim, position, block, [&](int i, int count, const std::int8_t* bytes) {
+    for (int k = 0; k < count; ++k) {
+      to[(i + k) / 2 * 2 * kLanes + (i + k) % 2 * kWidth] = bytes[k];
+    }
+  });
+}
+
+void store_value_int8(const float* value, int head_dim, int position, std::uint32_t* block) {
+  auto* to = reinterpret_cast<std::int8_t*>(block + kCacheBlock) +
+             position / 2 * round_up(head_dim, kLanes) * 2 + position % 2 * kWidth;
+  store_int8(value, head_dim, position, block, [&](int i, int, const std::int8_t* bytes) {
+    __builtin_memcpy(to + 2 * i, bytes, kWidth);  // channels are padded to whole registers
   });
 }
 
@@ -652,10 +723,10 @@ struct Weights {
 };
 
 /// Weights of the first `visible` scores, not normalised; those of the positions up to `padded` are
-/// zero. Returns the weights' sum.
-template <int T>
+/// zero. Returns the weights' sum. Only after that are weights of int8 values scaled for them.
+template <int T, CacheFormat kFormat>
 EDGEVL_INLINE float softmax(const float* scores, int visible, int padded, float scale,
-                            std::uint32_t* weights) {
+                            const std::uint32_t* const* values, std::uint32_t* weights) {
   const int whole = visible & ~(kWidth - 1);
   Floats tops[4];
   EDGEVL_UNROLL
@@ -682,10 +753,18 @@ EDGEVL_INLINE float softmax(const float* scores, int visible, int padded, float 
       }
     }
   };
+  const auto scaled = [&](int i, Floats weight, auto lanes) {
+    if constexpr (kFormat == CacheFormat::kInt8) {
+      const float* scales = Stored<kFormat>::scales(values[i / kCacheBlock]) + i % kCacheBlock;
+      return weight * load(scales, lanes);
+    } else {
+      return weight;
+    }
+  };
   for (int i = 0; i < whole; i += kWidth) {
     const Floats weight = exp2((load(scores + i) - top) * factor);
     total = total + weight;
-    put(i, weight);
+    put(i, scaled(i, weight, Count<kWidth>()));
   }
   for (int i = whole; i < padded; i += kWidth) {
     Floats weight = splat(0.0f);
@@ -693,8 +772,9 @@ EDGEVL_INLINE float softmax(const float* scores, int visible, int padded, float 
       alignas(64) float part[kWidth];
       store(part, exp2((load(scores + i, visible - i) - top) * factor));
       weight = load(part, visible - i);
+      total = total + weight;
+      weight = scaled(i, weight, visible - i);
     }
-    total = total + weight;
     put(i, weight);
   }
   return sum(total);
@@ -707,16 +787,19 @@ EDGEVL_INLINE std::ptrdiff_t to_next(const std::uint32_t* const* block, int inde
                         reinterpret_cast<std::uintptr_t>(block[index]));
 }
 
-/// scores[T][padded] = queries times keys, for `channels` channels from `channel` on.
-template <int T>
+/// scores[T][padded] = queries times keys, for `channels` channels from `channel` on; the last ones
+/// bring the keys' scales.
+template <int T, CacheFormat kFormat>
 EDGEVL_INLINE void add_scores(const Attention& a, const std::uint32_t* queries, int channel,
                               int channels, int padded, float* scores) {
   constexpr int kBlockRegisters = kCacheBlock / kWidth;
   constexpr int R = registers_for(T, kBlockRegisters);
-  const std::size_t group_words = std::size_t(round_up(a.head_dim, kLanes)) / 2 * kLanes;
+  constexpr int kPairBytes = Stored<kFormat>::kPairBytes;
+  const std::size_t group_pairs = std::size_t(round_up(a.head_dim, kLanes)) / 2 * kLanes;
   for (int position = 0; position < padded; position += kCacheBlock) {
     const int index = position / kCacheBlock;
-    const std::uint32_t* block = a.keys[index] + channel / 2 * kLanes;
+    const std::uint8_t* block =
+        Stored<kFormat>::pairs(a.keys[index]) + channel / 2 * kLanes * kPairBytes;
     const std::ptrdiff_t ahead = to_next(a.keys, index, padded / kCacheBlock);
     for (int first = 0; first < kBlockRegisters; first += R) {
       const std::uint8_t* source[R];
@@ -725,8 +808,7 @@ EDGEVL_INLINE void add_scores(const Attention& a, const std::uint32_t* queries, 
       EDGEVL_UNROLL
       for (int r = 0; r < R; ++r) {
         const int at = first + r;
-        source[r] = reinterpret_cast<const std::uint8_t*>(block + at / kRegisters * group_words +
-                                                          at % kRegisters * kWidth);
+        source[r] = block + (at / kRegisters * group_pairs + at % kRegisters * kWidth) * kPairBytes;
       }
       EDGEVL_UNROLL
       for (int t = 0; t < T; ++t) {
@@ -736,7 +818,19 @@ EDGEVL_INLINE void add_scores(const Attention& a, const std::uint32_t* queries, 
           sums[t][r] = channel == 0 ? splat(0.0f) : load(before);
         }
       }
-      add_bf16(sums, source, kLineBytes, channels / 2, queries, ahead);
+      add_bf16<T, R, T, 1, Stored<kFormat>::kLoad>(sums, source, kLanes * kPairBytes, channels / 2,
+                                                   queries, ahead);
+      if constexpr (kFormat == CacheFormat::kInt8) {
+        if (channel + channels == a.head_dim) {
+          EDGEVL_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const float* scales = Stored<kFormat>::scales(a.keys[index]);
+            const Floats scale = load(scales + (first + r) * kWidth);
+            EDGEVL_UNROLL
+            for (int t = 0; t < T; ++t) sums[t][r] = sums[t][r] * scale;
+          }
+        }
+      }
       EDGEVL_UNROLL
       for (int t = 0; t < T; ++t) {
         EDGEVL_UNROLL
@@ -748,24 +842,23 @@ EDGEVL_INLINE void add_scores(const Attention& a, const std::uint32_t* queries, 
 
 /// out = weights times values, normalised, for the channels from `channel` on, R registers of them
 /// at a time.
-template <int T, int R>
+template <int T, int R, CacheFormat kFormat>
 EDGEVL_INLINE void mix_values(const Attention& a, const std::uint32_t* weights,
                               const float* inverse, int visible, int channel) {
-  const std::size_t row_words = round_up(a.head_dim, kLanes);
+  constexpr int kPairBytes = Stored<kFormat>::kPairBytes;
+  const std::size_t row_bytes = round_up(a.head_dim, kLanes) * kPairBytes;
   for (; channel + (R - 1) * kWidth < a.head_dim; channel += R * kWidth) {
     Floats sums[T][R];
     clear(sums, splat(0.0f));
     for (int position = 0; position < visible; position += kCacheBlock) {
       const int index = position / kCacheBlock;
-      const std::uint32_t* block = a.values[index] + channel;
+      const std::uint8_t* block = Stored<kFormat>::pairs(a.values[index]) + channel * kPairBytes;
       const std::uint8_t* source[R];
       EDGEVL_UNROLL
-      for (int r = 0; r < R; ++r) {
-        source[r] = reinterpret_cast<const std::uint8_t*>(block + r * kWidth);
-      }
+      for (int r = 0; r < R; ++r) source[r] = block + r * kWidth * kPairBytes;
       const int positions = smaller_of(kCacheBlock, visible - position);
-      add_bf16<T, R, Weights<T>::kLineStep, Weights<T>::kRowStep>(
-          sums, source, 4 * row_words, (positions + 1) / 2, weights + position / 2 * T,
+      add_bf16<T, R, Weights<T>::kLineStep, Weights<T>::kRowStep, Stored<kFormat>::kLoad>(
+          sums, source, row_bytes, (positions + 1) / 2, weights + position / 2 * T,
           to_next(a.values, index, (visible + kCacheBlock - 1) / kCacheBlock));
     }
     EDGEVL_UNROLL
@@ -783,10 +876,10 @@ EDGEVL_INLINE void mix_values(const Attention& a, const std::uint32_t* weights,
       }
     }
   }
-  if constexpr (R > 1) mix_values<T, R / 2>(a, weights, inverse, visible, channel);
+  if constexpr (R > 1) mix_values<T, R / 2, kFormat>(a, weights, inverse, visible, channel);
 }
 
-template <int T>
+template <int T, CacheFormat kFormat>
 EDGEVL_NOINLINE void attend_of(const Attention& a) {
   int visible = 0;
   for (int t = 0; t < T; ++t) visible = a.visible[t] > visible ? a.visible[t] : visible;
@@ -797,19 +890,20 @@ EDGEVL_NOINLINE void attend_of(const Attention& a) {
   for (int channel = 0; channel < a.head_dim; channel += kQueryChannels) {
     const int channels = smaller_of(kQueryChannels, a.head_dim - channel);
     for (int t = 0; t < T; ++t) round_row(a.query[t] + channel, channels, queries + t, T);
-    add_scores<T>(a, queries, channel, channels, padded, scores);
+    add_scores<T, kFormat>(a, queries, channel, channels, padded, scores);
   }
   float inverse[T];
   for (int t = 0; t < T; ++t) {
     const float* row = scores + std::size_t(t) * padded;
-    inverse[t] =
-        1.0f / softmax<T>(row, a.visible[t], padded, a.scale, weights + t * Weights<T>::kRowStep);
+    inverse[t] = 1.0f / softmax<T, kFormat>(row, a.visible[t], padded, a.scale, a.values,
+                                            weights + t * Weights<T>::kRowStep);
   }
-  mix_values<T, registers_for(T, 8)>(a, weights, inverse, visible, 0);
+  mix_values<T, registers_for(T, 8), kFormat>(a, weights, inverse, visible, 0);
 }
 
+template <CacheFormat kFormat>
 void attend(const Attention& a) {
-  with_count(a.rows, [&](auto t) { attend_of<decltype(t)::value>(a); });
+  with_count(a.rows, [&](auto t) { attend_of<decltype(t)::value, kFormat>(a); });
 }
 
 // --- element by element --------------------------------------------------------------------------
@@ -996,9 +1090,9 @@ constexpr Kernels table(const char* name) {
           {row_int4, row_int8, row_bf16},
           {tile_int4, tile_int8, tile_bf16},
           finish,
-          store_key,
-          store_value,
-          attend,
+          {store_key_bf16, store_key_int8},
+          {store_value_bf16, store_value_int8},
+          {attend<CacheFormat::kBf16>, attend<CacheFormat::kInt8>},
           rms_norm,
           layer_norm,
           rotate,

@@ -72,12 +72,23 @@ struct Block {
 /// Positions in one block of the key/value cache.
 constexpr int kCacheBlock = 64;
 
+/// How the numbers of a key/value cache are stored.
+enum class CacheFormat : std::uint8_t {
+  kBf16,
+  kInt8,  ///< symmetric, -127..127, a scale for each position and head
+};
+
 /// Words of one head's keys, or of its values, in one cache block. `head_dim` is padded to 16.
 ///
-/// Keys: [kCacheBlock / 16][head_dim / 2][16], the word of two channels of a position.
-/// Values: [kCacheBlock / 2][head_dim], the word of a channel at two positions.
-constexpr std::size_t cache_words(int head_dim) {
-  return std::size_t(kCacheBlock) / 2 * ((head_dim + 15) / 16 * 16);
+/// Keys: [kCacheBlock / 16][head_dim / 2][16], the pair of two channels of a position.
+/// Values: [kCacheBlock / 2][head_dim], the pair of a channel at two positions.
+///
+/// kBf16: a pair is a word. kInt8: kCacheBlock float32 scales come first, then pairs of two bytes.
+/// They lie as they are computed with, so that no two instruction sets share a cache: for each
+/// register of lanes, the first bytes of all its pairs, then the second ones.
+constexpr std::size_t cache_words(int head_dim, CacheFormat format = CacheFormat::kBf16) {
+  const std::size_t pairs = std::size_t(kCacheBlock) / 2 * ((head_dim + 15) / 16 * 16);
+  return format == CacheFormat::kBf16 ? pairs : kCacheBlock + pairs / 2;
 }
 
 }  // namespace edgevl

@@ -110,6 +110,13 @@ struct Pairs {
   bfloat16x8_t halves;
 };
 inline Pairs load_pairs(const std::uint8_t* x) { return {vreinterpretq_bf16_u8(vld1q_u8(x))}; }
+/// The low halves of the floats are zero: nothing is rounded.
+inline Pairs load_int8_pairs(const std::uint8_t* x) {
+  const int16x8_t both = vmovl_s8(vreinterpret_s8_u8(vld1_u8(x)));
+  const uint32x4_t first = vreinterpretq_u32_f32(to_float(vmovl_s16(vget_low_s16(both))));
+  const uint32x4_t second = vreinterpretq_u32_f32(to_float(vmovl_high_s16(both)));
+  return {vreinterpretq_bf16_u32(vsriq_n_u32(second, first, 16))};
+}
 inline Pairs broadcast_pairs(const std::uint32_t* word) {
   return {vreinterpretq_bf16_u32(vld1q_dup_u32(word))};
 }
@@ -209,6 +216,10 @@ inline Pairs split(uint32x4_t words) {
           vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000)))};
 }
 inline Pairs load_pairs(const std::uint8_t* x) { return split(vreinterpretq_u32_u8(vld1q_u8(x))); }
+inline Pairs load_int8_pairs(const std::uint8_t* x) {
+  const int16x8_t both = vmovl_s8(vreinterpret_s8_u8(vld1_u8(x)));
+  return {to_float(vmovl_s16(vget_low_s16(both))), to_float(vmovl_high_s16(both))};
+}
 inline Pairs broadcast_pairs(const std::uint32_t* word) { return split(vld1q_dup_u32(word)); }
 inline Floats dot2(Floats sums, Pairs a, Pairs b) {
   return fma(a.even, b.even, fma(a.odd, b.odd, sums));

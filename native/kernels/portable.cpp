@@ -229,6 +229,14 @@ inline Pairs load_pairs(const std::uint8_t* x) {
   }
   return y;
 }
+inline Pairs load_int8_pairs(const std::uint8_t* x) {
+  Pairs y;
+  EDGEVL_EACH(i, kWidth) {
+    y.even[i] = std::int8_t(x[i]);
+    y.odd[i] = std::int8_t(x[kWidth + i]);
+  }
+  return y;
+}
 inline Pairs broadcast_pairs(const std::uint32_t* word) {
   std::uint32_t words[kWidth];
   EDGEVL_EACH(i, kWidth) words[i] = *word;

@@ -13,9 +13,9 @@ std::size_t blocks_of(int positions) {
 
 }  // namespace
 
-Cache::Cache(int layers, int kv_heads, int head_dim)
+Cache::Cache(int layers, int kv_heads, int head_dim, CacheFormat format)
     : kv_heads_(kv_heads),
-      head_words_(cache_words(head_dim)),
+      head_words_(cache_words(head_dim, format)),
       pointers_(static_cast<std::size_t>(layers) * kv_heads * 2) {
   block_words_ = pointers_.size() * head_words_;
 }

@@ -15,7 +15,7 @@ namespace edgevl {
 /// is one allocation; there are as many as the sequence needs.
 class Cache {
  public:
-  Cache(int layers, int kv_heads, int head_dim);
+  Cache(int layers, int kv_heads, int head_dim, CacheFormat format = CacheFormat::kBf16);
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
 

@@ -350,9 +350,10 @@ void Decoder::store(int layer, const Item& item) {
     float* key = qkv + c.key_row() + item.head * c.head_dim;
     place(key, w.k_norm);
     const int block = position / kCacheBlock, at = position % kCacheBlock;
-    kernels_.store_key(key, c.head_dim, at, keys[block]);
-    kernels_.store_value(qkv + c.value_row() + item.head * c.head_dim, c.head_dim, at,
-                         values[block]);
+    const int format = static_cast<int>(c.kv_cache);
+    kernels_.store_key[format](key, c.head_dim, at, keys[block]);
+    kernels_.store_value[format](qkv + c.value_row() + item.head * c.head_dim, c.head_dim, at,
+                                 values[block]);
   }
 }
 
@@ -375,7 +376,7 @@ void Decoder::attend(Member& member, int layer, const Item& item) {
     attention.visible[i] = span.position + row + 1;
     attention.out[i] = attended_.row(at) + head * c.head_dim;
   }
-  kernels_.attend(attention);
+  kernels_.attend[static_cast<int>(c.kv_cache)](attention);
 }
 
 /// Angles are products in float32, as in transformers.

@@ -33,6 +33,7 @@ struct DecoderConfig {
   int max_context = 0;  ///< most positions of a sequence
   int chunk = 0;        ///< most rows computed at once
   float rms_norm_eps = 0;
+  CacheFormat kv_cache = CacheFormat::kBf16;
 
   /// Rows of the fused projection before those of the keys, and of the values: each part is padded
   /// to whole panels.
@@ -74,7 +75,8 @@ class Sequence {
  private:
   friend class Decoder;
   Sequence(const DecoderConfig& config, std::uint64_t decoder)
-      : cache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim),
+      : cache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim,
+              config.kv_cache),
         decoder_(decoder) {}
   std::uint64_t decoder_;  ///< the number of the decoder it belongs to
 };

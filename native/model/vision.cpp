@@ -14,6 +14,9 @@ namespace {
 /// Positions that one item stores: a block of the cache, so that no two members write to one line.
 constexpr int kStoreRun = kCacheBlock;
 
+/// Of keys and values, which are read as soon as they are there: smaller ones would gain nothing.
+constexpr int kCacheFormat = static_cast<int>(CacheFormat::kBf16);
+
 /// Rows that go through the linear layers together: their activations stay in a core's cache while
 /// panel after panel is multiplied with them.
 constexpr int kChunk = 128;
@@ -223,8 +226,9 @@ void VisionEncoder::store(int head, int position) {
   const int head_dim = config_.head_dim();
   const float* key = qkv_.row(position) + config_.hidden_size + head * head_dim;
   const int block = position / kCacheBlock, at = position % kCacheBlock;
-  kernels_.store_key(key, head_dim, at, cache_.keys(0, head)[block]);
-  kernels_.store_value(key + config_.hidden_size, head_dim, at, cache_.values(0, head)[block]);
+  kernels_.store_key[kCacheFormat](key, head_dim, at, cache_.keys(0, head)[block]);
+  kernels_.store_value[kCacheFormat](key + config_.hidden_size, head_dim, at,
+                                     cache_.values(0, head)[block]);
 }
 
 void VisionEncoder::attend(Member& member, int head, int first, int rows) {
@@ -248,7 +252,7 @@ void VisionEncoder::attend(Member& member, int head, int first, int rows) {
     attention.visible[i] = c.positions();
     attention.out[i] = odd ? copy : out(i);
   }
-  kernels_.attend(attention);
+  kernels_.attend[kCacheFormat](attention);
   if (!odd) return;
   for (int i = 0; i < rows; ++i) std::copy_n(attention.out[i], head_dim, out(i));
 }

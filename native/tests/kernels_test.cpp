@@ -368,15 +368,31 @@ void test_damage(const Kernels& k) {
 
 // --- attention ---
 
+const char* name_of(CacheFormat format) {
+  return format == CacheFormat::kInt8 ? " int8 cache" : " bf16 cache";
+}
+
+/// Numbers as a cache holds them.
+std::vector<double> stored(CacheFormat format, const std::vector<float>& x) {
+  float most = 0;
+  for (float value : x) most = std::max(most, std::abs(value));
+  std::vector<double> result;
+  for (float value : x) {
+    const double whole = std::nearbyint(value * (127.0f / most));
+    result.push_back(format == CacheFormat::kInt8 ? whole * (most / 127.0f) : rounded(value));
+  }
+  return result;
+}
+
 struct Cache {
-  Cache(const Kernels& k, int positions, int head_dim) {
+  Cache(const Kernels& k, CacheFormat format, int positions, int head_dim) : format(format) {
     for (int p = 0; p < positions; ++p) {
       keys.push_back(floats(head_dim, 1.5f));
       values.push_back(floats(head_dim));
     }
     for (int b = 0; b * kCacheBlock < positions; ++b) {
       for (auto* blocks : {&key_blocks, &value_blocks}) {
-        blocks->push_back(std::make_unique<Aligned<std::uint32_t>>(cache_words(head_dim)));
+        blocks->push_back(std::make_unique<Aligned<std::uint32_t>>(cache_words(head_dim, format)));
       }
       key_pointers.push_back(key_blocks[b]->data);
       value_pointers.push_back(value_blocks[b]->data);
@@ -387,10 +403,11 @@ struct Cache {
   void store(const Kernels& k, int head_dim) {
     for (int p = int(keys.size()) - 1; p >= 0; --p) {
       const int b = p / kCacheBlock, at = p % kCacheBlock;
-      k.store_key(keys[p].data(), head_dim, at, key_blocks[b]->data);
-      k.store_value(values[p].data(), head_dim, at, value_blocks[b]->data);
+      k.store_key[int(format)](keys[p].data(), head_dim, at, key_blocks[b]->data);
+      k.store_value[int(format)](values[p].data(), head_dim, at, value_blocks[b]->data);
     }
   }
+  CacheFormat format;
   std::vector<std::vector<float>> keys, values;
   std::vector<std::unique_ptr<Aligned<std::uint32_t>>> key_blocks, value_blocks;
   std::vector<const std::uint32_t*> key_pointers, value_pointers;
@@ -398,16 +415,18 @@ struct Cache {
 
 /// Attention of rows that see so many positions, against double precision.
 ///
-/// Errors: a weight is rounded to bfloat16 (2^-8); a score of head_dim exact products is rounded
-/// once a product, then scaled, which moves its exponential by as much, relative; the exponential
-/// itself is good to 4e-7; float sums over the positions round once a position.
-void check_attention(const Kernels& k, int head_dim, const std::vector<int>& visible) {
+/// Errors: a weight, which brings the scale of an int8 value, is rounded to bfloat16 (2^-8); a
+/// score of head_dim exact products is rounded once a product, then scaled, once or twice, which
+/// moves its exponential by as much, relative; the exponential itself is good to 4e-7; float sums
+/// over the positions round once a position.
+void check_attention(const Kernels& k, CacheFormat format, int head_dim,
+                     const std::vector<int>& visible) {
   const int rows = int(visible.size());
   const int most = *std::max_element(visible.begin(), visible.end());
-  context = std::string(k.name) + " attention head_dim " + std::to_string(head_dim) + " rows " +
-            std::to_string(rows) + " visible " + std::to_string(visible[0]) + " .. " +
-            std::to_string(most);
-  Cache cache(k, most + 3, head_dim);
+  context = std::string(k.name) + name_of(format) + " attention head_dim " +
+            std::to_string(head_dim) + " rows " + std::to_string(rows) + " visible " +
+            std::to_string(visible[0]) + " .. " + std::to_string(most);
+  Cache cache(k, format, most + 3, head_dim);
   // A position too few or too many shows.
   for (int v : visible) {
     for (int p : {v - 1, v}) {
@@ -415,6 +434,9 @@ void check_attention(const Kernels& k, int head_dim, const std::vector<int>& vis
     }
   }
   cache.store(k, head_dim);
+  std::vector<std::vector<double>> keys, values;
+  for (const auto& key : cache.keys) keys.push_back(stored(format, key));
+  for (const auto& value : cache.values) values.push_back(stored(format, value));
 
   std::vector<std::vector<float>> query, out;
   Aligned<float> scratch(attention_scratch(rows, most));
@@ -436,7 +458,7 @@ void check_attention(const Kernels& k, int head_dim, const std::vector<int>& vis
     a.out[t] = out[t].data();
     a.visible[t] = visible[t];
   }
-  k.attend(a);
+  k.attend[int(format)](a);
 
   for (int t = 0; t < rows; ++t) {
     std::vector<double> weight(visible[t]);
@@ -444,7 +466,7 @@ void check_attention(const Kernels& k, int head_dim, const std::vector<int>& vis
     for (int p = 0; p < visible[t]; ++p) {
       double score = 0, magnitude = 0;
       for (int c = 0; c < head_dim; ++c) {
-        const double term = double(rounded(query[t][c])) * rounded(cache.keys[p][c]) * a.scale;
+        const double term = double(rounded(query[t][c])) * keys[p][c] * a.scale;
         score += term;
         magnitude += std::abs(term);
       }
@@ -459,7 +481,7 @@ void check_attention(const Kernels& k, int head_dim, const std::vector<int>& vis
     for (int c = 0; c < head_dim; ++c) {
       double expected = 0, magnitude = 0;
       for (int p = 0; p < visible[t]; ++p) {
-        const double term = weight[p] / total * rounded(cache.values[p][c]);
+        const double term = weight[p] / total * values[p][c];
         expected += term;
         magnitude += std::abs(term);
       }
@@ -468,27 +490,33 @@ void check_attention(const Kernels& k, int head_dim, const std::vector<int>& vis
   }
 }
 
-void test_attention(const Kernels& k) {
+void test_attention(const Kernels& k, CacheFormat format) {
+  const auto check = [&](int head_dim, const std::vector<int>& visible) {
+    check_attention(k, format, head_dim, visible);
+  };
   for (int head_dim : {2, 6, 16, 30, 32, 64, 80, 96, 128, 200}) {
-    for (int visible : {1, 2, 15, 17, 63, 64, 65, 200}) check_attention(k, head_dim, {visible});
+    for (int visible : {1, 2, 15, 17, 63, 64, 65, 200}) check(head_dim, {visible});
     std::vector<int> block;
     for (int t = 0; t < k.token_block; ++t) block.push_back(60 + t);  // causal, over a block's end
-    check_attention(k, head_dim, block);
+    check(head_dim, block);
   }
+  for (int visible = 1; visible <= 200; ++visible) check(30, {visible, 201 - visible});
   for (int rows = 1; rows <= k.token_block; ++rows) {
     std::vector<int> visible(rows, 100);
-    check_attention(k, 128, visible);  // the heads of a group: all see the same
+    check(128, visible);  // the heads of a group: all see the same
     for (int t = 0; t < rows; ++t) visible[t] = 1 + t * 7;
-    check_attention(k, 64, visible);
+    check(64, visible);
   }
-  check_attention(k, 128, {1000});
-  check_attention(k, 64, std::vector<int>(k.token_block, 1000));
-  check_attention(k, 80, {1000, 1, 63, 64});
+  check(128, {1000});
+  check(64, std::vector<int>(k.token_block, 1000));
+  check(80, {1000, 1, 63, 64});
 
   // Scores so far apart that all but one weight vanish, and damage that must show.
-  context = std::string(k.name) + " attention, extremes";
-  Cache cache(k, 70, 32);
+  context = std::string(k.name) + name_of(format) + " attention, extremes";
+  const auto attend = k.attend[int(format)];
+  Cache cache(k, format, 70, 32);
   for (float& value : cache.keys[40]) value = 100;
+  for (float& value : cache.keys[41]) value = 0;
   cache.store(k, 32);
   std::vector<float> query(32, 100.0f), out(32);
   Aligned<float> scratch(attention_scratch(1, 70));
@@ -501,16 +529,58 @@ void test_attention(const Kernels& k) {
               {70},
               {out.data()},
               scratch.data};
-  k.attend(a);
-  for (int c = 0; c < 32; ++c) CHECK_NEAR(out[c], rounded(cache.values[40][c]), 1e-6);
+  attend(a);
+  // The scale of an int8 value is rounded to bfloat16 with its weight, here 1.
+  const double relative = format == CacheFormat::kInt8 ? 1.0 / 256 : 0;
+  const std::vector<double> value = stored(format, cache.values[40]);
+  for (int c = 0; c < 32; ++c) CHECK_NEAR(out[c], value[c], relative * std::abs(value[c]) + 1e-6);
   query[3] = kNan;
-  k.attend(a);
+  attend(a);
   for (int c = 0; c < 32; ++c) CHECK(std::isnan(out[c]));
   query[3] = 100;
-  cache.keys[69][5] = kInfinity;
-  cache.store(k, 32);
-  k.attend(a);
-  for (int c = 0; c < 32; ++c) CHECK(!std::isfinite(out[c]));
+  for (float damage : {kInfinity, kNan}) {
+    cache.keys[69][5] = damage;
+    cache.store(k, 32);
+    attend(a);
+    for (int c = 0; c < 32; ++c) CHECK(!std::isfinite(out[c]));
+    cache.keys[69][5] = 0;
+    cache.values[40][5] = damage;
+    cache.store(k, 32);
+    attend(a);
+    CHECK(!std::isfinite(out[5]));
+    cache.values[40][5] = 0;
+  }
+}
+
+/// What a position writes: the bytes that are the same afterwards, whatever was there before. No
+/// two positions write the same ones, so that threads may store them at once.
+void test_positions_are_apart(const Kernels& k, CacheFormat format) {
+  for (int head_dim : {2, 30, 64, 80}) {
+    const std::size_t words = cache_words(head_dim, format);
+    const std::size_t least = head_dim * (format == CacheFormat::kInt8 ? 1 : 2);
+    for (const auto store : {k.store_key[int(format)], k.store_value[int(format)]}) {
+      context = std::string(k.name) + name_of(format) + " positions, head_dim " +
+                std::to_string(head_dim);
+      std::vector<int> writers(4 * words);
+      for (int position = 0; position < kCacheBlock; ++position) {
+        const std::vector<float> x = floats(head_dim);
+        Aligned<std::uint32_t> zeros(words), ones(words);
+        std::memset(static_cast<void*>(zeros.data), 0, 4 * words);
+        std::memset(static_cast<void*>(ones.data), 0xff, 4 * words);
+        store(x.data(), head_dim, position, zeros.data);
+        store(x.data(), head_dim, position, ones.data);
+        std::size_t written = 0;
+        for (std::size_t i = 0; i < 4 * words; ++i) {
+          const auto* one = reinterpret_cast<const std::uint8_t*>(zeros.data) + i;
+          const auto* other = reinterpret_cast<const std::uint8_t*>(ones.data) + i;
+          writers[i] += *one == *other;
+          written += *one == *other;
+        }
+        CHECK(written >= least);
+      }
+      CHECK(*std::max_element(writers.begin(), writers.end()) == 1);
+    }
+  }
 }
 
 // --- element by element ---
@@ -686,7 +756,10 @@ int main(int argc, char** argv) {
     test_round(k);
     test_products(k);
     test_damage(k);
-    test_attention(k);
+    for (CacheFormat format : {CacheFormat::kBf16, CacheFormat::kInt8}) {
+      test_attention(k, format);
+      test_positions_are_apart(k, format);
+    }
     for (int n : {1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 64, 65, 100, 1024}) {
       test_norms(k, n);
       test_elements(k, n);

@@ -21,7 +21,7 @@ from edgevl.cli.terminal import (
 from edgevl.errors import EdgeVLError
 
 if TYPE_CHECKING:
-    from edgevl.engine import Precision
+    from edgevl.engine import KVCacheFormat, Precision
 
 #: A question from standard input is read up to this size.
 MAX_QUESTION_BYTES = 1 << 20
@@ -119,6 +119,7 @@ def command(
     engine: str,
     context: int | None,
     precision: Precision,
+    kv_cache: KVCacheFormat,
     threads: int | None,
     as_json: bool,
     draw_boxes: Path | None,
@@ -158,7 +159,12 @@ def command(
 
         note(f"{'正在加载' if chinese() else 'loading'} {model} …")
         loaded = edgevl.load(
-            model, engine=engine, max_context=context, precision=precision, threads=threads
+            model,
+            engine=engine,
+            max_context=context,
+            precision=precision,
+            threads=threads,
+            kv_cache=kv_cache,
         )
         for line in loaded.engine.notes:
             note(line)

@@ -13,7 +13,7 @@ import click
 from edgevl.cli.terminal import engine_options, is_terminal, note, print_json, replacing
 
 if TYPE_CHECKING:
-    from edgevl.engine import Precision
+    from edgevl.engine import KVCacheFormat, Precision
 
 
 @click.command("eval")
@@ -50,6 +50,7 @@ def command(
     engine: str,
     context: int | None,
     precision: Precision,
+    kv_cache: KVCacheFormat,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -69,7 +70,12 @@ def command(
 
         note(f"loading {model} …")
         loaded = edgevl.load(
-            model, engine=engine, max_context=context, precision=precision, threads=threads
+            model,
+            engine=engine,
+            max_context=context,
+            precision=precision,
+            threads=threads,
+            kv_cache=kv_cache,
         )
         for line in loaded.engine.notes:
             note(line)

@@ -22,18 +22,27 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ENGINES = ("auto", "cpu", "reference")
 #: What it accepts as a precision.
 PRECISIONS = ("auto", "int4", "int8", "bf16")
+#: What it accepts as a format of keys and values.
+KV_CACHE_FORMATS = ("bf16", "int8")
 
 
 def engine_options(function: Function) -> Function:
     """Add what every command that runs a model takes: the arguments of ``edgevl.load``.
 
-    They arrive as ``engine``, ``context``, ``precision`` and ``threads``.
+    They arrive as ``engine``, ``context``, ``precision``, ``kv_cache`` and ``threads``.
     """
     function = click.option(
         "--threads",
         type=click.IntRange(1, 256),
         metavar="N",
         help="Threads that compute.  [default: one for each physical core]",
+    )(function)
+    function = click.option(
+        "--kv-cache",
+        type=click.Choice(KV_CACHE_FORMATS),
+        default="bf16",
+        show_default=True,
+        help="Keys and values in memory; int8 is half as large, which counts in long contexts.",
     )(function)
     function = click.option(
         "--precision",

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from edgevl.engine.base import Engine, EngineTimings, WeightBytes
+from edgevl.engine.base import KV_CACHE_FORMATS, Engine, EngineTimings, KVCacheFormat, WeightBytes
 from edgevl.engine.plan import PRECISIONS, Precision
 from edgevl.engine.reference import ReferenceEngine
 from edgevl.errors import EdgeVLError
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENGINES",
+    "KV_CACHE_FORMATS",
     "PRECISIONS",
     "Engine",
     "EngineTimings",
+    "KVCacheFormat",
     "Precision",
     "ReferenceEngine",
     "WeightBytes",
@@ -34,13 +36,14 @@ def load_engine(
     max_context: int | None = None,
     precision: Precision = "auto",
     threads: int | None = None,
+    kv_cache: KVCacheFormat = "bf16",
 ) -> Engine:
     """Load ``checkpoint`` into the engine of that name.
 
     ``auto`` is ``cpu`` or, where that cannot run, ``reference`` with a warning.
 
     Raises:
-        EdgeVLError: there is no such engine or precision, or a number is out of range.
+        EdgeVLError: an argument is not one of its choices, or a number is out of range.
     """
     if max_context is not None and max_context < 1:
         raise EdgeVLError(f"max_context is {max_context}: it must be at least 1")
@@ -51,7 +54,7 @@ def load_engine(
             log.warning("%s: answering with the slow reference engine, in float32", reason)
             return ReferenceEngine(checkpoint, max_context)
         engine = "cpu"
-    return ENGINES[engine](checkpoint, max_context, precision, threads)
+    return ENGINES[engine](checkpoint, max_context, precision, threads, kv_cache)
 
 
 def native_missing() -> str | None:
@@ -67,27 +70,37 @@ def native_missing() -> str | None:
 
 
 def _cpu(
-    checkpoint: Checkpoint, max_context: int | None, precision: Precision, threads: int | None
+    checkpoint: Checkpoint,
+    max_context: int | None,
+    precision: Precision,
+    threads: int | None,
+    kv_cache: KVCacheFormat,
 ) -> Engine:
     if reason := native_missing():
         raise EdgeVLError(reason)
     from edgevl.engine import cpu
 
-    return cpu.CpuModel(checkpoint, max_context, precision=precision, threads=threads).engine()
+    return cpu.CpuModel(
+        checkpoint, max_context, precision=precision, threads=threads, kv_cache=kv_cache
+    ).engine()
 
 
 def _reference(
-    checkpoint: Checkpoint, max_context: int | None, precision: Precision, threads: int | None
+    checkpoint: Checkpoint,
+    max_context: int | None,
+    precision: Precision,
+    threads: int | None,
+    kv_cache: KVCacheFormat,
 ) -> Engine:
-    if precision != "auto" or threads is not None:
+    if precision != "auto" or threads is not None or kv_cache != "bf16":
         raise EdgeVLError(
-            "the reference engine computes in float32, with NumPy's threads: leave precision and "
-            "threads out, or use engine cpu"
+            "the reference engine computes in float32, with NumPy's threads: leave precision, "
+            "threads and kv_cache out, or use engine cpu"
         )
     return ReferenceEngine(checkpoint, max_context)
 
 
-_Loader = Callable[["Checkpoint", "int | None", Precision, "int | None"], Engine]
+_Loader = Callable[["Checkpoint", "int | None", Precision, "int | None", KVCacheFormat], Engine]
 
 #: Engines by name, the preferred first.
 ENGINES: dict[str, _Loader] = {"cpu": _cpu, "reference": _reference}

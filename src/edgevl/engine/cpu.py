@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from edgevl import _native
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.layouts import EMBEDDING, PROJECTOR, TEXT, VISION
-from edgevl.engine.base import Engine, EngineTimings, Floats, WeightBytes
+from edgevl.engine.base import (
+    KV_CACHE_FORMATS,
+    Engine,
+    EngineTimings,
+    Floats,
+    KVCacheFormat,
+    WeightBytes,
+)
 from edgevl.engine.packed import convertible, packed_bytes, packed_matrices
 from edgevl.engine.plan import (
     PANEL,
@@ -62,6 +69,7 @@ class CpuModel:
         *,
         precision: Precision = "auto",
         threads: int | None = None,
+        kv_cache: KVCacheFormat = "bf16",
         isa: str = "",
     ) -> None:
         """Pack the weights of ``checkpoint``, or map them from its cache.
@@ -74,6 +82,8 @@ class CpuModel:
             chunk: positions computed at once by a prefill.
             precision: see `make_plan`.
             threads: how many compute; default is one for each physical core that may be used.
+            kv_cache: how keys and values are stored. ``int8`` takes half the memory of ``bf16``,
+                and a long context is read in less time.
             isa: instruction set; default is the environment's ``EDGEVL_ISA``, or else the best.
 
         Raises:
@@ -87,6 +97,10 @@ class CpuModel:
         self.threads = machine.threads if threads is None else threads
         if not 1 <= self.threads <= MAX_THREADS:
             raise EdgeVLError(f"threads is {threads}: it must be from 1 to {MAX_THREADS}")
+        if kv_cache not in KV_CACHE_FORMATS:
+            raise EdgeVLError(
+                f"kv_cache {kv_cache!r} is unknown: choose {', '.join(KV_CACHE_FORMATS)}"
+            )
         limit = config.text.max_position_embeddings
         self.max_context = min(max_context or limit, limit)
         self.chunk = min(chunk, self.max_context)
@@ -104,7 +118,7 @@ class CpuModel:
             data = packed[matrix.name]
             tensors[model][name] = (matrix.format, matrix.rows, matrix.cols, matrix.group, data)
         self.decoder = _native.Decoder(
-            decoder_config(checkpoint, self.max_context, self.chunk),
+            decoder_config(checkpoint, self.max_context, self.chunk, kv_cache),
             tensors["text"],
             self._team,
             self.instruction_set,
@@ -115,7 +129,7 @@ class CpuModel:
                 vision_config(checkpoint), tensors["vision"], self._team, self.instruction_set
             )
         self.path = checkpoint.path
-        self._weight_bytes = weight_bytes(checkpoint, self.plan)
+        self._weight_bytes = weight_bytes(checkpoint, self.plan, kv_cache)
 
     def engine(self) -> CpuEngine:
         """Return a new sequence."""
@@ -261,24 +275,27 @@ def check_memory(checkpoint: Checkpoint, plan: PackingPlan, precision: str, avai
         )
 
 
-def weight_bytes(checkpoint: Checkpoint, plan: PackingPlan) -> WeightBytes:
-    """Add up the packed matrices, and the embedding as it is stored."""
+def weight_bytes(checkpoint: Checkpoint, plan: PackingPlan, kv_cache: KVCacheFormat) -> WeightBytes:
+    """Add up the packed matrices, the embedding as it is stored, and a position of the cache."""
     text = checkpoint.config.text
     sizes = {matrix.name: packed_bytes(matrix) for matrix in plan.matrices}
-    key_and_value = 2 * text.num_key_value_heads * (-(-text.head_dim // 16) * 16)
+    padded = -(-text.head_dim // 16) * 16
+    vector = 2 * padded if kv_cache == "bf16" else padded + 4  # and a float32 scale
     return WeightBytes(
         vision=sum(size for name, size in sizes.items() if name.startswith("vision.")),
         text=sum(size for name, size in sizes.items() if name.startswith("text.")),
         embedding=convertible(checkpoint, EMBEDDING).data.nbytes,
-        cache_per_token=2 * key_and_value * text.num_hidden_layers,  # bfloat16
+        cache_per_token=2 * vector * text.num_key_value_heads * text.num_hidden_layers,
     )
 
 
 # --- what the native models are made of ------------------------------------------------------
 
 
-def decoder_config(checkpoint: Checkpoint, max_context: int, chunk: int) -> dict[str, float]:
-    """Return the sizes that the native decoder asks for."""
+def decoder_config(
+    checkpoint: Checkpoint, max_context: int, chunk: int, kv_cache: KVCacheFormat
+) -> dict[str, float | str]:
+    """Return the settings that the native decoder asks for."""
     text = checkpoint.config.text
     return {
         "hidden_size": text.hidden_size,
@@ -291,6 +308,7 @@ def decoder_config(checkpoint: Checkpoint, max_context: int, chunk: int) -> dict
         "max_context": max_context,
         "chunk": chunk,
         "rms_norm_eps": text.rms_norm_eps,
+        "kv_cache": kv_cache,
     }
 
 

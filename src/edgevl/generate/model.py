@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevl.checkpoint import Checkpoint, locate
-from edgevl.engine import Engine, Precision, load_engine
+from edgevl.engine import Engine, KVCacheFormat, Precision, load_engine
 from edgevl.generate.answer import Answer
 from edgevl.generate.decoding import AnswerGenerator
 from edgevl.generate.session import Session, Stream
@@ -20,6 +20,7 @@ def load(
     max_context: int | None = None,
     precision: Precision = "auto",
     threads: int | None = None,
+    kv_cache: KVCacheFormat = "bf16",
 ) -> Model:
     """Load a model.
 
@@ -31,6 +32,8 @@ def load(
         precision: of the weights in memory. ``auto`` takes 4-bit GPTQ as it is and everything else
             to INT8; ``int4``, ``int8`` and ``bf16`` round to that.
         threads: how many compute; default is one for each physical core that may be used.
+        kv_cache: how keys and values are stored. ``int8`` takes half the memory of ``bf16``, and a
+            long context is read in less time.
 
     Raises:
         CheckpointError: the checkpoint is missing, malformed, or not supported.
@@ -40,7 +43,7 @@ def load(
     started = time.perf_counter()
     checkpoint = Checkpoint.open(locate(model))
     prompts = PromptEncoder(checkpoint)  # first: what parsing takes is free again for the weights
-    loaded = load_engine(checkpoint, engine, max_context, precision, threads)
+    loaded = load_engine(checkpoint, engine, max_context, precision, threads, kv_cache)
     return Model(checkpoint, loaded, prompts, load_ms=1000 * (time.perf_counter() - started))
 
 
