@@ -53,7 +53,8 @@ class RoundedReference(ReferenceEngine):
     """The reference engine, rounding activations where the native engine does.
 
     Inputs of linear layers to int8, with a scale for each token and group, or to bfloat16; queries
-    and the weights of attention to bfloat16; keys and values to what ``kv_cache`` says.
+    and the weights of attention to bfloat16; keys and values to what ``kv_cache`` says. With int8
+    weights, queries and keys of the vision encoder to int8.
     """
 
     def __init__(self, dequantized, kv_cache="bf16", **options):
@@ -86,7 +87,9 @@ class RoundedReference(ReferenceEngine):
             return super()._decoder(x)
 
     def _encode_tile(self, pixels):
-        with mock.patch.object(ref, "attention", bf16_attention):
+        formats = {m.format for name, m in self.matrices.items() if name.endswith("qkv.weight")}
+        attention = int8_keys_attention if formats == {"int8"} else bf16_attention
+        with mock.patch.object(ref, "attention", attention):
             return super()._encode_tile(pixels)
 
 
@@ -114,20 +117,26 @@ def int8_parts(x):
 def bf16_attention(query, key, value, allowed=None):
     """`reference.attention` with bfloat16 operands."""
     ones = np.ones((*value.shape[:-1], 1), np.float32)
-    return rounded_attention(query, to_bf16(key), to_bf16(value), ones, allowed)
+    return rounded_attention(to_bf16(query), to_bf16(key), to_bf16(value), ones, allowed)
+
+
+def int8_keys_attention(query, key, value):
+    """`reference.attention` with queries and keys in int8, these less their mean."""
+    queries, keys = int8_parts(query), int8_parts(key - key.mean(axis=-2, keepdims=True))
+    ones = np.ones((*value.shape[:-1], 1), np.float32)
+    return rounded_attention(np.multiply(*queries), np.multiply(*keys), to_bf16(value), ones)
 
 
 def int8_attention(query, key, value, allowed=None):
     """`reference.attention` with keys and values in int8; each has a scale of its own."""
     keys, scales = int8_parts(key)
-    return rounded_attention(query, keys * scales, *int8_parts(value), allowed)
+    return rounded_attention(to_bf16(query), keys * scales, *int8_parts(value), allowed)
 
 
-def rounded_attention(query, key, value, value_scale, allowed):
-    """Attention with bfloat16 queries, and bfloat16 weights that bring the values' scales."""
+def rounded_attention(query, key, value, value_scale, allowed=None):
+    """Attention with bfloat16 weights that bring the values' scales."""
     *batch, heads, tokens, head_dim = query.shape
     groups = key.shape[-3]
-    query = to_bf16(query)
     query = query.reshape(*batch, groups, heads // groups, tokens, head_dim)
     key, value = key[..., :, None, :, :], value[..., :, None, :, :]
     value_scale = value_scale[..., :, None, :, :].swapaxes(-1, -2)

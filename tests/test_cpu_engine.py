@@ -73,7 +73,7 @@ def text_bound(config, precision, kv_cache="bf16"):
 
 
 def vision_bound(config, precision):
-    return bound(precision, (8 if precision == "bf16" else 4) * vision_layers(config) + 2)
+    return bound(precision, (8 if precision == "bf16" else 6) * vision_layers(config) + 2)
 
 
 def random_ids(checkpoint, count, seed=0):

@@ -94,6 +94,10 @@ struct Kernels {
   /// finite.
   void (*attend[2])(const Attention& attention);
 
+  /// The same with keys in Int8Keys and values in bfloat16. Queries are quantized as `quantize`
+  /// does; a head has at most kMaxInt8Channels.
+  void (*attend_int8_keys)(const Attention& attention);
+
   // --- element by element ---
 
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);

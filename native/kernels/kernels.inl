@@ -879,7 +879,68 @@ EDGEVL_INLINE void mix_values(const Attention& a, const std::uint32_t* weights,
   if constexpr (R > 1) mix_values<T, R / 2, kFormat>(a, weights, inverse, visible, channel);
 }
 
-template <int T, CacheFormat kFormat>
+/// scores[T][padded] = queries times INT8 keys, but for the scales of the queries.
+template <int T>
+EDGEVL_INLINE void int8_scores(const Attention& a, std::uint32_t* queries, int padded,
+                               float* scores, float* query_scales) {
+  constexpr int kBlockRegisters = kCacheBlock / kWidth;
+  constexpr int R = registers_for(T, kBlockRegisters);
+  const int cols = round_up(a.head_dim, 4), lines = cols / 4;
+  for (int t = 0; t < T; ++t) {
+    std::int32_t sum;
+    quantize_group<1>(a.query[t], 0, a.head_dim, cols, queries + t, T, query_scales + t, &sum);
+  }
+  // One factor of dot4 has no sign. It is the query's: keys have their sums at hand.
+  if constexpr (kByteOffset != 0) {
+    for (int i = 0; i < lines * T; ++i) queries[i] ^= 0x80808080;
+  }
+  for (int position = 0; position < padded; position += kCacheBlock) {
+    const Int8Keys keys(const_cast<std::uint32_t*>(a.keys[position / kCacheBlock]), a.head_dim);
+    for (int first = 0; first < kBlockRegisters; first += R) {
+      const std::uint8_t* source[R];
+      Floats scales[R];
+      Ints sums[T][R];
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int at = (first + r) * kWidth;
+        source[r] = reinterpret_cast<const std::uint8_t*>(keys.words(at / kLanes) + at % kLanes);
+        const Floats scale = load(keys.scales() + at);
+        scales[r] = scale + (scale - scale);  // NaN for infinity: the least score would hide it
+        Ints offset = splat(0);
+        if constexpr (kByteOffset != 0) {
+          copy<Ints>(&offset, keys.sums() + at);
+          offset = shift_left(subtract(splat(0), offset), 7);
+        }
+        EDGEVL_UNROLL
+        for (int t = 0; t < T; ++t) sums[t][r] = offset;
+      }
+      for (int i = 0; i < lines; ++i) {
+        Bytes line[R];
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) line[r] = load_bytes(source[r] + i * kLineBytes);
+        EDGEVL_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const Bytes x = broadcast_bytes(queries + i * T + t);
+          EDGEVL_UNROLL
+          for (int r = 0; r < R; ++r) {
+            sums[t][r] =
+                kByteOffset == 0 ? dot4(sums[t][r], line[r], x) : dot4(sums[t][r], x, line[r]);
+          }
+        }
+      }
+      float* out = scores + position + first * kWidth;
+      EDGEVL_UNROLL
+      for (int t = 0; t < T; ++t) {
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          store(out + std::size_t(t) * padded + r * kWidth, to_float(sums[t][r]) * scales[r]);
+        }
+      }
+    }
+  }
+}
+
+template <int T, CacheFormat kFormat, bool kInt8Keys>
 EDGEVL_NOINLINE void attend_of(const Attention& a) {
   int visible = 0;
   for (int t = 0; t < T; ++t) visible = a.visible[t] > visible ? a.visible[t] : visible;
@@ -887,23 +948,30 @@ EDGEVL_NOINLINE void attend_of(const Attention& a) {
   float* scores = a.scratch;
   auto* queries = reinterpret_cast<std::uint32_t*>(scores + std::size_t(T) * padded);
   auto* weights = queries + kMaxTokenBlock * (kQueryChannels / 2);
-  for (int channel = 0; channel < a.head_dim; channel += kQueryChannels) {
-    const int channels = smaller_of(kQueryChannels, a.head_dim - channel);
-    for (int t = 0; t < T; ++t) round_row(a.query[t] + channel, channels, queries + t, T);
-    add_scores<T, kFormat>(a, queries, channel, channels, padded, scores);
+  float scales[T];
+  if constexpr (kInt8Keys) {
+    int8_scores<T>(a, queries, padded, scores, scales);
+    for (float& scale : scales) scale *= a.scale;
+  } else {
+    for (float& scale : scales) scale = a.scale;
+    for (int channel = 0; channel < a.head_dim; channel += kQueryChannels) {
+      const int channels = smaller_of(kQueryChannels, a.head_dim - channel);
+      for (int t = 0; t < T; ++t) round_row(a.query[t] + channel, channels, queries + t, T);
+      add_scores<T, kFormat>(a, queries, channel, channels, padded, scores);
+    }
   }
   float inverse[T];
   for (int t = 0; t < T; ++t) {
     const float* row = scores + std::size_t(t) * padded;
-    inverse[t] = 1.0f / softmax<T, kFormat>(row, a.visible[t], padded, a.scale, a.values,
+    inverse[t] = 1.0f / softmax<T, kFormat>(row, a.visible[t], padded, scales[t], a.values,
                                             weights + t * Weights<T>::kRowStep);
   }
   mix_values<T, registers_for(T, 8), kFormat>(a, weights, inverse, visible, 0);
 }
 
-template <CacheFormat kFormat>
+template <CacheFormat kFormat, bool kInt8Keys = false>
 void attend(const Attention& a) {
-  with_count(a.rows, [&](auto t) { attend_of<decltype(t)::value, kFormat>(a); });
+  with_count(a.rows, [&](auto t) { attend_of<decltype(t)::value, kFormat, kInt8Keys>(a); });
 }
 
 // --- element by element --------------------------------------------------------------------------
@@ -1093,6 +1161,7 @@ constexpr Kernels table(const char* name) {
           {store_key_bf16, store_key_int8},
           {store_value_bf16, store_value_int8},
           {attend<CacheFormat::kBf16>, attend<CacheFormat::kInt8>},
+          attend<CacheFormat::kBf16, true>,
           rms_norm,
           layer_norm,
           rotate,

@@ -91,4 +91,33 @@ constexpr std::size_t cache_words(int head_dim, CacheFormat format = CacheFormat
   return format == CacheFormat::kBf16 ? pairs : kCacheBlock + pairs / 2;
 }
 
+/// Most channels of a head whose keys are multiplied in INT8.
+constexpr int kMaxInt8Channels = 256;
+
+/// Keys that are multiplied in INT8, where those of a whole sequence are there at once: a block of
+/// as many words as bfloat16 takes. Each 16 positions are what `Kernels::quantize` makes of them.
+class Int8Keys {
+ public:
+  [[gnu::always_inline]] Int8Keys(std::uint32_t* block, int head_dim)
+      : block_(block), cols_((head_dim + 3) / 4 * 4) {}
+
+  [[gnu::always_inline]] float* scales() const { return reinterpret_cast<float*>(block_); }
+  [[gnu::always_inline]] std::int32_t* sums() const {
+    return reinterpret_cast<std::int32_t*>(block_ + kCacheBlock);
+  }
+  /// [cols / 4][16] of 16 positions.
+  [[gnu::always_inline]] std::uint32_t* words(int group) const {
+    return block_ + 2 * kCacheBlock + std::size_t(group) * cols_ / 4 * kLanes;
+  }
+  /// The block of activations that 16 positions are.
+  [[gnu::always_inline]] Block positions(int group) const {
+    const int first = group * kLanes;
+    return {kLanes, cols_, cols_, words(group), scales() + first, sums() + first};
+  }
+
+ private:
+  std::uint32_t* block_;
+  int cols_;
+};
+
 }  // namespace edgevl

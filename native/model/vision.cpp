@@ -11,9 +11,6 @@
 namespace edgevl {
 namespace {
 
-/// Positions that one item stores: a block of the cache, so that no two members write to one line.
-constexpr int kStoreRun = kCacheBlock;
-
 /// Of keys and values, which are read as soon as they are there: smaller ones would gain nothing.
 constexpr int kCacheFormat = static_cast<int>(CacheFormat::kBf16);
 
@@ -85,6 +82,8 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, 
       team_(team),
       kernels_(kernels),
       padded_head_dim_((config.head_dim() + 1) / 2 * 2),
+      int8_keys_(config.head_dim() <= kMaxInt8Channels && !weights_.layers.empty() &&
+                 weights_.layers[0].qkv.matrix.format != Format::kBf16),
       products_(kernels, team.size(), kChunk),
       cache_(1, config.num_attention_heads, padded_head_dim_),
       scratch_(team.size()),
@@ -93,8 +92,7 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, 
   patches_ = Buffer<float>(
       std::max((positions - 1) * config.patch_values(), tokens * config.merged_size()));
   x_ = Activations(positions, config.hidden_size);
-  qkv_ = Activations(positions, 3 * config.hidden_size);
-  attended_ = Activations(positions, config.hidden_size);
+  qkv_ = Activations((positions + kLanes - 1) / kLanes * kLanes, 3 * config.hidden_size);
   cache_.reserve(config.positions());
   for (auto& odd : odd_) odd.reserve(kMaxTokenBlock * padded_head_dim_);
   for (auto& scratch : scratch_) {
@@ -197,7 +195,7 @@ void VisionEncoder::layer(Member& member, int index) {
   }
   attention(member);
   each_chunk(positions, [&](std::size_t first, int rows) {
-    products_.run(member, w.proj, {attended_.row(first), attended_.stride(), rows, c.hidden_size},
+    products_.run(member, w.proj, {qkv_.row(first), qkv_.stride(), rows, c.hidden_size},
                   {Finish::Kind::kAdd, x_.row(first), x_.stride(), c.hidden_size, w.ls1});
     products_.run(member, {w.fc1, Finish::Kind::kGelu, w.fc2, c.intermediate_size},
                   {x_.row(first), x_.stride(), rows, c.hidden_size, norm(w.norm2, w.norm2_bias)},
@@ -205,15 +203,11 @@ void VisionEncoder::layer(Member& member, int index) {
   });
 }
 
-/// Queries, keys and values in qkv_ to attended_; every position sees every other.
+/// Queries, keys and values in qkv_ to what is attended to, which takes the queries' place; every
+/// position sees every other.
 void VisionEncoder::attention(Member& member) {
   const int heads = config_.num_attention_heads, positions = config_.positions();
-  const int runs = (positions + kStoreRun - 1) / kStoreRun;
-  member.each(heads * runs, [&](int item) {
-    const int first = item % runs * kStoreRun;
-    const int last = std::min(first + kStoreRun, positions);
-    for (int position = first; position < last; ++position) store(item / runs, position);
-  });
+  member.each(heads, [&](int head) { store(head); });
   // Blocks of one head follow one another, so that its keys and values stay in the cache.
   const int size = kernels_.token_block, blocks = (positions + size - 1) / size;
   member.each(heads * blocks, [&](int item) {
@@ -222,13 +216,44 @@ void VisionEncoder::attention(Member& member) {
   });
 }
 
-void VisionEncoder::store(int head, int position) {
-  const int head_dim = config_.head_dim();
-  const float* key = qkv_.row(position) + config_.hidden_size + head * head_dim;
-  const int block = position / kCacheBlock, at = position % kCacheBlock;
-  kernels_.store_key[kCacheFormat](key, head_dim, at, cache_.keys(0, head)[block]);
-  kernels_.store_value[kCacheFormat](key + config_.hidden_size, head_dim, at,
-                                     cache_.values(0, head)[block]);
+/// A head's keys and values into the cache.
+void VisionEncoder::store(int head) {
+  const int hidden = config_.hidden_size, head_dim = config_.head_dim();
+  std::uint32_t* const* keys = cache_.keys(0, head);
+  std::uint32_t* const* values = cache_.values(0, head);
+  for (int position = 0; position < config_.positions(); ++position) {
+    const float* key = qkv_.row(position) + hidden + head * head_dim;
+    const int block = position / kCacheBlock, at = position % kCacheBlock;
+    if (!int8_keys_) kernels_.store_key[kCacheFormat](key, head_dim, at, keys[block]);
+    kernels_.store_value[kCacheFormat](key + hidden, head_dim, at, values[block]);
+  }
+  if (int8_keys_) quantize_keys(head);
+}
+
+/// Keys less their mean, which adds the same to all scores of a query and so changes no weight:
+/// what all keys have in common, such as a bias, would take the precision from what tells them
+/// apart. (SageAttention, arXiv 2410.02367)
+void VisionEncoder::quantize_keys(int head) {
+  const int positions = config_.positions(), head_dim = config_.head_dim();
+  const auto key = [&](int position) {
+    return qkv_.row(position) + config_.hidden_size + head * head_dim;
+  };
+  float mean[kMaxInt8Channels] = {};
+  for (int position = 0; position < positions; ++position) {
+    const float* x = key(position);
+    for (int c = 0; c < head_dim; ++c) mean[c] += x[c];
+  }
+  for (int c = 0; c < head_dim; ++c) mean[c] /= static_cast<float>(positions);
+  for (int position = 0; position < positions; ++position) {
+    float* x = key(position);
+    for (int c = 0; c < head_dim; ++c) x[c] -= mean[c];
+  }
+  constexpr int kGroups = kCacheBlock / kLanes;
+  for (int first = 0; first < positions; first += kLanes) {  // rows beyond the last are zero
+    const Int8Keys keys(cache_.keys(0, head)[first / kCacheBlock], head_dim);
+    kernels_.quantize(key(first), qkv_.stride(), head_dim,
+                      keys.positions(first / kLanes % kGroups));
+  }
 }
 
 void VisionEncoder::attend(Member& member, int head, int first, int rows) {
@@ -242,7 +267,6 @@ void VisionEncoder::attend(Member& member, int head, int first, int rows) {
   attention.scale = 1 / std::sqrt(static_cast<float>(head_dim));
   attention.scratch = scratch_[member.rank()].data();
   auto query = [&](int i) { return qkv_.row(first + i) + head * head_dim; };
-  auto out = [&](int i) { return attended_.row(first + i) + head * head_dim; };
   const bool odd = head_dim != padded_head_dim_;
   float* const copies = odd ? odd_[member.rank()].data() : nullptr;
   for (int i = 0; i < rows; ++i) {
@@ -250,11 +274,11 @@ void VisionEncoder::attend(Member& member, int head, int first, int rows) {
     if (odd) std::copy_n(query(i), head_dim, copy);  // its last channel stays zero
     attention.query[i] = odd ? copy : query(i);
     attention.visible[i] = c.positions();
-    attention.out[i] = odd ? copy : out(i);
+    attention.out[i] = odd ? copy : query(i);
   }
-  kernels_.attend[kCacheFormat](attention);
+  (int8_keys_ ? kernels_.attend_int8_keys : kernels_.attend[kCacheFormat])(attention);
   if (!odd) return;
-  for (int i = 0; i < rows; ++i) std::copy_n(attention.out[i], head_dim, out(i));
+  for (int i = 0; i < rows; ++i) std::copy_n(attention.out[i], head_dim, query(i));
 }
 
 /// Pixel shuffle: `downsample` patches along each axis become channels of one, (row, column,

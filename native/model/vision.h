@@ -87,7 +87,8 @@ class VisionEncoder {
   void embed_patches(Member& member, const float* pixels);
   void layer(Member& member, int index);
   void attention(Member& member);
-  void store(int head, int position);
+  void store(int head);
+  void quantize_keys(int head);
   void attend(Member& member, int head, int first, int rows);
   void merge_patches(Member& member);
   Norm norm(const float* weight, const float* bias) const;
@@ -98,13 +99,13 @@ class VisionEncoder {
   const Kernels& kernels_;
   std::mutex turn_;
 
-  int padded_head_dim_;  ///< even, as the kernels want it
+  int padded_head_dim_;   ///< even, as the kernels want it
+  const bool int8_keys_;  ///< whether scores are computed in INT8, as the linear layers are
   Products products_;
   Cache cache_;            ///< of one layer at a time
   Buffer<float> patches_;  ///< [patches, patch_values], then [image_tokens, merged_size]
   Activations x_;          ///< [positions, hidden_size]
-  Activations qkv_;        ///< [positions, 3 * hidden_size]
-  Activations attended_;   ///< [positions, hidden_size]
+  Activations qkv_;        ///< [positions, padded to 16; 3 * hidden_size]
   std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
   std::vector<Buffer<float>> odd_;  ///< for each member, queries of heads with an odd channel more
 };

@@ -368,31 +368,39 @@ void test_damage(const Kernels& k) {
 
 // --- attention ---
 
-const char* name_of(CacheFormat format) {
-  return format == CacheFormat::kInt8 ? " int8 cache" : " bf16 cache";
-}
+/// How attention is computed.
+struct Kind {
+  const char* name;
+  CacheFormat format;      ///< of the values, and of the keys if these are not
+  bool int8_keys = false;  ///< Int8Keys, and queries in INT8
+
+  auto attend(const Kernels& k) const {
+    return int8_keys ? k.attend_int8_keys : k.attend[int(format)];
+  }
+};
 
 /// Numbers as a cache holds them.
-std::vector<double> stored(CacheFormat format, const std::vector<float>& x) {
+std::vector<double> stored(bool int8, const std::vector<float>& x) {
   float most = 0;
   for (float value : x) most = std::max(most, std::abs(value));
   std::vector<double> result;
   for (float value : x) {
     const double whole = std::nearbyint(value * (127.0f / most));
-    result.push_back(format == CacheFormat::kInt8 ? whole * (most / 127.0f) : rounded(value));
+    result.push_back(int8 ? whole * (most / 127.0f) : rounded(value));
   }
   return result;
 }
 
 struct Cache {
-  Cache(const Kernels& k, CacheFormat format, int positions, int head_dim) : format(format) {
+  Cache(const Kernels& k, const Kind& kind, int positions, int head_dim) : kind(kind) {
     for (int p = 0; p < positions; ++p) {
       keys.push_back(floats(head_dim, 1.5f));
       values.push_back(floats(head_dim));
     }
     for (int b = 0; b * kCacheBlock < positions; ++b) {
       for (auto* blocks : {&key_blocks, &value_blocks}) {
-        blocks->push_back(std::make_unique<Aligned<std::uint32_t>>(cache_words(head_dim, format)));
+        blocks->push_back(
+            std::make_unique<Aligned<std::uint32_t>>(cache_words(head_dim, kind.format)));
       }
       key_pointers.push_back(key_blocks[b]->data);
       value_pointers.push_back(value_blocks[b]->data);
@@ -401,13 +409,24 @@ struct Cache {
   }
   /// In an order of its own, as threads would.
   void store(const Kernels& k, int head_dim) {
+    const int format = int(kind.format);
     for (int p = int(keys.size()) - 1; p >= 0; --p) {
       const int b = p / kCacheBlock, at = p % kCacheBlock;
-      k.store_key[int(format)](keys[p].data(), head_dim, at, key_blocks[b]->data);
-      k.store_value[int(format)](values[p].data(), head_dim, at, value_blocks[b]->data);
+      if (!kind.int8_keys) {
+        k.store_key[format](keys[p].data(), head_dim, at, key_blocks[b]->data);
+      }
+      k.store_value[format](values[p].data(), head_dim, at, value_blocks[b]->data);
+    }
+    for (int p = 0; kind.int8_keys && p < int(keys.size()); p += kLanes) {
+      std::vector<float> rows(kLanes * head_dim);
+      for (int i = 0; i < kLanes && p + i < int(keys.size()); ++i) {
+        std::copy_n(keys[p + i].data(), head_dim, rows.data() + i * head_dim);
+      }
+      const Int8Keys block(key_blocks[p / kCacheBlock]->data, head_dim);
+      k.quantize(rows.data(), head_dim, head_dim, block.positions(p % kCacheBlock / kLanes));
     }
   }
-  CacheFormat format;
+  Kind kind;
   std::vector<std::vector<float>> keys, values;
   std::vector<std::unique_ptr<Aligned<std::uint32_t>>> key_blocks, value_blocks;
   std::vector<const std::uint32_t*> key_pointers, value_pointers;
@@ -419,14 +438,14 @@ struct Cache {
 /// score of head_dim exact products is rounded once a product, then scaled, once or twice, which
 /// moves its exponential by as much, relative; the exponential itself is good to 4e-7; float sums
 /// over the positions round once a position.
-void check_attention(const Kernels& k, CacheFormat format, int head_dim,
+void check_attention(const Kernels& k, const Kind& kind, int head_dim,
                      const std::vector<int>& visible) {
   const int rows = int(visible.size());
   const int most = *std::max_element(visible.begin(), visible.end());
-  context = std::string(k.name) + name_of(format) + " attention head_dim " +
-            std::to_string(head_dim) + " rows " + std::to_string(rows) + " visible " +
-            std::to_string(visible[0]) + " .. " + std::to_string(most);
-  Cache cache(k, format, most + 3, head_dim);
+  context = std::string(k.name) + kind.name + " attention head_dim " + std::to_string(head_dim) +
+            " rows " + std::to_string(rows) + " visible " + std::to_string(visible[0]) + " .. " +
+            std::to_string(most);
+  Cache cache(k, kind, most + 3, head_dim);
   // A position too few or too many shows.
   for (int v : visible) {
     for (int p : {v - 1, v}) {
@@ -435,8 +454,9 @@ void check_attention(const Kernels& k, CacheFormat format, int head_dim,
   }
   cache.store(k, head_dim);
   std::vector<std::vector<double>> keys, values;
-  for (const auto& key : cache.keys) keys.push_back(stored(format, key));
-  for (const auto& value : cache.values) values.push_back(stored(format, value));
+  const bool int8_values = kind.format == CacheFormat::kInt8;
+  for (const auto& key : cache.keys) keys.push_back(stored(int8_values || kind.int8_keys, key));
+  for (const auto& value : cache.values) values.push_back(stored(int8_values, value));
 
   std::vector<std::vector<float>> query, out;
   Aligned<float> scratch(attention_scratch(rows, most));
@@ -458,15 +478,16 @@ void check_attention(const Kernels& k, CacheFormat format, int head_dim,
     a.out[t] = out[t].data();
     a.visible[t] = visible[t];
   }
-  k.attend[int(format)](a);
+  kind.attend(k)(a);
 
   for (int t = 0; t < rows; ++t) {
+    const std::vector<double> asked = stored(kind.int8_keys, query[t]);
     std::vector<double> weight(visible[t]);
     double top = -1e300, largest_term = 0;
     for (int p = 0; p < visible[t]; ++p) {
       double score = 0, magnitude = 0;
       for (int c = 0; c < head_dim; ++c) {
-        const double term = double(rounded(query[t][c])) * keys[p][c] * a.scale;
+        const double term = asked[c] * keys[p][c] * a.scale;
         score += term;
         magnitude += std::abs(term);
       }
@@ -490,9 +511,9 @@ void check_attention(const Kernels& k, CacheFormat format, int head_dim,
   }
 }
 
-void test_attention(const Kernels& k, CacheFormat format) {
+void test_attention(const Kernels& k, const Kind& kind) {
   const auto check = [&](int head_dim, const std::vector<int>& visible) {
-    check_attention(k, format, head_dim, visible);
+    check_attention(k, kind, head_dim, visible);
   };
   for (int head_dim : {2, 6, 16, 30, 32, 64, 80, 96, 128, 200}) {
     for (int visible : {1, 2, 15, 17, 63, 64, 65, 200}) check(head_dim, {visible});
@@ -512,9 +533,9 @@ void test_attention(const Kernels& k, CacheFormat format) {
   check(80, {1000, 1, 63, 64});
 
   // Scores so far apart that all but one weight vanish, and damage that must show.
-  context = std::string(k.name) + name_of(format) + " attention, extremes";
-  const auto attend = k.attend[int(format)];
-  Cache cache(k, format, 70, 32);
+  context = std::string(k.name) + kind.name + " attention, extremes";
+  const auto attend = kind.attend(k);
+  Cache cache(k, kind, 70, 32);
   for (float& value : cache.keys[40]) value = 100;
   for (float& value : cache.keys[41]) value = 0;
   cache.store(k, 32);
@@ -531,8 +552,9 @@ void test_attention(const Kernels& k, CacheFormat format) {
               scratch.data};
   attend(a);
   // The scale of an int8 value is rounded to bfloat16 with its weight, here 1.
-  const double relative = format == CacheFormat::kInt8 ? 1.0 / 256 : 0;
-  const std::vector<double> value = stored(format, cache.values[40]);
+  const bool int8_values = kind.format == CacheFormat::kInt8;
+  const double relative = int8_values ? 1.0 / 256 : 0;
+  const std::vector<double> value = stored(int8_values, cache.values[40]);
   for (int c = 0; c < 32; ++c) CHECK_NEAR(out[c], value[c], relative * std::abs(value[c]) + 1e-6);
   query[3] = kNan;
   attend(a);
@@ -554,13 +576,14 @@ void test_attention(const Kernels& k, CacheFormat format) {
 
 /// What a position writes: the bytes that are the same afterwards, whatever was there before. No
 /// two positions write the same ones, so that threads may store them at once.
-void test_positions_are_apart(const Kernels& k, CacheFormat format) {
+void test_positions_are_apart(const Kernels& k, const Kind& kind) {
+  const CacheFormat format = kind.format;
   for (int head_dim : {2, 30, 64, 80}) {
     const std::size_t words = cache_words(head_dim, format);
     const std::size_t least = head_dim * (format == CacheFormat::kInt8 ? 1 : 2);
     for (const auto store : {k.store_key[int(format)], k.store_value[int(format)]}) {
-      context = std::string(k.name) + name_of(format) + " positions, head_dim " +
-                std::to_string(head_dim);
+      context =
+          std::string(k.name) + kind.name + " positions, head_dim " + std::to_string(head_dim);
       std::vector<int> writers(4 * words);
       for (int position = 0; position < kCacheBlock; ++position) {
         const std::vector<float> x = floats(head_dim);
@@ -756,10 +779,12 @@ int main(int argc, char** argv) {
     test_round(k);
     test_products(k);
     test_damage(k);
-    for (CacheFormat format : {CacheFormat::kBf16, CacheFormat::kInt8}) {
-      test_attention(k, format);
-      test_positions_are_apart(k, format);
+    for (const Kind& kind :
+         {Kind{" bf16 cache", CacheFormat::kBf16}, Kind{" int8 cache", CacheFormat::kInt8}}) {
+      test_attention(k, kind);
+      test_positions_are_apart(k, kind);
     }
+    test_attention(k, {" int8 keys", CacheFormat::kBf16, true});
     for (int n : {1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 64, 65, 100, 1024}) {
       test_norms(k, n);
       test_elements(k, n);
