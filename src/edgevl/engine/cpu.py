@@ -42,8 +42,9 @@ from edgevl.machine import this_machine
 CHUNK = 128
 #: A longer prefill is cut into calls of this many positions, so that Ctrl-C is heard between them.
 INTERRUPTIBLE = 1024
-#: Most drafted tokens that are worth a step.
-MAX_DRAFT = 7
+#: Most drafted tokens of a step: with the token before them they fill whole matrix tiles, of 12
+#: tokens or of 6 or 4 as the instruction set has it. One more would begin another tile.
+MAX_DRAFT = 11
 
 
 class CpuModel:

@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 #: Lengths of the token sequences that are looked up, the most telling first.
-LENGTHS = (3, 2)
+LENGTHS = (4, 3, 2)
+#: Tokens of the first draft, and the least of one after a rejection.
+FIRST_DRAFT = 2
 #: Weight of the latest step in the running means.
 LATEST = 0.2
 #: Most opportunities that are passed over before speculation is tried again.
@@ -25,7 +27,8 @@ class PromptLookup:
     """Drafts the continuation of one answer, while that pays.
 
     It pays where a drafted step gives more tokens than plain steps would in the same time. Where it
-    does not, it pauses, ever longer.
+    does not, it pauses, ever longer. Drafts grow as long as they are right to their end, so that
+    trying costs little.
     """
 
     def __init__(self, token_ids: Sequence[int], max_draft: int) -> None:
@@ -36,6 +39,7 @@ class PromptLookup:
             max_draft: most tokens of a draft; with 0 there never is one.
         """
         self._max_draft = max_draft
+        self._length = FIRST_DRAFT
         self._tokens: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}
         self._plain_ms = 0.0
@@ -59,7 +63,7 @@ class PromptLookup:
 
     def draft(self, most: int) -> list[int]:
         """Return tokens that may come next: none, or up to ``most``."""
-        most = min(most, self._max_draft)
+        most = min(most, self._max_draft, self._length)
         if most <= 0:
             return []
         for length in LENGTHS:
@@ -83,6 +87,10 @@ class PromptLookup:
             share = LATEST if self._plain_ms else 1
             self._plain_ms += (elapsed_ms - self._plain_ms) * share
             return
+        if gained > drafted:
+            self._length = min(2 * self._length + 1, self._max_draft)  # a step of twice as many
+        else:
+            self._length = max(FIRST_DRAFT, gained)
         if not self._plain_ms:
             return
         saved_ms = gained * self._plain_ms - elapsed_ms
