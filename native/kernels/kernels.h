@@ -86,7 +86,9 @@ struct Kernels {
   /// Puts a key [head_dim] at a position (0 .. kCacheBlock - 1) of a cache block, rounded to
   /// bfloat16, or to int8 as `quantize` does; one that is not finite has the scale NaN then.
   void (*store_key[2])(const float* key, int head_dim, int position, std::uint32_t* block);
-  void (*store_value[2])(const float* value, int head_dim, int position, std::uint32_t* block);
+  /// The same with `count` values at consecutive positions, rows that are `stride` floats apart.
+  void (*store_values[2])(const float* values, std::size_t stride, int count, int head_dim,
+                          int position, std::uint32_t* block);
 
   /// Softmax attention. Query, keys, values and weights are bfloat16, which holds every int8
   /// exactly; sums are float32. In int8, scores take the scale of their key, and weights, before

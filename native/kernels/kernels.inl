@@ -647,9 +647,8 @@ void store_key_bf16(const float* key, int head_dim, int position, std::uint32_t*
   round_row(key, head_dim, words, kLanes);
 }
 
-void store_value_bf16(const float* value, int head_dim, int position, std::uint32_t* block) {
-  const int padded = round_up(head_dim, kLanes);
-  std::uint32_t* words = block + std::size_t(position / 2) * padded;
+EDGEVL_INLINE void store_half(const float* value, int head_dim, int position,
+                              std::uint32_t* words) {
   sweep(head_dim, [&](int i, auto lanes) {
     alignas(64) std::uint16_t halves[kWidth];
     store_bf16(halves, load(value + i, lanes));
@@ -657,6 +656,28 @@ void store_value_bf16(const float* value, int head_dim, int position, std::uint3
     char* to = reinterpret_cast<char*>(words + i) + 2 * (position % 2);
     for (int k = 0; k < count; ++k) copy<std::uint16_t>(to + 4 * k, halves + k);
   });
+}
+
+void store_values_bf16(const float* values, std::size_t stride, int count, int head_dim,
+                       int position, std::uint32_t* block) {
+  const int padded = round_up(head_dim, kLanes);
+  for (int p = position; p < position + count; ++p, values += stride) {
+    std::uint32_t* words = block + std::size_t(p / 2) * padded;
+    if (p % 2 == 1 || p + 1 == position + count) {
+      store_half(values, head_dim, p, words);
+      continue;
+    }
+    const float* next = values + stride;
+    sweep(head_dim, [&](int i, auto lanes) {
+      alignas(64) std::uint16_t low[kWidth], high[kWidth];
+      store_bf16(low, load(values + i, lanes));
+      store_bf16(high, load(next + i, lanes));
+      const int whole = smaller_of(kWidth, head_dim - i);
+      for (int k = 0; k < whole; ++k) words[i + k] = low[k] | std::uint32_t(high[k]) << 16;
+    });
+    ++p;
+    values = next;
+  }
 }
 
 /// Quantizes x [n]: put(i, count, bytes) gets the int8 of every register's worth, and the scale
@@ -688,12 +709,15 @@ void store_key_int8(const float* key, int head_dim, int position, std::uint32_t*
   });
 }
 
-void store_value_int8(const float* value, int head_dim, int position, std::uint32_t* block) {
-  auto* to = reinterpret_cast<std::int8_t*>(block + kCacheBlock) +
-             position / 2 * round_up(head_dim, kLanes) * 2 + position % 2 * kWidth;
-  store_int8(value, head_dim, position, block, [&](int i, int, const std::int8_t* bytes) {
-    __builtin_memcpy(to + 2 * i, bytes, kWidth);  // channels are padded to whole registers
-  });
+void store_values_int8(const float* values, std::size_t stride, int count, int head_dim,
+                       int position, std::uint32_t* block) {
+  for (int p = position; p < position + count; ++p, values += stride) {
+    auto* to = reinterpret_cast<std::int8_t*>(block + kCacheBlock) +
+               p / 2 * round_up(head_dim, kLanes) * 2 + p % 2 * kWidth;
+    store_int8(values, head_dim, p, block, [&](int i, int, const std::int8_t* bytes) {
+      __builtin_memcpy(to + 2 * i, bytes, kWidth);  // channels are padded to whole registers
+    });
+  }
 }
 
 /// 2^x to 2e-7, for x from -126 (what is less counts as that) to 127; NaN stays NaN.
@@ -1159,7 +1183,7 @@ constexpr Kernels table(const char* name) {
           {tile_int4, tile_int8, tile_bf16},
           finish,
           {store_key_bf16, store_key_int8},
-          {store_value_bf16, store_value_int8},
+          {store_values_bf16, store_values_int8},
           {attend<CacheFormat::kBf16>, attend<CacheFormat::kInt8>},
           attend<CacheFormat::kBf16, true>,
           rms_norm,

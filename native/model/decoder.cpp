@@ -337,6 +337,7 @@ void Decoder::store(int layer, const Item& item) {
   const int heads = c.num_attention_heads / c.num_key_value_heads;
   std::uint32_t* const* keys = span.cache->keys(layer, item.head);
   std::uint32_t* const* values = span.cache->values(layer, item.head);
+  const int format = static_cast<int>(c.kv_cache);
   for (int row = item.first; row < item.first + item.count; ++row) {
     const int position = span.position + row;
     const float* cos = cos_.data() + static_cast<std::size_t>(position) * c.head_dim / 2;
@@ -349,12 +350,13 @@ void Decoder::store(int layer, const Item& item) {
     for (int i = 0; i < heads; ++i) place(qkv + (item.head * heads + i) * c.head_dim, w.q_norm);
     float* key = qkv + c.key_row() + item.head * c.head_dim;
     place(key, w.k_norm);
-    const int block = position / kCacheBlock, at = position % kCacheBlock;
-    const int format = static_cast<int>(c.kv_cache);
-    kernels_.store_key[format](key, c.head_dim, at, keys[block]);
-    kernels_.store_value[format](qkv + c.value_row() + item.head * c.head_dim, c.head_dim, at,
-                                 values[block]);
+    kernels_.store_key[format](key, c.head_dim, position % kCacheBlock,
+                               keys[position / kCacheBlock]);
   }
+  const int first = span.position + item.first;
+  const float* value = qkv_.row(span.row + item.first) + c.value_row() + item.head * c.head_dim;
+  kernels_.store_values[format](value, qkv_.stride(), item.count, c.head_dim, first % kCacheBlock,
+                                values[first / kCacheBlock]);
 }
 
 void Decoder::attend(Member& member, int layer, const Item& item) {

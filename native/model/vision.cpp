@@ -221,11 +221,15 @@ void VisionEncoder::store(int head) {
   const int hidden = config_.hidden_size, head_dim = config_.head_dim();
   std::uint32_t* const* keys = cache_.keys(0, head);
   std::uint32_t* const* values = cache_.values(0, head);
-  for (int position = 0; position < config_.positions(); ++position) {
-    const float* key = qkv_.row(position) + hidden + head * head_dim;
-    const int block = position / kCacheBlock, at = position % kCacheBlock;
-    if (!int8_keys_) kernels_.store_key[kCacheFormat](key, head_dim, at, keys[block]);
-    kernels_.store_value[kCacheFormat](key + hidden, head_dim, at, values[block]);
+  for (int first = 0; first < config_.positions(); first += kCacheBlock) {
+    const int block = first / kCacheBlock;
+    const int count = std::min(kCacheBlock, config_.positions() - first);
+    const float* key = qkv_.row(first) + hidden + head * head_dim;
+    for (int i = 0; i < count && !int8_keys_; ++i) {
+      kernels_.store_key[kCacheFormat](key + i * qkv_.stride(), head_dim, i, keys[block]);
+    }
+    kernels_.store_values[kCacheFormat](key + hidden, qkv_.stride(), count, head_dim, 0,
+                                        values[block]);
   }
   if (int8_keys_) quantize_keys(head);
 }

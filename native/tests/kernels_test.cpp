@@ -415,7 +415,7 @@ struct Cache {
       if (!kind.int8_keys) {
         k.store_key[format](keys[p].data(), head_dim, at, key_blocks[b]->data);
       }
-      k.store_value[format](values[p].data(), head_dim, at, value_blocks[b]->data);
+      k.store_values[format](values[p].data(), 0, 1, head_dim, at, value_blocks[b]->data);
     }
     for (int p = 0; kind.int8_keys && p < int(keys.size()); p += kLanes) {
       std::vector<float> rows(kLanes * head_dim);
@@ -581,7 +581,13 @@ void test_positions_are_apart(const Kernels& k, const Kind& kind) {
   for (int head_dim : {2, 30, 64, 80}) {
     const std::size_t words = cache_words(head_dim, format);
     const std::size_t least = head_dim * (format == CacheFormat::kInt8 ? 1 : 2);
-    for (const auto store : {k.store_key[int(format)], k.store_value[int(format)]}) {
+    const auto store_key = k.store_key[int(format)];
+    const auto store_values = k.store_values[int(format)];
+    for (const bool is_key : {true, false}) {
+      const auto store = [&](const float* x, int position, std::uint32_t* block) {
+        is_key ? store_key(x, head_dim, position, block)
+               : store_values(x, 0, 1, head_dim, position, block);
+      };
       context =
           std::string(k.name) + kind.name + " positions, head_dim " + std::to_string(head_dim);
       std::vector<int> writers(4 * words);
@@ -590,8 +596,8 @@ void test_positions_are_apart(const Kernels& k, const Kind& kind) {
         Aligned<std::uint32_t> zeros(words), ones(words);
         std::memset(static_cast<void*>(zeros.data), 0, 4 * words);
         std::memset(static_cast<void*>(ones.data), 0xff, 4 * words);
-        store(x.data(), head_dim, position, zeros.data);
-        store(x.data(), head_dim, position, ones.data);
+        store(x.data(), position, zeros.data);
+        store(x.data(), position, ones.data);
         std::size_t written = 0;
         for (std::size_t i = 0; i < 4 * words; ++i) {
           const auto* one = reinterpret_cast<const std::uint8_t*>(zeros.data) + i;
@@ -602,6 +608,22 @@ void test_positions_are_apart(const Kernels& k, const Kind& kind) {
         CHECK(written >= least);
       }
       CHECK(*std::max_element(writers.begin(), writers.end()) == 1);
+    }
+    // Several values at once are stored as one after the other.
+    for (int first : {0, 1, 14}) {
+      for (int count : {1, 2, 3, 8, 17}) {
+        const int stride = head_dim + 5;
+        const std::vector<float> x = floats(count * stride);
+        Aligned<std::uint32_t> together(words), singly(words);
+        for (auto* block : {&together, &singly}) {
+          std::memset(static_cast<void*>(block->data), 0xff, 4 * words);
+        }
+        store_values(x.data(), stride, count, head_dim, first, together.data);
+        for (int i = 0; i < count; ++i) {
+          store_values(x.data() + i * stride, 0, 1, head_dim, first + i, singly.data);
+        }
+        CHECK(std::memcmp(together.data, singly.data, 4 * words) == 0);
+      }
     }
   }
 }
