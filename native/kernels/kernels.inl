@@ -247,7 +247,7 @@ void round_rows(const float* x, std::size_t stride, int cols, const Block& out) 
 
 /// How far ahead of the products a matrix is fetched. Processors do so by themselves for one token,
 /// but hardly look far enough when several tokens are multiplied with every line.
-constexpr std::ptrdiff_t kAhead = 4096;
+constexpr std::ptrdiff_t kAhead = 2048;
 
 EDGEVL_INLINE void fetch(const std::uint8_t* from, std::ptrdiff_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + ahead));
