@@ -88,12 +88,6 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, 
       cache_(1, config.num_attention_heads, padded_head_dim_),
       scratch_(team.size()),
       odd_(config.head_dim() % 2 ? team.size() : 0) {
-  const std::size_t positions = config.positions(), tokens = config.image_tokens();
-  patches_ = Buffer<float>(
-      std::max((positions - 1) * config.patch_values(), tokens * config.merged_size()));
-  x_ = Activations(positions, config.hidden_size);
-  qkv_ = Activations((positions + kLanes - 1) / kLanes * kLanes, 3 * config.hidden_size);
-  cache_.reserve(config.positions());
   for (auto& odd : odd_) odd.reserve(kMaxTokenBlock * padded_head_dim_);
   for (auto& scratch : scratch_) {
     scratch.reserve(attention_scratch(kernels.token_block, config.positions()));
@@ -109,14 +103,29 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, 
   products_.fit_second(weights_.projector_fc2.matrix);
 }
 
+/// Makes room for a tile's activations. Throws std::bad_alloc.
+void VisionEncoder::allocate() {
+  const std::size_t positions = config_.positions(), tokens = config_.image_tokens();
+  patches_ = Buffer<float>(
+      std::max((positions - 1) * config_.patch_values(), tokens * config_.merged_size()));
+  x_ = Activations(positions, config_.hidden_size);
+  qkv_ = Activations((positions + kLanes - 1) / kLanes * kLanes, 3 * config_.hidden_size);
+  cache_.reserve(config_.positions());
+}
+
 void VisionEncoder::encode(const float* pixels, int tiles, float* out) {
   std::lock_guard lock(turn_);
   const auto& c = config_;
+  allocate();
   const std::size_t tile = 3 * static_cast<std::size_t>(c.image_size) * c.image_size;
   const std::size_t features = static_cast<std::size_t>(c.image_tokens()) * c.text_hidden_size;
   for (int i = 0; i < tiles; ++i) {
     team_.run([&](Member& member) { encode_tile(member, pixels + i * tile, out + i * features); });
   }
+  // They are as large as a thousand positions of text, and not needed while an answer is generated.
+  patches_ = {};
+  x_ = {};
+  qkv_ = {};
 }
 
 /// Calls body(first, rows) for chunks of `count` rows, about equally long.

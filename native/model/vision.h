@@ -83,6 +83,7 @@ class VisionEncoder {
  private:
   template <class Body>
   void each_chunk(int count, Body&& body) const;
+  void allocate();
   void encode_tile(Member& member, const float* pixels, float* out);
   void embed_patches(Member& member, const float* pixels);
   void layer(Member& member, int index);
@@ -102,12 +103,14 @@ class VisionEncoder {
   int padded_head_dim_;   ///< even, as the kernels want it
   const bool int8_keys_;  ///< whether scores are computed in INT8, as the linear layers are
   Products products_;
-  Cache cache_;            ///< of one layer at a time
+  Cache cache_;                         ///< of one layer at a time
+  std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
+  std::vector<Buffer<float>> odd_;  ///< for each member, queries of heads with an odd channel more
+
+  // While tiles are encoded:
   Buffer<float> patches_;  ///< [patches, patch_values], then [image_tokens, merged_size]
   Activations x_;          ///< [positions, hidden_size]
   Activations qkv_;        ///< [positions, padded to 16; 3 * hidden_size]
-  std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
-  std::vector<Buffer<float>> odd_;  ///< for each member, queries of heads with an odd channel more
 };
 
 }  // namespace edgevl
