@@ -62,6 +62,10 @@ class Buffer {
     void* pages =
         ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (pages == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    // Fewer faults at the first use, and fewer misses of the address translation's cache.
+    if (bytes >= (std::size_t{4} << 20)) ::madvise(pages, bytes, MADV_HUGEPAGE);
+#endif
     return Memory(pages, Free{bytes});
   }
 

@@ -85,7 +85,6 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, 
       int8_keys_(config.head_dim() <= kMaxInt8Channels && !weights_.layers.empty() &&
                  weights_.layers[0].qkv.matrix.format != Format::kBf16),
       products_(kernels, team.size(), kChunk),
-      cache_(1, config.num_attention_heads, padded_head_dim_),
       scratch_(team.size()),
       odd_(config.head_dim() % 2 ? team.size() : 0) {
   for (auto& odd : odd_) odd.reserve(kMaxTokenBlock * padded_head_dim_);
@@ -110,7 +109,8 @@ void VisionEncoder::allocate() {
       std::max((positions - 1) * config_.patch_values(), tokens * config_.merged_size()));
   x_ = Activations(positions, config_.hidden_size);
   qkv_ = Activations((positions + kLanes - 1) / kLanes * kLanes, 3 * config_.hidden_size);
-  cache_.reserve(config_.positions());
+  cache_.emplace(1, config_.num_attention_heads, padded_head_dim_);
+  cache_->reserve(config_.positions());
 }
 
 void VisionEncoder::encode(const float* pixels, int tiles, float* out) {
@@ -126,6 +126,7 @@ void VisionEncoder::encode(const float* pixels, int tiles, float* out) {
   patches_ = {};
   x_ = {};
   qkv_ = {};
+  cache_.reset();
 }
 
 /// Calls body(first, rows) for chunks of `count` rows, about equally long.
@@ -228,8 +229,8 @@ void VisionEncoder::attention(Member& member) {
 /// A head's keys and values into the cache.
 void VisionEncoder::store(int head) {
   const int hidden = config_.hidden_size, head_dim = config_.head_dim();
-  std::uint32_t* const* keys = cache_.keys(0, head);
-  std::uint32_t* const* values = cache_.values(0, head);
+  std::uint32_t* const* keys = cache_->keys(0, head);
+  std::uint32_t* const* values = cache_->values(0, head);
   for (int first = 0; first < config_.positions(); first += kCacheBlock) {
     const int block = first / kCacheBlock;
     const int count = std::min(kCacheBlock, config_.positions() - first);
@@ -263,7 +264,7 @@ void VisionEncoder::quantize_keys(int head) {
   }
   constexpr int kGroups = kCacheBlock / kLanes;
   for (int first = 0; first < positions; first += kLanes) {  // rows beyond the last are zero
-    const Int8Keys keys(cache_.keys(0, head)[first / kCacheBlock], head_dim);
+    const Int8Keys keys(cache_->keys(0, head)[first / kCacheBlock], head_dim);
     kernels_.quantize(key(first), qkv_.stride(), head_dim,
                       keys.positions(first / kLanes % kGroups));
   }
@@ -273,8 +274,8 @@ void VisionEncoder::attend(Member& member, int head, int first, int rows) {
   const auto& c = config_;
   const int head_dim = c.head_dim();
   Attention attention;
-  attention.keys = cache_.keys(0, head);
-  attention.values = cache_.values(0, head);
+  attention.keys = cache_->keys(0, head);
+  attention.values = cache_->values(0, head);
   attention.head_dim = padded_head_dim_;
   attention.rows = rows;
   attention.scale = 1 / std::sqrt(static_cast<float>(head_dim));

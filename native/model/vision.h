@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -103,14 +104,14 @@ class VisionEncoder {
   int padded_head_dim_;   ///< even, as the kernels want it
   const bool int8_keys_;  ///< whether scores are computed in INT8, as the linear layers are
   Products products_;
-  Cache cache_;                         ///< of one layer at a time
   std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
   std::vector<Buffer<float>> odd_;  ///< for each member, queries of heads with an odd channel more
 
   // While tiles are encoded:
-  Buffer<float> patches_;  ///< [patches, patch_values], then [image_tokens, merged_size]
-  Activations x_;          ///< [positions, hidden_size]
-  Activations qkv_;        ///< [positions, padded to 16; 3 * hidden_size]
+  std::optional<Cache> cache_;  ///< of one layer at a time
+  Buffer<float> patches_;       ///< [patches, patch_values], then [image_tokens, merged_size]
+  Activations x_;               ///< [positions, hidden_size]
+  Activations qkv_;             ///< [positions, padded to 16; 3 * hidden_size]
 };
 
 }  // namespace edgevl
