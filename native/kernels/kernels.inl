@@ -516,7 +516,7 @@ template <int T, int R>
 EDGEVL_INLINE void start(Ints (&sums)[T][R], const std::int32_t* token_sums, int bits) {
   EDGEVL_UNROLL
   for (int t = 0; t < T; ++t) {
-    const Ints offset = shift_left(splat(-token_sums[t]), bits);
+    const Ints offset = subtract(splat(0), shift_left(splat(token_sums[t]), bits));
     EDGEVL_UNROLL
     for (int r = 0; r < R; ++r) sums[t][r] = offset;
   }

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "model/check.h"
 
 namespace edgevl {
 namespace {
@@ -16,18 +16,6 @@ constexpr int kStoreRun = kLanes;
 std::uint64_t next_number() {
   static std::atomic<std::uint64_t> number{0};
   return ++number;
-}
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-void check_matrix(const Linear& linear, const std::string& name, int rows, int cols) {
-  const Matrix& m = linear.matrix;
-  const int padded = describe(m.format, rows, cols, m.group).cols;
-  require(m.data && m.rows == rows && m.cols == padded,
-          name + " is " + std::to_string(m.rows) + " x " + std::to_string(m.cols) + ", expected " +
-              std::to_string(rows) + " x " + std::to_string(padded));
 }
 
 void check_rows(const Rows& matrix, const char* name, int rows, int cols) {

@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "model/pack.h"
+#include "model/check.h"
 
 namespace edgevl {
 namespace {
@@ -17,18 +16,6 @@ constexpr int kCacheFormat = static_cast<int>(CacheFormat::kBf16);
 /// Rows that go through the linear layers together: their activations stay in a core's cache while
 /// panel after panel is multiplied with them.
 constexpr int kChunk = 128;
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-void check_matrix(const Linear& linear, const std::string& name, int rows, int cols) {
-  const Matrix& m = linear.matrix;
-  const int padded = describe(m.format, rows, cols, m.group).cols;
-  require(m.data && m.rows == rows && m.cols == padded,
-          name + " is " + std::to_string(m.rows) + " x " + std::to_string(m.cols) + ", expected " +
-              std::to_string(rows) + " x " + std::to_string(padded));
-}
 
 VisionWeights checked(VisionWeights w, const VisionConfig& c) {
   check(c);
