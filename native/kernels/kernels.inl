@@ -44,7 +44,8 @@
 // the file, or the linker could take it for a processor that lacks the instructions: everything is
 // in the anonymous namespace, and no template of the standard library is used.
 
-#if defined(__clang__)
+#if defined(EDGEVL_UNROLL)  // by the instruction set's file
+#elif defined(__clang__)
 #define EDGEVL_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define EDGEVL_UNROLL _Pragma("GCC unroll 64")
@@ -993,9 +994,21 @@ EDGEVL_NOINLINE void attend_of(const Attention& a) {
   mix_values<T, registers_for(T, 8), kFormat>(a, weights, inverse, visible, 0);
 }
 
-template <CacheFormat kFormat, bool kInt8Keys = false>
+template <CacheFormat kFormat>
 void attend(const Attention& a) {
-  with_count(a.rows, [&](auto t) { attend_of<decltype(t)::value, kFormat, kInt8Keys>(a); });
+  with_count(a.rows, [&](auto t) { attend_of<decltype(t)::value, kFormat, false>(a); });
+}
+
+/// Whole sequences come in whole blocks but for the last one, which is not worth code of its own.
+void attend_int8_keys(const Attention& a) {
+  if (a.rows == kTokenBlock) return attend_of<kTokenBlock, CacheFormat::kBf16, true>(a);
+  Attention row = a;
+  for (int t = 0; t < a.rows; ++t) {
+    row.query[0] = a.query[t];
+    row.visible[0] = a.visible[t];
+    row.out[0] = a.out[t];
+    attend_of<1, CacheFormat::kBf16, true>(row);
+  }
 }
 
 // --- element by element --------------------------------------------------------------------------
@@ -1185,7 +1198,7 @@ constexpr Kernels table(const char* name) {
           {store_key_bf16, store_key_int8},
           {store_values_bf16, store_values_int8},
           {attend<CacheFormat::kBf16>, attend<CacheFormat::kInt8>},
-          attend<CacheFormat::kBf16, true>,
+          attend_int8_keys,
           rms_norm,
           layer_norm,
           rotate,

@@ -18,6 +18,8 @@ constexpr bool kBothNibbles = false;
 constexpr bool kLanesOfWords = false;
 constexpr bool kPairsOfTokens = false;
 
+// Lanes are loops, whose unrolling made this file as large as all others together.
+#define EDGEVL_UNROLL
 #define EDGEVL_EACH(i, n) for (int i = 0; i < (n); ++i)
 
 struct Floats {
