@@ -52,6 +52,11 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def _rate(rate: float) -> str:
+    """Three digits, or all of a whole number; nothing for what was not measured."""
+    return "" if rate == 0 else f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """Draw a bar for each stack, a chart for each step, longer is faster.
 
@@ -78,7 +83,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         rates = [scale / s["medians"][step] if step in s["medians"] else 0 for s in stacks]
         colours = ["tab:blue" if s["peer"] == "edgevl" else "0.7" for s in stacks]
         bars = axes.barh([s["name"] for s in stacks], rates, color=colours)
-        axes.bar_label(bars, [f"{rate:.3g}" if rate else "" for rate in rates], fontsize=8)
+        axes.bar_label(bars, [_rate(rate) for rate in rates], fontsize=8)
         axes.set_title(title, fontsize=10)
         axes.margins(x=0.18)
         axes.spines[["top", "right"]].set_visible(False)
