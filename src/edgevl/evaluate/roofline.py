@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 from edgevl.checkpoint import ModelConfig
 from edgevl.engine.base import WeightBytes
@@ -126,7 +126,7 @@ def plot_roofline(
 
 
 #: Labels lie some points beside what they name.
-_OFFSET = {"textcoords": "offset points", "fontsize": 8}
+_OFFSET: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 
 def require_matplotlib() -> None:
