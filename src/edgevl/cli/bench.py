@@ -73,7 +73,6 @@ def command(
     image: bool,
     runs: int,
     plot: Path | None,
-    context: int | None,
     as_json: bool,
     **loading: Any,
 ) -> None:
@@ -99,7 +98,7 @@ def command(
         load = edgevl.load  # imports what it needs, which is not part of loading a model
         note(f"loading {model} …")
         started = time.perf_counter()
-        loaded = load(model, max_context=context, **loading)
+        loaded = load(model, **loading)
         load_ms = 1000 * (time.perf_counter() - started)
         for line in loaded.engine.notes:
             note(line)

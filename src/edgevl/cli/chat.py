@@ -117,7 +117,7 @@ def command(
     think: bool,
     max_tiles: int | None,
     engine: str,
-    context: int | None,
+    max_context: int | None,
     precision: Precision,
     kv_cache: KVCacheFormat,
     threads: int | None,
@@ -161,7 +161,7 @@ def command(
         loaded = edgevl.load(
             model,
             engine=engine,
-            max_context=context,
+            max_context=max_context,
             precision=precision,
             threads=threads,
             kv_cache=kv_cache,

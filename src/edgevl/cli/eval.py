@@ -6,14 +6,11 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from edgevl.cli.terminal import engine_options, is_terminal, note, print_json, replacing
-
-if TYPE_CHECKING:
-    from edgevl.engine import KVCacheFormat, Precision
 
 
 @click.command("eval")
@@ -47,12 +44,8 @@ def command(
     max_tokens: int,
     max_tiles: int | None,
     save: Path | None,
-    engine: str,
-    context: int | None,
-    precision: Precision,
-    kv_cache: KVCacheFormat,
-    threads: int | None,
     as_json: bool,
+    **loading: Any,
 ) -> None:
     """Ask MODEL the questions of a file and print the share of right answers.
 
@@ -69,14 +62,7 @@ def command(
         import edgevl
 
         note(f"loading {model} …")
-        loaded = edgevl.load(
-            model,
-            engine=engine,
-            max_context=context,
-            precision=precision,
-            threads=threads,
-            kv_cache=kv_cache,
-        )
+        loaded = edgevl.load(model, **loading)
         for line in loaded.engine.notes:
             note(line)
         bar = stack.enter_context(

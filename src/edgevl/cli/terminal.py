@@ -27,9 +27,9 @@ KV_CACHE_FORMATS = ("bf16", "int8")
 
 
 def engine_options(function: Function) -> Function:
-    """Add what every command that runs a model takes: the arguments of ``edgevl.load``.
+    """Add what every command that runs a model takes, by the names that ``edgevl.load`` has for it.
 
-    They arrive as ``engine``, ``context``, ``precision``, ``kv_cache`` and ``threads``.
+    These are ``engine``, ``max_context``, ``precision``, ``kv_cache`` and ``threads``.
     """
     function = click.option(
         "--threads",
@@ -53,6 +53,7 @@ def engine_options(function: Function) -> Function:
     )(function)
     function = click.option(
         "--context",
+        "max_context",
         type=click.IntRange(min=1),
         metavar="N",
         help="Most tokens of prompt and answer together.  [default: the checkpoint's]",
