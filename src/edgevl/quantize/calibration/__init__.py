@@ -1,0 +1,1 @@
+"""What a model is calibrated on: conversations about pictures, and text."""
