@@ -1,5 +1,7 @@
 """Fixtures that all tests share: small checkpoints with random weights."""
 
+from dataclasses import replace
+
 import pytest
 
 from edgevl.checkpoint.presets import PRESETS
@@ -26,6 +28,38 @@ def mini_checkpoint(tmp_path_factory):
                 layout=layout,
                 dtype=dtype,
                 seed=seed,
+                base_vocabulary=PRESETS[preset].base_vocabulary,
+            )
+        return written[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantizable_checkpoint(tmp_path_factory):
+    """Return a function (preset="mini-qwen3", layout=…, dtype="fp32") -> directory.
+
+    The text model's sizes are those of the preset, rounded to multiples of 32. Directories are
+    shared: do not change their files.
+    """
+    written = {}
+
+    def make(preset="mini-qwen3", layout="internvl_chat", dtype="fp32"):
+        key = (preset, layout, dtype)
+        if key not in written:
+            config = PRESETS[preset].config
+            text = replace(
+                config.text,
+                hidden_size=64,
+                intermediate_size=192,
+                num_attention_heads=4,
+                head_dim=32,
+            )
+            written[key] = write_checkpoint(
+                replace(config, text=text),
+                tmp_path_factory.mktemp("quantizable") / preset,
+                layout=layout,
+                dtype=dtype,
                 base_vocabulary=PRESETS[preset].base_vocabulary,
             )
         return written[key]

@@ -193,16 +193,26 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or it is quantized (see ``gptq``).
         """
-        self._require(name)
-        names = self._stored_names(name)
-        if names[0] not in self._weights:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is stored quantized (GPTQ)")
-        parts = [self._weights[part] for part in names]
+        parts = list(self.parts(name).values())
         if len(parts) == 1:
             return parts[0]
         if len({part.dtype for part in parts}) == 1:
             return StoredTensor(parts[0].dtype, np.concatenate([part.data for part in parts]))
         return StoredTensor("F32", np.concatenate([part.to_float32() for part in parts]))
+
+    def parts(self, name: str) -> dict[str, StoredTensor]:
+        """Return what a tensor is made of on disk, by stored name, without a copy.
+
+        That is one tensor, or the three of q, k and v where they are stored apart.
+
+        Raises:
+            CheckpointError: there is no such tensor, or it is quantized (see ``gptq``).
+        """
+        self._require(name)
+        names = self._stored_names(name)
+        if names[0] not in self._weights:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is stored quantized (GPTQ)")
+        return {part: self._weights[part] for part in names}
 
     def place(self, name: str) -> FilePlace | None:
         """Return where a tensor lies, or None if it is stored quantized or in several parts.

@@ -110,6 +110,52 @@ def packed_shapes(outputs: int, inputs: int, config: GPTQConfig) -> dict[str, tu
     }
 
 
+def pack_layer(
+    integers: NDArray[np.int8], scales: NDArray[np.float32], bits: int
+) -> dict[str, NDArray[np.generic]]:
+    """Return the tensors of a symmetric linear layer, in the format ``gptq``.
+
+    Args:
+        integers: int8 [O, I], of ``bits`` bits, signed.
+        scales: float32 [O, J], each a float16, for J groups of consecutive inputs.
+        bits: 4 or 8.
+
+    Returns:
+        ``qweight`` int32 [I * bits / 32, O], ``qzeros`` int32 [J, O * bits / 32], ``scales``
+        float16 [J, O] and ``g_idx`` int32 [I].
+
+    Raises:
+        CheckpointError: the sizes are not multiples of what a 32-bit word holds.
+    """
+    outputs, inputs = integers.shape
+    groups = scales.shape[1]
+    middle = 1 << (bits - 1)
+    if inputs % (32 // bits) or outputs % (32 // bits):
+        raise CheckpointError(
+            f"{outputs} outputs and {inputs} inputs are not multiples of {32 // bits}, as "
+            f"{bits}-bit GPTQ needs"
+        )
+    offset = (integers.astype(np.int16) + middle).astype(np.uint8)
+    # The zero point is stored minus one: see `GPTQWeight.zeros`.
+    zeros = np.full((groups, outputs), middle - 1, np.uint8)
+    return {
+        "qweight": np.ascontiguousarray(pack(offset, bits).T).view(np.int32),
+        "qzeros": pack(zeros, bits).view(np.int32),
+        "scales": np.ascontiguousarray(scales.T.astype(np.float16)),
+        "g_idx": (np.arange(inputs) // (inputs // groups)).astype(np.int32),
+    }
+
+
+def pack(fields: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
+    """Put fields into 32-bit words, lowest bits first: uint8 [R, C] -> uint32 [R, C * bits / 32].
+
+    The inverse of `unpack`.
+    """
+    if bits == 4:
+        fields = fields[:, ::2] | fields[:, 1::2] << np.uint8(4)
+    return np.ascontiguousarray(fields).view("<u4")
+
+
 def unpack(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     """Take 32-bit words apart, lowest bits first: uint32 [R, C] -> uint8 [R, C * 32 / bits]."""
     # The bytes of a little-endian word are already in that order.

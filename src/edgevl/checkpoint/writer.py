@@ -7,13 +7,23 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 #: Bytes an element of a safetensors dtype takes.
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "U64": 8}
+ITEM_BYTES = {
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "F64": 8,
+    "I32": 4,
+    "I64": 8,
+    "U8": 1,
+    "I8": 1,
+    "U64": 8,
+}
 
 #: Like the Hub's checkpoints: larger ones are cut into files of this size.
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -60,6 +70,11 @@ def encode(values: NDArray[np.float32], dtype: str) -> bytes:
     return values.astype({"F16": "<f2", "F32": "<f4"}[dtype], copy=False).tobytes()
 
 
+def raw(array: NDArray[Any]) -> memoryview:
+    """Return the bytes of an array, without a copy where it is C-contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 def plan_shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
     """Cut a sequence of tensors, in order, into files of at most ``shard_bytes`` of data.
 
@@ -79,7 +94,7 @@ def plan_shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[Te
 def write_safetensors(
     directory: Path,
     tensors: Sequence[TensorSpec],
-    produce: Callable[[Sequence[TensorSpec]], Iterable[bytes]],
+    produce: Callable[[Sequence[TensorSpec]], Iterable[bytes | memoryview]],
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[int], object] | None = None,
 ) -> None:

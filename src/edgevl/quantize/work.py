@@ -1,0 +1,165 @@
+"""The directory of a quantization under way: what is done of it, so that it can be resumed.
+
+``OUT.partial`` holds ``run.json`` (what was asked for), ``layer-<n>.safetensors`` and ``.json``
+for each finished layer, and ``state-<n>.safetensors``: the residual streams before layer n. Every
+file is written beside and renamed, so one that is there is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgevl.checkpoint.safetensors import SafetensorsFile
+from edgevl.checkpoint.writer import TensorSpec, raw, write_file
+from edgevl.quantize.settings import QuantizationError
+
+#: safetensors' names of the types that are stored here.
+_TYPES = {"float16": "F16", "float32": "F32", "int8": "I8", "int32": "I32", "int64": "I64"}
+
+
+_CLOCK = "seconds.json"
+
+
+class WorkDirectory:
+    """The files of one run.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Use ``path``, which exists; see `opened`."""
+        self.path = path
+        self._begun = time.monotonic()
+        self._earlier_s = self.load_json(_CLOCK) if self.has(_CLOCK) else 0.0
+
+    def elapsed_s(self) -> float:
+        """Return the time spent, in earlier runs that were interrupted too, in seconds."""
+        return self._earlier_s + time.monotonic() - self._begun
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there, and so whole."""
+        return (self.path / name).is_file()
+
+    def save(self, name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Write a safetensors file.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        specs = [TensorSpec(n, _TYPES[t.dtype.name], t.shape) for n, t in tensors.items()]
+        with self._replacing(name) as path, path.open("wb") as file:
+            write_file(file, specs, map(raw, tensors.values()))
+
+    def open(self, name: str) -> SafetensorsFile:
+        """Open a safetensors file.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return SafetensorsFile(self.path / name)
+
+    def save_json(self, name: str, value: object) -> None:
+        """Write a JSON file."""
+        with self._replacing(name) as path:
+            path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+    def load_json(self, name: str) -> Any:
+        """Read a JSON file that `save_json` wrote."""
+        return json.loads((self.path / name).read_text("utf-8"))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[Path]:
+        beside = self.path / f"{name}.new"
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(self.path / name)
+
+
+@contextmanager
+def opened(output: Path, run: Mapping[str, Any]) -> Iterator[WorkDirectory]:
+    """Open the work directory of ``output``, a new one or that of an interrupted run.
+
+    It stays when the block fails, and is removed when it ends well.
+
+    Args:
+        output: what is to be made; it does not exist, or is an empty directory.
+        run: what decides the result; a run that is resumed must have begun with the same.
+
+    Raises:
+        QuantizationError: ``output`` is in use, the directory cannot be made, another process is
+            at it, or it belongs to a run with other settings.
+    """
+    check_target(output)
+    target = output.resolve()
+    path = target.with_name(target.name + ".partial")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise QuantizationError(f"{path}: cannot be written ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise QuantizationError(f"{path}: another process is writing it") from None
+        work = WorkDirectory(path)
+        try:
+            begun = work.load_json("run.json") if work.has("run.json") else None
+            if begun is None:
+                work.save_json("run.json", run)
+            elif different := [key for key in run if begun.get(key) != run[key]]:
+                raise QuantizationError(
+                    f"{path}: was begun with another {different[0]} "
+                    f"({begun.get(different[0])!r}, now {run[different[0]]!r}): give the same to "
+                    "resume it, or remove it"
+                )
+            try:
+                yield work
+            except BaseException:
+                work.save_json(_CLOCK, work.elapsed_s())
+                raise
+        except OSError as error:
+            raise QuantizationError(
+                f"{path}: cannot be written ({error.strerror}); what is done so far is kept, the "
+                "same command resumes"
+            ) from error
+        shutil.rmtree(path)
+
+
+def check_target(output: Path) -> None:
+    """Refuse a target that exists and is not an empty directory.
+
+    Raises:
+        QuantizationError: it does.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise QuantizationError(f"{output}: exists and is not an empty directory; choose another")
+    if output.resolve() == Path.cwd():  # it is to be replaced under this process's feet
+        raise QuantizationError(f"{output}: is the working directory; name a directory in it")
+
+
+def publish(made: Path, output: Path) -> None:
+    """Move a finished directory to its place.
+
+    Raises:
+        OSError: something has come to lie there meanwhile.
+    """
+    if output.is_dir():
+        output.rmdir()  # empty, as checked
+    made.rename(output.resolve())
