@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 
-from edgevl.engine.base import Engine
+from edgevl.engine.base import Engine, Floats
 from edgevl.errors import EdgeVLError
 from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.prefix import PrefixRunner
@@ -115,6 +115,15 @@ class AnswerGenerator:
                 return (yield from self._run(prompt, params, started))
             finally:
                 self._owner = None
+
+    def embed(self, prompt: Prompt) -> Floats:
+        """Return what the decoder reads for ``prompt``, float32 [T, H]; the cache stays as it is.
+
+        Not from between the pieces of an answer that this thread has under way: it would wait for
+        ever.
+        """
+        with self._lock:
+            return self._runner.embed(prompt)
 
     def _step(self, token_id: int, room: int, sampler: Sampler, lookup: PromptLookup) -> list[int]:
         """Append a token, with a draft of what follows if there is one: -> the tokens after it.

@@ -8,10 +8,11 @@ from typing import Any
 
 from edgevl.checkpoint import Checkpoint, locate
 from edgevl.engine import Engine, KVCacheFormat, Precision, load_engine
+from edgevl.engine.base import Floats
 from edgevl.generate.answer import Answer
 from edgevl.generate.decoding import AnswerGenerator
 from edgevl.generate.session import Session, Stream
-from edgevl.preprocess import PromptEncoder
+from edgevl.preprocess import Prompt, PromptEncoder
 
 
 def load(
@@ -100,3 +101,10 @@ class Model:
             max_tiles: most tiles a picture is cut into; default is the checkpoint's.
         """
         return Session(self.checkpoint, self._generator, system, thinking, max_tiles)
+
+    def embed(self, prompt: Prompt) -> Floats:
+        """Return what the decoder reads: float32 [T, H], features of pictures in their places.
+
+        Pictures that were asked about lately are not encoded again.
+        """
+        return self._generator.embed(prompt)

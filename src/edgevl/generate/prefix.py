@@ -42,12 +42,23 @@ class PrefixRunner:
         # A run that was interrupted may have left the two lengths apart.
         known = min(len(self._cached), self._engine.length, len(keys) - 1)
         start = next((i for i in range(known) if self._cached[i] != keys[i]), known)
-        embeddings = self._embeddings(prompt, start)
+        embeddings = self.embed(prompt, start)
         self._engine.rewind(start)
         del self._cached[start:]
         logits = self._engine.prefill(embeddings, start)
         self._cached = keys
         return Prefilled(logits, start)
+
+    def embed(self, prompt: Prompt, start: int = 0) -> Floats:
+        """Embed the positions from ``start`` on, pictures included: float32 [T - start, H]."""
+        embeddings = np.array(self._engine.embed(prompt.token_ids[start:]))
+        for span in prompt.images:
+            begin = max(span.start, start)
+            end = span.start + span.length
+            if begin < end:
+                features = self._encode(span.picture)
+                embeddings[begin - start : end - start] = features[begin - span.start :]
+        return embeddings
 
     def decode(self, token_id: int) -> Floats:
         """Append one token and return the logits after it, float32 [V]."""
@@ -66,17 +77,6 @@ class PrefixRunner:
         if count:
             self._engine.rewind(self._engine.length - count)
             del self._cached[-count:]
-
-    def _embeddings(self, prompt: Prompt, start: int) -> Floats:
-        """Embed the positions from ``start`` on: [T - start, H]."""
-        embeddings = np.array(self._engine.embed(prompt.token_ids[start:]))
-        for span in prompt.images:
-            begin = max(span.start, start)
-            end = span.start + span.length
-            if begin < end:
-                features = self._encode(span.picture)
-                embeddings[begin - start : end - start] = features[begin - span.start :]
-        return embeddings
 
     def _encode(self, picture: Picture) -> Floats:
         """Return the picture's features [image tokens, H], encoding it if it is not known."""

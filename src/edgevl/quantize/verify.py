@@ -87,7 +87,9 @@ def compare_answers(
         texts = []
         for example in asked:
             pictures = list(example.pictures)
-            answer = model.ask(example.question, pictures, max_tokens=EXAMPLE_TOKENS, max_tiles=1)
+            answer = model.ask(
+                example.questions[0], pictures, max_tokens=EXAMPLE_TOKENS, max_tiles=1
+            )
             texts.append(answer.text)
             progress(next(done), 2 * len(asked))
         return texts
@@ -95,7 +97,7 @@ def compare_answers(
     return [
         {
             "picture": _data_url(example.pictures[0]) if example.pictures else None,
-            "question": example.question,
+            "question": example.questions[0],
             "original": before,
             "quantized": after,
         }

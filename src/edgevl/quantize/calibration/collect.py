@@ -1,0 +1,282 @@
+"""The entrance: from settings to a calibration set, which is made once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from edgevl.checkpoint import Checkpoint
+from edgevl.engine.base import Floats
+from edgevl.errors import ImageError
+from edgevl.generate import Model
+from edgevl.preprocess import load_image, prepare_picture
+from edgevl.quantize.calibration import enough, stored
+from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example
+from edgevl.quantize.calibration.conversations import (
+    ConversationLog,
+    converse,
+    text_sample,
+    to_sample,
+)
+from edgevl.quantize.calibration.drawn import draw
+from edgevl.quantize.calibration.pictures import (
+    FoundPicture,
+    PictureFiles,
+    choose_pictures,
+    open_pictures,
+    set_apart,
+)
+from edgevl.quantize.calibration.plan import Kind, Request, heldout_count, kinds, requests
+from edgevl.quantize.calibration.sample import Sample
+from edgevl.quantize.calibration.texts import MAX_WINDOW, token_windows
+from edgevl.quantize.calibration.thumbnail import thumbnail
+from edgevl.quantize.settings import QuantizationError, QuantizationSettings
+
+#: Tiles to calibrate vision on, and held out.
+MAX_TILES = (16, 8)
+
+_KINDS: dict[Kind, str] = {
+    "drawn": "conversations about drawn pictures",
+    "pictures": "conversations about pictures",
+    "chat": "conversations without pictures",
+    "window": "windows of text",
+}
+
+
+def collect(
+    model: Model,
+    settings: QuantizationSettings,
+    work: Path,
+    progress: Callable[[int, int], object] | None = None,
+    text_only: bool = False,
+) -> CalibrationSet:
+    """Collect what to calibrate on; called again after an interruption, go on from there.
+
+    ``conversations.jsonl`` in ``work`` has the conversations so far, ``calibration.safetensors``
+    the whole once it is complete.
+
+    Args:
+        model: what is to be quantized; it answers the questions.
+        settings: what the user wants.
+        work: a directory that exists.
+        progress: called with how many sequences are done, and how many there will be.
+        text_only: leave pictures out, to measure what they do for.
+
+    Raises:
+        QuantizationError: the user's pictures or text cannot be used or are too few, or the
+            checkpoint has no vision.
+    """
+    checkpoint = model.checkpoint
+    if not checkpoint.has_vision:
+        raise QuantizationError(
+            f"{checkpoint.path}: has no vision encoder, and its text is quantized already; give "
+            "the original checkpoint"
+        )
+    enough.check_count(settings.samples)
+    finished = saved(checkpoint, settings, work, text_only)
+    if finished is not None:
+        return finished
+    with contextlib.ExitStack() as stack:
+        collector = _Collector(model, settings, work, text_only, stack)
+        calibration = collector.run(progress)
+    stored.save(_file(work), calibration, _key(checkpoint, settings, text_only))
+    return calibration
+
+
+def saved(
+    checkpoint: Checkpoint, settings: QuantizationSettings, work: Path, text_only: bool = False
+) -> CalibrationSet | None:
+    """Return what `collect` completed in ``work`` for these arguments, or None; needs no engine."""
+    return stored.load(_file(work), checkpoint, _key(checkpoint, settings, text_only))
+
+
+def _file(work: Path) -> Path:
+    return work / "calibration.safetensors"
+
+
+def _key(checkpoint: Checkpoint, settings: QuantizationSettings, text_only: bool) -> str:
+    """Return what tells one calibration from another."""
+    parts = [
+        checkpoint.fingerprint(),
+        [str(path) for path in settings.calibration_text],
+        str(settings.calibration_images),
+        settings.samples,
+        settings.seed,
+        text_only,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class _Collector:
+    """Reads the user's files, plans, and has the conversations."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: QuantizationSettings,
+        work: Path,
+        text_only: bool,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        """Plan everything; ``stack`` closes the files."""
+        self._model = model
+        self._settings = settings
+        self._notes: list[str] = []
+        self._tiles: tuple[list[Floats], list[Floats]] = ([], [])
+        self._files: PictureFiles | None = None
+        counts = (settings.samples, heldout_count(settings.samples))
+        self._kinds = [kinds(settings, count, text_only) for count in counts]
+        self._windows = self._cut_windows()
+        found: tuple[list[FoundPicture], list[FoundPicture]] = ([], [])
+        if settings.calibration_images is not None and not text_only:
+            self._files = open_pictures(settings.calibration_images)
+            stack.callback(self._files.close)
+            found = self._choose_pictures(self._files)
+        self._requests = [
+            requests(
+                self._kinds[heldout],
+                settings.seed,
+                bool(heldout),
+                found[heldout],
+                model.checkpoint.config.max_tiles,
+            )
+            for heldout in (0, 1)
+        ]
+        fingerprint = model.checkpoint.fingerprint()
+        self._log = ConversationLog(work / "conversations.jsonl", fingerprint)
+        stack.callback(self._log.close)
+
+    def run(self, progress: Callable[[int, int], object] | None) -> CalibrationSet:
+        """Make every sample."""
+        total = sum(map(len, self._kinds))
+        sets: tuple[list[Sample], list[Sample]] = ([], [])
+        examples: list[Example | None] = []
+        for heldout, samples in enumerate(sets):
+            windows = iter(self._windows[heldout])
+            for request in self._requests[heldout]:
+                if request is None:
+                    sample, example = text_sample(self._model, next(windows)), None
+                else:
+                    sample, example = self._conversation(request, heldout)
+                samples.append(sample)
+                if heldout:
+                    examples.append(example)
+                if progress is not None:
+                    progress(len(sets[0]) + len(sets[1]), total)
+        self._notes += enough.check(sets[0], self._model.checkpoint)
+        return CalibrationSet(
+            tuple(sets[0]),
+            tuple(sets[1]),
+            tuple(examples),
+            self._stacked(self._tiles[0]),
+            self._stacked(self._tiles[1]),
+            tuple(self._sources(sets)),
+            tuple(self._notes),
+        )
+
+    def _conversation(self, request: Request, heldout: int) -> tuple[Sample, Example | None]:
+        images = [self._image(picture) for picture in request.pictures]
+        replies = self._log.replies(request)
+        if replies is None:
+            replies = converse(self._model, request, images)
+            self._log.add(request, replies)
+        config = self._model.checkpoint.config
+        prepared = [prepare_picture(image, config, request.max_tiles) for image in images]
+        sample = to_sample(self._model, request, prepared, replies)
+        tiles = self._tiles[heldout]
+        for picture in prepared:
+            if len(tiles) < MAX_TILES[heldout]:
+                # Parts of a picture as well as whole ones.
+                tiles.append(picture.pixels[len(tiles) % len(picture.pixels)])
+        if not heldout:
+            return sample, None
+        pictures = tuple(map(thumbnail, images))
+        return sample, Example(pictures, request.questions, tuple(reply.text for reply in replies))
+
+    def _stacked(self, tiles: Sequence[Floats]) -> Floats:
+        size = self._model.checkpoint.config.vision.image_size
+        return np.stack(tiles) if tiles else np.empty((0, 3, size, size), np.float32)
+
+    def _image(self, picture: Any) -> Image.Image:
+        if not isinstance(picture, FoundPicture):
+            return draw(picture.kind, picture.seed).image
+        assert self._files is not None  # the plan has found pictures only from there
+        try:
+            return load_image(self._files.read(picture.place))
+        except ImageError as error:
+            raise QuantizationError(
+                f"{self._files.path}: changed while it was read ({error}); run the command again"
+            ) from None
+
+    def _cut_windows(self) -> list[list[list[int]]]:
+        """Cut the user's text: -> windows to calibrate on, and those held out."""
+        wanted = [sum(kind == "window" for kind in part) for part in self._kinds]
+        if not sum(wanted):
+            return [[], []]
+        windows = token_windows(
+            self._settings.calibration_text,
+            self._model.prompts.tokenizer,
+            sum(wanted),
+            self._model.engine.max_context,
+        )
+        if len(windows[0]) < MAX_WINDOW:
+            self._notes.append(
+                f"the text is short: its windows have {len(windows[0])} tokens, with more text "
+                f"{MAX_WINDOW}"
+            )
+        return list(set_apart(windows, wanted[1]))
+
+    def _choose_pictures(
+        self, files: PictureFiles
+    ) -> tuple[list[FoundPicture], list[FoundPicture]]:
+        """Choose of the user's pictures: -> those to calibrate on, and those held out."""
+        wanted = [sum(kind == "pictures" for kind in part) for part in self._kinds]
+        found, skipped = choose_pictures(files, sum(wanted))
+        if skipped:
+            self._notes.append(f"{files.path}: {skipped} of its files cannot be read as pictures")
+        if len(found) < 2:
+            raise QuantizationError(
+                f"{files.path}: has one readable picture only; at least 2 are needed, since what "
+                "is calibrated on is not measured with"
+            )
+        if len(found) < sum(wanted):
+            self._notes.append(
+                f"{files.path}: {len(found)} different pictures for {sum(wanted)} conversations; "
+                "they are used more than once"
+            )
+        heldout = max(1, len(found) * wanted[1] // sum(wanted))
+        return set_apart(found, heldout)
+
+    def _sources(self, sets: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:
+        settings = self._settings
+        origin: dict[Kind, str] = {
+            "drawn": "drawn and asked about by EdgeVL, answered by the model",
+            "pictures": f"{settings.calibration_images}, answered by the model",
+            "chat": "asked by EdgeVL, answered by the model",
+            "window": ", ".join(map(str, settings.calibration_text)),
+        }
+        result = []
+        for heldout, samples in enumerate(sets):
+            for kind, name in _KINDS.items():
+                chosen = [
+                    s for k, s in zip(self._kinds[heldout], samples, strict=True) if k == kind
+                ]
+                if chosen:
+                    result.append(
+                        {
+                            "set": "heldout" if heldout else "calibration",
+                            "kind": name,
+                            "count": len(chosen),
+                            "tokens": sum(len(sample.token_ids) for sample in chosen),
+                            "image_tokens": sum(int(sample.is_image.sum()) for sample in chosen),
+                            "origin": origin[kind],
+                        }
+                    )
+        return result

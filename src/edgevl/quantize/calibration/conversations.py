@@ -1,0 +1,164 @@
+"""The model itself answers; a finished conversation becomes a sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from edgevl.generate import Model
+from edgevl.preprocess import GeneratedTokens, Message, Picture, Prompt, PromptEncoder
+from edgevl.quantize.calibration.plan import Request
+from edgevl.quantize.calibration.sample import Sample
+
+#: Tokens of a reply, and how it is drawn: varied, but still what the model would say.
+MAX_REPLY_TOKENS, TEMPERATURE, TOP_P = 96, 0.7, 0.95
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said.
+
+    Attributes:
+        token_ids: without the one that ended the turn.
+        text: the same as text.
+        finish_reason: ``stop`` if it ended by itself, else ``length``.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+
+
+def converse(model: Model, request: Request, images: Sequence[Image.Image]) -> list[Reply]:
+    """Have a conversation about ``images``: -> a reply for each question."""
+    session = model.chat(max_tiles=request.max_tiles)
+    replies = []
+    for turn, question in enumerate(request.questions):
+        answer = session.ask(
+            question,
+            images if turn == 0 else (),
+            max_tokens=MAX_REPLY_TOKENS,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            seed=request.seed + turn,
+        )
+        replies.append(Reply(answer.token_ids, answer.text, answer.finish_reason))
+    return replies
+
+
+def to_sample(
+    model: Model, request: Request, pictures: Sequence[Picture], replies: Sequence[Reply]
+) -> Sample:
+    """Embed a finished conversation about ``pictures``.
+
+    The last reply has the token that ends its turn if the model came to that.
+    """
+    messages: list[Message] = []
+    for question, reply in zip(request.questions, replies, strict=True):
+        messages += [
+            Message.user(question, pictures if not messages else ()),
+            Message.assistant(GeneratedTokens(reply.token_ids)),
+        ]
+    # What the reply was drawn from, the beginning of the assistant's turn included.
+    prompt = model.prompts.encode(messages[:-1])
+    said = [*replies[-1].token_ids]
+    if replies[-1].finish_reason == "stop":
+        said += _end_of_turn(model.prompts)
+    token_ids = np.concatenate([prompt.token_ids, np.array(said, np.int64)])
+    is_image = np.zeros(len(token_ids), np.bool_)
+    for span in prompt.images:
+        is_image[span.start : span.start + span.length] = True
+    embeddings = model.embed(Prompt(token_ids, prompt.images))
+    return Sample(token_ids, embeddings, is_image, len(prompt.token_ids))
+
+
+def text_sample(model: Model, token_ids: Sequence[int]) -> Sample:
+    """Embed a window of text."""
+    ids = np.array(token_ids, np.int64)
+    return Sample(ids, model.embed(Prompt(ids, ())), np.zeros(len(ids), np.bool_), 0)
+
+
+def _end_of_turn(prompts: PromptEncoder) -> list[int]:
+    """Return the id that the chat template puts after a reply, in a list; empty if it has none."""
+    ids = prompts.encode([Message.user("?"), Message.assistant("!")]).token_ids.tolist()
+    return [token_id for token_id in ids if token_id in prompts.stop_ids][-1:]
+
+
+class ConversationLog:
+    """A file to which each finished conversation is added, so that none is had twice.
+
+    Its first line names the checkpoint; what is there of another one is dropped, and so is a last
+    line that was not finished.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        """Open or start the file ``path``.
+
+        Raises:
+            OSError: it cannot be read or written.
+        """
+        self._known: dict[str, list[Reply]] = {}
+        header = _line({"format": _FORMAT, "checkpoint": fingerprint})
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if not lines or lines[0] != header:
+            lines = [header]
+            path.write_bytes(header)
+        whole = len(header)
+        for line in lines[1:]:
+            entry = _parsed(line)
+            if entry is None:
+                break
+            self._known[entry[0]] = entry[1]
+            whole += len(line)
+        self._file = path.open("r+b")
+        self._file.seek(whole)
+        self._file.truncate()
+
+    def replies(self, request: Request) -> list[Reply] | None:
+        """Return what the model said to ``request``, or None if that is not known."""
+        return self._known.get(request.digest)
+
+    def add(self, request: Request, replies: Sequence[Reply]) -> None:
+        """Keep a finished conversation."""
+        self._file.write(
+            _line(
+                {
+                    "request": request.digest,
+                    "kind": request.kind,
+                    "questions": request.questions,
+                    "replies": [asdict(reply) for reply in replies],
+                }
+            )
+        )
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> tuple[str, list[Reply]] | None:
+    """Return a line's request and replies; None if it is damaged."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        value = json.loads(line)
+        replies = [
+            Reply(tuple(map(int, reply["token_ids"])), reply["text"], reply["finish_reason"])
+            for reply in value["replies"]
+        ]
+        return str(value["request"]), replies
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,218 @@
+"""The user's pictures: a directory or a tar file, read and never unpacked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from edgevl.errors import ImageError
+from edgevl.preprocess.image import MAX_BYTES, load_image
+from edgevl.quantize.settings import QuantizationError
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif",
+)  # fmt: skip
+
+#: Most members of a tar file, and most bytes that one takes which is only a header.
+MAX_MEMBERS = 100_000
+MAX_HEADER_BYTES = 1 << 20
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class FoundPicture:
+    """A picture that has been read once: where it is, and the SHA-256 of its file."""
+
+    place: int
+    digest: str
+
+
+class PictureFiles(ABC):
+    """Files that may be pictures, each at a place from 0 to ``len`` - 1.
+
+    Attributes:
+        path: where they are from.
+    """
+
+    path: Path
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    @abstractmethod
+    def read(self, place: int) -> bytes:
+        """Return what a file contains.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+
+    def close(self) -> None:  # noqa: B027 - a directory has nothing to close
+        """Close what is open."""
+
+
+def open_pictures(path: Path) -> PictureFiles:
+    """List the picture files of a directory or a tar file.
+
+    Raises:
+        QuantizationError: it is neither, is damaged, or has no file with a picture's suffix.
+    """
+    try:
+        if path.is_dir():
+            files: PictureFiles = _Directory(path)
+        elif path.is_file():
+            files = _Tar(path)
+        else:
+            raise QuantizationError(
+                f"{path}: no such directory or tar file; name one that has pictures"
+            )
+    except OSError as error:
+        raise QuantizationError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not len(files):
+        raise QuantizationError(
+            f"{path}: has no pictures; name a directory or tar file with {', '.join(SUFFIXES)}"
+        )
+    return files
+
+
+class _Directory(PictureFiles):
+    """The pictures in a directory and below it, sorted by path, not through links to others."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = [
+            Path(parent, name)
+            for parent, _, names in os.walk(path)
+            for name in names
+            if name.lower().endswith(SUFFIXES)
+        ]
+        self._paths = sorted(path for path in found if path.is_file())
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, place: int) -> bytes:
+        try:
+            with self._paths[place].open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise ImageError(f"{self._paths[place]}: cannot be read ({error})") from None
+
+
+class _BoundedTarInfo(tarfile.TarInfo):
+    """A member whose header, which is read into memory as it is met, has a bounded size."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _BoundedTarInfo:
+        info = super().frombuf(buf, encoding, errors)
+        if not info.isreg() and info.size > MAX_HEADER_BYTES:
+            raise QuantizationError(
+                f"member header of {info.size} bytes, over the limit of {MAX_HEADER_BYTES}"
+            )
+        return info
+
+
+class _Tar(PictureFiles):
+    """The regular members of a tar file that are named as pictures, in the order of the file.
+
+    Nothing is written to disk, and names of members are not used as paths.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._members: list[tarfile.TarInfo] = []
+        try:
+            self._tar = tarfile.open(path, "r:*", tarinfo=_BoundedTarInfo)  # noqa: SIM115
+            for count, member in enumerate(self._tar, start=1):
+                if count > MAX_MEMBERS:
+                    raise QuantizationError(
+                        f"more than {MAX_MEMBERS} members; pack a smaller choice of pictures"
+                    )
+                if member.isreg() and member.name.lower().endswith(SUFFIXES):
+                    self._members.append(member)
+        except QuantizationError as error:
+            raise QuantizationError(f"{path}: {error}") from None
+        except Exception as error:  # decompressors raise nearly anything on damaged input
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
+            raise QuantizationError(
+                f"{path}: not a whole tar file ({reason}); name a tar file or a directory of "
+                "pictures"
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def close(self) -> None:
+        self._tar.close()
+
+    def read(self, place: int) -> bytes:
+        member = self._members[place]
+        if member.size > MAX_BYTES:
+            raise ImageError(f"{self.path}: a member is over the limit of {MAX_BYTES} bytes")
+        try:
+            file = self._tar.extractfile(member)
+            assert file is not None  # it is a regular member
+            return file.read()
+        except Exception as error:  # as above
+            raise ImageError(f"{self.path}: a member cannot be read ({error})") from None
+
+
+def choose_pictures(files: PictureFiles, wanted: int) -> tuple[list[FoundPicture], int]:
+    """Choose readable, different pictures, evenly spread: -> at most ``wanted``, files skipped.
+
+    Only what is needed is read; the same files give the same choice.
+
+    Raises:
+        QuantizationError: none can be read.
+    """
+    found: list[FoundPicture] = []
+    digests: set[str] = set()
+    untried = list(range(len(files)))
+    tried = skipped = 0
+    reason = ""
+    while untried and len(found) < wanted:
+        # Twice as many each time, so that a tar file is not gone through for each damaged picture.
+        chosen = spread(untried, max(wanted - len(found), tried))
+        tried += len(chosen)
+        for place in chosen:
+            try:
+                data = files.read(place)
+                load_image(data)
+            except ImageError as error:
+                skipped += 1
+                reason = reason or str(error)
+                continue
+            digest = hashlib.sha256(data).hexdigest()
+            if digest not in digests:
+                digests.add(digest)
+                found.append(FoundPicture(place, digest))
+        untried = sorted(set(untried) - set(chosen))
+    if not found:
+        raise QuantizationError(
+            f"{files.path}: none of its {skipped} pictures can be read ({reason}); give others"
+        )
+    return spread(sorted(found, key=lambda picture: picture.place), wanted), skipped
+
+
+def spread(items: Sequence[_T], count: int) -> list[_T]:
+    """Return ``count`` items at even distances, or all if there are fewer."""
+    if count >= len(items):
+        return list(items)
+    return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
+
+
+def set_apart(items: Sequence[_T], count: int) -> tuple[list[_T], list[_T]]:
+    """Take ``count`` items at even distances out: -> those that stay, those taken."""
+    taken = set(spread(range(len(items)), count))
+    return (
+        [item for index, item in enumerate(items) if index not in taken],
+        [items[index] for index in sorted(taken)],
+    )

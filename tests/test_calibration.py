@@ -1,0 +1,305 @@
+"""Calibration as a whole: mixture, determinism, resuming, what a sample consists of."""
+
+import importlib
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import edgevl
+from edgevl.preprocess import Message, prepare_picture
+from edgevl.quantize.calibration import collect, enough, saved
+from edgevl.quantize.calibration.conversations import ConversationLog, converse
+from edgevl.quantize.calibration.drawn import draw
+from edgevl.quantize.calibration.pictures import FoundPicture
+from edgevl.quantize.calibration.plan import heldout_count, kinds, requests
+from edgevl.quantize.settings import QuantizationError, QuantizationSettings
+
+#: The package's function of this name hides its module.
+collect_module = importlib.import_module("edgevl.quantize.calibration.collect")
+
+SETTINGS = QuantizationSettings(samples=8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return edgevl.load("tiny", threads=1)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def calibration(model, work):
+    """The default calibration, from 8 samples."""
+    return collect(model, SETTINGS, work)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(map(str, range(10_000, 16_000))))
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for kind in range(5):
+        draw(kind, kind).image.save(directory / f"{kind}.png")
+    return directory
+
+
+def assert_equal(first, second):
+    assert (first.examples, first.sources, first.notes) == (
+        second.examples,
+        second.sources,
+        second.notes,
+    )
+    for one, other in zip(
+        first.samples + first.heldout, second.samples + second.heldout, strict=True
+    ):
+        for name in ("token_ids", "embeddings", "is_image"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            assert getattr(one, name).dtype == getattr(other, name).dtype
+        assert one.reply_start == other.reply_start
+
+
+def counts(calibration):
+    return {(source["set"], source["kind"]): source["count"] for source in calibration.sources}
+
+
+def test_the_default_is_drawn_pictures_and_conversations_without(calibration):
+    assert len(calibration.samples) == len(calibration.heldout) == 8
+    assert counts(calibration) == {
+        ("calibration", "conversations about drawn pictures"): 6,
+        ("calibration", "conversations without pictures"): 2,
+        ("heldout", "conversations about drawn pictures"): 6,
+        ("heldout", "conversations without pictures"): 2,
+    }
+    for name, samples in (("calibration", calibration.samples), ("heldout", calibration.heldout)):
+        sources = [source for source in calibration.sources if source["set"] == name]
+        assert sum(source["tokens"] for source in sources) == sum(
+            len(sample.token_ids) for sample in samples
+        )
+        assert sum(source["image_tokens"] for source in sources) == sum(
+            sample.is_image.sum() for sample in samples
+        )
+    for sample, example in zip(calibration.heldout, calibration.examples, strict=True):
+        assert bool(example.pictures) == bool(sample.is_image.any())
+        assert len(example.questions) == len(example.replies) >= 1
+
+
+def test_a_sample_is_what_the_engine_read(model, calibration):
+    engine, config = model.engine, model.checkpoint.config
+    plan = requests(kinds(SETTINGS, 8), 0, False, max_tiles=config.max_tiles)
+    checked = 0
+    for request, sample in zip(plan, calibration.samples, strict=True):
+        if len(request.questions) > 1:
+            continue
+        pictures = [
+            prepare_picture(draw(p.kind, p.seed).image, config, request.max_tiles)
+            for p in request.pictures
+        ]
+        prompt = model.prompts.encode([Message.user(request.questions[0], pictures)])
+        assert sample.reply_start == len(prompt.token_ids)
+        np.testing.assert_array_equal(sample.token_ids[: sample.reply_start], prompt.token_ids)
+        expected = np.array(engine.embed(sample.token_ids))
+        is_image = np.zeros(len(expected), bool)
+        for span in prompt.images:
+            features = engine.encode_images(span.picture.pixels)
+            place = slice(span.start, span.start + span.length)
+            expected[place] = features.reshape(-1, features.shape[-1])
+            is_image[place] = True
+        np.testing.assert_array_equal(sample.is_image, is_image)
+        np.testing.assert_array_equal(sample.embeddings, expected)
+        checked += is_image.any()
+    assert checked >= 2
+
+
+def test_a_sample_ends_with_the_reply_and_its_end_of_turn(model, calibration, work):
+    lines = (work / "conversations.jsonl").read_text("utf-8").splitlines()[1:]
+    finished = 0
+    samples = calibration.samples + calibration.heldout
+    for line, sample in zip(map(json.loads, lines), samples, strict=True):
+        reply = line["replies"][-1]
+        said = sample.token_ids[sample.reply_start :].tolist()
+        assert said[: len(reply["token_ids"])] == reply["token_ids"]
+        rest = said[len(reply["token_ids"]) :]
+        if reply["finish_reason"] == "stop":
+            assert rest == [model.prompts.tokenizer.token_to_id("<|im_end|>")]
+            finished += 1
+        else:
+            assert rest == []
+    assert finished
+
+
+def test_an_interrupted_collection_goes_on_to_the_same_result(calibration, tmp_path, monkeypatch):
+    def interrupt(done, total):
+        assert total == 16
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(edgevl.load("tiny", threads=1), SETTINGS, tmp_path, interrupt)
+    log = tmp_path / "conversations.jsonl"
+    assert len(log.read_bytes().splitlines()) == 1 + 5
+    with log.open("ab") as file:
+        file.write(b'{"request": "broken off')
+    asked = []
+    monkeypatch.setattr(
+        collect_module,
+        "converse",
+        lambda model, request, images: asked.append(request) or converse(model, request, images),
+    )
+    resumed = collect(edgevl.load("tiny", threads=1), SETTINGS, tmp_path)
+    assert len(asked) == 16 - 5
+    assert_equal(resumed, calibration)
+    assert len([json.loads(line) for line in log.read_text("utf-8").splitlines()]) == 1 + 16
+
+
+def test_every_kind_of_model_can_be_asked(mini_checkpoint, preset, tmp_path):
+    model = edgevl.load(mini_checkpoint(preset), threads=1)
+    result = collect(model, SETTINGS, tmp_path)
+    assert_equal(saved(model.checkpoint, SETTINGS, tmp_path), result)
+    assert all(0 < s.reply_start < len(s.token_ids) for s in result.samples + result.heldout)
+
+
+def test_a_finished_one_is_loaded_without_an_engine(model, calibration, work):
+    assert_equal(saved(model.checkpoint, SETTINGS, work), calibration)
+    assert not list(work.glob("*.part"))
+    for other in (replace(SETTINGS, seed=1), replace(SETTINGS, samples=9)):
+        assert saved(model.checkpoint, other, work) is None
+    assert saved(model.checkpoint, SETTINGS, work, text_only=True) is None
+
+
+def test_a_damaged_file_is_made_again(model, calibration, work, tmp_path):
+    for path in work.iterdir():
+        shutil.copy(path, tmp_path)
+    whole = (tmp_path / "calibration.safetensors").read_bytes()
+    (tmp_path / "calibration.safetensors").write_bytes(whole[:-100])
+    assert saved(model.checkpoint, SETTINGS, tmp_path) is None
+    assert_equal(collect(model, SETTINGS, tmp_path), calibration)
+
+
+def test_conversations_of_another_checkpoint_are_dropped(model, work, calibration, tmp_path):
+    shutil.copy(work / "conversations.jsonl", tmp_path)
+    request = requests(kinds(SETTINGS, 8), 0, False, max_tiles=2)[0]
+    log = ConversationLog(tmp_path / "conversations.jsonl", model.checkpoint.fingerprint())
+    assert log.replies(request)
+    log.close()
+    log = ConversationLog(tmp_path / "conversations.jsonl", "another")
+    assert log.replies(request) is None
+    log.close()
+
+
+def test_text_alone_goes_with_drawn_pictures(model, text, tmp_path):
+    result = collect(model, replace(SETTINGS, calibration_text=(text,)), tmp_path)
+    assert counts(result) == {
+        (name, kind): 4
+        for name in ("calibration", "heldout")
+        for kind in ("conversations about drawn pictures", "windows of text")
+    }
+    windows = [sample for sample in result.samples + result.heldout if sample.reply_start == 0]
+    assert [example is None for example in result.examples] == [
+        sample.reply_start == 0 for sample in result.heldout
+    ]
+    # The text counts up: windows that share no word are of different places.
+    words = [
+        set(model.prompts.tokenizer.decode(sample.token_ids.tolist()).split()[1:-1])
+        for sample in windows
+    ]
+    assert len(windows) == 8
+    assert sum(map(len, words)) == len(set.union(*words))
+    assert not windows[0].is_image.any()
+    np.testing.assert_array_equal(windows[0].embeddings, model.engine.embed(windows[0].token_ids))
+
+
+def test_text_only_has_no_pictures(model, text, images, tmp_path):
+    settings = replace(SETTINGS, calibration_text=(text,), calibration_images=images)
+    result = collect(model, settings, tmp_path, text_only=True)
+    assert {source["kind"] for source in result.sources} == {"windows of text"}
+
+
+def test_the_users_pictures_are_used_again_with_other_questions(model, images, tmp_path):
+    (images / "broken.png").write_bytes(b"no picture")
+    result = collect(model, replace(SETTINGS, calibration_images=images), tmp_path)
+    assert counts(result)["calibration", "conversations about pictures"] == 6
+    assert counts(result)["calibration", "conversations without pictures"] == 2
+    assert f"{images}: 1 of its files cannot be read as pictures" in result.notes
+    assert any("5 different pictures for 12 conversations" in note for note in result.notes)
+
+
+def test_mixtures():
+    both = replace(SETTINGS, calibration_text=("t",), calibration_images="i")
+    assert kinds(both, 4) == ["pictures", "window"] * 2
+    assert kinds(replace(both, calibration_text=()), 4) == ["pictures"] * 3 + ["chat"]
+    assert kinds(replace(both, calibration_images=None), 2) == ["drawn", "window"]
+    assert kinds(SETTINGS, 4, text_only=True) == ["chat"] * 4
+    assert heldout_count(8) == 8
+    assert heldout_count(256) == 32
+
+
+def test_plans_are_varied_and_those_held_out_are_others():
+    plans = [requests(kinds(SETTINGS, 200), 0, heldout) for heldout in (False, True)]
+    assert plans[0] == requests(kinds(SETTINGS, 200), 0, False)
+    assert plans[0][:50] == requests(kinds(SETTINGS, 50), 0, False)
+    assert plans[0] != requests(kinds(SETTINGS, 200), 1, False)
+    pictures = [{p for request in plan for p in request.pictures} for plan in plans]
+    assert pictures[0].isdisjoint(pictures[1])
+    chats = [{r.questions[0] for r in plan if r.kind == "chat"} for plan in plans]
+    assert chats[0].isdisjoint(chats[1])
+    assert len(chats[0]) == 50
+    requested = plans[0]
+    chinese = sum(not request.questions[0].isascii() for request in requested)
+    assert 90 <= chinese <= 110
+    assert 30 <= sum(len(request.questions) == 2 for request in requested) <= 70
+    assert 8 <= sum(len(request.pictures) == 2 for request in requested) <= 30
+    assert {request.max_tiles for request in requested} == {1, 2, 3, 4}
+    assert sum(request.max_tiles == 1 for request in requested) > 130
+    assert not any("{subject}" in r.questions[0] or "{topic}" in r.questions[0] for r in requested)
+    assert len({request.digest for request in requested}) == 200
+
+
+def test_a_picture_is_asked_about_differently_each_time():
+    found = [FoundPicture(0, "0" * 64), FoundPicture(1, "1" * 64)]
+    plan = requests(["pictures"] * 30, 0, False, found)
+    alone = [(r.pictures, r.questions[0]) for r in plan if len(r.pictures) == 1]
+    assert len(set(alone)) == len(alone) > 20
+
+
+def test_too_few_samples(model, tmp_path):
+    with pytest.raises(QuantizationError, match=r"samples is 7: 8 is the least .* 128 the default"):
+        collect(model, replace(SETTINGS, samples=7), tmp_path)
+
+
+def test_fewer_tokens_than_inputs(model, calibration, monkeypatch):
+    tokens = sum(len(sample.token_ids) for sample in calibration.samples)
+    assert enough.widest_inputs(model.checkpoint) == 384
+    monkeypatch.setattr(enough, "widest_inputs", lambda checkpoint: tokens + 1)
+    message = rf"samples is 8: they have {tokens} tokens, fewer than the {tokens + 1} inputs of"
+    with pytest.raises(QuantizationError, match=message + r".* at least 9"):
+        enough.check(calibration.samples, model.checkpoint)
+    monkeypatch.setattr(enough, "widest_inputs", lambda checkpoint: tokens // 2)
+    (note,) = enough.check(calibration.samples, model.checkpoint)
+    assert f"{tokens} tokens" in note
+    monkeypatch.setattr(enough, "widest_inputs", lambda checkpoint: tokens // 4)
+    assert enough.check(calibration.samples, model.checkpoint) == []
+
+
+def test_one_picture_cannot_be_kept_apart(model, tmp_path):
+    draw(0, 0).image.save(tmp_path / "only.png")
+    with pytest.raises(QuantizationError, match="one readable picture only; at least 2"):
+        collect(model, replace(SETTINGS, calibration_images=tmp_path), tmp_path)
+
+
+def test_a_checkpoint_without_vision_is_refused(tmp_path):
+    checkpoint = SimpleNamespace(path="somewhere", has_vision=False)
+    with pytest.raises(QuantizationError, match="somewhere: has no vision encoder"):
+        collect(SimpleNamespace(checkpoint=checkpoint), SETTINGS, tmp_path)
