@@ -198,29 +198,38 @@ def test_groups_that_do_not_fit_are_refused_with_the_one_that_does(
 
 def test_work_is_kept_when_it_fails_and_gone_when_it_is_done(tmp_path):
     output, asked = tmp_path / "out", {"samples": "8"}
-
-    def fail():
-        with opened(output, asked) as work:
-            work.save("a.safetensors", {"x": np.arange(3, dtype=np.int32)})
-            raise StoppedError
-
     with pytest.raises(StoppedError):
-        fail()
+        begin(output, asked, "a.safetensors")
     with opened(output, asked) as work:
         assert work.open("a.safetensors")["x"].data.tolist() == [0, 1, 2]
         assert work.elapsed_s() > 0
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_with_other_settings_is_refused(tmp_path):
-    output = tmp_path / "out"
-    with pytest.raises(StoppedError), opened(output, {"samples": "8"}):
+def begin(output, asked, *files):
+    """Begin a run that is interrupted when it has written ``files``."""
+    with opened(output, asked) as work:
+        for name in files:
+            work.save(name, {"x": np.arange(3, dtype=np.int32)})
         raise StoppedError
-    with (
-        pytest.raises(QuantizationError, match=r"another samples \('8', now '16'\).*remove it"),
-        opened(output, {"samples": "16"}),
-    ):
-        pass
+
+
+def test_once_a_layer_is_done_other_settings_are_refused(tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        begin(output, {"samples": "8"}, "calibration.safetensors")
+    with pytest.raises(StoppedError):
+        begin(output, {"samples": "16"}, "layer-0.safetensors")
+    with pytest.raises(QuantizationError, match=r"another samples \('16', now '8'\).*remove it"):
+        begin(output, {"samples": "8"})
+    with pytest.raises(StoppedError):
+        begin(output, {"samples": "16"})
+
+
+def test_nothing_stays_where_nothing_was_done(tmp_path):
+    with pytest.raises(StoppedError):
+        begin(tmp_path / "out", {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_at_once_are_refused(tmp_path):

@@ -16,6 +16,7 @@ import torch
 import edgevl
 from edgevl.checkpoint import Checkpoint, locate
 from edgevl.engine.base import Floats
+from edgevl.evaluate import read_questions
 from edgevl.evaluate.bench import peak_rss_bytes
 from edgevl.machine import this_machine
 from edgevl.quantize.calibration import CalibrationSet, Sample, collect, saved
@@ -72,6 +73,8 @@ def quantize_checkpoint(
     settings = settings or QuantizationSettings()
     output = Path(output)
     check_target(output)
+    if vqa is not None:
+        read_questions(vqa)  # a mistake in it is told before the work
     with Checkpoint.open(locate(model)) as checkpoint, torch.no_grad(), bfloat16_products():
         check(checkpoint, settings)
         begun = {"edgevl": edgevl.__version__, "checkpoint": checkpoint.fingerprint()}

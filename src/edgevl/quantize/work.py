@@ -27,7 +27,10 @@ from edgevl.quantize.settings import QuantizationError
 _TYPES = {"float16": "F16", "float32": "F32", "int8": "I8", "int32": "I32", "int64": "I64"}
 
 
-_CLOCK = "seconds.json"
+#: What was asked for, and the time that earlier runs have spent.
+_ASKED, _CLOCK = "run.json", "seconds.json"
+#: A directory with nothing else is not worth keeping.
+_NOTHING_DONE = {_ASKED, _CLOCK, "lock"}
 
 
 class WorkDirectory:
@@ -95,7 +98,7 @@ class WorkDirectory:
 def opened(output: Path, run: Mapping[str, Any]) -> Iterator[WorkDirectory]:
     """Open the work directory of ``output``, a new one or that of an interrupted run.
 
-    It stays when the block fails, and is removed when it ends well.
+    It stays when the block fails with anything done, and is removed when it ends well.
 
     Args:
         output: what is to be made; it does not exist, or is an empty directory.
@@ -120,19 +123,14 @@ def opened(output: Path, run: Mapping[str, Any]) -> Iterator[WorkDirectory]:
             raise QuantizationError(f"{path}: another process is writing it") from None
         work = WorkDirectory(path)
         try:
-            begun = work.load_json("run.json") if work.has("run.json") else None
-            if begun is None:
-                work.save_json("run.json", run)
-            elif different := [key for key in run if begun.get(key) != run[key]]:
-                raise QuantizationError(
-                    f"{path}: was begun with another {different[0]} "
-                    f"({begun.get(different[0])!r}, now {run[different[0]]!r}): give the same to "
-                    "resume it, or remove it"
-                )
+            _resume(work, run)
             try:
                 yield work
             except BaseException:
-                work.save_json(_CLOCK, work.elapsed_s())
+                if {each.name for each in path.iterdir()} <= _NOTHING_DONE:
+                    shutil.rmtree(path)
+                else:
+                    work.save_json(_CLOCK, work.elapsed_s())
                 raise
         except OSError as error:
             raise QuantizationError(
@@ -140,6 +138,19 @@ def opened(output: Path, run: Mapping[str, Any]) -> Iterator[WorkDirectory]:
                 "same command resumes"
             ) from error
         shutil.rmtree(path)
+
+
+def _resume(work: WorkDirectory, run: Mapping[str, Any]) -> None:
+    """Note what is asked for; once a layer is done, it may not change."""
+    begun = work.load_json(_ASKED) if work.has(_ASKED) else run
+    different = [key for key in run if begun.get(key) != run[key]]
+    if different and any(work.path.glob("layer-*")):
+        key = different[0]
+        raise QuantizationError(
+            f"{work.path}: was begun with another {key} ({begun.get(key)!r}, now {run[key]!r}): "
+            "give the same to resume it, or remove it"
+        )
+    work.save_json(_ASKED, run)
 
 
 def check_target(output: Path) -> None:
