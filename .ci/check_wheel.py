@@ -5,7 +5,13 @@ import zipfile
 from pathlib import Path
 
 MODEL = "edgevl/models/tiny/"
-NEEDED = {"edgevl/__init__.py", "edgevl/py.typed", f"{MODEL}config.json", f"{MODEL}tokenizer.json"}
+NEEDED = {
+    "edgevl/__init__.py",
+    "edgevl/py.typed",
+    "edgevl/quantize/report.html.jinja",
+    f"{MODEL}config.json",
+    f"{MODEL}tokenizer.json",
+}
 UNWANTED = (f"{MODEL}heldout/", f"{MODEL}training/", "tests/")
 MAX_BYTES = 5_000_000
 

@@ -61,6 +61,19 @@ def test_every_linear_weight_is_in_one_matrix(checkpoint, precision):
 
 
 @pytest.mark.parametrize(
+    ("precision", "head"),
+    [("auto", "bf16"), ("int4", "bf16"), ("int8", "int8"), ("bf16", "bf16")],
+)
+def test_exact_logits(checkpoint, precision, head):
+    """Only a head that approximates most logits is another."""
+    usual, exact = (make_plan(checkpoint, precision, wanted) for wanted in (False, True))
+    changed = [m.name for m in usual.matrices if m not in exact.matrices]
+    assert changed == (["text.head"] if usual.exact_head else [])
+    assert {m.name: m.format for m in exact.matrices}["text.head"] == head
+    assert not exact.exact_head
+
+
+@pytest.mark.parametrize(
     ("precision", "text", "head", "vision", "exact"),
     [
         ("auto", "int8", "int4", "int8", True),

@@ -152,6 +152,7 @@ def test_eval_json(model, path, capsys):
         "precision": "auto",
         "threads": None,
         "kv_cache": "bf16",
+        "exact_logits": False,
     }
     assert model.calls[0]["images"] == [path.parent / "a.png"]
     assert model.calls[0]["max_tiles"] == 2

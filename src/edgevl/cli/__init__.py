@@ -17,7 +17,7 @@ COMMANDS = {
     "chat": ("edgevl.cli.chat", "Ask a picture, once or in a conversation."),
     "pull": ("edgevl.cli.pull", "Download a checkpoint from the Hub."),
     "quantize": ("edgevl.cli.quantize", "Make a smaller, faster checkpoint and say what it cost."),
-    "eval": ("edgevl.cli.eval", "Measure accuracy on a file of questions."),
+    "eval": ("edgevl.cli.eval", "Measure accuracy on questions, or perplexity on a text."),
     "bench": ("edgevl.cli.bench", "Measure speed, beside what the machine allows."),
     "synth": ("edgevl.cli.synth", "Write a checkpoint of real shapes and random weights."),
     "doctor": ("edgevl.cli.doctor", "Check this machine and the installation."),

@@ -1,28 +1,51 @@
-"""``edgevl eval``: accuracy on a file of questions."""
+"""``edgevl eval``: accuracy on a file of questions, or perplexity on a text."""
 
 from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from edgevl.cli.terminal import engine_options, is_terminal, note, print_json, replacing
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from edgevl.evaluate import Outcome, PerplexityResult, VQAComparison, VQAResult
+    from edgevl.generate import Model
 
 
 @click.command("eval")
 @click.argument("model")
 @click.option(
     "--vqa",
-    required=True,
     type=click.Path(path_type=Path),
     metavar="FILE.jsonl",
     help="Questions: one JSON object a line with image, question, answer, family.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask only the first N.")
+@click.option(
+    "--perplexity",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Plain text, UTF-8, to predict token by token.",
+)
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="A reference to compare with: how often the same token comes first, KL divergence.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Take only the first N questions, or windows of text.",
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option(
     "--max-tiles",
@@ -39,7 +62,9 @@ from edgevl.cli.terminal import engine_options, is_terminal, note, print_json, r
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str,
-    vqa: Path,
+    vqa: Path | None,
+    perplexity: Path | None,
+    against: str | None,
     limit: int | None,
     max_tokens: int,
     max_tiles: int | None,
@@ -47,48 +72,147 @@ def command(
     as_json: bool,
     **loading: Any,
 ) -> None:
-    """Ask MODEL the questions of a file and print the share of right answers.
+    """Measure MODEL on a file of questions (--vqa) or on a text (--perplexity).
 
-    Decoding is greedy. docs/evaluate.md says when an answer counts as right.
+    Decoding is greedy. docs/evaluate.md says when an answer counts as right, and how every figure
+    is defined.
     """
-    # Before the libraries of the model are loaded, so that a wrong line is told at once.
-    from edgevl.evaluate import Outcome, evaluate_vqa, read_questions
+    result: VQAResult | VQAComparison | PerplexityResult
+    if vqa is not None and perplexity is None:
+        options = {"max_tokens": max_tokens, "max_tiles": max_tiles}
+        result = _evaluate_vqa(model, against, vqa, limit, save, options, loading)
+        lines = _describe_vqa(result)
+    elif perplexity is not None and vqa is None:
+        for name in ("max_tokens", "max_tiles", "save"):
+            if (
+                click.get_current_context().get_parameter_source(name)
+                is ParameterSource.COMMANDLINE
+            ):
+                raise click.UsageError(f"--{name.replace('_', '-')} goes with --vqa only")
+        result = _evaluate_perplexity(model, against, perplexity, limit, loading)
+        lines = _describe_perplexity(result)
+    else:
+        raise click.UsageError("give either --vqa FILE.jsonl or --perplexity FILE")
+    if as_json:
+        print_json(result.to_dict())
+        return
+    for line in lines:
+        click.echo(line)
 
-    questions = read_questions(vqa, limit)
+
+def _evaluate_vqa(
+    name: str,
+    against: str | None,
+    path: Path,
+    limit: int | None,
+    save: Path | None,
+    options: dict[str, Any],
+    loading: dict[str, Any],
+) -> VQAResult | VQAComparison:
+    # Before the libraries of the model are loaded, so that a wrong line is told at once.
+    from edgevl.evaluate import compare_vqa, evaluate_vqa, read_questions
+
+    questions = read_questions(path, limit)
     with ExitStack() as stack:
         record = stack.enter_context(replacing(save)) if save else None
-        from tqdm import tqdm
-
-        import edgevl
-
-        note(f"loading {model} …")
-        loaded = edgevl.load(model, **loading)
-        for line in loaded.engine.notes:
-            note(line)
-        bar = stack.enter_context(
-            tqdm(total=len(questions), unit="question", disable=not is_terminal(sys.stderr))
-        )
+        model, other = _load(name, against, loading)
+        bar = stack.enter_context(_progress(len(questions), "question"))
         right = 0
 
-        def on_outcome(outcome: Outcome) -> None:
+        def on_outcome(outcome: Outcome, reference: Outcome | None = None) -> None:
             nonlocal right
             right += outcome.right
             bar.update()
             bar.set_postfix_str(f"{right / bar.n:.1%} right" if bar.n else "")
             if record is not None:
-                line = json.dumps(outcome.to_dict(), ensure_ascii=False) + "\n"
+                fields = outcome.to_dict()
+                if reference is not None:
+                    fields |= {"against_text": reference.text, "against_right": reference.right}
+                line = json.dumps(fields, ensure_ascii=False) + "\n"
                 record.write(line.encode(errors="backslashreplace"))
 
-        result = evaluate_vqa(
-            loaded, questions, on_outcome, max_tokens=max_tokens, max_tiles=max_tiles
-        )
-    if as_json:
-        print_json(result.to_dict())
+        if other is None:
+            return evaluate_vqa(model, questions, on_outcome, **options)
+        return compare_vqa(model, other, questions, on_outcome, **options)
+
+
+def _evaluate_perplexity(
+    name: str, against: str | None, path: Path, limit: int | None, loading: dict[str, Any]
+) -> PerplexityResult:
+    from edgevl.evaluate import evaluate_perplexity, read_text, text_windows
+
+    text = read_text(path)
+    model, other = _load(name, against, loading, exact_logits=True)
+    windows = text_windows(model, text, limit=limit)
+    with _progress(sum(len(window) - 1 for window in windows), "token") as bar:
+        return evaluate_perplexity(model, windows, other, bar.update)
+
+
+def _load(
+    name: str, against: str | None, loading: dict[str, Any], exact_logits: bool = False
+) -> tuple[Model, Model | None]:
+    """Load the model, and the one to compare with: where there is one, both with exact logits."""
+    import edgevl
+
+    exact_logits = exact_logits or against is not None
+    models: list[Model] = []
+    for each in (name, against):
+        if each is None:
+            return models[0], None
+        note(f"loading {each} …")
+        models.append(edgevl.load(each, exact_logits=exact_logits, **loading))
+        for line in models[-1].engine.notes:
+            note(line)
+    return models[0], models[1]
+
+
+@contextmanager
+def _progress(total: int, unit: str) -> Iterator[tqdm[Any]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, disable=not is_terminal(sys.stderr)) as bar:
+        yield bar
+
+
+def _describe_vqa(result: VQAResult | VQAComparison) -> Iterator[str]:
+    """Yield a table of families; with a reference, its accuracy is the last column."""
+    from edgevl.evaluate import VQAResult
+
+    compared = None if isinstance(result, VQAResult) else result
+    rows = _table(result if isinstance(result, VQAResult) else result.result)
+    width = max(len(name) for name in ("family", *(name for name, _, _ in rows)))
+    header = f"{'family':<{width}}  {'right':>6}  {'asked':>6}  accuracy"
+    lines = [
+        f"{name:<{width}}  {right:>6}  {asked:>6}  {right / asked:>8.1%}"
+        for name, right, asked in rows
+    ]
+    if compared is None:
+        yield from (header, *lines)
         return
-    width = max(len(name) for name in ("family", "total", *result.families))
-    click.echo(f"{'family':<{width}}  {'right':>6}  {'asked':>6}  accuracy")
-    for name, (correct, asked) in result.families.items():
-        click.echo(f"{name:<{width}}  {correct:>6}  {asked:>6}  {correct / asked:>8.1%}")
-    correct = sum(outcome.right for outcome in result.outcomes)
-    asked = len(result.outcomes)
-    click.echo(f"{'total':<{width}}  {correct:>6}  {asked:>6}  {result.accuracy:>8.1%}")
+    yield f"{header}   against"
+    for line, (_, right, asked) in zip(lines, _table(compared.against), strict=True):
+        yield f"{line}  {right / asked:>8.1%}"
+    yield _agreement(compared.tokens, compared.token_agreement, compared.kl_divergence)
+
+
+def _table(result: VQAResult) -> list[tuple[str, int, int]]:
+    """Return name, right and asked of every family, and of all."""
+    right = sum(outcome.right for outcome in result.outcomes)
+    rows = [(name, *counts) for name, counts in result.families.items()]
+    return [*rows, ("total", right, len(result.outcomes))]
+
+
+def _describe_perplexity(result: PerplexityResult) -> Iterator[str]:
+    yield f"perplexity  {result.perplexity:.3f} on {result.tokens} tokens"
+    if result.against_perplexity is not None:
+        yield f"against     {result.against_perplexity:.3f}"
+        assert result.token_agreement is not None
+        assert result.kl_divergence is not None
+        yield _agreement(result.tokens, result.token_agreement, result.kl_divergence)
+
+
+def _agreement(tokens: int, share: float, divergence: float) -> str:
+    return (
+        f"agreement   {share:.2%} of {tokens} most likely tokens, "
+        f"KL divergence {divergence:.4f} nats"
+    )

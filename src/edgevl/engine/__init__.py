@@ -37,10 +37,13 @@ def load_engine(
     precision: Precision = "auto",
     threads: int | None = None,
     kv_cache: KVCacheFormat = "bf16",
+    exact_logits: bool = False,
 ) -> Engine:
     """Load ``checkpoint`` into the engine of that name.
 
-    ``auto`` is ``cpu`` or, where that cannot run, ``reference`` with a warning.
+    ``auto`` is ``cpu`` or, where that cannot run, ``reference`` with a warning. With
+    ``exact_logits`` those of all tokens are as good as those of the best: see `make_plan`; the
+    reference engine's are in any case.
 
     Raises:
         EdgeVLError: an argument is not one of its choices, or a number is out of range.
@@ -54,7 +57,7 @@ def load_engine(
             log.warning("%s: answering with the slow reference engine, in float32", reason)
             return ReferenceEngine(checkpoint, max_context)
         engine = "cpu"
-    return ENGINES[engine](checkpoint, max_context, precision, threads, kv_cache)
+    return ENGINES[engine](checkpoint, max_context, precision, threads, kv_cache, exact_logits)
 
 
 def native_missing() -> str | None:
@@ -75,13 +78,19 @@ def _cpu(
     precision: Precision,
     threads: int | None,
     kv_cache: KVCacheFormat,
+    exact_logits: bool,
 ) -> Engine:
     if reason := native_missing():
         raise EdgeVLError(reason)
     from edgevl.engine import cpu
 
     return cpu.CpuModel(
-        checkpoint, max_context, precision=precision, threads=threads, kv_cache=kv_cache
+        checkpoint,
+        max_context,
+        precision=precision,
+        threads=threads,
+        kv_cache=kv_cache,
+        exact_logits=exact_logits,
     ).engine()
 
 
@@ -91,6 +100,7 @@ def _reference(
     precision: Precision,
     threads: int | None,
     kv_cache: KVCacheFormat,
+    exact_logits: bool,
 ) -> Engine:
     if precision != "auto" or threads is not None or kv_cache != "bf16":
         raise EdgeVLError(
@@ -100,7 +110,9 @@ def _reference(
     return ReferenceEngine(checkpoint, max_context)
 
 
-_Loader = Callable[["Checkpoint", "int | None", Precision, "int | None", KVCacheFormat], Engine]
+_Loader = Callable[
+    ["Checkpoint", "int | None", Precision, "int | None", KVCacheFormat, bool], Engine
+]
 
 #: Engines by name, the preferred first.
 ENGINES: dict[str, _Loader] = {"cpu": _cpu, "reference": _reference}

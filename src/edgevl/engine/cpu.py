@@ -25,7 +25,7 @@ from edgevl.engine.base import (
     KVCacheFormat,
     WeightBytes,
 )
-from edgevl.engine.packed import convertible, packed_bytes, packed_matrices
+from edgevl.engine.packed import convertible, pack_in_memory, packed_bytes, packed_matrices
 from edgevl.engine.plan import (
     PANEL,
     PackingPlan,
@@ -71,6 +71,7 @@ class CpuModel:
         precision: Precision = "auto",
         threads: int | None = None,
         kv_cache: KVCacheFormat = "bf16",
+        exact_logits: bool = False,
         isa: str = "",
     ) -> None:
         """Pack the weights of ``checkpoint``, or map them from its cache.
@@ -85,6 +86,8 @@ class CpuModel:
             threads: how many compute; default is one for each physical core that may be used.
             kv_cache: how keys and values are stored. ``int8`` takes half the memory of ``bf16``,
                 and a long context is read in less time.
+            exact_logits: compute the logits of all tokens as well as those of the best, slower and
+                with more memory: see `make_plan`. Weights are packed anew, the cache is left alone.
             isa: instruction set; default is the environment's ``EDGEVL_ISA``, or else the best.
 
         Raises:
@@ -105,7 +108,7 @@ class CpuModel:
         limit = config.text.max_position_embeddings
         self.max_context = min(max_context or limit, limit)
         self.chunk = min(chunk, self.max_context)
-        self.plan = make_plan(checkpoint, precision)
+        self.plan = make_plan(checkpoint, precision, exact_logits)
         check_memory(checkpoint, self.plan, precision, machine.available_bytes)
         self._team = _native.Team(self.threads)
         tensors = stored_tensors(checkpoint, self.plan)
@@ -113,7 +116,10 @@ class CpuModel:
         # leaves 100 MB of free memory behind that malloc would keep.
         checkpoint.release()
         _native.trim_heap()
-        packed = packed_matrices(checkpoint, self.plan, precision, self._team)
+        if exact_logits:  # a second cache would not be worth its disk
+            packed = pack_in_memory(checkpoint, self.plan, self._team)
+        else:
+            packed = packed_matrices(checkpoint, self.plan, precision, self._team)
         for matrix in self.plan.matrices:
             model, _, name = matrix.name.partition(".")
             data = packed[matrix.name]

@@ -76,20 +76,23 @@ class PackingPlan:
     notes: tuple[str, ...]
 
 
-def make_plan(checkpoint: Checkpoint, precision: Precision = "auto") -> PackingPlan:
+def make_plan(
+    checkpoint: Checkpoint, precision: Precision = "auto", exact_logits: bool = False
+) -> PackingPlan:
     """Decide the format of every matrix.
 
     ``auto`` keeps 4-bit GPTQ as it is, where the format can hold it, and takes everything else to
     INT8; ``int4`` also rounds unquantized text weights to INT4. With both the head is INT4, of
     which the best candidates are scored again with the stored weights: the head is read whole for
     every token, so its size is speed, and only the candidates' order is what its precision is for.
+    ``exact_logits`` has it in bfloat16 instead, for who needs the logits of all tokens.
 
     Raises:
         EdgeVLError: ``precision`` is not one of `PRECISIONS`.
     """
     if precision not in PRECISIONS:
         raise EdgeVLError(f"precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}")
-    text = _Text(checkpoint, precision)
+    text = _Text(checkpoint, precision, exact_logits)
     matrices = list(text.matrices())
     if checkpoint.has_vision:
         matrices += _vision(checkpoint.config, precision)
@@ -136,11 +139,12 @@ def default_group(cols: int) -> int:
 class _Text:
     """Plans the decoder; collects notes on the way."""
 
-    def __init__(self, checkpoint: Checkpoint, precision: Precision) -> None:
+    def __init__(self, checkpoint: Checkpoint, precision: Precision, exact_logits: bool) -> None:
         self.notes: list[str] = []
         self.exact_head = False
         self._checkpoint = checkpoint
         self._precision = precision
+        self._exact_logits = exact_logits
         self._rounded = 0
 
     def matrices(self) -> Iterator[MatrixPlan]:
@@ -196,8 +200,9 @@ class _Text:
         rows, cols = self._checkpoint.shape(weight)
         matrix = self._matrix("text.head", [Part(weight, rows)], rows)
         if self._precision in ("auto", "int4") and self._checkpoint.gptq(weight) is None:
-            self.exact_head = True
-            return MatrixPlan("text.head", "int4", rows, cols, matrix.group, matrix.parts)
+            self.exact_head = not self._exact_logits
+            kind: Format = "bf16" if self._exact_logits else "int4"
+            return MatrixPlan("text.head", kind, rows, cols, matrix.group, matrix.parts)
         return matrix
 
 

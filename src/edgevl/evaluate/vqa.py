@@ -13,7 +13,7 @@ from edgevl.errors import EdgeVLError
 from edgevl.evaluate.boxes import mean_iou, parse_boxes
 
 if TYPE_CHECKING:
-    from edgevl.generate import Model
+    from edgevl.generate import Answer, Model
 
 #: An answer with boxes is right from this mean IoU on, the usual threshold of grounding tasks.
 IOU_THRESHOLD = 0.5
@@ -223,9 +223,14 @@ def evaluate_vqa(
         raise QuestionFileError("no questions to ask")
     outcomes = []
     for question in questions:
-        answer = model.ask(question.question, images=[question.image], **options)
-        outcome = Outcome(question, answer.text, is_right(answer.text, question.answers))
+        outcome, _ = ask_question(model, question, **options)
         outcomes.append(outcome)
         if on_outcome is not None:
             on_outcome(outcome)
     return VQAResult(tuple(outcomes))
+
+
+def ask_question(model: Model, question: Question, **options: Any) -> tuple[Outcome, Answer]:
+    """Ask one question and judge the answer; ``options`` are passed to ``Model.ask``."""
+    answer = model.ask(question.question, images=[question.image], **options)
+    return Outcome(question, answer.text, is_right(answer.text, question.answers)), answer

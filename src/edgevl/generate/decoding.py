@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 from edgevl.engine.base import Engine, Floats
-from edgevl.errors import EdgeVLError
+from edgevl.errors import ContextLengthError, EdgeVLError
 from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.prefix import PrefixRunner
 from edgevl.generate.sampling import Sampler, SamplingParams
 from edgevl.generate.speculation import PromptLookup
 from edgevl.generate.text import Detokenizer, StopStrings, ThinkingSplitter
 from edgevl.preprocess import Prompt, PromptEncoder
+
+#: Tokens of a given answer whose logits are computed at once: 78 MB with 151,936 in the vocabulary.
+FORCED_BLOCK = 128
 
 
 class Piece(str):
@@ -106,13 +110,44 @@ class AnswerGenerator:
         Raises:
             EdgeVLError: this thread has an answer of this model under way, which could never end.
         """
+        with self._turn():
+            return (yield from self._run(prompt, params, started))
+
+    def force(self, prompt: Prompt, token_ids: Sequence[int]) -> Generator[Floats, None, None]:
+        """Yield the logits with which a given answer would be generated (teacher forcing).
+
+        Those of each of ``token_ids`` come first, then those of the token after them: in blocks,
+        float32 [T, V], which the engine's next call overwrites.
+
+        Args:
+            prompt: what is answered.
+            token_ids: the answer.
+
+        Raises:
+            ContextLengthError: prompt and answer exceed the engine's context.
+            EdgeVLError: this thread has an answer of this model under way.
+        """
+        length = len(prompt.token_ids) + len(token_ids)
+        if length > self.engine.max_context:
+            raise ContextLengthError(
+                f"prompt and answer are {length} tokens, but the context holds "
+                f"{self.engine.max_context}: let answers be shorter, or use fewer tiles (max_tiles)"
+            )
+        with self._turn():
+            yield self._runner.prefill(prompt).logits[None]
+            for begin in range(0, len(token_ids), FORCED_BLOCK):
+                yield self._runner.extend(list(token_ids[begin : begin + FORCED_BLOCK]))
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Have the engine to oneself; wait for other threads."""
         thread = threading.get_ident()
         if self._owner == thread:
             raise EdgeVLError("an answer is still being streamed: read it to its end or close it")
         with self._lock:
             self._owner = thread
             try:
-                return (yield from self._run(prompt, params, started))
+                yield
             finally:
                 self._owner = None
 

@@ -22,6 +22,7 @@ def load(
     precision: Precision = "auto",
     threads: int | None = None,
     kv_cache: KVCacheFormat = "bf16",
+    exact_logits: bool = False,
 ) -> Model:
     """Load a model.
 
@@ -35,6 +36,8 @@ def load(
         threads: how many compute; default is one for each physical core that may be used.
         kv_cache: how keys and values are stored. ``int8`` takes half the memory of ``bf16``, and a
             long context is read in less time.
+        exact_logits: compute the logits of all tokens as well as those of the best. Answers do not
+            need it; comparisons of whole distributions do. Slower, and takes more memory.
 
     Raises:
         CheckpointError: the checkpoint is missing, malformed, or not supported.
@@ -44,7 +47,9 @@ def load(
     started = time.perf_counter()
     checkpoint = Checkpoint.open(locate(model))
     prompts = PromptEncoder(checkpoint)  # first: what parsing takes is free again for the weights
-    loaded = load_engine(checkpoint, engine, max_context, precision, threads, kv_cache)
+    loaded = load_engine(
+        checkpoint, engine, max_context, precision, threads, kv_cache, exact_logits
+    )
     return Model(checkpoint, loaded, prompts, load_ms=1000 * (time.perf_counter() - started))
 
 

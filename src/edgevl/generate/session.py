@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from edgevl.checkpoint import Checkpoint
+from edgevl.engine.base import Floats
 from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError
 from edgevl.generate.answer import Answer
 from edgevl.generate.decoding import AnswerGenerator, Piece
@@ -115,6 +116,27 @@ class Session:
         message = Message.user(text, self._pictures(images))
         history, prompt = self._fit(message, params)
         return Stream(self._turn(history, message, prompt, params, started))
+
+    def force(
+        self, text: str, token_ids: Sequence[int], images: Any = ()
+    ) -> Generator[Floats, None, None]:
+        """Yield the logits with which a given answer would be generated; records no turn.
+
+        Args:
+            text: the question, as in `ask`.
+            token_ids: the answer.
+            images: as in `ask`.
+
+        Yields:
+            Logits of each of ``token_ids``, then of what follows them: blocks float32 [T, V], which
+            the model's next computation overwrites.
+
+        Raises:
+            EdgeVLError: as `ask`; or question and answer together are longer than the context.
+        """
+        message = Message.user(text, self._pictures(images))
+        params = SamplingParams(max_tokens=len(token_ids) + 1)
+        return self._generator.force(self._fit(message, params)[1], token_ids)
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""

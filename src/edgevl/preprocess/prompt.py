@@ -69,6 +69,7 @@ class PromptEncoder:
     Attributes:
         tokenizer: The tokenizer.
         stop_ids: Ids that end a reply.
+        start_ids: Ids that the tokenizer puts before any text (``<s>`` of some Llamas).
 
     Raises:
         CheckpointError: Tokenizer or template are missing or malformed, or the tokenizer does not
@@ -82,7 +83,7 @@ class PromptEncoder:
         self._image_tokens = checkpoint.config.image_tokens
         self._vocab_size = checkpoint.config.text.vocab_size
         self._controls = control_ids(self.tokenizer)
-        self._start_ids = self._added_by_tokenizer()
+        self.start_ids: list[int] = self._added_by_tokenizer()
         self._anchor = self._find_anchor()
         self._image_ids = self._find_image_ids(checkpoint)
         stop_ids = set(checkpoint.config.eos_token_ids)
@@ -173,9 +174,9 @@ class PromptEncoder:
                 ids += item.token_ids
                 text, pictures = "", {}
         flush()
-        if ids[: len(self._start_ids)] != self._start_ids:
-            shift = len(self._start_ids)
-            ids = self._start_ids + ids
+        if ids[: len(self.start_ids)] != self.start_ids:
+            shift = len(self.start_ids)
+            ids = self.start_ids + ids
             images = [ImageSpan(i.start + shift, i.length, i.picture) for i in images]
         return ids, images, controls
 
@@ -304,7 +305,7 @@ class PromptEncoder:
         return ""
 
     def _added_by_tokenizer(self) -> list[int]:
-        """Return the ids that the tokenizer puts before any text (``<s>`` of some Llamas)."""
+        """Return `start_ids`."""
         plain = self.tokenizer.encode("a", add_special_tokens=False).ids
         full = self.tokenizer.encode("a").ids
         for start in range(len(full) - len(plain) + 1):
