@@ -134,6 +134,15 @@ _HF_NAMES = (
 )
 
 
+#: Beginnings of names in HF files, and what transformers 5 has instead.
+_TRANSFORMERS_PREFIXES = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+
+
 def hf_names(name: str) -> tuple[str, ...]:
     """Return what the HF layout calls a canonical tensor: three names for a fused q, k, v."""
     if name == LM_HEAD or name.startswith(TEXT):
@@ -147,6 +156,17 @@ def hf_names(name: str) -> tuple[str, ...]:
     if ".attention.qkv." in name:
         return tuple(name.replace("qkv", f"{part}_proj") for part in "qkv")
     return (name,)
+
+
+def transformers_name(name: str) -> str:
+    """Return what transformers 5 itself calls a tensor of the HF layout, whose files are older.
+
+    transformers reads both; GPTQModel reads quantized weights by this name only.
+    """
+    for old, new in _TRANSFORMERS_PREFIXES:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
 
 
 class StoredNames:

@@ -1,4 +1,4 @@
-"""The quantized checkpoint: the original's files, names and layout, with other tensors in them."""
+"""The quantized checkpoint: the original's files and layout, with other tensors in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.checkpoint import Checkpoint, StoredTensor
-from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, PROJECTOR, VISION
+from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, PROJECTOR, VISION, transformers_name
 from edgevl.checkpoint.writer import TensorSpec, encode, raw, write_safetensors
 
 #: Files that hold weights, or a table of them: they are written anew or left behind.
@@ -61,20 +61,21 @@ def write_checkpoint(
     specs = []
     for name in checkpoint.names():
         for stored, tensor, produce in _tensors(checkpoint, name, packed, changed):
-            specs.append(TensorSpec(stored, tensor.dtype, tensor.shape))
-            sources[stored] = produce
+            written = transformers_name(stored) if checkpoint.layout == "internvl" else stored
+            specs.append(TensorSpec(written, tensor.dtype, tensor.shape))
+            sources[written] = produce
 
     def pieces(shard: Sequence[TensorSpec]) -> Iterable[bytes | memoryview]:
         for spec in shard:
             yield sources[spec.name]()
             checkpoint.release()
 
-    total, written = sum(spec.nbytes for spec in specs), 0
+    total, done = sum(spec.nbytes for spec in specs), 0
 
     def count(size: int) -> None:
-        nonlocal written
-        written += size
-        progress(written, total)
+        nonlocal done
+        done += size
+        progress(done, total)
 
     write_safetensors(directory, specs, pieces, progress=count)
     copy_side_files(checkpoint.path, directory)
