@@ -54,7 +54,7 @@ class RoundedReference(ReferenceEngine):
 
     Inputs of linear layers to int8, with a scale for each token and group, or to bfloat16; queries
     and the weights of attention to bfloat16; keys and values to what ``kv_cache`` says. With int8
-    weights, queries and keys of the vision encoder to int8.
+    weights of qkv, queries and keys of a vision layer to int8.
     """
 
     def __init__(self, dequantized, kv_cache="bf16", **options):
@@ -86,11 +86,12 @@ class RoundedReference(ReferenceEngine):
         with mock.patch.object(ref, "attention", self.attention):
             return super()._decoder(x)
 
-    def _encode_tile(self, pixels):
-        formats = {m.format for name, m in self.matrices.items() if name.endswith("qkv.weight")}
-        attention = int8_keys_attention if formats == {"int8"} else bf16_attention
+    def _vision_layer(self, prefix, x):
+        qkv = self.matrices.get(prefix + "attn.qkv.weight")
+        int8 = qkv is not None and qkv.format == "int8"
+        attention = int8_keys_attention if int8 else bf16_attention
         with mock.patch.object(ref, "attention", attention):
-            return super()._encode_tile(pixels)
+            return super()._vision_layer(prefix, x)
 
 
 def to_bf16(x):

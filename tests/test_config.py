@@ -199,6 +199,38 @@ def test_gptq_from_each_place():
     assert config.text == parse(CHAT).text
 
 
+QKV = "vision_model.encoder.layers.0.attn.qkv.weight"
+
+
+@pytest.mark.parametrize("layout", CONFIGS)
+def test_what_vision_keeps(layout):
+    config = CONFIGS[layout]
+    assert parse(config).vision_keep == ()
+    for vision in ({}, {"format": "int8"}, {"keep": []}, None):
+        assert parse({**config, "edgevl_quantization": {"vision": vision}}).vision_keep == ()
+    vision = {"format": "int8", "keep": ["mlp1.3.weight", QKV]}
+    parsed = parse({**config, "edgevl_quantization": {"vision": vision}})
+    assert parsed.vision_keep == ("mlp1.3.weight", QKV)
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (QKV, ["a list of at most 6"]),
+        ([QKV] * 7, ["a list of 7", "at most 6"]),
+        ([1], ["1", "no linear weight"]),
+        ([[QKV]], ["no linear weight"]),
+        (["vision_model.encoder.layers.1.attn.qkv.weight"], ["layers.1"]),
+        (["vision_model.embeddings.patch_embedding.weight"], ["patch_embedding"]),
+        (["language_model.model.layers.0.mlp.down_proj.weight"], ["down_proj"]),
+    ],
+)
+def test_what_vision_cannot_keep(keep, words):
+    config = {**CHAT, "edgevl_quantization": {"vision": {"keep": keep}}}
+    refused(config, "edgevl_quantization", "keep", *words)
+    refused({**CHAT, "edgevl_quantization": {"vision": {"format": "int2"}}}, "format", "int2")
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [

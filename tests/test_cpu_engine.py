@@ -34,7 +34,7 @@ import numpy as np
 import pytest
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, expected_tensors, parse_config
-from edgevl.checkpoint.layouts import EMBEDDING
+from edgevl.checkpoint.layouts import EMBEDDING, vision_linears
 from edgevl.engine import KV_CACHE_FORMATS, ReferenceEngine, load_engine
 from edgevl.errors import CheckpointError, EdgeVLError
 
@@ -139,8 +139,8 @@ def test_text_agrees_with_the_reference(checkpoint, precision, kv_cache, team):
         assert some_close(shares[isa]), (isa, shares[isa])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_vision_agrees_with_the_reference(checkpoint, precision, team):
+def vision_agrees(checkpoint, precision, team):
+    """Compare every instruction set with the reference, rounded alike and not at all."""
     dequantized = Dequantized(checkpoint, precision, team)
     tiles = random_tiles(checkpoint, 3)
     rounded = RoundedReference(dequantized).encode_images(tiles)
@@ -160,6 +160,19 @@ def test_vision_agrees_with_the_reference(checkpoint, precision, team):
             )
         ]
         assert np.median(shares) < 5 * CLOSE, isa
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_vision_agrees_with_the_reference(checkpoint, precision, team):
+    vision_agrees(checkpoint, precision, team)
+
+
+@pytest.mark.parametrize("kept", [slice(0, None, 3), slice(1, None, 2), slice(4)])
+def test_vision_with_layers_kept_in_bfloat16(checkpoint, kept, team):
+    """qkv of one layer, what follows it in both, or one layer whole."""
+    keep = tuple(vision_linears(2)[kept])
+    checkpoint.config = dataclasses.replace(checkpoint.config, vision_keep=keep)
+    vision_agrees(checkpoint, "int8", team)
 
 
 @pytest.mark.parametrize("select_layer", [-2, 1, 0])

@@ -92,6 +92,16 @@ def test_formats(checkpoint, precision, text, head, vision, exact):
         assert kind == (text if name.startswith("text.") else vision), name
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_vision_keeps_is_bfloat16(checkpoint, precision):
+    before = make_plan(checkpoint, precision).matrices
+    keep = ("vision_model.encoder.layers.1.attn.qkv.weight", "mlp1.3.weight")
+    checkpoint.config = dataclasses.replace(checkpoint.config, vision_keep=keep)
+    for matrix, other in zip(make_plan(checkpoint, precision).matrices, before, strict=True):
+        kept = matrix.name in ("vision.layers.1.qkv", "vision.projector.fc2")
+        assert matrix == (dataclasses.replace(other, format="bf16") if kept else other)
+
+
 def test_parts_fill_panels_without_meeting(checkpoint):
     for matrix in make_plan(checkpoint).matrices:
         panels = [

@@ -69,8 +69,6 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, 
       team_(team),
       kernels_(kernels),
       padded_head_dim_((config.head_dim() + 1) / 2 * 2),
-      int8_keys_(config.head_dim() <= kMaxInt8Channels && !weights_.layers.empty() &&
-                 weights_.layers[0].qkv.matrix.format != Format::kBf16),
       products_(kernels, team.size(), kChunk),
       scratch_(team.size()),
       odd_(config.head_dim() % 2 ? team.size() : 0) {
@@ -190,7 +188,8 @@ void VisionEncoder::layer(Member& member, int index) {
       kernels_.rms_norm(k, w.k_norm, c.hidden_size, c.norm_eps, k);
     });
   }
-  attention(member);
+  // Scores are computed as what they are made of.
+  attention(member, w.qkv.matrix.format != Format::kBf16 && c.head_dim() <= kMaxInt8Channels);
   each_chunk(positions, [&](std::size_t first, int rows) {
     products_.run(member, w.proj, {qkv_.row(first), qkv_.stride(), rows, c.hidden_size},
                   {Finish::Kind::kAdd, x_.row(first), x_.stride(), c.hidden_size, w.ls1});
@@ -202,19 +201,19 @@ void VisionEncoder::layer(Member& member, int index) {
 
 /// Queries, keys and values in qkv_ to what is attended to, which takes the queries' place; every
 /// position sees every other.
-void VisionEncoder::attention(Member& member) {
+void VisionEncoder::attention(Member& member, bool int8_keys) {
   const int heads = config_.num_attention_heads, positions = config_.positions();
-  member.each(heads, [&](int head) { store(head); });
+  member.each(heads, [&](int head) { store(head, int8_keys); });
   // Blocks of one head follow one another, so that its keys and values stay in the cache.
   const int size = kernels_.token_block, blocks = (positions + size - 1) / size;
   member.each(heads * blocks, [&](int item) {
     const int first = item % blocks * size;
-    attend(member, item / blocks, first, std::min(size, positions - first));
+    attend(member, int8_keys, item / blocks, first, std::min(size, positions - first));
   });
 }
 
 /// A head's keys and values into the cache.
-void VisionEncoder::store(int head) {
+void VisionEncoder::store(int head, bool int8_keys) {
   const int hidden = config_.hidden_size, head_dim = config_.head_dim();
   std::uint32_t* const* keys = cache_->keys(0, head);
   std::uint32_t* const* values = cache_->values(0, head);
@@ -222,13 +221,13 @@ void VisionEncoder::store(int head) {
     const int block = first / kCacheBlock;
     const int count = std::min(kCacheBlock, config_.positions() - first);
     const float* key = qkv_.row(first) + hidden + head * head_dim;
-    for (int i = 0; i < count && !int8_keys_; ++i) {
+    for (int i = 0; i < count && !int8_keys; ++i) {
       kernels_.store_key[kCacheFormat](key + i * qkv_.stride(), head_dim, i, keys[block]);
     }
     kernels_.store_values[kCacheFormat](key + hidden, qkv_.stride(), count, head_dim, 0,
                                         values[block]);
   }
-  if (int8_keys_) quantize_keys(head);
+  if (int8_keys) quantize_keys(head);
 }
 
 /// Keys less their mean, which adds the same to all scores of a query and so changes no weight:
@@ -257,7 +256,7 @@ void VisionEncoder::quantize_keys(int head) {
   }
 }
 
-void VisionEncoder::attend(Member& member, int head, int first, int rows) {
+void VisionEncoder::attend(Member& member, bool int8_keys, int head, int first, int rows) {
   const auto& c = config_;
   const int head_dim = c.head_dim();
   Attention attention;
@@ -277,7 +276,7 @@ void VisionEncoder::attend(Member& member, int head, int first, int rows) {
     attention.visible[i] = c.positions();
     attention.out[i] = odd ? copy : query(i);
   }
-  (int8_keys_ ? kernels_.attend_int8_keys : kernels_.attend[kCacheFormat])(attention);
+  (int8_keys ? kernels_.attend_int8_keys : kernels_.attend[kCacheFormat])(attention);
   if (!odd) return;
   for (int i = 0; i < rows; ++i) std::copy_n(attention.out[i], head_dim, query(i));
 }

@@ -88,10 +88,10 @@ class VisionEncoder {
   void encode_tile(Member& member, const float* pixels, float* out);
   void embed_patches(Member& member, const float* pixels);
   void layer(Member& member, int index);
-  void attention(Member& member);
-  void store(int head);
+  void attention(Member& member, bool int8_keys);
+  void store(int head, bool int8_keys);
   void quantize_keys(int head);
-  void attend(Member& member, int head, int first, int rows);
+  void attend(Member& member, bool int8_keys, int head, int first, int rows);
   void merge_patches(Member& member);
   Norm norm(const float* weight, const float* bias) const;
 
@@ -101,8 +101,7 @@ class VisionEncoder {
   const Kernels& kernels_;
   std::mutex turn_;
 
-  int padded_head_dim_;   ///< even, as the kernels want it
-  const bool int8_keys_;  ///< whether scores are computed in INT8, as the linear layers are
+  int padded_head_dim_;  ///< even, as the kernels want it
   Products products_;
   std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
   std::vector<Buffer<float>> odd_;  ///< for each member, queries of heads with an odd channel more

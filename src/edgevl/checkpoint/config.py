@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgevl.checkpoint.jsonfile import Fields, shown
+from edgevl.checkpoint.layouts import vision_linears
 from edgevl.errors import CheckpointError
 
 #: Bounds of sizes in a configuration. The largest InternVL (InternViT-6B with a 72 B text model)
@@ -131,7 +132,12 @@ class GPTQConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything a checkpoint says about itself, the same for all layouts."""
+    """Everything a checkpoint says about itself, the same for all layouts.
+
+    ``quantization`` is how weights are stored; ``vision_keep`` are the linear weights of the vision
+    encoder and the projector, by canonical name, that `edgevl quantize` found to lose too much in
+    INT8.
+    """
 
     vision: VisionConfig
     text: TextConfig
@@ -149,6 +155,7 @@ class ModelConfig:
     system_message: str = SYSTEM_MESSAGE
     eos_token_ids: tuple[int, ...] = ()
     quantization: GPTQConfig | None = None
+    vision_keep: tuple[str, ...] = ()
 
     @property
     def shuffle(self) -> int:
@@ -246,6 +253,7 @@ def parse_config(
         system_message=top.text("system_message", SYSTEM_MESSAGE),
         eos_token_ids=_parse_eos(top, text, Fields(generation or {}, "generation_config.json")),
         quantization=quantization,
+        vision_keep=_parse_vision_keep(top, layers),
         **tiles,
     )
     return ("gptq_text" if text is top else model_type), parsed
@@ -475,6 +483,27 @@ def _parse_quantization(
         desc_act=fields.flag("desc_act", False),
         checkpoint_format=stored,
     )
+
+
+def _parse_vision_keep(top: Fields, layers: int) -> tuple[str, ...]:
+    """Return what ``edgevl_quantization``, written by `edgevl quantize`, keeps in bfloat16."""
+    fields = top.fields("edgevl_quantization", {}).fields("vision", {})
+    fields.choice("format", ("int8",), "int8")
+    if not fields.has("keep"):
+        return ()
+    names, known = fields.values["keep"], set(vision_linears(layers))
+    if not isinstance(names, list) or len(names) > len(known):
+        raise fields.error(
+            "keep", f"is {shown(names)}, expected a list of at most {len(known)} names"
+        )
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise fields.error(
+                "keep",
+                f"has {shown(name)}, which is no linear weight of the vision encoder or the "
+                "projector, such as 'vision_model.encoder.layers.0.attn.qkv.weight'",
+            )
+    return tuple(names)
 
 
 def _parse_tiles(top: Fields, processor: Fields, vision: VisionConfig) -> dict[str, Any]:

@@ -6,9 +6,10 @@ Canonical are the names of the ``internvl_chat`` layout. Linear weights are [out
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from edgevl.checkpoint.config import ModelConfig, TextConfig, VisionConfig
+if TYPE_CHECKING:
+    from edgevl.checkpoint.config import ModelConfig, TextConfig, VisionConfig
 
 VISION = "vision_model."
 PROJECTOR = "mlp1."
@@ -33,6 +34,18 @@ def expected_tensors(config: ModelConfig, vision: bool = True) -> dict[str, tupl
         tensors.update(_projector_tensors(config))
     tensors.update(_text_tensors(config.text))
     return tensors
+
+
+def vision_linears(layers: int) -> list[str]:
+    """Return the weights of the linear layers of vision encoder and projector, in order.
+
+    The patch embedding, a convolution, is not among them.
+    """
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    encoder = [
+        f"{VISION}encoder.layers.{layer}.{part}.weight" for layer in range(layers) for part in parts
+    ]
+    return [*encoder, PROJECTOR + "1.weight", PROJECTOR + "3.weight"]
 
 
 def _linear(

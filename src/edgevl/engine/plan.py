@@ -95,7 +95,7 @@ def make_plan(
     text = _Text(checkpoint, precision, exact_logits)
     matrices = list(text.matrices())
     if checkpoint.has_vision:
-        matrices += _vision(checkpoint.config, precision)
+        matrices += vision_matrices(checkpoint.config, precision)
     return PackingPlan(tuple(matrices), text.exact_head, tuple(text.notes))
 
 
@@ -206,16 +206,17 @@ class _Text:
         return matrix
 
 
-def _vision(config: ModelConfig, precision: Precision) -> Iterator[MatrixPlan]:
-    """Plan the vision encoder and the projector: INT8, or all bfloat16.
+def vision_matrices(config: ModelConfig, precision: Precision) -> Iterator[MatrixPlan]:
+    """Plan the vision encoder and the projector: INT8 but for ``vision_keep``, or all bfloat16.
 
     A token has one scale, except before ``fc2`` and ``projector.fc2``: what comes out of a GELU
     has few large values, which would take the precision from all others.
     """
     vision, hidden = config.vision, config.text.hidden_size
-    kind: Format = "bf16" if precision == "bf16" else "int8"
 
     def matrix(name: str, weight: str, rows: int, cols: int) -> MatrixPlan:
+        kept = precision == "bf16" or weight in config.vision_keep
+        kind: Format = "bf16" if kept else "int8"
         group = default_group(cols) if name.endswith("fc2") else _padded(cols, 8)
         return MatrixPlan("vision." + name, kind, rows, cols, group, (Part(weight, rows),))
 

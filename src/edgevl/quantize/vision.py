@@ -1,0 +1,319 @@
+"""INT8 for the vision encoder and the projector: what is moved, what is kept, what it costs.
+
+The engine rounds when it loads; a quantized checkpoint stores floats that stand rounding better
+(`edgevl.quantize.smoothing`), and the names of the linear layers that are to stay in bfloat16.
+
+Smoothing: every linear layer whose inputs can be scaled tries `STRENGTHS` on inputs from the
+calibration tiles, and takes the one that brings its outputs closest to the original's, if they are
+closer by `LEAST_GAIN`: less would be chance, and leave the weights changed for nothing.
+
+Keeping: each linear layer is rounded alone, and the squared error that this brings into the hidden
+states (into the features, for the projector) is its share: independent errors add in squares, and
+the residual stream carries them on. A layer is sensitive if its share of all squared error is
+`SENSITIVE` times its share of the multiply-adds. Sensitive layers, most error for the work first,
+are candidates as long as they do no more than `MOST_WORK` of the multiply-adds, for bfloat16 is
+slower; all of them are kept if, measured, the features' error falls by `LEAST_FALL`, and otherwise
+none. If all layers were alike, keeping a tenth of the work would take 5 % off the error, which is
+1 - sqrt(0.9); a fall by 20 % says that so little work makes a third of the squared error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgevl.checkpoint import Checkpoint
+from edgevl.engine.plan import Format, MatrixPlan, vision_matrices
+from edgevl.quantize.settings import QuantizationError
+from edgevl.quantize.smoothing import SmoothedTensors, producer, smoothing_factor
+from edgevl.quantize.vision_network import EXACT, Linear, Rounding, VisionNetwork
+
+STRENGTHS = (0.25, 0.4, 0.55, 0.7, 0.85)
+LEAST_GAIN = 0.05
+SENSITIVE = 4.0
+MOST_WORK = 0.1
+LEAST_FALL = 0.2
+#: Tokens on which the error of one linear layer is measured, from all tiles alike.
+SAMPLED_TOKENS = 1024
+#: Tiles on which layers are rounded alone, and on which keeping is tried.
+PROBE_TILES, TRIAL_TILES = 2, 4
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LinearError:
+    """What rounding does to one linear layer, on the held-out tiles.
+
+    Errors are those of its outputs, without bias, as a share of them: ‖ŷ - y‖ / ‖y‖, where y is
+    computed from the same inputs with nothing rounded.
+
+    Attributes:
+        weight: canonical name.
+        plain: error in INT8 without smoothing.
+        chosen: error as it was decided.
+        strength: of smoothing; None where there is none.
+        format: what it runs in.
+    """
+
+    weight: str
+    plain: float
+    chosen: float
+    strength: float | None
+    format: Format
+
+
+@dataclass(frozen=True)
+class VisionQuantization:
+    """What was decided, and measured on the held-out tiles.
+
+    Attributes:
+        tensors: those that smoothing changes, by canonical name; computed when asked for, as long
+            as the checkpoint is open, with a QuantizationError where the stored type does not hold
+            their values.
+        keep: linear weights that are to run in bfloat16.
+        linears: every linear layer, in order.
+        plain_error: relative error of the features, all in INT8 without smoothing.
+        error: the same as it was decided.
+    """
+
+    tensors: Mapping[str, Floats]
+    keep: tuple[str, ...]
+    linears: tuple[LinearError, ...]
+    plain_error: float
+    error: float
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the part ``vision`` of a report has of it."""
+        return {
+            "layers": [
+                {
+                    "name": linear.weight.removesuffix(".weight"),
+                    "plain_error": linear.plain,
+                    "error": linear.chosen,
+                    "alpha": linear.strength,
+                    "format": linear.format,
+                }
+                for linear in self.linears
+            ],
+            "plain_feature_error": self.plain_error,
+            "feature_error": self.error,
+        }
+
+
+def quantize_vision(
+    checkpoint: Checkpoint,
+    tiles: Floats,
+    held_out: Floats,
+    device: str = "cpu",
+    progress: Callable[[int, int], object] | None = None,
+) -> VisionQuantization:
+    """Decide how the vision encoder and the projector of a checkpoint run in INT8.
+
+    In memory are one layer's weights, and hidden states of all tiles.
+
+    Args:
+        checkpoint: with a vision encoder; stays open as long as the result's tensors are needed.
+        tiles: to decide on, float32 [B, 3, tile, tile].
+        held_out: others, to measure on.
+        device: where PyTorch computes, ``cpu`` or ``cuda``.
+        progress: called after every layer with the number done and the number of all.
+
+    Raises:
+        QuantizationError: hidden states are not finite.
+    """
+    network = VisionNetwork(checkpoint, device)
+    done, total = 0, 3 * len(network.stages)
+
+    def finished() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    plans = {
+        matrix.parts[0].weight: matrix
+        for matrix in vision_matrices(replace(checkpoint.config, vision_keep=()), "int8")
+    }
+    calibration = _Calibration(network, plans)
+    features = calibration.run(tiles, finished)
+    smoothed = Rounding(plans, calibration.factors)
+
+    keep = _sensitive(calibration.squared_errors, _work(checkpoint, plans))
+    chosen = _keeping(smoothed, keep)
+    if keep:
+        trial, target = tiles[:TRIAL_TILES], features[:TRIAL_TILES]
+        both = _encode(network, trial, [smoothed, chosen], lambda _: finished())
+        without, with_kept = (relative_error(encoded, target) for encoded in both)
+        if with_kept > (1 - LEAST_FALL) * without:
+            keep, chosen = (), smoothed
+    done = 2 * len(network.stages)
+
+    linears: list[LinearError] = []
+
+    def measure(seen: _Inputs) -> None:
+        linears.extend(_linear_errors(network, seen, plans, chosen, calibration.strengths))
+        finished()
+
+    exact, plain, final = _encode(network, held_out, [EXACT, Rounding(plans), chosen], measure)
+    factors = {name: factor.cpu().numpy() for name, factor in chosen.factors.items()}
+    return VisionQuantization(
+        SmoothedTensors(checkpoint, factors),
+        keep,
+        tuple(linears),
+        relative_error(plain, exact),
+        relative_error(final, exact),
+    )
+
+
+def relative_error(values: Tensor, expected: Tensor) -> float:
+    """Return ‖values - expected‖ / ‖expected‖; 0 where both are zero."""
+    norm = float(torch.linalg.vector_norm(expected))
+    difference = float(torch.linalg.vector_norm(values - expected))
+    return difference / norm if norm or difference else 0.0
+
+
+class _Inputs:
+    """What linear layers take in: the peak of every channel, and a sample of tokens."""
+
+    def __init__(self, tiles: int) -> None:
+        self.peaks: dict[str, Tensor] = {}
+        self.rows: dict[str, list[Tensor]] = {}
+        self._rows_of_a_tile = -(-SAMPLED_TOKENS // tiles)
+
+    def __call__(self, weight: str, x: Tensor) -> None:
+        """See [tokens, columns] of one tile."""
+        peaks, rows = x.abs().amax(0), self.rows.setdefault(weight, [])
+        self.peaks[weight] = torch.maximum(self.peaks.get(weight, peaks), peaks)
+        step = max(len(x) // self._rows_of_a_tile, 1)
+        rows.append(x[len(rows) % step :: step].clone())  # not a view, which would hold all of x
+
+    def sample(self, weight: str) -> Tensor:
+        """Return the sampled tokens: [tokens, columns]."""
+        return torch.cat(self.rows[weight])
+
+
+class _Calibration:
+    """One pass of the original over the calibration tiles.
+
+    Attributes:
+        factors: of the linear layers that are smoothed, by weight.
+        strengths: likewise, with which they were made.
+        squared_errors: of the hidden states, with only this linear layer rounded.
+    """
+
+    def __init__(self, network: VisionNetwork, plans: Mapping[str, MatrixPlan]) -> None:
+        self.factors: dict[str, Tensor] = {}
+        self.strengths: dict[str, float] = {}
+        self.squared_errors: dict[str, float] = {}
+        self._network = network
+        self._plans = plans
+
+    def run(self, tiles: Floats, finished: Callable[[], object]) -> Tensor:
+        """Fill the attributes; return the features of the tiles."""
+        x = self._network.embed(tiles)
+        for stage, weights in enumerate(self._network.stages):
+            seen, probe = _Inputs(len(tiles)), x[:PROBE_TILES]
+            x = self._network.run(stage, x, EXACT, seen)
+            if not x.isfinite().all():
+                raise QuantizationError(
+                    f"{self._network.path}: {weights[0].rpartition('.')[0]} or the layers after it "
+                    "give values that are not finite; the weights are damaged"
+                )
+            for weight in weights:
+                if producer(weight) is not None:
+                    self._smooth(weight, seen)
+                alone = Rounding({weight: self._plans[weight]}, self.factors)
+                error = relative_error(self._network.run(stage, probe, alone), x[:PROBE_TILES])
+                self.squared_errors[weight] = error**2
+            finished()
+        return x
+
+    def _smooth(self, name: str, seen: _Inputs) -> None:
+        """Choose the strength for a linear layer."""
+        weight, rows, matrix = self._network.tensor(name), seen.sample(name), self._plans[name]
+        target = Linear(weight)(rows)
+        least = (1 - LEAST_GAIN) * relative_error(Linear(weight, None, matrix)(rows), target)
+        for strength in STRENGTHS:
+            factor = smoothing_factor(seen.peaks[name], weight, strength)
+            error = relative_error(Linear(weight, None, matrix, factor)(rows), target)
+            if error < least:
+                least = error
+                self.strengths[name], self.factors[name] = strength, factor
+
+
+def _encode(
+    network: VisionNetwork,
+    tiles: Floats,
+    roundings: Sequence[Rounding],
+    after_stage: Callable[[_Inputs], object],
+) -> list[Tensor]:
+    """Return the features with each rounding; what the last one takes in is shown stage by stage.
+
+    They go side by side, so that a stage's inputs can be forgotten when it is done.
+    """
+    states = [network.embed(tiles, rounding) for rounding in roundings]
+    for stage in range(len(network.stages)):
+        seen = _Inputs(len(tiles))
+        for index, rounding in enumerate(roundings):
+            last = index == len(roundings) - 1
+            states[index] = network.run(stage, states[index], rounding, seen if last else None)
+        after_stage(seen)
+    return states
+
+
+def _linear_errors(
+    network: VisionNetwork,
+    seen: _Inputs,
+    plans: Mapping[str, MatrixPlan],
+    chosen: Rounding,
+    strengths: Mapping[str, float],
+) -> Iterator[LinearError]:
+    """Measure the linear layers whose inputs have been seen."""
+    for name in seen.rows:
+        weight, rows = network.tensor(name), seen.sample(name)
+        matrix, factor = chosen.matrices[name], chosen.factors.get(name)
+        target = Linear(weight)(rows)
+        plain = relative_error(Linear(weight, None, plans[name])(rows), target)
+        error = relative_error(Linear(weight, None, matrix, factor)(rows), target)
+        yield LinearError(name, plain, error, strengths.get(name), matrix.format)
+
+
+def _keeping(rounding: Rounding, keep: Sequence[str]) -> Rounding:
+    """Return a rounding with some weights in bfloat16."""
+    kept = {name: replace(rounding.matrices[name], format="bf16") for name in keep}
+    return Rounding({**rounding.matrices, **kept}, rounding.factors)
+
+
+def _work(checkpoint: Checkpoint, plans: Mapping[str, MatrixPlan]) -> dict[str, int]:
+    """Return the multiply-adds of each linear layer for one tile."""
+    config = checkpoint.config
+    return {
+        name: matrix.rows
+        * matrix.cols
+        * (config.image_tokens if "projector" in matrix.name else config.vision.num_patches + 1)
+        for name, matrix in plans.items()
+        if matrix.format == "int8"
+    }
+
+
+def _sensitive(squared_errors: Mapping[str, float], work: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the candidates for bfloat16, in order."""
+    all_error, all_work = sum(squared_errors.values()), sum(work.values())
+    density = {
+        name: error / all_error / (work[name] / all_work) if all_error else 0.0
+        for name, error in squared_errors.items()
+    }
+    keep = set()
+    left = MOST_WORK * all_work
+    for name in sorted(density, key=density.__getitem__, reverse=True):
+        if density[name] >= SENSITIVE and work[name] <= left:
+            keep.add(name)
+            left -= work[name]
+    return tuple(name for name in squared_errors if name in keep)

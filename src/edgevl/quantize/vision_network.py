@@ -1,0 +1,237 @@
+"""The vision encoder in PyTorch, layer by layer, its linear layers exact or rounded.
+
+What is rounded is rounded as the CPU engine does: weights to INT8 with a scale for each row,
+activations with a scale for each token and group of columns, both symmetric within ±127 and to the
+nearest even; or all to bfloat16. Where qkv is INT8, the scores of attention are too. The engine
+sums in integers and here it is float32, which is all the difference.
+
+Only the weights of the layer at hand are in memory. Shapes: B tiles, P patches and the class token,
+C vision hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from edgevl.checkpoint import Checkpoint
+from edgevl.checkpoint.layouts import PROJECTOR, VISION, vision_linears
+from edgevl.engine.plan import MatrixPlan, vision_layers
+from edgevl.engine.reference import PROJECTOR_NORM_EPS
+
+#: Most channels of a head whose scores the engine computes in INT8.
+MAX_INT8_CHANNELS = 256
+
+#: Called with a weight's name and what its layer takes in, [tokens, columns], tile by tile.
+Observer = Callable[[str, Tensor], object]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the linear layers compute.
+
+    Attributes:
+        matrices: the plan of each weight that is rounded, by name; the others are float32.
+        factors: what divides the inputs of a linear layer and multiplies the columns of its
+            weight, float32 [columns], by the weight's name.
+    """
+
+    matrices: Mapping[str, MatrixPlan] = field(default_factory=dict)
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+#: The original.
+EXACT = Rounding()
+
+
+class Linear:
+    """A linear layer.
+
+    Args:
+        weight: float32 [rows, columns].
+        bias: float32 [rows], or None.
+        matrix: the plan by which it is rounded, or None.
+        factor: of `Rounding`, or None.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        matrix: MatrixPlan | None = None,
+        factor: Tensor | None = None,
+    ) -> None:
+        self._bias, self._matrix, self._factor = bias, matrix, factor
+        if factor is not None:
+            weight = weight * factor
+        if matrix is not None:
+            weight = to_int8(weight) if matrix.format == "int8" else to_bfloat16(weight)
+        self._weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute: [tokens, columns] -> [tokens, rows]."""
+        if self._factor is not None:
+            x = x / self._factor
+        if self._matrix is not None:
+            int8 = self._matrix.format == "int8"
+            x = to_int8(x, self._matrix.group) if int8 else to_bfloat16(x)
+        return functional.linear(x, self._weight, self._bias)
+
+
+class VisionNetwork:
+    """Vision encoder and projector of a checkpoint; nothing is loaded until it is needed."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+        self.config = checkpoint.config
+        layers = vision_layers(checkpoint.config)
+        linears = vision_linears(layers)
+        #: The weights of each stage: of the layers of the encoder that run, then the projector.
+        self.stages = [linears[4 * stage : 4 * stage + 4] for stage in range(layers + 1)]
+        self.path = checkpoint.path
+        self._checkpoint = checkpoint
+        self._device = torch.device(device)
+        self._known = frozenset(checkpoint.names())
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a stored tensor on the device, float32."""
+        return torch.tensor(self._checkpoint.tensor(name), device=self._device)
+
+    def embed(self, tiles: NDArray[np.float32], rounding: Rounding = EXACT) -> Tensor:
+        """Embed patches: float32 [B, 3, tile, tile] -> [B, P, C]. The engine's are bfloat16."""
+        name = VISION + "embeddings."
+        kernel = self.tensor(name + "patch_embedding.weight")
+        pixels = torch.tensor(tiles, device=self._device)
+        if rounding.matrices:
+            kernel, pixels = to_bfloat16(kernel), to_bfloat16(pixels)
+        bias = self.tensor(name + "patch_embedding.bias")
+        size = kernel.shape[-1]
+        # Not conv2d, which rounds to TensorFloat-32 on a GPU.
+        patches = functional.unfold(pixels, size, stride=size).mT
+        x = functional.linear(patches, kernel.flatten(1), bias)
+        first = self.tensor(name + "class_embedding").expand(len(x), -1, -1)
+        return torch.cat((first, x), 1) + self.tensor(name + "position_embedding")
+
+    def run(
+        self, stage: int, x: Tensor, rounding: Rounding = EXACT, observe: Observer | None = None
+    ) -> Tensor:
+        """Run a layer, [B, P, C] -> [B, P, C], or the projector, which gives the features."""
+        if stage + 1 < len(self.stages):
+            x = self._layer(stage, x, rounding, observe)
+        else:
+            x = self._project(x, rounding, observe)
+        self._checkpoint.release()
+        return x
+
+    def _layer(self, index: int, x: Tensor, rounding: Rounding, observe: Observer | None) -> Tensor:
+        name, vision = f"{VISION}encoder.layers.{index}.", self.config.vision
+        qkv = self._linear(name + "attn.qkv", rounding, observe)
+        proj = self._linear(name + "attn.proj", rounding, observe)
+        fc1 = self._linear(name + "mlp.fc1", rounding, observe)
+        fc2 = self._linear(name + "mlp.fc2", rounding, observe)
+        norm1, norm2 = self._norm(name + "norm1"), self._norm(name + "norm2")
+        scale1, scale2 = self.tensor(name + "ls1"), self.tensor(name + "ls2")
+        norms = [
+            self._norm(f"{name}attn.{part}_norm") if vision.use_qk_norm else torch.nn.Identity()
+            for part in "qk"
+        ]
+        scores = rounding.matrices.get(name + "attn.qkv.weight")
+        attend = attention_of(scores, vision.head_dim)
+
+        def tile(x: Tensor) -> Tensor:
+            query, key, value = qkv(norm1(x)).chunk(3, -1)
+            query, key = norms[0](query), norms[1](key)
+            heads = (len(x), vision.num_attention_heads, vision.head_dim)
+            parts = (part.reshape(heads).transpose(0, 1) for part in (query, key, value))
+            x = x + scale1 * proj(attend(*parts).transpose(0, 1).flatten(1))
+            return x + scale2 * fc2(functional.gelu(fc1(norm2(x))))
+
+        return torch.stack([tile(one) for one in x])
+
+    def _project(self, x: Tensor, rounding: Rounding, observe: Observer | None) -> Tensor:
+        """Shuffle pixels and project: [B, P, C] -> [B, image_tokens, text hidden size]."""
+        config = self.config
+        side, n = config.vision.image_size // config.vision.patch_size, config.shuffle
+        x = x[:, 1:].reshape(len(x), side // n, n, side // n, n, -1)
+        order = (0, 3, 1, 2, 4, 5) if config.ps_version == "v1" else (0, 1, 3, 2, 4, 5)
+        x = x.permute(order).reshape(len(x), config.image_tokens, -1)
+        weight, bias = self.tensor(PROJECTOR + "0.weight"), self.tensor(PROJECTOR + "0.bias")
+        fc1 = self._linear(PROJECTOR + "1", rounding, observe)
+        fc2 = self._linear(PROJECTOR + "3", rounding, observe)
+
+        def tile(x: Tensor) -> Tensor:
+            x = functional.layer_norm(x, weight.shape, weight, bias, PROJECTOR_NORM_EPS)
+            return fc2(functional.gelu(fc1(x)))
+
+        return torch.stack([tile(one) for one in x])
+
+    def _linear(
+        self, name: str, rounding: Rounding, observe: Observer | None
+    ) -> Callable[[Tensor], Tensor]:
+        weight = name + ".weight"
+        linear = Linear(
+            self.tensor(weight),
+            self.tensor(name + ".bias") if name + ".bias" in self._known else None,
+            rounding.matrices.get(weight),
+            rounding.factors.get(weight),
+        )
+        if observe is None:
+            return linear
+
+        def observed(x: Tensor) -> Tensor:
+            observe(weight, x)
+            return linear(x)
+
+        return observed
+
+    def _norm(self, name: str) -> Callable[[Tensor], Tensor]:
+        weight, eps = self.tensor(name + ".weight"), self.config.vision.layer_norm_eps
+        if name + ".bias" not in self._known:  # norms of queries and keys never have one
+
+            def rms_norm(x: Tensor) -> Tensor:
+                return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+            return rms_norm
+        bias = self.tensor(name + ".bias")
+        return lambda x: functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def to_int8(x: Tensor, group: int | None = None) -> Tensor:
+    """Round to ±127 steps and back, a scale for each ``group`` of the last axis (default: all)."""
+    cols = x.shape[-1]
+    group = group or cols
+    padded = functional.pad(x, (0, -cols % group))
+    groups = padded.reshape(*x.shape[:-1], -1, group)
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    # As the engine does it, for weights in bfloat16 are often halfway between two steps.
+    inverse = torch.where(scales > 0, 1 / scales, 0)
+    return ((groups * inverse).round() * scales).flatten(-2)[..., :cols]
+
+
+def to_bfloat16(x: Tensor) -> Tensor:
+    """Round to bfloat16, nearest even, and back."""
+    return x.bfloat16().float()
+
+
+def attention_of(
+    qkv: MatrixPlan | None, head_dim: int
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return attention of [heads, P, head_dim] each, computed as the plan of ``qkv`` implies."""
+
+    def rounded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if qkv is not None and qkv.format == "int8" and head_dim <= MAX_INT8_CHANNELS:
+            # What keys have in common changes no weight, and is taken away first.
+            query, key = to_int8(query), to_int8(key - key.mean(-2, keepdim=True))
+        else:
+            query, key = to_bfloat16(query), to_bfloat16(key)
+        scores = query @ key.mT * head_dim**-0.5
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+        mixed = to_bfloat16(weights) @ to_bfloat16(value)
+        return mixed / weights.sum(-1, keepdim=True)
+
+    return functional.scaled_dot_product_attention if qkv is None else rounded
