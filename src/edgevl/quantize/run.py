@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import edgevl
@@ -19,15 +20,16 @@ from edgevl.engine.base import Floats
 from edgevl.evaluate import read_questions
 from edgevl.evaluate.bench import peak_rss_bytes
 from edgevl.machine import this_machine
-from edgevl.quantize.calibration import CalibrationSet, Sample, collect, saved
+from edgevl.quantize.calibration import CalibrationSet, collect, saved
 from edgevl.quantize.config import quantization_fields
 from edgevl.quantize.layers import check_sizes, packed_tensors, quantize_layers
 from edgevl.quantize.measure import Cost, measure
-from edgevl.quantize.output import part_bytes, write_checkpoint
+from edgevl.quantize.output import Packed, part_bytes, write_checkpoint
 from edgevl.quantize.report import write_report
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
+from edgevl.quantize.smoothing import SmoothedTensors
 from edgevl.quantize.verify import compare_answers, compare_vqa, load, verify
-from edgevl.quantize.vision import VisionQuantization, quantize_vision
+from edgevl.quantize.vision import quantize_vision
 from edgevl.quantize.work import WorkDirectory, check_target, opened, publish
 
 #: Opens a stretch of work of some name; within, is told what is done of it, and what there is.
@@ -37,6 +39,8 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], object]]]
 MADE = "checkpoint"
 #: Sequences that are enough where only vision is calibrated, and everything measured.
 FEW_SAMPLES = 16
+#: The vision part in the work directory, once it is decided.
+_VISION_FACTORS, _VISION_REPORT = "vision.safetensors", "vision.json"
 #: Linear layers that the report calls the worst.
 WORST = 10
 
@@ -75,7 +79,7 @@ def quantize_checkpoint(
     check_target(output)
     if vqa is not None:
         read_questions(vqa)  # a mistake in it is told before the work
-    with Checkpoint.open(locate(model)) as checkpoint, torch.no_grad(), bfloat16_products():
+    with Checkpoint.open(locate(model)) as checkpoint, torch.no_grad():
         check(checkpoint, settings)
         begun = {"edgevl": edgevl.__version__, "checkpoint": checkpoint.fingerprint()}
         begun |= {name: str(value) for name, value in asdict(settings).items()}
@@ -150,14 +154,19 @@ class _Run:
             "machine": {"cpu": this_machine().cpu, "threads": torch.get_num_threads()},
             "calibration": calibration.summary(),
         }
-        vision, cost = None, None
+        smoothed: Mapping[str, Floats] = {}
+        packed: Packed = {}
+        cost = None
         if settings.vision != "none":
-            vision = self._vision(calibration)
-            report["vision"] = {"format": settings.vision, **vision.summary()}
+            smoothed, vision = self._vision(calibration)
+            report["vision"] = {"format": settings.vision, **vision}
         if settings.text != "none":
             report["text"], cost = self._text(calibration)
             report["perplexity"], report["conversations"] = cost.perplexity, cost.conversations
-        made = self._write(vision, calibration.heldout[0], cost.logits if cost else None)
+            packed = packed_tensors(self._work, checkpoint.config.text.num_hidden_layers)
+        keep = report.get("vision", {}).get("keep", [])
+        made = self._write(packed, smoothed, keep)
+        verify(made, packed, calibration.heldout[0], cost.logits if cost else None)
         with Checkpoint.open(made) as quantized:
             report["sizes"] = {
                 "original_bytes": checkpoint.stored_bytes,
@@ -187,21 +196,30 @@ class _Run:
         gc.collect()  # the engine's weights go before the layers come
         return calibration
 
-    def _vision(self, calibration: CalibrationSet) -> VisionQuantization:
-        with self._progress("vision") as progress:
-            return quantize_vision(
-                self._checkpoint,
-                calibration.tiles,
-                calibration.heldout_tiles,
-                self._settings.device,
-                progress,
-            )
+    def _vision(self, calibration: CalibrationSet) -> tuple[SmoothedTensors, dict[str, Any]]:
+        """Prepare vision for INT8: -> the tensors that change, its part of the report."""
+        work = self._work
+        if not work.has(_VISION_REPORT):
+            with self._progress("vision") as progress:
+                result = quantize_vision(
+                    self._checkpoint,
+                    calibration.tiles,
+                    calibration.heldout_tiles,
+                    self._settings.device,
+                    progress,
+                )
+            work.save(_VISION_FACTORS, result.tensors.factors)
+            work.save_json(_VISION_REPORT, {"keep": result.keep, **result.summary()})
+        file = work.open(_VISION_FACTORS)
+        factors = {name: np.array(file[name].data) for name in file}
+        file.close()
+        return SmoothedTensors(self._checkpoint, factors), work.load_json(_VISION_REPORT)
 
     def _text(self, calibration: CalibrationSet) -> tuple[dict[str, Any], Cost]:
         """Quantize the text model: -> its part of the report, and what it cost."""
         checkpoint, settings = self._checkpoint, self._settings
         heldout = calibration.heldout
-        with self._progress("text") as progress:
+        with self._progress("text") as progress, bfloat16_products():
             states, rows = quantize_layers(
                 checkpoint, settings, calibration.samples, heldout, self._work, progress
             )
@@ -211,22 +229,14 @@ class _Run:
         part = {"format": settings.text, "method": settings.method, "layers": rows, "worst": worst}
         return part, cost
 
-    def _write(
-        self, vision: VisionQuantization | None, sample: Sample, logits: Floats | None
-    ) -> Path:
-        """Write the checkpoint into the work directory and load it: -> where it is."""
-        checkpoint, settings = self._checkpoint, self._settings
+    def _write(self, packed: Packed, smoothed: Mapping[str, Floats], keep: Sequence[str]) -> Path:
+        """Write the checkpoint into the work directory: -> where it is."""
         made = self._work.path / MADE
         shutil.rmtree(made, ignore_errors=True)  # of a run that was interrupted
         made.mkdir()
-        packed = {}
-        if settings.text != "none":
-            packed = packed_tensors(self._work, checkpoint.config.text.num_hidden_layers)
-        fields = quantization_fields(settings, vision.keep if vision else (), edgevl.__version__)
+        fields = quantization_fields(self._settings, keep, edgevl.__version__)
         with self._progress("writing") as progress:
-            tensors = vision.tensors if vision else {}
-            write_checkpoint(checkpoint, made, packed, tensors, fields, progress)
-        verify(made, packed, sample, logits)
+            write_checkpoint(self._checkpoint, made, packed, smoothed, fields, progress)
         return made
 
 

@@ -75,8 +75,9 @@ class SmoothedTensors(Mapping[str, NDArray[np.float32]]):
     """
 
     def __init__(self, checkpoint: Checkpoint, factors: Mapping[str, NDArray[np.float32]]) -> None:
+        #: As given.
+        self.factors = dict(factors)
         self._checkpoint = checkpoint
-        self._columns = dict(factors)
         self._rows: dict[str, NDArray[np.float32]] = {}
         known = set(checkpoint.names())
         for weight, factor in factors.items():
@@ -95,8 +96,8 @@ class SmoothedTensors(Mapping[str, NDArray[np.float32]]):
         if name not in self:
             raise KeyError(name)
         values = np.array(self._checkpoint.tensor(name))
-        if name in self._columns:
-            values *= self._columns[name]
+        if name in self.factors:
+            values *= self.factors[name]
         if name in self._rows:
             factor = self._rows[name]
             rows = values[-len(factor) :]  # of qkv, the last third
@@ -111,10 +112,10 @@ class SmoothedTensors(Mapping[str, NDArray[np.float32]]):
         return values
 
     def __contains__(self, name: object) -> bool:
-        return name in self._columns or name in self._rows
+        return name in self.factors or name in self._rows
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._columns, *self._rows]))
+        return iter(dict.fromkeys([*self.factors, *self._rows]))
 
     def __len__(self) -> int:
-        return len(self._columns.keys() | self._rows.keys())
+        return len(self.factors.keys() | self._rows.keys())

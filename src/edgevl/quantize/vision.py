@@ -74,16 +74,14 @@ class VisionQuantization:
     """What was decided, and measured on the held-out tiles.
 
     Attributes:
-        tensors: those that smoothing changes, by canonical name; computed when asked for, as long
-            as the checkpoint is open, with a QuantizationError where the stored type does not hold
-            their values.
+        tensors: those that smoothing changes.
         keep: linear weights that are to run in bfloat16.
         linears: every linear layer, in order.
         plain_error: relative error of the features, all in INT8 without smoothing.
         error: the same as it was decided.
     """
 
-    tensors: Mapping[str, Floats]
+    tensors: SmoothedTensors
     keep: tuple[str, ...]
     linears: tuple[LinearError, ...]
     plain_error: float

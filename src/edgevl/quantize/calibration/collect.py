@@ -40,7 +40,7 @@ from edgevl.quantize.calibration.thumbnail import thumbnail
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 
 #: Tiles to calibrate vision on, and held out.
-MAX_TILES = (16, 8)
+MAX_TILES = (8, 4)
 
 _KINDS: dict[Kind, str] = {
     "drawn": "conversations about drawn pictures",
