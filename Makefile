@@ -6,6 +6,7 @@
 #   make test-native     build and run the tests of the C++ core
 #   make sanitize        the same with the address, undefined-behaviour and thread sanitizers
 #   make test-aarch64    the same for 64-bit Arm, with a cross compiler and qemu
+#   make quantize        quantize the shipped model, with PyTorch
 #   make lint            ruff, mypy and clang-format
 #   make bench           time the shipped model on this machine
 #   make bench-compare   compare with other stacks; see benchmarks/README.md
@@ -46,7 +47,7 @@ RUN_NATIVE = $2 build/$1/kernels_test && $2 build/$1/model_test
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test test-reference test-native sanitize test-aarch64 lint bench bench-compare wheel clean
+.PHONY: demo test test-reference test-native sanitize test-aarch64 quantize lint bench bench-compare wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgevl chat tiny -q "What number is on the display?" -i examples/meter.png
@@ -81,6 +82,10 @@ test-aarch64: $(VENV)/.dev
 	$(call RUN_AARCH64,neoverse-n1,neon)
 	$(call RUN_AARCH64,cortex-a72,portable)
 
+quantize: $(VENV)/.quantize
+	rm -rf build/tiny-int4 build/tiny-int4.partial
+	$(BIN)/edgevl quantize tiny -o build/tiny-int4 --vqa models/tiny/heldout/questions.jsonl $(ARGS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -113,6 +118,11 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml $(NATIVE)
 $(VENV)/.dev: $(VENV)/.created pyproject.toml $(NATIVE)
 	$(INSTALL) --editable '.[dev]'
 	touch $(VENV)/.installed $@
+
+$(VENV)/.quantize: $(VENV)/.installed
+	$(INSTALL) '$(TORCH)'
+	$(INSTALL) --editable '.[quantize]'
+	touch $@
 
 $(VENV)/.reference: $(VENV)/.dev
 	$(INSTALL) '$(TORCH)'

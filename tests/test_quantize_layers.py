@@ -147,7 +147,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(checkpoint, tmp_path, mon
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == [
         "layer-0.json",
         "layer-0.safetensors",
-        "state-1.safetensors",
+        "text-1.json",
+        "text-1.safetensors",
     ]
     seen = []
     resumed, _, resumed_rows, _ = run(

@@ -18,6 +18,7 @@ from edgevl.quantize.settings import QuantizationError  # noqa: E402
 from edgevl.quantize.smoothing import SmoothedTensors, producer, smoothing_factor  # noqa: E402
 from edgevl.quantize.vision import quantize_vision  # noqa: E402
 from edgevl.quantize.vision_network import Rounding, VisionNetwork, to_int8  # noqa: E402
+from edgevl.quantize.work import WorkDirectory  # noqa: E402
 from storage import write_directory  # noqa: E402
 
 PICTURES = locate("tiny") / "heldout" / "images"
@@ -285,3 +286,39 @@ def test_a_rounded_network_is_the_rounded_reference(mini):
         for a, b in zip(x.flatten(0, 1).numpy(), expected.reshape(-1, x.shape[-1]), strict=True)
     ]
     assert np.median(shares) < 1e-3
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 7, 8])
+def test_an_interrupted_run_goes_on_and_decides_the_same(mini, tmp_path, stop_at):
+    """In the pass that decides, between passes, and in the one that measures."""
+    tiles = random_tiles(mini.config, 6)
+    with written(tmp_path / "outliers", mini, with_outliers(mini)) as checkpoint:
+        whole = quantize_vision(checkpoint, tiles[:4], tiles[4:])
+        assert whole.tensors.factors
+        (tmp_path / "work").mkdir()
+        work = WorkDirectory(tmp_path / "work")
+
+        def stop(done, total):
+            if done >= stop_at:
+                raise StoppedError
+
+        with pytest.raises(StoppedError):
+            quantize_vision(checkpoint, tiles[:4], tiles[4:], progress=stop, work=work)
+        seen = []
+        resumed = quantize_vision(
+            checkpoint,
+            tiles[:4],
+            tiles[4:],
+            progress=lambda done, total: seen.append(done),
+            work=work,
+        )
+    assert min(seen) > stop_at
+    assert resumed.summary() == whole.summary()
+    assert resumed.keep == whole.keep
+    assert resumed.tensors.factors.keys() == whole.tensors.factors.keys()
+    for name, factor in whole.tensors.factors.items():
+        assert np.array_equal(resumed.tensors.factors[name], factor)

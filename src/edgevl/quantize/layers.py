@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from edgevl.quantize.decoder import LINEARS, layer_name, load_layer
 from edgevl.quantize.gptq import Refinements
 from edgevl.quantize.settings import GROUP_SIZES, QuantizationError, QuantizationSettings
 from edgevl.quantize.text import States, quantize_layer, ticks
-from edgevl.quantize.work import WorkDirectory
+from edgevl.quantize.work import Steps, WorkDirectory
 
 #: What the streams of `States` are called in a file.
 _STREAMS = ("original", "quantized", "heldout_original", "heldout_rtn", "heldout_quantized")
@@ -54,10 +54,12 @@ def quantize_layers(
     bits, device = BITS[settings.text], torch.device(settings.device)
     refinements = Refinements() if settings.method == "gptq" else None
     layers = config.num_hidden_layers
-    done = next((n for n in range(layers, 0, -1) if work.has(_state_file(n))), 0)
-    if done:
-        states = _load_states(work, done)
+    steps = Steps(work, "text")
+    if found := steps.resume(layers):
+        done, tensors, _ = found
+        states = _states(tensors)
     else:
+        done = 0
         calibration = samples if refinements is not None else []
         states = States.begin(_embeddings(calibration), _embeddings(heldout))
     counted = ticks(len(states.original), len(heldout))
@@ -85,12 +87,12 @@ def quantize_layers(
             )
         except QuantizationError as error:
             raise QuantizationError(f"{checkpoint.path}: layer {index}, {error}") from None
-        tensors: dict[str, NDArray[Any]] = {}
+        packed: dict[str, NDArray[Any]] = {}
         errors = []
         for name, result in results.items():
             rounded = result.rounded
             parts = pack_layer(rounded.integers.cpu().numpy(), rounded.scales.cpu().numpy(), bits)
-            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             errors.append(
                 {
                     "layer": index,
@@ -99,9 +101,9 @@ def quantize_layers(
                     "error": result.error,
                 }
             )
-        work.save(_layer_file(index), tensors)
+        work.save(_layer_file(index), packed)
         work.save_json(_errors_file(index), errors)
-        _save_states(work, index + 1, states)
+        steps.save(index + 1, _tensors(states), None)
     return states, [row for index in range(layers) for row in work.load_json(_errors_file(index))]
 
 
@@ -144,31 +146,24 @@ def _errors_file(index: int) -> str:
     return f"layer-{index}.json"
 
 
-def _state_file(index: int) -> str:
-    return f"state-{index}.safetensors"
-
-
 def _embeddings(samples: Sequence[Sample]) -> list[Tensor]:
     return [torch.from_numpy(sample.embeddings) for sample in samples]
 
 
-def _save_states(work: WorkDirectory, index: int, states: States) -> None:
-    """Write the streams before layer ``index``; those before the layer ahead of it go."""
+def _tensors(states: States) -> dict[str, NDArray[np.float32]]:
+    """Return the streams by names in a file."""
     streams = (states.original, states.quantized, *states.heldout)
-    tensors = {
+    return {
         f"{name}.{number}": stream.numpy()
         for name, sequences in zip(_STREAMS, streams, strict=True)
         for number, stream in enumerate(sequences)
     }
-    work.save(_state_file(index), tensors)
-    work.remove(_state_file(index - 1))
 
 
-def _load_states(work: WorkDirectory, index: int) -> States:
-    file = work.open(_state_file(index))
+def _states(tensors: Mapping[str, NDArray[np.float32]]) -> States:
+    """Return what `_tensors` took apart."""
     streams: dict[str, list[Tensor]] = {name: [] for name in _STREAMS}
-    for name in file:  # in the order in which they were written
-        streams[name.partition(".")[0]].append(torch.from_numpy(np.array(file[name].data)))
-    file.close()
+    for name, tensor in tensors.items():  # in the order in which they were written
+        streams[name.partition(".")[0]].append(torch.from_numpy(tensor))
     original, quantized, *heldout = streams.values()
     return States(original, quantized, (heldout[0], heldout[1], heldout[2]))

@@ -11,7 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import edgevl
@@ -27,9 +26,8 @@ from edgevl.quantize.measure import Cost, measure
 from edgevl.quantize.output import Packed, part_bytes, write_checkpoint
 from edgevl.quantize.report import write_report
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
-from edgevl.quantize.smoothing import SmoothedTensors
-from edgevl.quantize.verify import compare_answers, compare_vqa, load, verify
-from edgevl.quantize.vision import quantize_vision
+from edgevl.quantize.verify import compare_accuracy, compare_answers, load, verify
+from edgevl.quantize.vision import VisionQuantization, quantize_vision
 from edgevl.quantize.work import WorkDirectory, check_target, opened, publish
 
 #: Opens a stretch of work of some name; within, is told what is done of it, and what there is.
@@ -39,8 +37,6 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], object]]]
 MADE = "checkpoint"
 #: Sequences that are enough where only vision is calibrated, and everything measured.
 FEW_SAMPLES = 16
-#: The vision part in the work directory, once it is decided.
-_VISION_FACTORS, _VISION_REPORT = "vision.safetensors", "vision.json"
 #: Linear layers that the report calls the worst.
 WORST = 10
 
@@ -155,16 +151,17 @@ class _Run:
             "calibration": calibration.summary(),
         }
         smoothed: Mapping[str, Floats] = {}
+        keep: tuple[str, ...] = ()
         packed: Packed = {}
         cost = None
         if settings.vision != "none":
-            smoothed, vision = self._vision(calibration)
-            report["vision"] = {"format": settings.vision, **vision}
+            vision = self._vision(calibration)
+            smoothed, keep = vision.tensors, vision.keep
+            report["vision"] = {"format": settings.vision, **vision.summary()}
         if settings.text != "none":
             report["text"], cost = self._text(calibration)
             report["perplexity"], report["conversations"] = cost.perplexity, cost.conversations
             packed = packed_tensors(self._work, checkpoint.config.text.num_hidden_layers)
-        keep = report.get("vision", {}).get("keep", [])
         made = self._write(packed, smoothed, keep)
         verify(made, packed, calibration.heldout[0], cost.logits if cost else None)
         with Checkpoint.open(made) as quantized:
@@ -178,7 +175,7 @@ class _Run:
             report["examples"] = compare_answers(path, made, examples, progress)
         if vqa is not None:
             with self._progress("questions") as progress:
-                report["vqa"] = compare_vqa(path, made, vqa, progress)
+                report["vqa"] = compare_accuracy(path, made, vqa, progress)
         return report
 
     def _calibration(self) -> CalibrationSet:
@@ -196,24 +193,16 @@ class _Run:
         gc.collect()  # the engine's weights go before the layers come
         return calibration
 
-    def _vision(self, calibration: CalibrationSet) -> tuple[SmoothedTensors, dict[str, Any]]:
-        """Prepare vision for INT8: -> the tensors that change, its part of the report."""
-        work = self._work
-        if not work.has(_VISION_REPORT):
-            with self._progress("vision") as progress:
-                result = quantize_vision(
-                    self._checkpoint,
-                    calibration.tiles,
-                    calibration.heldout_tiles,
-                    self._settings.device,
-                    progress,
-                )
-            work.save(_VISION_FACTORS, result.tensors.factors)
-            work.save_json(_VISION_REPORT, {"keep": result.keep, **result.summary()})
-        file = work.open(_VISION_FACTORS)
-        factors = {name: np.array(file[name].data) for name in file}
-        file.close()
-        return SmoothedTensors(self._checkpoint, factors), work.load_json(_VISION_REPORT)
+    def _vision(self, calibration: CalibrationSet) -> VisionQuantization:
+        with self._progress("vision") as progress:
+            return quantize_vision(
+                self._checkpoint,
+                calibration.tiles,
+                calibration.heldout_tiles,
+                self._settings.device,
+                progress,
+                self._work,
+            )
 
     def _text(self, calibration: CalibrationSet) -> tuple[dict[str, Any], Cost]:
         """Quantize the text model: -> its part of the report, and what it cost."""

@@ -105,7 +105,7 @@ def compare_answers(
     ]
 
 
-def compare_vqa(original: Path, made: Path, file: Path, progress: Progress) -> dict[str, Any]:
+def compare_accuracy(original: Path, made: Path, file: Path, progress: Progress) -> dict[str, Any]:
     """Ask both models the questions of a file: -> ``vqa`` of a report.
 
     ``progress`` is called after every answer with how many there are and will be.

@@ -20,7 +20,7 @@ none. If all layers were alike, keeping a tenth of the work would take 5 % off t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from edgevl.engine.plan import Format, MatrixPlan, vision_matrices
 from edgevl.quantize.settings import QuantizationError
 from edgevl.quantize.smoothing import SmoothedTensors, producer, smoothing_factor
 from edgevl.quantize.vision_network import EXACT, Linear, Rounding, VisionNetwork
+from edgevl.quantize.work import Steps, WorkDirectory
 
 STRENGTHS = (0.25, 0.4, 0.55, 0.7, 0.85)
 LEAST_GAIN = 0.05
@@ -111,6 +112,7 @@ def quantize_vision(
     held_out: Floats,
     device: str = "cpu",
     progress: Callable[[int, int], object] | None = None,
+    work: WorkDirectory | None = None,
 ) -> VisionQuantization:
     """Decide how the vision encoder and the projector of a checkpoint run in INT8.
 
@@ -122,49 +124,48 @@ def quantize_vision(
         held_out: others, to measure on.
         device: where PyTorch computes, ``cpu`` or ``cuda``.
         progress: called after every layer with the number done and the number of all.
+        work: keeps what is done, layer by layer, so that another call goes on there.
 
     Raises:
         QuantizationError: hidden states are not finite.
     """
     network = VisionNetwork(checkpoint, device)
-    done, total = 0, 3 * len(network.stages)
+    stages = len(network.stages)
 
-    def finished() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
+    def passing(number: int) -> Callable[[int], object]:
+        return lambda done: progress and progress(number * stages + done, 3 * stages)
 
     plans = {
         matrix.parts[0].weight: matrix
         for matrix in vision_matrices(replace(checkpoint.config, vision_keep=()), "int8")
     }
     calibration = _Calibration(network, plans)
-    features = calibration.run(tiles, finished)
+    features = calibration.run(tiles, Steps(work, "vision-decide"), passing(0))
     smoothed = Rounding(plans, calibration.factors)
 
     keep = _sensitive(calibration.squared_errors, _work(checkpoint, plans))
     chosen = _keeping(smoothed, keep)
     if keep:
         trial, target = tiles[:TRIAL_TILES], features[:TRIAL_TILES]
-        both = _encode(network, trial, [smoothed, chosen], lambda _: finished())
+        steps = Steps(work, "vision-keep")
+        both, _ = _encode(network, trial, [smoothed, chosen], lambda seen: [], steps, passing(1))
         without, with_kept = (relative_error(encoded, target) for encoded in both)
         if with_kept > (1 - LEAST_FALL) * without:
             keep, chosen = (), smoothed
-    done = 2 * len(network.stages)
 
-    linears: list[LinearError] = []
+    def errors(seen: _Inputs) -> list[dict[str, Any]]:
+        rows = _linear_errors(network, seen, plans, chosen, calibration.strengths)
+        return [asdict(row) for row in rows]
 
-    def measure(seen: _Inputs) -> None:
-        linears.extend(_linear_errors(network, seen, plans, chosen, calibration.strengths))
-        finished()
-
-    exact, plain, final = _encode(network, held_out, [EXACT, Rounding(plans), chosen], measure)
+    roundings = [EXACT, Rounding(plans), chosen]
+    steps = Steps(work, "vision-measure")
+    encoded, rows = _encode(network, held_out, roundings, errors, steps, passing(2))
+    exact, plain, final = encoded
     factors = {name: factor.cpu().numpy() for name, factor in chosen.factors.items()}
     return VisionQuantization(
         SmoothedTensors(checkpoint, factors),
         keep,
-        tuple(linears),
+        tuple(LinearError(**row) for row in rows),
         relative_error(plain, exact),
         relative_error(final, exact),
     )
@@ -213,10 +214,19 @@ class _Calibration:
         self._network = network
         self._plans = plans
 
-    def run(self, tiles: Floats, finished: Callable[[], object]) -> Tensor:
+    def run(self, tiles: Floats, steps: Steps, finished: Callable[[int], object]) -> Tensor:
         """Fill the attributes; return the features of the tiles."""
-        x = self._network.embed(tiles)
-        for stage, weights in enumerate(self._network.stages):
+        stages = self._network.stages
+        if found := steps.resume(len(stages)):
+            begin, tensors, record = found
+            x, *factors = (
+                torch.from_numpy(tensor).to(self._network.device) for tensor in tensors.values()
+            )
+            self.factors = dict(zip(record["strengths"], factors, strict=True))
+            self.strengths, self.squared_errors = record["strengths"], record["squared_errors"]
+        else:
+            begin, x = 0, self._network.embed(tiles)
+        for stage, weights in enumerate(stages[begin:], begin):
             seen, probe = _Inputs(len(tiles)), x[:PROBE_TILES]
             x = self._network.run(stage, x, EXACT, seen)
             if not x.isfinite().all():
@@ -230,7 +240,13 @@ class _Calibration:
                 alone = Rounding({weight: self._plans[weight]}, self.factors)
                 error = relative_error(self._network.run(stage, probe, alone), x[:PROBE_TILES])
                 self.squared_errors[weight] = error**2
-            finished()
+            kept = {"x": x, **self.factors}
+            steps.save(
+                stage + 1,
+                {name: tensor.cpu().numpy() for name, tensor in kept.items()},
+                {"strengths": self.strengths, "squared_errors": self.squared_errors},
+            )
+            finished(stage + 1)
         return x
 
     def _smooth(self, name: str, seen: _Inputs) -> None:
@@ -250,20 +266,30 @@ def _encode(
     network: VisionNetwork,
     tiles: Floats,
     roundings: Sequence[Rounding],
-    after_stage: Callable[[_Inputs], object],
-) -> list[Tensor]:
-    """Return the features with each rounding; what the last one takes in is shown stage by stage.
+    look: Callable[[_Inputs], list[dict[str, Any]]],
+    steps: Steps,
+    finished: Callable[[int], object],
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Return the features with each rounding, and what ``look`` made of the inputs of the last one.
 
     They go side by side, so that a stage's inputs can be forgotten when it is done.
     """
-    states = [network.embed(tiles, rounding) for rounding in roundings]
-    for stage in range(len(network.stages)):
+    rows: list[dict[str, Any]] = []
+    if found := steps.resume(len(network.stages)):
+        begin, tensors, rows = found
+        states = [torch.from_numpy(tensor).to(network.device) for tensor in tensors.values()]
+    else:
+        begin, states = 0, [network.embed(tiles, rounding) for rounding in roundings]
+    for stage in range(begin, len(network.stages)):
         seen = _Inputs(len(tiles))
         for index, rounding in enumerate(roundings):
             last = index == len(roundings) - 1
             states[index] = network.run(stage, states[index], rounding, seen if last else None)
-        after_stage(seen)
-    return states
+        rows += look(seen)
+        tensors = {str(index): x.cpu().numpy() for index, x in enumerate(states)}
+        steps.save(stage + 1, tensors, rows)
+        finished(stage + 1)
+    return states, rows
 
 
 def _linear_errors(

@@ -95,18 +95,18 @@ class VisionNetwork:
         self.stages = [linears[4 * stage : 4 * stage + 4] for stage in range(layers + 1)]
         self.path = checkpoint.path
         self._checkpoint = checkpoint
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._known = frozenset(checkpoint.names())
 
     def tensor(self, name: str) -> Tensor:
         """Return a stored tensor on the device, float32."""
-        return torch.tensor(self._checkpoint.tensor(name), device=self._device)
+        return torch.tensor(self._checkpoint.tensor(name), device=self.device)
 
     def embed(self, tiles: NDArray[np.float32], rounding: Rounding = EXACT) -> Tensor:
         """Embed patches: float32 [B, 3, tile, tile] -> [B, P, C]. The engine's are bfloat16."""
         name = VISION + "embeddings."
         kernel = self.tensor(name + "patch_embedding.weight")
-        pixels = torch.tensor(tiles, device=self._device)
+        pixels = torch.tensor(tiles, device=self.device)
         if rounding.matrices:
             kernel, pixels = to_bfloat16(kernel), to_bfloat16(pixels)
         bias = self.tensor(name + "patch_embedding.bias")

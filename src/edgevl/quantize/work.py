@@ -1,8 +1,8 @@
 """The directory of a quantization under way: what is done of it, so that it can be resumed.
 
-``OUT.partial`` holds ``run.json`` (what was asked for), ``layer-<n>.safetensors`` and ``.json``
-for each finished layer, and ``state-<n>.safetensors``: the residual streams before layer n. Every
-file is written beside and renamed, so one that is there is whole.
+``OUT.partial`` holds ``run.json`` (what was asked for), the calibration's files,
+``layer-<n>.safetensors`` and ``.json`` for each finished layer of the text, and the state of the
+loops over layers (`Steps`). Every file is written beside and renamed: one that is there is whole.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.checkpoint.safetensors import SafetensorsFile
@@ -92,6 +93,45 @@ class WorkDirectory:
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(self.path / name)
+
+
+class Steps:
+    """A loop that goes on where it was interrupted: after each step, its whole state is saved.
+
+    Args:
+        work: where to; None keeps nothing.
+        name: what the files are called: ``<name>-<steps done>.safetensors`` and ``.json``.
+    """
+
+    def __init__(self, work: WorkDirectory | None, name: str) -> None:
+        self._work = work
+        self._name = name
+
+    def resume(self, steps: int) -> tuple[int, dict[str, NDArray[Any]], Any] | None:
+        """Return the steps done, of ``steps``, and what was saved after the last of them."""
+        for done in range(steps, 0, -1):
+            if self._work is not None and self._work.has(self._file(done, "safetensors")):
+                file = self._work.open(self._file(done, "safetensors"))
+                tensors = {name: np.array(file[name].data) for name in file}
+                file.close()
+                return done, tensors, self._work.load_json(self._file(done, "json"))
+        return None
+
+    def save(self, done: int, tensors: Mapping[str, NDArray[Any]], record: object) -> None:
+        """Save the state after ``done`` steps; that after the one before goes.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if self._work is None:
+            return
+        self._work.save_json(self._file(done, "json"), record)
+        self._work.save(self._file(done, "safetensors"), tensors)
+        for suffix in ("safetensors", "json"):
+            self._work.remove(self._file(done - 1, suffix))
+
+    def _file(self, done: int, suffix: str) -> str:
+        return f"{self._name}-{done}.{suffix}"
 
 
 @contextmanager

@@ -1,0 +1,116 @@
+"""What calibrating on pictures is worth: the same model, quantized after seeing this or that.
+
+    python benchmarks/calibration.py [--model tiny] [--questions FILE.jsonl] [--seeds 3]
+
+The pictures of every other question are calibrated on where a row says so, and the other questions
+are measured on, in every row. Only the text model is quantized (INT4, groups of 128); it runs in
+bfloat16, so that weights are all that differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import edgevl
+from edgevl.checkpoint import Checkpoint, locate
+from edgevl.evaluate import compare_vqa, evaluate_vqa, read_questions
+from edgevl.quantize import QuantizationSettings
+from edgevl.quantize.calibration import Sample, collect
+from edgevl.quantize.config import quantization_fields
+from edgevl.quantize.layers import packed_tensors, quantize_layers
+from edgevl.quantize.output import write_checkpoint
+from edgevl.quantize.work import WorkDirectory
+
+QUESTIONS = Path(__file__).parents[1] / "models/tiny/heldout/questions.jsonl"
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--seeds", type=int, default=3, help="of the calibration")
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+    questions = read_questions(arguments.questions)
+    pictures = sorted({question.image for question in questions})
+    seen = set(pictures[::2])
+    measured = [question for question in questions if question.image not in seen]
+    print(f"{len(measured)} questions; medians of {arguments.seeds} seeds (smallest to largest)\n")
+    print("| calibrated on | KL divergence | same next token | right answers |")
+    print("|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "pictures").mkdir()
+        for picture in seen:
+            shutil.copy(picture, directory / "pictures")
+        given = QuantizationSettings(calibration_images=directory / "pictures")
+        drawn = QuantizationSettings()
+        rows = {
+            "nothing: rounded to nearest": replace(drawn, method="rtn"),
+            "conversations without pictures": drawn,
+            "the default: drawn pictures": drawn,
+            "pictures of the same kind": given,
+        }
+        against = edgevl.load(arguments.model, precision="bf16", exact_logits=True)
+        for row, settings in rows.items():
+            results = []
+            for seed in range(arguments.seeds):
+                output = directory / f"{row}-{seed}"
+                output.mkdir()
+                quantize_text(
+                    arguments.model,
+                    replace(settings, seed=seed),
+                    output,
+                    text_only="without" in row,
+                )
+                model = edgevl.load(output / "checkpoint", precision="bf16", exact_logits=True)
+                results.append(compare_vqa(model, against, measured))
+            columns = [
+                spread([result.kl_divergence for result in results], "{:.4f}"),
+                spread([result.token_agreement for result in results], "{:.2%}"),
+                spread([result.result.accuracy for result in results], "{:.1%}"),
+            ]
+            print(f"| {row} | {' | '.join(columns)} |", flush=True)
+        accuracy = evaluate_vqa(against, measured).accuracy
+        print(f"| (the original) | 0 | 100 % | {accuracy:.1%} |")
+
+
+def quantize_text(
+    model: str, settings: QuantizationSettings, directory: Path, *, text_only: bool
+) -> None:
+    """Quantize the text model of ``model`` into ``directory / "checkpoint"``."""
+    with Checkpoint.open(locate(model)) as checkpoint:
+        samples: Sequence[Sample] = ()
+        if settings.method == "gptq":
+            loaded = edgevl.load(model)
+            samples = collect(loaded, settings, directory, text_only=text_only).samples
+        work = WorkDirectory(directory)
+        quantize_layers(checkpoint, settings, samples, (), work, lambda done, total: None)
+        made = directory / "checkpoint"
+        made.mkdir()
+        packed = packed_tensors(work, checkpoint.config.text.num_hidden_layers)
+        fields = quantization_fields(replace(settings, vision="none"), (), edgevl.__version__)
+        write_checkpoint(checkpoint, made, packed, {}, fields)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Return the median, and smallest to largest."""
+    low, middle, high = (
+        form.format(value) for value in (min(values), statistics.median(values), max(values))
+    )
+    return f"{middle} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    main()
