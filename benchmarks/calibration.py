@@ -17,17 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import edgevl
 from edgevl.checkpoint import Checkpoint, locate
 from edgevl.evaluate import compare_vqa, evaluate_vqa, read_questions
 from edgevl.quantize import QuantizationSettings
 from edgevl.quantize.calibration import Sample, collect
-from edgevl.quantize.config import quantization_fields
-from edgevl.quantize.layers import packed_tensors, quantize_layers
-from edgevl.quantize.output import write_checkpoint
-from edgevl.quantize.work import WorkDirectory
+from quantize_text import quantize_text
 
 QUESTIONS = Path(__file__).parents[1] / "models/tiny/heldout/questions.jsonl"
 
@@ -41,7 +36,6 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
     parser.add_argument("--seeds", type=int, default=3, help="of the calibration")
     arguments = parser.parse_args()
-    torch.set_grad_enabled(False)
     questions = read_questions(arguments.questions)
     pictures = sorted({question.image for question in questions})
     seen = set(pictures[::2])
@@ -66,15 +60,16 @@ def main() -> None:
         for row, settings in rows.items():
             results = []
             for seed in range(arguments.seeds):
-                output = directory / f"{row}-{seed}"
-                output.mkdir()
-                quantize_text(
-                    arguments.model,
-                    replace(settings, seed=seed),
-                    output,
-                    text_only="without" in row,
-                )
-                model = edgevl.load(output / "checkpoint", precision="bf16", exact_logits=True)
+                work = directory / f"{row}-{seed}"
+                (work / "checkpoint").mkdir(parents=True)
+                seeded = replace(settings, seed=seed)
+                samples: Sequence[Sample] = ()
+                if settings.method == "gptq":
+                    loaded = edgevl.load(arguments.model)
+                    samples = collect(loaded, seeded, work, text_only="without" in row).samples
+                with Checkpoint.open(locate(arguments.model)) as checkpoint:
+                    quantize_text(checkpoint, seeded, samples, work, work / "checkpoint")
+                model = edgevl.load(work / "checkpoint", precision="bf16", exact_logits=True)
                 results.append(compare_vqa(model, against, measured))
             columns = [
                 spread([result.kl_divergence for result in results], "{:.4f}"),
@@ -84,24 +79,6 @@ def main() -> None:
             print(f"| {row} | {' | '.join(columns)} |", flush=True)
         accuracy = evaluate_vqa(against, measured).accuracy
         print(f"| (the original) | 0 | 100 % | {accuracy:.1%} |")
-
-
-def quantize_text(
-    model: str, settings: QuantizationSettings, directory: Path, *, text_only: bool
-) -> None:
-    """Quantize the text model of ``model`` into ``directory / "checkpoint"``."""
-    with Checkpoint.open(locate(model)) as checkpoint:
-        samples: Sequence[Sample] = ()
-        if settings.method == "gptq":
-            loaded = edgevl.load(model)
-            samples = collect(loaded, settings, directory, text_only=text_only).samples
-        work = WorkDirectory(directory)
-        quantize_layers(checkpoint, settings, samples, (), work, lambda done, total: None)
-        made = directory / "checkpoint"
-        made.mkdir()
-        packed = packed_tensors(work, checkpoint.config.text.num_hidden_layers)
-        fields = quantization_fields(replace(settings, vision="none"), (), edgevl.__version__)
-        write_checkpoint(checkpoint, made, packed, {}, fields)
 
 
 def spread(values: Sequence[float], form: str) -> str:
