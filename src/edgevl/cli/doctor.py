@@ -34,6 +34,7 @@ NEEDED = {
 #: Extra -> its distributions and what it is for.
 EXTRAS = {
     "heic": (("pillow-heif",), "HEIC pictures"),
+    "quantize": (("torch",), "edgevl quantize"),
     "bench": (("matplotlib",), "the plot of edgevl bench"),
     "reference": (("torch", "transformers"), "comparison with the original, for developers"),
 }
