@@ -178,6 +178,18 @@ def test_parts_can_be_left_as_they_are(quantizable_checkpoint, tmp_path, text, v
                 assert np.array_equal(after.tensor(name), before.tensor(name))
 
 
+def test_rounding_to_nearest_needs_few_samples_and_tokens(
+    quantizable_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("edgevl.quantize.calibration.enough.widest_inputs", lambda _: 10**9)
+    settings = QuantizationSettings(method="rtn", group_size=32)
+    report = quantize_checkpoint(quantizable_checkpoint(), tmp_path / "out", settings)
+    assert report["calibration"]["samples"] == 16
+    assert all(row["error"] == row["rtn_error"] for row in report["text"]["layers"])
+    with pytest.raises(QuantizationError, match="fewer than the 1000000000 inputs"):
+        quantize_checkpoint(quantizable_checkpoint(), tmp_path / "other", SMALL)
+
+
 # --- tiny, and the command -------------------------------------------------------------------
 
 

@@ -153,4 +153,5 @@ def summary(report: dict[str, Any]) -> Iterator[str]:
         yield f"same next token as the original: {agreement:.1%}"
     if vqa := report.get("vqa"):
         yield f"right answers: {vqa['original']:.1%} -> {vqa['quantized']:.1%}"
+    yield from report["calibration"]["notes"]
     yield "details: report.html"

@@ -170,7 +170,8 @@ class _Collector:
                     examples.append(example)
                 if progress is not None:
                     progress(len(sets[0]) + len(sets[1]), total)
-        self._notes += enough.check(sets[0], self._model.checkpoint)
+        if self._settings.text != "none" and self._settings.method == "gptq":
+            self._notes += enough.check(sets[0], self._model.checkpoint)
         return CalibrationSet(
             tuple(sets[0]),
             tuple(sets[1]),
