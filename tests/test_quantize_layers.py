@@ -1,5 +1,7 @@
 """The text model a layer at a time: the forward pass, what is stored, and resuming."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ from edgevl.quantize.calibration.sample import Sample  # noqa: E402
 from edgevl.quantize.decoder import LINEARS, layer_name  # noqa: E402
 from edgevl.quantize.layers import check_sizes, packed_tensors, quantize_layers  # noqa: E402
 from edgevl.quantize.measure import measure  # noqa: E402
-from edgevl.quantize.work import WorkDirectory, opened  # noqa: E402
+from edgevl.quantize.work import WorkDirectory, check_target, opened, publish  # noqa: E402
 
 CPU = torch.device("cpu")
 SETTINGS = QuantizationSettings(group_size=32, samples=6)
@@ -215,12 +217,13 @@ def begin(output, asked, *files):
         raise StoppedError
 
 
-def test_once_a_layer_is_done_other_settings_are_refused(tmp_path):
+@pytest.mark.parametrize("done", ["layer-0.safetensors", "vision-decide-1.safetensors"])
+def test_once_a_layer_is_done_other_settings_are_refused(tmp_path, done):
     output = tmp_path / "out"
     with pytest.raises(StoppedError):
         begin(output, {"samples": "8"}, "calibration.safetensors")
     with pytest.raises(StoppedError):
-        begin(output, {"samples": "16"}, "layer-0.safetensors")
+        begin(output, {"samples": "16"}, done)
     with pytest.raises(QuantizationError, match=r"another samples \('16', now '8'\).*remove it"):
         begin(output, {"samples": "8"})
     with pytest.raises(StoppedError):
@@ -254,7 +257,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
             monkeypatch.setattr("edgevl.quantize.work.write_file", full)
             work.save("b.safetensors", {"x": np.arange(3, dtype=np.int32)})
 
-    with pytest.raises(QuantizationError, match=r"No space left on device.*same command resumes"):
+    with pytest.raises(QuantizationError, match=r"No space left on device; mend it, and the same"):
         fail()
     names = {path.name for path in (tmp_path / "out.partial").iterdir()}
     assert "a.safetensors" in names
@@ -272,6 +275,29 @@ def test_a_target_in_use_is_refused(tmp_path, taken):
     with pytest.raises(QuantizationError, match="exists"), opened(output, {}):
         pass
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    """It can be empty, but not replaced."""
+    output = tmp_path / "out"
+    output.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == output)
+    with pytest.raises(QuantizationError, match="mount point; name a directory in it"):
+        check_target(output)
+
+
+def test_a_link_to_an_empty_directory_is_a_target(tmp_path):
+    (tmp_path / "real").mkdir()
+    output = tmp_path / "out"
+    output.symlink_to("real")
+    with opened(output, {}) as work:
+        work.save("a.safetensors", {"x": np.arange(3, dtype=np.int32)})
+        made = work.path / "made"
+        made.mkdir()
+        (made / "mine").write_text("mine")
+        publish(made, output)
+    assert (tmp_path / "real" / "mine").read_text() == "mine"
+    assert output.is_symlink()
 
 
 def test_heads_of_both_kinds_are_measured(quantizable_checkpoint):

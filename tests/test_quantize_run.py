@@ -15,6 +15,7 @@ from edgevl.checkpoint.layouts import TEXT  # noqa: E402
 from edgevl.cli import main  # noqa: E402
 from edgevl.errors import CheckpointError  # noqa: E402
 from edgevl.quantize import QuantizationError, QuantizationSettings, quantize_checkpoint  # noqa: E402
+from edgevl.quantize.run import model_name  # noqa: E402
 from edgevl.quantize.work import WorkDirectory  # noqa: E402
 
 SMALL = QuantizationSettings(group_size=32, samples=8)
@@ -109,6 +110,12 @@ def test_the_report_has_every_part(quantized):
     sizes = report["sizes"]
     parts = sizes["text_bytes"] + sizes["vision_bytes"] + sizes["embedding_bytes"]
     assert 0 < sizes["quantized_bytes"] - parts < 100_000  # the header
+
+
+def test_a_model_of_the_hub_is_called_by_its_id(tmp_path):
+    cached = tmp_path / "models--OpenGVLab--InternVL3-1B" / "snapshots" / "0123abcd"
+    assert model_name("OpenGVLab/InternVL3-1B", cached) == "OpenGVLab/InternVL3-1B"
+    assert model_name(str(cached), cached) == "0123abcd"
 
 
 class StoppedError(BaseException):

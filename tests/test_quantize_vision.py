@@ -10,6 +10,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from edgevl.checkpoint import Checkpoint, locate  # noqa: E402
 from edgevl.checkpoint.layouts import vision_linears  # noqa: E402
+from edgevl.checkpoint.safetensors import FLOAT_TYPES, NUMPY_TYPES, StoredTensor  # noqa: E402
+from edgevl.checkpoint.writer import encode  # noqa: E402
 from edgevl.engine import ReferenceEngine, native_missing  # noqa: E402
 from edgevl.engine.plan import vision_matrices  # noqa: E402
 from edgevl.preprocess import prepare_picture  # noqa: E402
@@ -322,3 +324,10 @@ def test_an_interrupted_run_goes_on_and_decides_the_same(mini, tmp_path, stop_at
     assert resumed.tensors.factors.keys() == whole.tensors.factors.keys()
     for name, factor in whole.tensors.factors.items():
         assert np.array_equal(resumed.tensors.factors[name], factor)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_changed_tensors_are_written_in_every_type_that_is_read(dtype):
+    values = np.array([[1.5, -0.25], [0, 64]], np.float32)
+    data = np.frombuffer(encode(values, dtype), NUMPY_TYPES[dtype]).reshape(values.shape)
+    assert np.array_equal(StoredTensor(dtype, data).to_float32(), values)

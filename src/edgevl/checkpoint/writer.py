@@ -64,10 +64,10 @@ def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def encode(values: NDArray[np.float32], dtype: str) -> bytes:
-    """Return float32 values as the little-endian bytes of ``BF16``, ``F16`` or ``F32``."""
+    """Return float32 values as the little-endian bytes of ``BF16``, ``F16``, ``F32`` or ``F64``."""
     if dtype == "BF16":
         return to_bfloat16(values).astype("<u2", copy=False).tobytes()
-    return values.astype({"F16": "<f2", "F32": "<f4"}[dtype], copy=False).tobytes()
+    return values.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype], copy=False).tobytes()
 
 
 def raw(array: NDArray[Any]) -> memoryview:

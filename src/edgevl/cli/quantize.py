@@ -93,9 +93,8 @@ def command(
 ) -> None:
     """Quantize MODEL to INT4 text and INT8 vision, and report what it cost.
 
-    The result runs here, loads in transformers and GPTQModel, and is what boards are compiled from.
-    DIR/report.html says what was lost. A run that was interrupted goes on where it stopped when the
-    same command is given again.
+    The result runs here and loads in transformers and GPTQModel. DIR/report.html says what was
+    lost. A run that was interrupted goes on where it stopped when the same command is given again.
     """
     if importlib.util.find_spec("torch") is None:
         raise EdgeVLError(
@@ -112,11 +111,16 @@ def command(
         for name in context.params
         if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     }
-    report = quantize_checkpoint(
-        model, output, settings, origins=origins, vqa=vqa, progress=_progress
-    )
+    try:
+        report = quantize_checkpoint(
+            model, output, settings, origins=origins, vqa=vqa, progress=_progress
+        )
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; the same command goes on in {output}.partial", err=True)
+        raise
     for line in summary(report):
         note(line)
+    note(f"details: {output / 'report.html'}")
     click.echo(output)
 
 
@@ -154,4 +158,3 @@ def summary(report: dict[str, Any]) -> Iterator[str]:
     if vqa := report.get("vqa"):
         yield f"right answers: {vqa['original']:.1%} -> {vqa['quantized']:.1%}"
     yield from report["calibration"]["notes"]
-    yield "details: report.html"

@@ -8,6 +8,7 @@ Shapes: T tokens of one sequence, H hidden size, N query heads, G key/value head
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -38,10 +39,16 @@ def load_layer(checkpoint: Checkpoint, index: int, device: torch.device) -> Weig
     """Return a layer's tensors by their names in it, float32."""
     prefix = layer_name(index)
     return {
-        name.removeprefix(prefix): torch.from_numpy(checkpoint.tensor(name).copy()).to(device)
+        name.removeprefix(prefix): load_tensor(checkpoint, name, device)
         for name in checkpoint.names()
         if name.startswith(prefix)
     }
+
+
+def load_tensor(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
+    """Return a tensor as float32, in memory of its own."""
+    # Only where it is a view of the file, float32 as stored, does this copy.
+    return torch.from_numpy(np.require(checkpoint.tensor(name), requirements=["W"])).to(device)
 
 
 class DecoderLayer:

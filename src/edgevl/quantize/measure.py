@@ -19,6 +19,7 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, TEXT
 from edgevl.evaluate.agreement import Comparison
 from edgevl.quantize.calibration.sample import Sample
+from edgevl.quantize.decoder import load_tensor
 from edgevl.quantize.text import States
 
 #: Positions whose logits are in memory at once.
@@ -88,8 +89,8 @@ class _Head:
         text = checkpoint.config.text
         name = EMBEDDING if text.tie_word_embeddings else LM_HEAD
         self._device, self._eps = device, text.rms_norm_eps
-        self._weight = torch.from_numpy(checkpoint.tensor(name).copy()).to(device)
-        self._norm = torch.from_numpy(checkpoint.tensor(TEXT + "norm.weight").copy()).to(device)
+        self._weight = load_tensor(checkpoint, name, device)
+        self._norm = load_tensor(checkpoint, TEXT + "norm.weight", device)
 
     def logits(self, stream: Tensor) -> NDArray[np.float32]:
         """Return the logits of some positions: [T, H] -> float32 [T, V]."""

@@ -75,15 +75,17 @@ def quantize_checkpoint(
     check_target(output)
     if vqa is not None:
         read_questions(vqa)  # a mistake in it is told before the work
-    with Checkpoint.open(locate(model)) as checkpoint, torch.no_grad():
+    path = locate(model)
+    with Checkpoint.open(path) as checkpoint, torch.no_grad():
         check(checkpoint, settings)
         begun = {"edgevl": edgevl.__version__, "checkpoint": checkpoint.fingerprint()}
-        begun |= {name: str(value) for name, value in asdict(settings).items()}
+        begun |= {name: _identity(value) for name, value in asdict(settings).items()}
         with opened(output, begun) as work:
-            report = _Run(checkpoint, settings, work, progress).report(vqa)
+            report: dict[str, Any] = {"model": model_name(model, path)}
+            report |= _Run(checkpoint, settings, work, progress).report(vqa)
             report["settings"] = {
                 name: {"value": _shown(value), "source": (origins or {}).get(name, "default")}
-                for name, value in asdict(settings).items()
+                for name, value in {**asdict(settings), "vqa": vqa}.items()
             }
             report["seconds"] = work.elapsed_s()
             report["peak_rss_bytes"] = peak_rss_bytes()
@@ -108,6 +110,11 @@ def check(checkpoint: Checkpoint, settings: QuantizationSettings) -> None:
         raise QuantizationError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
     if settings.text != "none":
         check_sizes(checkpoint, settings)
+
+
+def model_name(model: str | Path, path: Path) -> str:
+    """Return what a report calls a model that is at ``path``: the Hub's caches name revisions."""
+    return path.resolve().name if path == Path(model) else str(model)
 
 
 @contextmanager
@@ -145,7 +152,6 @@ class _Run:
         calibration = self._calibration()
         report: dict[str, Any] = {
             "edgevl": edgevl.__version__,
-            "model": checkpoint.path.resolve().name,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": {"cpu": this_machine().cpu, "threads": torch.get_num_threads()},
             "calibration": calibration.summary(),
@@ -227,6 +233,13 @@ class _Run:
         with self._progress("writing") as progress:
             write_checkpoint(self._checkpoint, made, packed, smoothed, fields, progress)
         return made
+
+
+def _identity(value: object) -> str:
+    """Return what tells settings apart, wherever the command is given again."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_identity, value))
+    return str(value.resolve() if isinstance(value, Path) else value)
 
 
 def _shown(value: object) -> object:

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,9 @@ def opened(output: Path, run: Mapping[str, Any]) -> Iterator[WorkDirectory]:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("w")
     except OSError as error:
-        raise QuantizationError(f"{path}: cannot be written ({error.strerror})") from None
+        raise QuantizationError(
+            f"{path}: cannot be written ({error.strerror}); choose another place for the output"
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,21 +172,22 @@ def opened(output: Path, run: Mapping[str, Any]) -> Iterator[WorkDirectory]:
                 if {each.name for each in path.iterdir()} <= _NOTHING_DONE:
                     shutil.rmtree(path)
                 else:
-                    work.save_json(_CLOCK, work.elapsed_s())
+                    with suppress(OSError):  # which would hide what has happened
+                        work.save_json(_CLOCK, work.elapsed_s())
                 raise
         except OSError as error:
             raise QuantizationError(
-                f"{path}: cannot be written ({error.strerror}); what is done so far is kept, the "
-                "same command resumes"
+                f"{error.filename or path}: {error.strerror}; mend it, and the same command goes "
+                f"on with what is done in {path}"
             ) from error
         shutil.rmtree(path)
 
 
 def _resume(work: WorkDirectory, run: Mapping[str, Any]) -> None:
-    """Note what is asked for; once a layer is done, it may not change."""
+    """Note what is asked for; once a layer is done, of text or vision, it may not change."""
     begun = work.load_json(_ASKED) if work.has(_ASKED) else run
     different = [key for key in run if begun.get(key) != run[key]]
-    if different and any(work.path.glob("layer-*")):
+    if different and any(work.path.glob("*-*.safetensors")):
         key = different[0]
         raise QuantizationError(
             f"{work.path}: was begun with another {key} ({begun.get(key)!r}, now {run[key]!r}): "
@@ -194,15 +197,17 @@ def _resume(work: WorkDirectory, run: Mapping[str, Any]) -> None:
 
 
 def check_target(output: Path) -> None:
-    """Refuse a target that exists and is not an empty directory.
+    """Refuse a target that is not free, or cannot be replaced when all is done.
 
     Raises:
-        QuantizationError: it does.
+        QuantizationError: it is no empty directory, or the working directory, or a mount point.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise QuantizationError(f"{output}: exists and is not an empty directory; choose another")
     if output.resolve() == Path.cwd():  # it is to be replaced under this process's feet
         raise QuantizationError(f"{output}: is the working directory; name a directory in it")
+    if output.resolve().is_mount():  # it cannot be replaced
+        raise QuantizationError(f"{output}: is a mount point; name a directory in it")
 
 
 def publish(made: Path, output: Path) -> None:
@@ -211,6 +216,7 @@ def publish(made: Path, output: Path) -> None:
     Raises:
         OSError: something has come to lie there meanwhile.
     """
-    if output.is_dir():
-        output.rmdir()  # empty, as checked
-    made.rename(output.resolve())
+    target = output.resolve()  # of a link, the directory that it names
+    if target.is_dir():
+        target.rmdir()  # empty, as checked
+    made.rename(target)
