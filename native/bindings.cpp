@@ -5,10 +5,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
-
 #include <algorithm>
 #include <cstdint>
 #include <exception>
@@ -487,12 +483,6 @@ double measure_int8_rate(Team& team, const std::string& isa) {
   return int8_rate(team, table);
 }
 
-void trim_heap() {
-#ifdef __GLIBC__
-  malloc_trim(0);
-#endif
-}
-
 /// A file's errors become OSError(errno, reason, file).
 void translate_file_error(const std::exception_ptr& exception, void*) {
   try {
@@ -566,7 +556,6 @@ NB_MODULE(_native, m) {
           "config"_a, "tensors"_a, "team"_a, "isa"_a = "")
       .def("encode", &encode, "pixels"_a);
 
-  m.def("trim_heap", &trim_heap);
   m.def("read_bandwidth", &measure_bandwidth, "team"_a, "bytes"_a, "isa"_a = "");
   m.def("int8_rate", &measure_int8_rate, "team"_a, "isa"_a = "");
 }

@@ -105,9 +105,6 @@ class VisionEncoder:
     def encode(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Tiles [B, 3, S, S] -> features [B, image_tokens, H]."""
 
-def trim_heap() -> None:
-    """Give back to the system the memory that malloc holds free, where malloc can (glibc)."""
-
 def read_bandwidth(team: Team, bytes: int, isa: str = "") -> float:
     """Return the GB/s of reading a buffer of that size once."""
 

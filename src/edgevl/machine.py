@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
@@ -192,3 +193,13 @@ def _read(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def trim_heap() -> None:
+    """Give memory that has been freed back to the system, where the C library can (glibc).
+
+    Tensors of many sizes leave holes between them, which malloc would keep.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

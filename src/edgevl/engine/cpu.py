@@ -36,7 +36,7 @@ from edgevl.engine.plan import (
 )
 from edgevl.engine.reference import PROJECTOR_NORM_EPS, inverse_frequencies
 from edgevl.errors import CheckpointError, EdgeVLError
-from edgevl.machine import this_machine
+from edgevl.machine import this_machine, trim_heap
 
 #: Positions computed at once by default.
 CHUNK = 128
@@ -115,7 +115,7 @@ class CpuModel:
         # Before the weights come, so that the two do not add up: parsing a large tokenizer.json
         # leaves 100 MB of free memory behind that malloc would keep.
         checkpoint.release()
-        _native.trim_heap()
+        trim_heap()
         if exact_logits:  # a second cache would not be worth its disk
             packed = pack_in_memory(checkpoint, self.plan, self._team)
         else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgevl.checkpoint import Checkpoint, StoredTensor
 from edgevl.checkpoint.gptq import pack_layer
+from edgevl.machine import trim_heap
 from edgevl.quantize.calibration.sample import Sample
 from edgevl.quantize.config import BITS
 from edgevl.quantize.decoder import LINEARS, layer_name, load_layer
@@ -104,6 +105,7 @@ def quantize_layers(
         work.save(_layer_file(index), packed)
         work.save_json(_errors_file(index), errors)
         steps.save(index + 1, _tensors(states), None)
+        trim_heap()
     return states, [row for index in range(layers) for row in work.load_json(_errors_file(index))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -121,8 +122,11 @@ def model_name(model: str | Path, path: Path) -> str:
 def bfloat16_products() -> Iterator[None]:
     """Let processors that can multiply float32 matrices as bfloat16, which takes half the time.
 
-    Sums stay float32. docs/quantization.md has what it changes: less than the noise.
+    Sums stay float32.
     """
+    # Every length of a sequence makes primitives of its own, of a megabyte each; oneDNN would keep
+    # 1,024 of them. It reads this when it is first used.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
