@@ -89,18 +89,28 @@ def group_length(inputs: int, config: GPTQConfig) -> int:
     return inputs if config.group_size == -1 else config.group_size
 
 
+def fields_per_word(outputs: int, inputs: int, bits: int) -> int:
+    """Return how many integers a 32-bit word holds.
+
+    Raises:
+        CheckpointError: the sizes of a layer are not multiples of that.
+    """
+    per_word = 32 // bits
+    if inputs % per_word or outputs % per_word:
+        raise CheckpointError(
+            f"{outputs} outputs and {inputs} inputs are not multiples of {per_word}, as "
+            f"{bits}-bit GPTQ needs"
+        )
+    return per_word
+
+
 def packed_shapes(outputs: int, inputs: int, config: GPTQConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes that a layer's tensors must have.
 
     Raises:
         CheckpointError: the sizes are not multiples of what a 32-bit word holds.
     """
-    per_word = 32 // config.bits
-    if inputs % per_word or outputs % per_word:
-        raise CheckpointError(
-            f"{outputs} outputs and {inputs} inputs are not multiples of {per_word}, as "
-            f"{config.bits}-bit GPTQ needs"
-        )
+    per_word = fields_per_word(outputs, inputs, config.bits)
     groups = -(-inputs // group_length(inputs, config))
     return {
         "qweight": (inputs // per_word, outputs),
@@ -130,11 +140,7 @@ def pack_layer(
     outputs, inputs = integers.shape
     groups = scales.shape[1]
     middle = 1 << (bits - 1)
-    if inputs % (32 // bits) or outputs % (32 // bits):
-        raise CheckpointError(
-            f"{outputs} outputs and {inputs} inputs are not multiples of {32 // bits}, as "
-            f"{bits}-bit GPTQ needs"
-        )
+    fields_per_word(outputs, inputs, bits)
     offset = (integers.astype(np.int16) + middle).astype(np.uint8)
     # The zero point is stored minus one: see `GPTQWeight.zeros`.
     zeros = np.full((groups, outputs), middle - 1, np.uint8)

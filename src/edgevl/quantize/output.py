@@ -133,12 +133,15 @@ def _tensors(
             continue
         rows = slice(row, row + tensor.shape[0])
         row = rows.stop
-        yield stored, tensor, _encoded(changed[name], rows, tensor.dtype)
+        yield stored, tensor, _encoded(changed, name, rows, tensor.dtype)
 
 
 def _bytes_of(tensor: StoredTensor) -> Callable[[], memoryview]:
     return lambda: raw(tensor.data)
 
 
-def _encoded(values: NDArray[np.float32], rows: slice, dtype: str) -> Callable[[], bytes]:
-    return lambda: encode(values[rows], dtype)
+def _encoded(
+    changed: Mapping[str, NDArray[np.float32]], name: str, rows: slice, dtype: str
+) -> Callable[[], bytes]:
+    # Looked up when it is written: all at once, in float32, they would be twice the vision part.
+    return lambda: encode(changed[name][rows], dtype)
