@@ -16,6 +16,7 @@ from edgevl.cli import main  # noqa: E402
 from edgevl.errors import CheckpointError  # noqa: E402
 from edgevl.quantize import QuantizationError, QuantizationSettings, quantize_checkpoint  # noqa: E402
 from edgevl.quantize.run import model_name  # noqa: E402
+from edgevl.quantize.output import write_checkpoint  # noqa: E402
 from edgevl.quantize.work import WorkDirectory  # noqa: E402
 
 SMALL = QuantizationSettings(group_size=32, samples=8)
@@ -90,6 +91,22 @@ def test_other_libraries_find_how_to_read_it(quantized, layout):
     assert quantization["bits"] == 4
     assert quantization["sym"] is True
     assert quantization["desc_act"] is False
+
+
+@LAYOUTS
+def test_changed_tensors_are_written_whole_where_they_belong(
+    quantizable_checkpoint, tmp_path, layout
+):
+    """Also q, k and v, which the HF layout stores apart."""
+    with Checkpoint.open(quantizable_checkpoint(layout=layout)) as original:
+        names = [name for name in original.names() if "layers.0.attn.qkv" in name]
+        assert len(names) == 2  # weight and bias
+        changed = {name: -2 * original.tensor(name) for name in names}
+        write_checkpoint(original, tmp_path, {}, changed, {})
+        with Checkpoint.open(tmp_path) as written:
+            for name in original.names():
+                expected = changed.get(name, original.tensor(name))
+                assert np.array_equal(written.tensor(name), expected)
 
 
 def test_the_report_has_every_part(quantized):
