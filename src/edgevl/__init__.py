@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgevl.checkpoint import Checkpoint
     from edgevl.errors import (
+        BoardError,
         CheckpointError,
         ContextLengthError,
         DownloadError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "BoardError",
     "Checkpoint",
     "CheckpointError",
     "ContextLengthError",

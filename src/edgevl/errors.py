@@ -23,3 +23,7 @@ class ContextLengthError(PromptError):
 
 class DownloadError(EdgeVLError):
     """A model could not be fetched from the Hub."""
+
+
+class BoardError(EdgeVLError):
+    """A board's model, its runtime or the compiler is missing, fails, or does not fit."""

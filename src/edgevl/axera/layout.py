@@ -1,0 +1,66 @@
+"""The files of a compiled model and the shape groups in them, as Pulsar2 makes them.
+
+A layer's file holds several *groups*, the same weights compiled for several shapes. With H hidden
+size, W = num_key_value_heads * head_dim, P chunk and C cache length:
+
+======  ============  =======  =======  ============  ====================  =========
+group   K/V_cache     indices  input    mask          K/V_cache_out         output
+======  ============  =======  =======  ============  ====================  =========
+0       [1, C, W]     [1, 1]   [1,1,H]  [1, 1, C+1]   [1, 1, W]             [1, 1, H]
+1       [1, 1, W]     [1, P]   [1,P,H]  [1, P, P]     [1, P, W]             [1, P, H]
+g >= 2  [1, P(g-1),W] [1, P]   [1,P,H]  [1, P, P*g]   [1, P, W]             [1, P, H]
+======  ============  =======  =======  ============  ====================  =========
+
+Everything is bfloat16 but indices, which are 32-bit integers. A mask is 0 where attention is
+allowed and `MASKED` elsewhere; its last columns are those of the new tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: What is added to the score of a position that is not attended to.
+MASKED = -65536.0
+#: Names of a layer's tensors, in the order in which Pulsar2 writes them.
+LAYER_INPUTS = ("K_cache", "V_cache", "indices", "input", "mask")
+LAYER_OUTPUTS = ("K_cache_out", "V_cache_out", "output")
+#: How the files begin that only the emulator can run.
+EMULATED_MAGIC = b"edgevl emulated axmodel\n"
+#: The embedding [V, H] in the three forms that boards' programs read.
+EMBEDDING_NPY = "model.embed_tokens.weight.npy"
+EMBEDDING_F32 = "model.embed_tokens.weight.float32.bin"
+EMBEDDING_BF16 = "model.embed_tokens.weight.bfloat16.bin"
+
+
+@dataclass(frozen=True)
+class BoardShape:
+    """The shapes that a text model is compiled for.
+
+    Attributes:
+        context: positions of the key/value cache, C; with the token at hand one more is seen.
+        chunk: positions that a prefill computes at once, P.
+        max_prefill: longest history that a prefill may continue; a multiple of ``chunk``.
+    """
+
+    context: int = 2047
+    chunk: int = 128
+    max_prefill: int = 1024
+
+    def histories(self) -> tuple[int, ...]:
+        """Return the length of the history of each prefill group: 0, P, 2P … max_prefill."""
+        return tuple(range(0, self.max_prefill + 1, self.chunk))
+
+
+def layer_file(prefix: str, chunk: int, layer: int) -> str:
+    """Return the name of a layer's file; ``prefix`` is the text model's type, such as qwen3."""
+    return f"{prefix}_p{chunk}_l{layer}_together.axmodel"
+
+
+def post_file(prefix: str) -> str:
+    """Return the name of the file with the final norm and the head."""
+    return f"{prefix}_post.axmodel"
+
+
+def vision_file(image_size: int) -> str:
+    """Return the name of the vision encoder's file."""
+    return f"internvl_vit_model_1x3x{image_size}x{image_size}.axmodel"
