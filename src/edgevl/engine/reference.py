@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevl.checkpoint.layouts import PROJECTOR, VISION
 from edgevl.engine.base import Engine, EngineTimings, Floats
 from edgevl.errors import CheckpointError, EdgeVLError
 from edgevl.machine import this_machine
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: nn.LayerNorm's default, which the projector of the original leaves as it is.
 PROJECTOR_NORM_EPS = 1e-5
+#: What the names of all tensors of the vision encoder and the projector begin with.
+VISION_PREFIXES = (VISION, PROJECTOR)
 
 
 def layer_norm(x: Floats, weight: Floats, bias: Floats, eps: float) -> Floats:
@@ -129,59 +132,41 @@ def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
     return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
 
 
-def check_memory(checkpoint: Checkpoint) -> None:
-    """Raise an EdgeVLError if the weights in float32 exceed the memory that is free."""
-    needed = sum(4 * math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+def load_weights(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> dict[str, Floats]:
+    """Return as float32 the tensors whose canonical names begin with one of ``prefixes``.
+
+    Raises:
+        EdgeVLError: the machine has less memory to spare than they take.
+    """
+    names = [name for name in checkpoint.names() if name.startswith(prefixes)]
+    needed = sum(4 * math.prod(checkpoint.shape(name)) for name in names)
     available = this_machine().available_bytes
     if needed > available:
         raise EdgeVLError(
             f"{checkpoint.path}: the reference engine needs {needed / 2**30:.1f} GiB of memory for "
             f"the weights in float32, {available / 2**30:.1f} GiB are free: use a smaller model"
         )
+    return {name: checkpoint.tensor(name) for name in names}
 
 
-class ReferenceEngine(Engine):
-    """The model in NumPy. All weights are held in float32."""
+class ReferenceVision:
+    """Vision encoder and projector in NumPy; of the text model nothing is in memory."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, max_context: int | None = None, chunk: int = 128
-    ) -> None:
-        """Load every weight of ``checkpoint`` as float32.
+    def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...] = VISION_PREFIXES) -> None:
+        """Load weights as float32.
 
         Args:
             checkpoint: an open checkpoint; it may be closed afterwards.
-            max_context: positions the cache may hold; default and limit is what the model was
-                trained for.
-            chunk: positions computed at once by ``prefill``.
+            prefixes: what the canonical names of the tensors to load begin with.
 
         Raises:
             EdgeVLError: the machine has less memory to spare than the weights take.
         """
-        check_memory(checkpoint)
         self.config = checkpoint.config
-        text = self.config.text
-        limit = text.max_position_embeddings
-        self.max_context = min(max_context or limit, limit)
-        self.chunk = chunk
-        self.length = 0
-        self._weights = {name: checkpoint.tensor(name) for name in checkpoint.names()}
-        self._frequencies = inverse_frequencies(text)
-        empty = np.empty((text.num_key_value_heads, 0, text.head_dim), np.float32)
-        self._keys = [empty] * text.num_hidden_layers
-        self._values = [empty] * text.num_hidden_layers
-        self._timings = EngineTimings()
+        self._weights = load_weights(checkpoint, prefixes)
 
-    # --- vision -----------------------------------------------------------------------------
-
-    def encode_images(self, pixels: Floats) -> Floats:
-        """Encode tiles one by one: float32 [B, 3, tile, tile] -> [B, image_tokens, H]."""
-        start = time.perf_counter()
-        features = np.concatenate([self._encode_tile(tile[None]) for tile in pixels])
-        self._timings.vision_ms += (time.perf_counter() - start) * 1000
-        self._timings.tiles += len(pixels)
-        return features
-
-    def _encode_tile(self, pixels: Floats) -> Floats:
+    def encode_tiles(self, pixels: Floats) -> Floats:
+        """Encode tiles together: float32 [B, 3, tile, tile] -> [B, image_tokens, H]."""
         vision = self.config.vision
         hidden_states = [self._patch_embeddings(pixels)]
         for layer in range(vision.num_hidden_layers):
@@ -228,6 +213,52 @@ class ReferenceEngine(Engine):
         if vision.norm_type == "rms_norm":
             return rms_norm(x, w[name + ".weight"], vision.layer_norm_eps)
         return layer_norm(x, w[name + ".weight"], w[name + ".bias"], vision.layer_norm_eps)
+
+    def _linear(self, name: str, x: Floats) -> Floats:
+        """Apply ``name``: [..., in] -> [..., out]."""
+        y = x @ self._weights[name + ".weight"].T
+        bias = self._weights.get(name + ".bias")
+        return y if bias is None else y + bias
+
+
+class ReferenceEngine(ReferenceVision, Engine):
+    """The model in NumPy. All weights are held in float32."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, max_context: int | None = None, chunk: int = 128
+    ) -> None:
+        """Load every weight of ``checkpoint`` as float32.
+
+        Args:
+            checkpoint: an open checkpoint; it may be closed afterwards.
+            max_context: positions the cache may hold; default and limit is what the model was
+                trained for.
+            chunk: positions computed at once by ``prefill``.
+
+        Raises:
+            EdgeVLError: the machine has less memory to spare than the weights take.
+        """
+        super().__init__(checkpoint, prefixes=("",))
+        text = self.config.text
+        limit = text.max_position_embeddings
+        self.max_context = min(max_context or limit, limit)
+        self.chunk = chunk
+        self.length = 0
+        self._frequencies = inverse_frequencies(text)
+        empty = np.empty((text.num_key_value_heads, 0, text.head_dim), np.float32)
+        self._keys = [empty] * text.num_hidden_layers
+        self._values = [empty] * text.num_hidden_layers
+        self._timings = EngineTimings()
+
+    # --- vision -----------------------------------------------------------------------------
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """Encode tiles one by one: float32 [B, 3, tile, tile] -> [B, image_tokens, H]."""
+        start = time.perf_counter()
+        features = np.concatenate([self.encode_tiles(tile[None]) for tile in pixels])
+        self._timings.vision_ms += (time.perf_counter() - start) * 1000
+        self._timings.tiles += len(pixels)
+        return features
 
     # --- text -------------------------------------------------------------------------------
 
@@ -336,9 +367,3 @@ class ReferenceEngine(Engine):
 
     def _text_norm(self, name: str, x: Floats) -> Floats:
         return rms_norm(x, self._weights[name + ".weight"], self.config.text.rms_norm_eps)
-
-    def _linear(self, name: str, x: Floats) -> Floats:
-        """Apply ``name``: [..., in] -> [..., out]."""
-        y = x @ self._weights[name + ".weight"].T
-        bias = self._weights.get(name + ".bias")
-        return y if bias is None else y + bias

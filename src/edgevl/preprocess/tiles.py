@@ -70,3 +70,8 @@ def to_pixels(
     pixels = np.stack([np.asarray(tile, dtype=np.float32) for tile in tiles]) / np.float32(255)
     pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+def byte_statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return ``mean`` and ``std`` of `to_pixels` in units of 8-bit values, 0 … 255."""
+    return [round(255 * value, 6) for value in mean], [round(255 * value, 6) for value in std]
