@@ -16,7 +16,7 @@ from edgevl.quantize.config import quantization_fields
 from edgevl.quantize.layers import packed_tensors, quantize_layers
 from edgevl.quantize.output import write_checkpoint
 from edgevl.quantize.run import bfloat16_products
-from edgevl.quantize.work import WorkDirectory
+from edgevl.work import WorkDirectory
 
 
 def quantize_text(

@@ -1,5 +1,6 @@
 """The text model a layer at a time: the forward pass, what is stored, and resuming."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,14 @@ from edgevl.quantize.calibration.sample import Sample  # noqa: E402
 from edgevl.quantize.decoder import LINEARS, layer_name  # noqa: E402
 from edgevl.quantize.layers import check_sizes, packed_tensors, quantize_layers  # noqa: E402
 from edgevl.quantize.measure import measure  # noqa: E402
-from edgevl.quantize.work import WorkDirectory, check_target, opened, publish  # noqa: E402
+from edgevl.quantize.run import SETTLED  # noqa: E402
+from edgevl.work import WorkDirectory, check_target, publish  # noqa: E402
+from edgevl.work import opened as opened_for  # noqa: E402
 
 CPU = torch.device("cpu")
 SETTINGS = QuantizationSettings(group_size=32, samples=6)
+
+opened = partial(opened_for, settled=SETTLED, error=QuantizationError)
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +259,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
     def fail():
         with opened(output, {}) as work:
             work.save("a.safetensors", {"x": np.arange(3, dtype=np.int32)})
-            monkeypatch.setattr("edgevl.quantize.work.write_file", full)
+            monkeypatch.setattr("edgevl.work.write_file", full)
             work.save("b.safetensors", {"x": np.arange(3, dtype=np.int32)})
 
     with pytest.raises(QuantizationError, match=r"No space left on device; mend it, and the same"):
@@ -283,7 +288,7 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
     output.mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path == output)
     with pytest.raises(QuantizationError, match="mount point; name a directory in it"):
-        check_target(output)
+        check_target(output, QuantizationError)
 
 
 def test_a_link_to_an_empty_directory_is_a_target(tmp_path):

@@ -11,13 +11,13 @@ torch = pytest.importorskip("torch")
 
 import edgevl  # noqa: E402
 from edgevl.checkpoint import Checkpoint  # noqa: E402
+from edgevl.checkpoint.hub import model_name  # noqa: E402
 from edgevl.checkpoint.layouts import TEXT  # noqa: E402
 from edgevl.cli import main  # noqa: E402
 from edgevl.errors import CheckpointError  # noqa: E402
 from edgevl.quantize import QuantizationError, QuantizationSettings, quantize_checkpoint  # noqa: E402
 from edgevl.quantize.output import write_checkpoint  # noqa: E402
-from edgevl.quantize.run import model_name  # noqa: E402
-from edgevl.quantize.work import WorkDirectory  # noqa: E402
+from edgevl.work import WorkDirectory  # noqa: E402
 
 SMALL = QuantizationSettings(group_size=32, samples=8)
 HELDOUT = Path(__file__).parents[1] / "models/tiny/heldout/questions.jsonl"

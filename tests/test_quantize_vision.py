@@ -20,7 +20,7 @@ from edgevl.quantize.settings import QuantizationError  # noqa: E402
 from edgevl.quantize.smoothing import SmoothedTensors, producer, smoothing_factor  # noqa: E402
 from edgevl.quantize.vision import quantize_vision  # noqa: E402
 from edgevl.quantize.vision_network import Rounding, VisionNetwork, to_int8  # noqa: E402
-from edgevl.quantize.work import WorkDirectory  # noqa: E402
+from edgevl.work import WorkDirectory  # noqa: E402
 from storage import write_directory  # noqa: E402
 
 PICTURES = locate("tiny") / "heldout" / "images"

@@ -48,6 +48,11 @@ def locate(model: str | Path) -> Path:
     )
 
 
+def model_name(model: str | Path, path: Path) -> str:
+    """Return what a report calls a model that is at ``path``: the Hub's caches name revisions."""
+    return path.resolve().name if path == Path(model) else str(model)
+
+
 def is_repository(name: str) -> bool:
     """Whether ``name`` has the form of a Hub id, ``organisation/name``."""
     return _REPO.fullmatch(name) is not None and ".." not in name and "--" not in name

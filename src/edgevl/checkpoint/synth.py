@@ -38,6 +38,7 @@ from edgevl.checkpoint.writer import (
     write_safetensors,
 )
 from edgevl.errors import CheckpointError
+from edgevl.work import check_disk, check_target
 
 #: Layouts that can be written: OpenGVLab's own, and that of the "-HF" repositories.
 LAYOUTS = ("internvl_chat", "hf")
@@ -101,7 +102,9 @@ def write_checkpoint(
         raise ValueError(f"layout {layout!r}, dtype {dtype!r}: see LAYOUTS and DTYPES")
     directory = Path(directory)
     sources = _stored_tensors(config, layout, DTYPES[dtype])
-    _check_target(directory, sum(tensor.nbytes for tensor in sources))
+    check_target(directory, CheckpointError)
+    weights = sum(tensor.nbytes for tensor in sources)
+    check_disk(directory, weights + _SIDE_FILES_BYTES, CheckpointError)
     tokenizer = _tokenizer(config, layout, base_vocabulary)
 
     def produce(tensors: Sequence[TensorSpec]) -> Iterator[bytes]:
@@ -222,20 +225,6 @@ def _blocks(
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _check_target(directory: Path, weight_bytes: int) -> None:
-    """Refuse a directory in use and a disk without room."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory}: exists and is not an empty directory; choose another")
-    if directory.resolve() == Path.cwd():  # it is to be replaced under this process's feet
-        raise CheckpointError(f"{directory}: is the working directory; name a directory in it")
-    existing = next(parent for parent in directory.resolve().parents if parent.exists())
-    free, needed = shutil.disk_usage(existing).free, weight_bytes + _SIDE_FILES_BYTES
-    if free < needed:
-        raise CheckpointError(
-            f"{directory}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on that disk"
-        )
 
 
 def _tokenizer(config: ModelConfig, layout: str, base_vocabulary: int | None) -> Tokenizer:

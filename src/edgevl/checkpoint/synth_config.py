@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edgevl.checkpoint.config import ModelConfig, TextConfig
+from edgevl.checkpoint.text_json import text_json
 
 #: Torch's names of the stored dtypes.
 TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -25,12 +26,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{'<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-_ARCHITECTURES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
 
 
 def internvl_chat_files(
@@ -205,39 +200,11 @@ def hf_files(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
 
 def _text_json(text: TextConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """Return ``llm_config`` or ``text_config``."""
-    fields: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[text.model_type]],
-        "attention_dropout": 0.0,
+    tokens = {
         "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
         "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-        "head_dim": text.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": text.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": text.intermediate_size,
-        "max_position_embeddings": text.max_position_embeddings,
-        "model_type": text.model_type,
-        "num_attention_heads": text.num_attention_heads,
-        "num_hidden_layers": text.num_hidden_layers,
-        "num_key_value_heads": text.num_key_value_heads,
-        "rms_norm_eps": text.rms_norm_eps,
-        "rope_scaling": text.rope_scaling,
-        "rope_theta": text.rope_theta,
-        "tie_word_embeddings": text.tie_word_embeddings,
-        "torch_dtype": TORCH_DTYPES[dtype],
-        "use_cache": True,
-        "vocab_size": text.vocab_size,
     }
-    if text.model_type == "llama":
-        return fields | {"attention_bias": text.attention_bias, "mlp_bias": text.mlp_bias}
-    fields |= {
-        "max_window_layers": text.num_hidden_layers,
-        "sliding_window": None,
-        "use_sliding_window": False,
-    }
-    if text.model_type == "qwen2":
-        return fields
-    return fields | {"attention_bias": text.attention_bias}
+    return text_json(text, TORCH_DTYPES[dtype]) | tokens
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:

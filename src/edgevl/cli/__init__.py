@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": ("edgevl.cli.chat", "Ask a picture, once or in a conversation."),
     "pull": ("edgevl.cli.pull", "Download a checkpoint from the Hub."),
     "quantize": ("edgevl.cli.quantize", "Make a smaller, faster checkpoint and say what it cost."),
+    "compile": ("edgevl.cli.compile", "Compile for an Axera NPU, or for its emulator."),
     "eval": ("edgevl.cli.eval", "Measure accuracy on questions, or perplexity on a text."),
     "bench": ("edgevl.cli.bench", "Measure speed, beside what the machine allows."),
     "synth": ("edgevl.cli.synth", "Write a checkpoint of real shapes and random weights."),

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edgevl.cli.terminal import is_terminal, note
+from edgevl.cli.terminal import note, progress_bar
 from edgevl.errors import EdgeVLError
 
 FILE = click.Path(path_type=Path)
@@ -113,7 +111,7 @@ def command(
     }
     try:
         report = quantize_checkpoint(
-            model, output, settings, origins=origins, vqa=vqa, progress=_progress
+            model, output, settings, origins=origins, vqa=vqa, progress=progress_bar
         )
     except KeyboardInterrupt:
         click.echo(f"interrupted; the same command goes on in {output}.partial", err=True)
@@ -122,22 +120,6 @@ def command(
         note(line)
     note(f"details: {output / 'report.html'}")
     click.echo(output)
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], object]]:
-    """Show a bar with an estimate while a stretch of work is done."""
-    from tqdm import tqdm
-
-    with tqdm(desc=name, disable=not is_terminal(sys.stderr)) as bar:
-
-        def show(done: int, total: int) -> None:
-            if bar.total is None:
-                bar.total = total
-                bar.initial = done - 1  # what an earlier run has done tells nothing of the rate
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def summary(report: dict[str, Any]) -> Iterator[str]:

@@ -120,6 +120,22 @@ def reason(error: Exception) -> str:
 
 
 @contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], object]]:
+    """Show a bar with an estimate while a stretch of work is done."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, disable=not is_terminal(sys.stderr)) as bar:
+
+        def show(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.total = total
+                bar.initial = done - 1  # what an earlier run has done tells nothing of the rate
+            bar.update(done - bar.n)
+
+        yield show
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Write a file beside ``path`` and rename it on success; on failure leave nothing behind.
 

@@ -19,7 +19,7 @@ from edgevl.quantize.decoder import LINEARS, layer_name, load_layer
 from edgevl.quantize.gptq import Refinements
 from edgevl.quantize.settings import GROUP_SIZES, QuantizationError, QuantizationSettings
 from edgevl.quantize.text import States, quantize_layer, ticks
-from edgevl.quantize.work import Steps, WorkDirectory
+from edgevl.work import Steps, WorkDirectory
 
 #: What the streams of `States` are called in a file.
 _STREAMS = ("original", "quantized", "heldout_original", "heldout_rtn", "heldout_quantized")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,8 @@ from numpy.typing import NDArray
 
 from edgevl.checkpoint import Checkpoint, StoredTensor
 from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, PROJECTOR, VISION, transformers_name
+from edgevl.checkpoint.side_files import copy_side_files
 from edgevl.checkpoint.writer import TensorSpec, encode, raw, write_safetensors
-
-#: Files that hold weights, or a table of them: they are written anew or left behind.
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-)
-#: Larger files are not part of what describes a model.
-MAX_SIDE_FILE_BYTES = 64 << 20
 
 #: Tensors that take the place of weights: canonical name -> what their names end in -> tensor.
 Packed = Mapping[str, Mapping[str, StoredTensor]]
@@ -101,16 +84,6 @@ def part_bytes(checkpoint: Checkpoint) -> dict[str, int]:
         part = "embedding" if name in (EMBEDDING, LM_HEAD) else part
         sizes[f"{part}_bytes"] += sum(each.data.nbytes for each in parts if each is not None)
     return sizes
-
-
-def copy_side_files(source: Path, directory: Path) -> None:
-    """Copy everything that is not weights: tokenizer, chat template, code of other libraries."""
-    for path in sorted(source.iterdir()):
-        hidden = path.name.startswith(".")
-        if hidden or path.name.endswith(WEIGHT_SUFFIXES) or not path.is_file():
-            continue
-        if path.stat().st_size <= MAX_SIDE_FILE_BYTES:
-            shutil.copyfile(path, directory / path.name)  # the file that a link points to
 
 
 def _tensors(

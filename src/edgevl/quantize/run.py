@@ -16,6 +16,7 @@ import torch
 
 import edgevl
 from edgevl.checkpoint import Checkpoint, locate
+from edgevl.checkpoint.hub import model_name
 from edgevl.engine.base import Floats
 from edgevl.evaluate import read_questions
 from edgevl.evaluate.bench import peak_rss_bytes
@@ -29,13 +30,15 @@ from edgevl.quantize.report import write_report
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 from edgevl.quantize.verify import compare_accuracy, compare_answers, load, verify
 from edgevl.quantize.vision import VisionQuantization, quantize_vision
-from edgevl.quantize.work import WorkDirectory, check_target, opened, publish
+from edgevl.work import WorkDirectory, check_target, opened, publish
 
 #: Opens a stretch of work of some name; within, is told what is done of it, and what there is.
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], object]]]
 
 #: The finished checkpoint in the work directory, before it is moved to its place.
 MADE = "checkpoint"
+#: The tensors of a finished layer, and the state after it.
+SETTLED = "*-*.safetensors"
 #: Sequences that are enough where only vision is calibrated, and everything measured.
 FEW_SAMPLES = 16
 #: Linear layers that the report calls the worst.
@@ -73,7 +76,7 @@ def quantize_checkpoint(
     """
     settings = settings or QuantizationSettings()
     output = Path(output)
-    check_target(output)
+    check_target(output, QuantizationError)
     if vqa is not None:
         read_questions(vqa)  # a mistake in it is told before the work
     path = locate(model)
@@ -81,7 +84,7 @@ def quantize_checkpoint(
         check(checkpoint, settings)
         begun = {"edgevl": edgevl.__version__, "checkpoint": checkpoint.fingerprint()}
         begun |= {name: _identity(value) for name, value in asdict(settings).items()}
-        with opened(output, begun) as work:
+        with opened(output, begun, settled=SETTLED, error=QuantizationError) as work:
             report: dict[str, Any] = {"model": model_name(model, path)}
             report |= _Run(checkpoint, settings, work, progress).report(vqa)
             report["settings"] = {
@@ -111,11 +114,6 @@ def check(checkpoint: Checkpoint, settings: QuantizationSettings) -> None:
         raise QuantizationError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
     if settings.text != "none":
         check_sizes(checkpoint, settings)
-
-
-def model_name(model: str | Path, path: Path) -> str:
-    """Return what a report calls a model that is at ``path``: the Hub's caches name revisions."""
-    return path.resolve().name if path == Path(model) else str(model)
 
 
 @contextmanager

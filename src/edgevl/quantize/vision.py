@@ -33,7 +33,7 @@ from edgevl.engine.plan import Format, MatrixPlan, vision_matrices
 from edgevl.quantize.settings import QuantizationError
 from edgevl.quantize.smoothing import SmoothedTensors, producer, smoothing_factor
 from edgevl.quantize.vision_network import EXACT, Linear, Rounding, VisionNetwork
-from edgevl.quantize.work import Steps, WorkDirectory
+from edgevl.work import Steps, WorkDirectory
 
 STRENGTHS = (0.25, 0.4, 0.55, 0.7, 0.85)
 LEAST_GAIN = 0.05

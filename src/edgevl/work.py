@@ -1,8 +1,8 @@
-"""The directory of a quantization under way: what is done of it, so that it can be resumed.
+"""The directory of a long run under way: what is done of it, so that it can be resumed.
 
-``OUT.partial`` holds ``run.json`` (what was asked for), the calibration's files,
-``layer-<n>.safetensors`` and ``.json`` for each finished layer of the text, and the state of the
-loops over layers (`Steps`). Every file is written beside and renamed: one that is there is whole.
+``OUT.partial`` holds ``run.json`` (what was asked for) and what the run keeps there: files, the
+state of loops (`Steps`), and products, which may be directories. Each is written beside and
+renamed: what is there is whole.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import TensorSpec, raw, write_file
-from edgevl.quantize.settings import QuantizationError
+from edgevl.errors import EdgeVLError
 
 #: safetensors' names of the types that are stored here.
 _TYPES = {"float16": "F16", "float32": "F32", "int8": "I8", "int32": "I32", "int64": "I64"}
 
+#: Where products are made, and where they are once they are whole.
+MAKING, DONE = "making", "done"
 
 #: What was asked for, and the time that earlier runs have spent.
 _ASKED, _CLOCK = "run.json", "seconds.json"
@@ -86,12 +88,41 @@ class WorkDirectory:
         """Remove a file, if it is there."""
         (self.path / name).unlink(missing_ok=True)
 
+    def product(self, name: str) -> Path:
+        """Return where a product is once it is done."""
+        return self.path / DONE / name
+
+    @contextmanager
+    def making(self, name: str) -> Iterator[Path]:
+        """Give the path to make a product at, a file or a directory.
+
+        If the block ends well, it moves to where `product` says, and is removed otherwise. What an
+        interrupted run has left there is removed first.
+
+        Raises:
+            OSError: the disk is full, or a file of an interrupted run cannot be removed.
+        """
+        path = self.path / MAKING / name
+        path.parent.mkdir(exist_ok=True)
+        remove_tree(path)
+        try:
+            yield path
+        except BaseException:
+            with suppress(OSError):  # which would hide what has happened
+                remove_tree(path)
+                path.parent.rmdir()
+            raise
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file():
+                _sync(file)
+        self.product(name).parent.mkdir(exist_ok=True)
+        path.rename(self.product(name))
+
     @contextmanager
     def _replacing(self, name: str) -> Iterator[Path]:
         beside = self.path / f"{name}.new"
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(beside)
         beside.replace(self.path / name)
 
 
@@ -135,7 +166,9 @@ class Steps:
 
 
 @contextmanager
-def opened(output: Path, run: Mapping[str, Any]) -> Iterator[WorkDirectory]:
+def opened(
+    output: Path, run: Mapping[str, Any], *, settled: str, error: type[EdgeVLError]
+) -> Iterator[WorkDirectory]:
     """Open the work directory of ``output``, a new one or that of an interrupted run.
 
     It stays when the block fails with anything done, and is removed when it ends well.
@@ -143,29 +176,31 @@ def opened(output: Path, run: Mapping[str, Any]) -> Iterator[WorkDirectory]:
     Args:
         output: what is to be made; it does not exist, or is an empty directory.
         run: what decides the result; a run that is resumed must have begun with the same.
+        settled: a pattern of files; once there is one, ``run`` may not change.
+        error: what is raised.
 
     Raises:
-        QuantizationError: ``output`` is in use, the directory cannot be made, another process is
+        error: ``output`` is in use, the directory cannot be made, another process is
             at it, or it belongs to a run with other settings.
     """
-    check_target(output)
+    check_target(output, error)
     target = output.resolve()
     path = target.with_name(target.name + ".partial")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("w")
-    except OSError as error:
-        raise QuantizationError(
-            f"{path}: cannot be written ({error.strerror}); choose another place for the output"
+    except OSError as problem:
+        raise error(
+            f"{path}: cannot be written ({problem.strerror}); choose another place for the output"
         ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise QuantizationError(f"{path}: another process is writing it") from None
+            raise error(f"{path}: another process is writing it") from None
         work = WorkDirectory(path)
         try:
-            _resume(work, run)
+            _resume(work, run, settled, error)
             try:
                 yield work
             except BaseException:
@@ -175,39 +210,60 @@ def opened(output: Path, run: Mapping[str, Any]) -> Iterator[WorkDirectory]:
                     with suppress(OSError):  # which would hide what has happened
                         work.save_json(_CLOCK, work.elapsed_s())
                 raise
-        except OSError as error:
-            raise QuantizationError(
-                f"{error.filename or path}: {error.strerror}; mend it, and the same command goes "
-                f"on with what is done in {path}"
-            ) from error
+        except OSError as problem:
+            raise error(
+                f"{problem.filename or path}: {problem.strerror}; mend it, and the same command "
+                f"goes on with what is done in {path}"
+            ) from problem
         shutil.rmtree(path)
 
 
-def _resume(work: WorkDirectory, run: Mapping[str, Any]) -> None:
-    """Note what is asked for; once a layer is done, of text or vision, it may not change."""
+def _resume(
+    work: WorkDirectory, run: Mapping[str, Any], settled: str, error: type[EdgeVLError]
+) -> None:
+    """Note what is asked for; once anything that depends on it is done, it may not change."""
     begun = work.load_json(_ASKED) if work.has(_ASKED) else run
     different = [key for key in run if begun.get(key) != run[key]]
-    if different and any(work.path.glob("*-*.safetensors")):
+    if different and any(work.path.glob(settled)):
         key = different[0]
-        raise QuantizationError(
+        raise error(
             f"{work.path}: was begun with another {key} ({begun.get(key)!r}, now {run[key]!r}): "
             "give the same to resume it, or remove it"
         )
     work.save_json(_ASKED, run)
 
 
-def check_target(output: Path) -> None:
+def check_target(output: Path, error: type[EdgeVLError]) -> None:
     """Refuse a target that is not free, or cannot be replaced when all is done.
 
     Raises:
-        QuantizationError: it is no empty directory, or the working directory, or a mount point.
+        error: it is no empty directory, or the working directory, or a mount point.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise QuantizationError(f"{output}: exists and is not an empty directory; choose another")
+        raise error(f"{output}: exists and is not an empty directory; choose another")
     if output.resolve() == Path.cwd():  # it is to be replaced under this process's feet
-        raise QuantizationError(f"{output}: is the working directory; name a directory in it")
+        raise error(f"{output}: is the working directory; name a directory in it")
     if output.resolve().is_mount():  # it cannot be replaced
-        raise QuantizationError(f"{output}: is a mount point; name a directory in it")
+        raise error(f"{output}: is a mount point; name a directory in it")
+
+
+def check_disk(output: Path, needed: int, error: type[EdgeVLError]) -> None:
+    """Refuse a disk without room.
+
+    Args:
+        output: what is to be written; its directory need not exist.
+        needed: bytes.
+        error: what is raised.
+
+    Raises:
+        error: says how much there is.
+    """
+    existing = next(parent for parent in output.resolve().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise error(
+            f"{output}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on that disk"
+        )
 
 
 def publish(made: Path, output: Path) -> None:
@@ -220,3 +276,21 @@ def publish(made: Path, output: Path) -> None:
     if target.is_dir():
         target.rmdir()  # empty, as checked
     made.rename(target)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or a directory, if it is there.
+
+    Raises:
+        OSError: something in it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's data on the disk before anything is renamed."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

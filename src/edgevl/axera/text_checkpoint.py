@@ -1,0 +1,188 @@
+"""The text model alone, as a checkpoint that Pulsar2's ``llm_build`` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgevl.checkpoint import Checkpoint, GPTQConfig, StoredTensor
+from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, TEXT
+from edgevl.checkpoint.side_files import TOKENIZER_FILES, copy_side_files
+from edgevl.checkpoint.text_json import text_json
+from edgevl.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSpec, raw, write_safetensors
+from edgevl.errors import BoardError, CheckpointError
+
+#: Input channels that share a scale, in the GPTQ weights that ``llm_build`` takes.
+GROUP_SIZE = 128
+
+_TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_MEND = "make one with `edgevl quantize --group-size 128`, or compile the original checkpoint"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor to write."""
+
+    spec: TensorSpec
+    tensor: StoredTensor
+
+
+def write_text_checkpoint(
+    checkpoint: Checkpoint,
+    directory: Path,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> None:
+    """Write the text model as transformers has it: a ``Qwen3ForCausalLM`` or the like.
+
+    Tensors keep their stored values, plain or GPTQ, and are called ``model.…`` and
+    ``lm_head.weight``. A head that is tied to the embedding is not written: ``config.json`` says
+    ``tie_word_embeddings``, as in the text models that ``llm_build``'s manual takes for examples.
+
+    Args:
+        checkpoint: an open checkpoint of any layout.
+        directory: where to; it exists and is empty.
+        shard_bytes: most bytes of weights in one file.
+        progress: called after each write with the bytes written and those there are.
+
+    Raises:
+        OSError: the disk is full, or a file cannot be read.
+    """
+    parts = {part.spec.name: part for part in _parts(checkpoint)}
+    specs = [part.spec for part in parts.values()]
+
+    def pieces(shard: Sequence[TensorSpec]) -> Iterable[memoryview]:
+        for spec in shard:
+            yield raw(parts[spec.name].tensor.data)
+            checkpoint.release()
+
+    total, done = sum(spec.nbytes for spec in specs), 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    write_safetensors(directory, specs, pieces, shard_bytes, count)
+    copy_side_files(checkpoint.path, directory, TOKENIZER_FILES)
+    text = json.dumps(_config(checkpoint), indent=2, ensure_ascii=False)
+    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def text_bytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes of the weights that `write_text_checkpoint` writes."""
+    return sum(part.spec.nbytes for part in _parts(checkpoint))
+
+
+def check_weights(checkpoint: Checkpoint) -> GPTQConfig | None:
+    """Refuse text weights that ``llm_build`` does not take.
+
+    It takes plain ones, and GPTQ ones in 4 or 8 bits with a scale for every 128 consecutive
+    inputs, symmetric, in all linear layers.
+
+    Returns:
+        How the linear layers are quantized, or None.
+
+    Raises:
+        BoardError: names the field or the weight, and the mend.
+    """
+    config = checkpoint.config.quantization
+    linears = _linears(checkpoint)
+    quantized = [name for name in linears if checkpoint.gptq(name) is not None]
+    if config is None or not quantized:
+        return None
+    expected: dict[str, Any] = {
+        "group_size": GROUP_SIZE,
+        "sym": True,
+        "desc_act": False,
+        "checkpoint_format": "gptq",
+    }
+    for field, value in expected.items():
+        if (found := getattr(config, field)) != value:
+            raise BoardError(
+                f"{checkpoint.path}: {field} of its GPTQ weights is {json.dumps(found)}, but "
+                f"Pulsar2 takes {json.dumps(value)}: {_MEND}"
+            )
+    for name in [*linears, EMBEDDING, *(n for n in checkpoint.names() if n == LM_HEAD)]:
+        _check_weight(checkpoint, name, name in linears)
+    return config
+
+
+def _linears(checkpoint: Checkpoint) -> list[str]:
+    """Return the weights of all linear layers of the decoder."""
+    return [
+        name
+        for name in checkpoint.names()
+        if name.startswith(f"{TEXT}layers.") and len(checkpoint.shape(name)) == 2
+    ]
+
+
+def _check_weight(checkpoint: Checkpoint, name: str, linear: bool) -> None:
+    """Refuse a weight that is not as the configuration has it."""
+    weight = checkpoint.gptq(name)
+    if (weight is not None) != linear:
+        state = "is not quantized, others are" if linear else "is quantized"
+        raise BoardError(f"{checkpoint.path}: {name} {state}, which Pulsar2 does not take: {_MEND}")
+    if weight is None:
+        return
+    try:
+        in_order, symmetric = weight.is_in_order(), weight.is_symmetric()
+    except CheckpointError as error:
+        raise BoardError(f"{checkpoint.path}: tensor {name!r}: {error}") from None
+    if not (in_order and symmetric):
+        state = "zero points" if in_order else "its inputs out of order"
+        raise BoardError(
+            f"{checkpoint.path}: {name} has {state}, which Pulsar2 does not take: {_MEND}"
+        )
+
+
+def _parts(checkpoint: Checkpoint) -> Iterator[_Part]:
+    """Yield the tensors of the text model by their names in transformers."""
+    for name in checkpoint.names():
+        if name != LM_HEAD and not name.startswith(TEXT):
+            continue
+        written = name.removeprefix("language_model.")
+        packed = checkpoint.gptq(name)
+        if packed is None:
+            yield _part(written, checkpoint.stored(name))
+            continue
+        base = written.removesuffix("weight")
+        for suffix in ("qweight", "qzeros", "scales", "g_idx"):
+            tensor = getattr(packed, suffix)
+            if tensor is not None:
+                yield _part(base + suffix, tensor)
+
+
+def _part(name: str, tensor: StoredTensor) -> _Part:
+    return _Part(TensorSpec(name, tensor.dtype, tensor.shape), tensor)
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return ``config.json`` of the text model."""
+    text = checkpoint.config.text
+    tied = LM_HEAD not in checkpoint.names()
+    dtype = checkpoint.stored(TEXT + "norm.weight").dtype
+    fields = text_json(replace(text, tie_word_embeddings=tied), _TORCH_DTYPES[dtype])
+    original = checkpoint.read_json("config.json") or {}
+    inner = original.get("llm_config") or original.get("text_config") or original
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if inner.get(name) is not None:
+            fields[name] = inner[name]
+    config = checkpoint.config.quantization
+    if config is not None and any(
+        checkpoint.gptq(name) is not None for name in _linears(checkpoint)
+    ):
+        fields["quantization_config"] = {
+            "quant_method": "gptq",
+            "bits": config.bits,
+            "group_size": config.group_size,
+            "sym": config.sym,
+            "desc_act": config.desc_act,
+            "checkpoint_format": config.checkpoint_format,
+            "pack_dtype": "int32",
+            "lm_head": False,
+        }
+    return fields

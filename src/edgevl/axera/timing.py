@@ -1,0 +1,145 @@
+"""How long the NPU computes: published times, and from them estimates for other shapes.
+
+Published are the times of each shape group of one model on one chip, InternVL3.5-1B with INT4
+layers and an INT8 head on the AX650N in mode NPU3 (the README of AXERA-TECH's
+InternVL3_5-1B_GPTQ_INT4.axera). For that model, these are returned as they are. Others are scaled:
+
+- Decoding reads a layer's weights and its whole cache once a token, and time is taken as
+  proportional to these bytes. The published times amount to 17 GB/s for a layer and 20 GB/s for the
+  head, both of which are plausible for the memory, not for the arithmetic.
+- A prefill chunk without history scales with weights times tokens, but takes no less than reading
+  the weights. What history adds scales with queries times keys.
+
+Of other models on the AX650N (published rates in brackets) decoding is estimated at 33.5 tokens/s
+for InternVL3-1B in INT8 (26.67), 5.4 for Qwen2.5-VL-3B in INT8 (6.2), 4.2 and 2.4 for Qwen2.5-7B in
+INT4 and INT8 (4.8, 2.6): a quarter too fast at worst. What a call costs whatever its size is not
+known, so much smaller models come out too fast.
+
+On the AX630C no group has been timed in public. Its estimates are the AX650's times the ratio of
+what M5Stack measured of InternVL3-1B on both chips (docs.m5stack.com, StackFlow): for decoding the
+tokens a second, 26.67 against 9.78, and for prefill, which is arithmetic, the vision encoder's
+time, 393.08 against 2267.89 ms. These two are also all that is public on vision alone.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from edgevl.axera.layout import BoardShape
+from edgevl.checkpoint.config import INTERNVIT_300M, TextConfig, VisionConfig
+
+#: Published times in ms: of a layer decoding a token after 2047, of a layer prefilling 128 tokens
+#: after each history, and of the final norm and the head.
+DECODE_MS = 0.987
+PREFILL_MS = {
+    0: 2.208,
+    128: 2.562,
+    256: 2.804,
+    384: 3.173,
+    512: 3.517,
+    640: 3.807,
+    768: 4.079,
+    896: 4.387,
+    1024: 4.713,
+}
+POST_MS = 7.954
+
+#: Published times in ms of InternViT-300M on one tile of 448 x 448, as compiled for InternVL3-1B.
+VISION_MS = {"ax650": 393.08, "ax630c": 2267.89}
+
+#: How much longer than the AX650 each chip takes to decode and to prefill.
+DECODE_FACTOR = {"ax650": 1.0, "ax630c": 26.67 / 9.78}
+PREFILL_FACTOR = {"ax650": 1.0, "ax630c": VISION_MS["ax630c"] / VISION_MS["ax650"]}
+
+#: Stored bits a weight: INT4 has a 16-bit scale for every 128.
+BITS = {4: 4.125, 8: 8.0}
+
+# The model and the shape that the published times are of.
+_SHAPE = BoardShape(context=2047, chunk=128, max_prefill=1024)
+_HIDDEN, _INTERMEDIATE, _HEADS, _KV_HEADS, _HEAD_DIM, _VOCAB = 1024, 3072, 16, 8, 128, 151936
+
+
+def group_times_ms(
+    text: TextConfig, shape: BoardShape, *, target: str = "ax650", weight_bits: int = 4
+) -> tuple[float, ...]:
+    """Return how long one layer takes in each shape group, in ms: decode, then the prefill groups.
+
+    Args:
+        text: the text model.
+        shape: what it is compiled for.
+        target: a name in `edgevl.axera.targets.TARGETS`.
+        weight_bits: of the layers' linear weights, 4 or 8.
+    """
+    weights = layer_weights(text) * BITS[weight_bits] / 8
+    cache = 4 * shape.context * text.num_key_value_heads * text.head_dim
+    weights_ms = DECODE_MS * weights / _LAYER_BYTES
+    decode = DECODE_MS * (weights + cache) / _LAYER_BYTES
+    work = layer_weights(text) / _LAYER_WEIGHTS * shape.chunk / _SHAPE.chunk
+    attention = (
+        text.num_attention_heads * text.head_dim / (_HEADS * _HEAD_DIM) * shape.chunk / _SHAPE.chunk
+    )
+    prefill = [
+        max(PREFILL_MS[0] * work, weights_ms) + attention * (_prefill_ms(history) - PREFILL_MS[0])
+        for history in shape.histories()
+    ]
+    # Rounded, so that scaling by one leaves the published figures as they were written.
+    return (
+        round(decode * DECODE_FACTOR[target], 6),
+        *(round(ms * PREFILL_FACTOR[target], 6) for ms in prefill),
+    )
+
+
+def post_time_ms(text: TextConfig, *, target: str = "ax650") -> float:
+    """Return how long final norm and head take for one token, in ms; the head is in INT8."""
+    scale = text.vocab_size * text.hidden_size / (_VOCAB * _HIDDEN)
+    return round(POST_MS * scale * DECODE_FACTOR[target], 6)
+
+
+def vision_time_ms(vision: VisionConfig, *, target: str = "ax650") -> float | None:
+    """Return how long the vision encoder takes for a tile, in ms, or None if it is another one."""
+    return VISION_MS[target] if vision == INTERNVIT_300M else None
+
+
+def is_published(
+    text: TextConfig, shape: BoardShape, *, target: str = "ax650", weight_bits: int = 4
+) -> bool:
+    """Tell whether the times are the published ones, not an estimate."""
+    return (
+        target == "ax650"
+        and weight_bits == 4
+        and text.use_qk_norm
+        and (text.hidden_size, text.intermediate_size) == (_HIDDEN, _INTERMEDIATE)
+        and (text.num_attention_heads, text.num_key_value_heads) == (_HEADS, _KV_HEADS)
+        and (text.head_dim, text.vocab_size) == (_HEAD_DIM, _VOCAB)
+        and (shape.context, shape.chunk) == (_SHAPE.context, _SHAPE.chunk)
+        and shape.max_prefill <= _SHAPE.max_prefill
+    )
+
+
+def layer_weights(text: TextConfig) -> int:
+    """Return how many weights the linear layers of one decoder layer have."""
+    return _linear_weights(
+        text.hidden_size,
+        text.intermediate_size,
+        text.num_attention_heads * text.head_dim,
+        text.num_key_value_heads * text.head_dim,
+    )
+
+
+def _linear_weights(hidden: int, intermediate: int, queries: int, keys: int) -> int:
+    return hidden * (2 * queries + 2 * keys + 3 * intermediate)
+
+
+_LAYER_WEIGHTS = _linear_weights(_HIDDEN, _INTERMEDIATE, _HEADS * _HEAD_DIM, _KV_HEADS * _HEAD_DIM)
+#: What a layer of the published model reads to decode a token: weights, keys, values.
+_LAYER_BYTES = _LAYER_WEIGHTS * BITS[4] / 8 + 4 * _SHAPE.context * _KV_HEADS * _HEAD_DIM
+
+
+def _prefill_ms(history: int) -> float:
+    """Return the published time after ``history`` positions, on straight lines between them."""
+    points = list(PREFILL_MS.items())
+    for (start, start_ms), (end, end_ms) in pairwise(points):
+        if history <= end:
+            return start_ms + (end_ms - start_ms) * (history - start) / (end - start)
+    end, end_ms = points[-1]
+    return end_ms + (end_ms - PREFILL_MS[0]) * (history - end) / end

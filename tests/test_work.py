@@ -1,0 +1,70 @@
+"""Products of a long run: whole, or not there."""
+
+import pytest
+
+from edgevl.errors import CheckpointError
+from edgevl.work import check_target, opened
+
+
+class StoppedError(BaseException):
+    """Like Ctrl-C: not an Exception."""
+
+
+def begin(output, run=None):
+    return opened(output, run or {}, settled="done/*", error=CheckpointError)
+
+
+def test_products_are_there_when_they_are_whole(tmp_path):
+    with begin(tmp_path / "out") as work:
+        with work.making("a") as path:
+            path.mkdir()
+            (path / "inner").write_text("1")
+            assert not work.product("a").exists()
+        assert (work.product("a") / "inner").read_text() == "1"
+        with work.making("b") as path:
+            path.write_text("2")
+        assert work.product("b").read_text() == "2"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_is_removed_and_nothing_stays_where_nothing_was_done(tmp_path):
+    def fail():
+        with begin(tmp_path / "out") as work, work.making("a") as path:
+            path.mkdir()
+            (path / "inner").write_text("1")
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_has_left_is_made_anew(tmp_path):
+    left = tmp_path / "out.partial" / "making" / "a"
+    left.mkdir(parents=True)
+    (left / "half").write_text("1")
+    with begin(tmp_path / "out") as work, work.making("a") as path:
+        assert not path.exists()
+        path.write_text("2")
+
+
+def test_settings_are_free_until_a_product_depends_on_them(tmp_path):
+    def run(settings, product):
+        with begin(tmp_path / "out", settings) as work:
+            work.save_json("note.json", 1)
+            if product:
+                with work.making("a") as path:
+                    path.write_text("2")
+            raise StoppedError
+
+    for settings, product in (({"n": 1}, False), ({"n": 2}, True), ({"n": 2}, False)):
+        with pytest.raises(StoppedError):
+            run(settings, product)
+    with pytest.raises(CheckpointError, match=r"another n \(2, now 3\)"):
+        run({"n": 3}, False)
+
+
+def test_the_working_directory_is_no_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="is the working directory"):
+        check_target(tmp_path, CheckpointError)
