@@ -11,11 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 import edgevl.checkpoint.hub as hub
+from edgevl.axera.layout import EMBEDDING_F32, EMBEDDING_NPY
+from edgevl.axera.model_directory import BoardModel
 from edgevl.checkpoint import Checkpoint, expected_tensors, locate, parse_config, pull
 from edgevl.errors import CheckpointError, DownloadError
+from fake_npu import write_board
 from storage import CHAT, random_tensors, write_directory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -261,3 +265,36 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_told_as_one(tmp_path, monke
     monkeypatch.setattr(hub, "pull", no_network)
     with pytest.raises(DownloadError, match="nor is there a directory models/tinny here"):
         locate("models/tinny")
+
+
+@pytest.mark.parametrize("form", ["bfloat16.bin", "npy", "float32.bin"])
+def test_pull_a_model_compiled_for_a_board(tmp_path, server, mini_checkpoint, form):
+    board = write_board(tmp_path / "board", mini_checkpoint("mini-qwen3"))
+    table = np.zeros((600, 56), np.float32)
+    np.save(board / EMBEDDING_NPY, table)
+    table.tofile(board / EMBEDDING_F32)
+    compiled = {}
+    tokenizer = {"X/model.safetensors": b"the weights", "config.json": b"{}", "infer.py": b"exit()"}
+    for path in board.iterdir():
+        place = "X_axmodel" if path.name.endswith((".axmodel", ".bin", ".npy")) else "X"
+        (compiled if place == "X_axmodel" else tokenizer)[f"{place}/{path.name}"] = (
+            path.read_bytes()
+        )
+    forms = ["bfloat16.bin", "npy", "float32.bin"]
+    for absent in forms[: forms.index(form)]:
+        del compiled[f"X_axmodel/model.embed_tokens.weight.{absent}"]
+    server.files = compiled | tokenizer
+    result = run(
+        tmp_path,
+        ASK.format(steps=["pull('org/model')", "locate('org/model')"]),
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+    )
+    pulled, located = result.stdout.splitlines()
+    assert pulled == located
+    assert pulled.startswith("ok "), pulled
+    directory = Path(pulled.removeprefix("ok "))
+    names = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    left_out = {"X/model.safetensors", "infer.py"}
+    left_out |= {name for name in compiled if "embed_tokens" in name and not name.endswith(form)}
+    assert names == set(server.files) - left_out
+    assert BoardModel.open(directory).embedding.path.name.endswith(form)

@@ -88,10 +88,17 @@ def test_repetition_penalty_lowers_negative_logits():
     assert sampler.choose(np.float32([-1, -1.5])) == 1
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [[0, np.nan], [0, np.inf], [-np.inf, -np.inf]])
 def test_logits_that_are_not_finite_are_an_error(bad):
     with pytest.raises(EdgeVLError, match="not finite"):
-        Sampler(SamplingParams(), []).choose(np.float32([0, bad]))
+        Sampler(SamplingParams(), []).choose(np.float32(bad))
+
+
+@pytest.mark.parametrize("params", [{}, {"repetition_penalty": 1.5}, {"top_p": 0.9}])
+def test_tokens_with_a_logit_of_minus_infinity_are_never_drawn(params):
+    logits = np.float32([-np.inf, -1, -np.inf, -1.5])
+    assert Sampler(SamplingParams(**params), [0, 1]).choose(logits) in (1, 3)
+    assert np.flatnonzero(frequencies(draws=200, logits=logits, **params)).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from edgevl.checkpoint.config import (
     VisionConfig,
     parse_config,
 )
+from edgevl.checkpoint.directory import ModelDirectory
 from edgevl.checkpoint.gptq import GPTQWeight
 from edgevl.checkpoint.hub import locate, pull
 from edgevl.checkpoint.layouts import expected_tensors
+from edgevl.checkpoint.opening import open_model
 from edgevl.checkpoint.safetensors import StoredTensor
 
 __all__ = [
@@ -18,11 +20,13 @@ __all__ = [
     "GPTQConfig",
     "GPTQWeight",
     "ModelConfig",
+    "ModelDirectory",
     "StoredTensor",
     "TextConfig",
     "VisionConfig",
     "expected_tensors",
     "locate",
+    "open_model",
     "parse_config",
     "pull",
 ]

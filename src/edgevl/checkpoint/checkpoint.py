@@ -12,24 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.checkpoint.config import ModelConfig, parse_config
+from edgevl.checkpoint.config import ModelConfig
+from edgevl.checkpoint.directory import ModelDirectory, is_directory, read_config
 from edgevl.checkpoint.gptq import GPTQWeight, packed_shapes
-from edgevl.checkpoint.jsonfile import parse_object, read_text
 from edgevl.checkpoint.layouts import LM_HEAD, TEXT, StoredNames, expected_tensors
 from edgevl.checkpoint.safetensors import FLOAT_TYPES, FilePlace, StoredTensor, Weights
 from edgevl.errors import CheckpointError
-
-#: Largest configuration file and largest other JSON file that is parsed, in bytes.
-MAX_CONFIG_BYTES = 2 << 20
-MAX_JSON_BYTES = 16 << 20
-
 
 #: Blocks of a weight file that its fingerprint takes, and their size in bytes.
 SAMPLES = 16
 SAMPLE_BYTES = 4096
 
 
-class Checkpoint:
+class Checkpoint(ModelDirectory):
     """An opened checkpoint directory; every tensor has been found and has the right shape.
 
     Nothing in it is executed, and tensor data is read only when asked for, by memory map. Reading
@@ -45,10 +40,8 @@ class Checkpoint:
     def __init__(
         self, path: Path, layout: str, config: ModelConfig, weights: Weights, names: StoredNames
     ) -> None:
-        self.path = path
+        super().__init__(path, config, names.has_vision)
         self.layout = layout
-        self.config = config
-        self.has_vision = names.has_vision
         self._weights = weights
         self._stored_names = names
         self._shapes = expected_tensors(config, vision=self.has_vision)
@@ -69,26 +62,7 @@ class Checkpoint:
                 f"{path}: not a directory; give the one that holds config.json and "
                 "model.safetensors"
             )
-        config_path = path / "config.json"
-        files = {
-            name: _read_json(path, name + ".json", MAX_CONFIG_BYTES)
-            for name in (
-                "config",
-                "preprocessor_config",
-                "processor_config",
-                "generation_config",
-                "quantize_config",
-            )
-        }
-        if files["config"] is None:
-            raise CheckpointError(f"{config_path}: there is no such file; is this a checkpoint?")
-        layout, config = parse_config(
-            files["config"],
-            str(config_path),
-            preprocessor=files["preprocessor_config"] or files["processor_config"],
-            generation=files["generation_config"],
-            quantize=files["quantize_config"],
-        )
+        layout, config = read_config(path)
         weights = Weights(path)
         try:
             names = StoredNames(weights)
@@ -244,22 +218,6 @@ class Checkpoint:
             config=self.config.quantization,
         )
 
-    def read_text(self, filename: str) -> str | None:
-        """Return the text of a small file of the directory, or None if it is not there.
-
-        Raises:
-            CheckpointError: it cannot be read, is not UTF-8, or is larger than 64 MiB.
-        """
-        return _read_text(self.path, filename)
-
-    def read_json(self, filename: str) -> dict[str, Any] | None:
-        """Return the JSON object in a file of the directory, or None if it is not there.
-
-        Raises:
-            CheckpointError: it cannot be read, is larger than 16 MiB, or is not a JSON object.
-        """
-        return _read_json(self.path, filename, MAX_JSON_BYTES)
-
     def _require(self, name: str) -> None:
         """Raise unless ``name`` is a tensor of this model."""
         if name in self._shapes:
@@ -317,33 +275,3 @@ class Checkpoint:
                 f"{weights.path(name)}: tensor {name!r} has type {weights.dtype(name)}; supported: "
                 f"{', '.join(types)}"
             )
-
-
-def is_directory(path: Path) -> bool:
-    """Whether ``path`` is a directory; False for what the system refuses as a path."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
-def is_file(path: Path) -> bool:
-    """Whether ``path`` is a file; False for what the system refuses as a path."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _read_text(directory: Path, filename: str, limit: int | None = None) -> str | None:
-    if Path(filename).name != filename:
-        raise CheckpointError(f"{filename!r} is not the plain name of a file in {directory}")
-    path = directory / filename
-    if not path.exists():
-        return None
-    return read_text(path) if limit is None else read_text(path, limit)
-
-
-def _read_json(directory: Path, filename: str, limit: int) -> dict[str, Any] | None:
-    text = _read_text(directory, filename, limit)
-    return None if text is None else parse_object(text, str(directory / filename))

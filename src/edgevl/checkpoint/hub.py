@@ -5,13 +5,25 @@ from __future__ import annotations
 import errno
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from edgevl.checkpoint.checkpoint import Checkpoint, is_directory, is_file
-from edgevl.errors import CheckpointError, DownloadError
+from edgevl.checkpoint.directory import is_directory, is_file
+from edgevl.checkpoint.opening import open_model
+from edgevl.errors import BoardError, CheckpointError, DownloadError
 
-#: What is downloaded: weights, configuration, tokenizer. No code, no pickles.
-PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
+#: What is downloaded: weights, configuration, tokenizer, models compiled for boards with their
+#: embedding in the form that takes the least space. No code, no pickles.
+PATTERNS = (
+    "*.safetensors", "*.json", "*.txt", "*.jinja", "*.model",
+    "*.axmodel", "*model.embed_tokens.weight.bfloat16.bin",
+)  # fmt: skip
+#: Beside models compiled for boards there are often the weights that they were made from; those of
+#: checkpoints are never in a directory of their own.
+LEFT_OUT = ("*/*.safetensors",)
+#: The embedding's other forms, fetched where the first is not in the repository.
+EMBEDDING_PATTERNS = ("*model.embed_tokens.weight.npy", "*model.embed_tokens.weight.float32.bin")
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -20,8 +32,9 @@ def locate(model: str | Path) -> Path:
     """Return the directory of a model.
 
     Args:
-        model: ``tiny``, the small model that comes with EdgeVL; a checkpoint directory; or a Hub
-            id such as ``OpenGVLab/InternVL3_5-1B``, which is downloaded unless it is in the cache.
+        model: ``tiny``, the small model that comes with EdgeVL; a checkpoint directory or one
+            with a model compiled for a board; or a Hub id such as ``OpenGVLab/InternVL3_5-1B``,
+            which is downloaded unless it is in the cache.
 
     Raises:
         CheckpointError: it is none of these.
@@ -71,11 +84,11 @@ def _shipped(name: str) -> Path:
 
 
 def pull(repo: str, out: str | Path | None = None) -> Path:
-    """Download a checkpoint from the Hub; what is there already is not fetched again.
+    """Download a model from the Hub; what is there already is not fetched again.
 
-    Only weights in safetensors, configuration and tokenizer files are fetched. Honours
-    ``HF_ENDPOINT`` (a mirror), ``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_TOKEN``. Progress is shown
-    on a terminal.
+    Only weights in safetensors, models compiled for boards, configuration and tokenizer files are
+    fetched. Honours ``HF_ENDPOINT`` (a mirror), ``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_TOKEN``.
+    Progress is shown on a terminal.
 
     Args:
         repo: Hub id, such as ``OpenGVLab/InternVL3_5-1B``.
@@ -88,6 +101,7 @@ def pull(repo: str, out: str | Path | None = None) -> Path:
         DownloadError: no network, no such repository, no access, no space; the message says what
             to do.
         CheckpointError: what was downloaded is not a checkpoint that is supported.
+        BoardError: it is an incomplete model for a board.
     """
     if not is_repository(repo):
         raise DownloadError(
@@ -95,38 +109,46 @@ def pull(repo: str, out: str | Path | None = None) -> Path:
             "OpenGVLab/InternVL3_5-1B"
         )
     # Imported here because it takes longer than everything else together.
-    import huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if sys.stderr is None or not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        directory = Path(
-            huggingface_hub.snapshot_download(
-                repo, local_dir=out, allow_patterns=list(PATTERNS), max_workers=4
-            )
-        )
+        directory = _snapshot(repo, PATTERNS, local_dir=out)
+        for pattern in EMBEDDING_PATTERNS:
+            if any(directory.rglob("*.axmodel")) and not any(directory.rglob("*embed_tokens*")):
+                _snapshot(repo, (pattern,), local_dir=out)
     except Exception as error:  # the hub, its HTTP library and the system raise many kinds
         raise DownloadError(_explain(repo, error)) from error
-    Checkpoint.open(directory).close()
+    open_model(directory).close()
     return directory
 
 
 def _cached(repo: str) -> Path | None:
     """Return the directory of a checkpoint that is whole in the Hub's cache; asks no network."""
-    import huggingface_hub
-
     try:
-        directory = Path(
-            huggingface_hub.snapshot_download(
-                repo, allow_patterns=list(PATTERNS), local_files_only=True
-            )
-        )
-        Checkpoint.open(directory).close()
-    except (CheckpointError, OSError, ValueError):
+        directory = _snapshot(repo, PATTERNS, local_files_only=True)
+        model = open_model(directory)
+        model.close()
+    except (BoardError, CheckpointError, OSError, ValueError):
         return None
     # Older versions of huggingface_hub do not know whether a download was interrupted.
-    return directory if (directory / "tokenizer_config.json").exists() else None
+    return directory if (model.path / "tokenizer_config.json").exists() else None
+
+
+def _snapshot(repo: str, patterns: Sequence[str], **options: Any) -> Path:
+    """Fetch, or with ``local_files_only`` find, the files of a repository that match."""
+    import huggingface_hub
+
+    return Path(
+        huggingface_hub.snapshot_download(
+            repo,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(LEFT_OUT),
+            max_workers=4,
+            **options,
+        )
+    )
 
 
 def _explain(repo: str, error: Exception) -> str:

@@ -20,6 +20,7 @@ COMMANDS = {
     "compile": ("edgevl.cli.compile", "Compile for an Axera NPU, or for its emulator."),
     "eval": ("edgevl.cli.eval", "Measure accuracy on questions, or perplexity on a text."),
     "bench": ("edgevl.cli.bench", "Measure speed, beside what the machine allows."),
+    "plan": ("edgevl.cli.plan", "Compute speed and memory on a board beforehand."),
     "synth": ("edgevl.cli.synth", "Write a checkpoint of real shapes and random weights."),
     "doctor": ("edgevl.cli.doctor", "Check this machine and the installation."),
 }

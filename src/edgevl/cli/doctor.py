@@ -34,6 +34,7 @@ NEEDED = {
 #: Extra -> its distributions and what it is for.
 EXTRAS = {
     "heic": (("pillow-heif",), "HEIC pictures"),
+    "board": (("cffi",), "boards with an NPU, and their emulator"),
     "quantize": (("torch",), "edgevl quantize"),
     "bench": (("matplotlib",), "the plot of edgevl bench"),
     "reference": (("torch", "transformers"), "comparison with the original, for developers"),

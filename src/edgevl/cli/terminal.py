@@ -19,7 +19,7 @@ from edgevl.errors import EdgeVLError
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: What ``edgevl.engine.load_engine`` accepts, written out so that --help needs no NumPy.
-ENGINES = ("auto", "cpu", "reference")
+ENGINES = ("auto", "cpu", "reference", "axera")
 #: What it accepts as a precision.
 PRECISIONS = ("auto", "int4", "int8", "bf16")
 #: What it accepts as a format of keys and values.

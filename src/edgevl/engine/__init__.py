@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import KV_CACHE_FORMATS, Engine, EngineTimings, KVCacheFormat, WeightBytes
 from edgevl.engine.plan import PRECISIONS, Precision
 from edgevl.engine.reference import ReferenceEngine
-from edgevl.errors import EdgeVLError
+from edgevl.errors import BoardError, EdgeVLError
 
 if TYPE_CHECKING:
-    from edgevl.checkpoint import Checkpoint
+    from edgevl.checkpoint import ModelDirectory
 
 __all__ = [
     "ENGINES",
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def load_engine(
-    checkpoint: Checkpoint,
+    checkpoint: ModelDirectory,
     engine: str = "auto",
     max_context: int | None = None,
     precision: Precision = "auto",
@@ -41,22 +42,27 @@ def load_engine(
 ) -> Engine:
     """Load ``checkpoint`` into the engine of that name.
 
-    ``auto`` is ``cpu`` or, where that cannot run, ``reference`` with a warning. With
-    ``exact_logits`` those of all tokens are as good as those of the best: see `make_plan`; the
-    reference engine's are in any case.
+    ``auto`` is ``axera`` for a model that was compiled for a board; otherwise ``cpu`` or, where
+    that cannot run, ``reference`` with a warning. With ``exact_logits`` those of all tokens are as
+    good as those of the best: see `make_plan`; those of the other engines are in any case.
 
     Raises:
         EdgeVLError: an argument is not one of its choices, or a number is out of range.
+        BoardError: the engine is ``axera`` and there is no NPU that runs the model, or it is
+            another and the model was compiled for a board.
     """
     if max_context is not None and max_context < 1:
         raise EdgeVLError(f"max_context is {max_context}: it must be at least 1")
     if engine != "auto" and engine not in ENGINES:
         raise EdgeVLError(f"engine {engine!r} is unknown: choose auto or {', '.join(ENGINES)}")
+    if engine == "auto" and not isinstance(checkpoint, Checkpoint):
+        engine = "axera"
     if engine == "auto":
         if reason := native_missing():
             log.warning("%s: answering with the slow reference engine, in float32", reason)
-            return ReferenceEngine(checkpoint, max_context)
-        engine = "cpu"
+            engine, precision, threads, kv_cache = "reference", "auto", None, "bf16"
+        else:
+            engine = "cpu"
     return ENGINES[engine](checkpoint, max_context, precision, threads, kv_cache, exact_logits)
 
 
@@ -73,19 +79,20 @@ def native_missing() -> str | None:
 
 
 def _cpu(
-    checkpoint: Checkpoint,
+    checkpoint: ModelDirectory,
     max_context: int | None,
     precision: Precision,
     threads: int | None,
     kv_cache: KVCacheFormat,
     exact_logits: bool,
 ) -> Engine:
+    weights = _weights(checkpoint, "cpu")
     if reason := native_missing():
         raise EdgeVLError(reason)
     from edgevl.engine import cpu
 
     return cpu.CpuModel(
-        checkpoint,
+        weights,
         max_context,
         precision=precision,
         threads=threads,
@@ -95,7 +102,7 @@ def _cpu(
 
 
 def _reference(
-    checkpoint: Checkpoint,
+    checkpoint: ModelDirectory,
     max_context: int | None,
     precision: Precision,
     threads: int | None,
@@ -107,12 +114,52 @@ def _reference(
             "the reference engine computes in float32, with NumPy's threads: leave precision, "
             "threads and kv_cache out, or use engine cpu"
         )
-    return ReferenceEngine(checkpoint, max_context)
+    return ReferenceEngine(_weights(checkpoint, "reference"), max_context)
+
+
+def _axera(
+    checkpoint: ModelDirectory,
+    max_context: int | None,
+    precision: Precision,
+    threads: int | None,
+    kv_cache: KVCacheFormat,
+    exact_logits: bool,
+) -> Engine:
+    from edgevl.axera.model_directory import BoardModel
+    from edgevl.engine.axera import AxeraEngine
+
+    if not isinstance(checkpoint, BoardModel):
+        raise BoardError(
+            f"{checkpoint.path}: not compiled for a board, which engine axera needs: compile it "
+            "first, edgevl compile MODEL -o OUT --target ax650"
+        )
+    if precision != "auto" or threads is not None or kv_cache != "bf16":
+        raise EdgeVLError(
+            "the axera engine runs what was compiled: leave precision, threads and kv_cache out, "
+            "or compile with other options"
+        )
+    engine = AxeraEngine(checkpoint, max_context)
+    if exact_logits and engine.top_k is not None:
+        raise BoardError(
+            f"{checkpoint.root}: compiled to give the {engine.top_k} likeliest tokens only, but "
+            "comparing needs all logits: compile without --post-topk"
+        )
+    return engine
+
+
+def _weights(checkpoint: ModelDirectory, engine: str) -> Checkpoint:
+    """Return a checkpoint that has weights."""
+    if not isinstance(checkpoint, Checkpoint):
+        raise BoardError(
+            f"{checkpoint.path}: compiled for a board, which engine {engine} cannot run: use "
+            "engine axera, or give the checkpoint it was compiled from"
+        )
+    return checkpoint
 
 
 _Loader = Callable[
-    ["Checkpoint", "int | None", Precision, "int | None", KVCacheFormat, bool], Engine
+    ["ModelDirectory", "int | None", Precision, "int | None", KVCacheFormat, bool], Engine
 ]
 
 #: Engines by name, the preferred first.
-ENGINES: dict[str, _Loader] = {"cpu": _cpu, "reference": _reference}
+ENGINES: dict[str, _Loader] = {"cpu": _cpu, "reference": _reference, "axera": _axera}

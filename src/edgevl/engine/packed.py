@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from edgevl import _native
 from edgevl.checkpoint import Checkpoint, StoredTensor
-from edgevl.checkpoint.checkpoint import is_file
+from edgevl.checkpoint.directory import is_file
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import TensorSpec, write_file
 from edgevl.engine.plan import MatrixPlan, PackingPlan, Part

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgevl.checkpoint import Checkpoint, locate
+from edgevl.checkpoint import ModelDirectory, locate, open_model
 from edgevl.engine import Engine, KVCacheFormat, Precision, load_engine
 from edgevl.engine.base import Floats
 from edgevl.generate.answer import Answer
@@ -27,7 +27,8 @@ def load(
     """Load a model.
 
     Args:
-        model: ``tiny``, a checkpoint directory, or a Hub id, which is downloaded if need be.
+        model: ``tiny``, a checkpoint directory, a board's model directory, or a Hub id, which is
+            downloaded if need be.
         engine: ``auto`` or a name in `edgevl.engine.ENGINES`.
         max_context: most tokens of prompt and answer; default and limit is what the model was
             trained for. Memory follows use.
@@ -41,11 +42,12 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is missing, malformed, or not supported.
+        BoardError: the model is a board's, and incomplete or without an NPU to run it.
         DownloadError: it could not be downloaded.
         EdgeVLError: the memory does not suffice, or an argument is not one of its choices.
     """
     started = time.perf_counter()
-    checkpoint = Checkpoint.open(locate(model))
+    checkpoint = open_model(locate(model), engine)
     prompts = PromptEncoder(checkpoint)  # first: what parsing takes is free again for the weights
     loaded = load_engine(
         checkpoint, engine, max_context, precision, threads, kv_cache, exact_logits
@@ -63,7 +65,11 @@ class Model:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, engine: Engine, prompts: PromptEncoder, load_ms: float = 0.0
+        self,
+        checkpoint: ModelDirectory,
+        engine: Engine,
+        prompts: PromptEncoder,
+        load_ms: float = 0.0,
     ) -> None:
         """Put the parts together; use `load` unless you have them."""
         self.checkpoint = checkpoint

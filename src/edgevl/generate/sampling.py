@@ -81,10 +81,11 @@ class Sampler:
         top-p, min-p.
 
         Raises:
-            EdgeVLError: the logits are not finite, so the weights must be damaged.
+            EdgeVLError: the logits are not finite, so the weights must be damaged; -inf is taken
+                for a token that cannot come next, as long as another can.
         """
         params = self._params
-        if not np.isfinite(logits).all():
+        if not np.isfinite(logits.max()):
             raise EdgeVLError("the model's logits are not finite: its weights are damaged")
         if self._seen is not None:
             seen = np.fromiter(self._seen, np.int64)

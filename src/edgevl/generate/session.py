@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
-from edgevl.checkpoint import Checkpoint
+from edgevl.checkpoint import ModelDirectory
 from edgevl.engine.base import Floats
 from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError
 from edgevl.generate.answer import Answer
@@ -64,7 +64,7 @@ class Session:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ModelDirectory,
         generator: AnswerGenerator,
         system: str | None = None,
         thinking: bool = False,

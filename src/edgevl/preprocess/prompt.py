@@ -19,7 +19,7 @@ from edgevl.preprocess.template import THINKING_SYSTEM_MESSAGE, load_template
 from edgevl.preprocess.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from edgevl.checkpoint import Checkpoint
+    from edgevl.checkpoint import ModelDirectory
 
 #: Most characters of text in one prompt, far above any context.
 MAX_TEXT_CHARS = 2**22
@@ -76,7 +76,7 @@ class PromptEncoder:
             fit the model.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: ModelDirectory) -> None:
         self.tokenizer: Tokenizer = load_tokenizer(checkpoint)
         self._template = load_template(checkpoint)
         self._path = checkpoint.path
@@ -263,7 +263,7 @@ class PromptEncoder:
                         f"{self._vocab_size}"
                     )
 
-    def _find_image_ids(self, checkpoint: Checkpoint) -> tuple[int, int, int] | None:
+    def _find_image_ids(self, checkpoint: ModelDirectory) -> tuple[int, int, int] | None:
         if not checkpoint.has_vision:
             return None
         ids = []

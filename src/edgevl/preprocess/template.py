@@ -20,7 +20,7 @@ from edgevl.checkpoint.config import SYSTEM_MESSAGE
 from edgevl.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from edgevl.checkpoint import Checkpoint
+    from edgevl.checkpoint import ModelDirectory
 
 #: Largest template, in characters; those of large models with tools have some thousands.
 MAX_TEMPLATE_CHARS = 2**18
@@ -228,7 +228,7 @@ class JinjaTemplate:
         return "".join(pieces)
 
 
-def load_template(checkpoint: Checkpoint) -> ChatTemplate:
+def load_template(checkpoint: ModelDirectory) -> ChatTemplate:
     """Return the chat template of a checkpoint.
 
     The first of: ``chat_template.jinja``; ``chat_template.json``; the template that

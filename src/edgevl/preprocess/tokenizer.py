@@ -10,13 +10,13 @@ from edgevl.checkpoint.qwen_bpe import qwen_bpe
 from edgevl.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from edgevl.checkpoint import Checkpoint
+    from edgevl.checkpoint import ModelDirectory
 
 _QWEN2_CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def load_tokenizer(checkpoint: ModelDirectory) -> Tokenizer:
     """Load the tokenizer of a checkpoint.
 
     ``tokenizer.json`` if there is one; otherwise ``vocab.json`` and ``merges.txt`` (Qwen2 and
@@ -48,7 +48,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return tokenizer
 
 
-def _qwen2(checkpoint: Checkpoint, tokenizer_class: object) -> Tokenizer:
+def _qwen2(checkpoint: ModelDirectory, tokenizer_class: object) -> Tokenizer:
     vocabulary = checkpoint.read_json("vocab.json")
     merges = checkpoint.read_text("merges.txt")
     if vocabulary is None or merges is None:
@@ -71,7 +71,7 @@ def _qwen2(checkpoint: Checkpoint, tokenizer_class: object) -> Tokenizer:
     return qwen_bpe(vocabulary, pairs)
 
 
-def _add_tokens(tokenizer: Tokenizer, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+def _add_tokens(tokenizer: Tokenizer, checkpoint: ModelDirectory, config: dict[str, Any]) -> None:
     """Add the tokens that the side files name and the tokenizer lacks, at the ids they give."""
     source = checkpoint.path / "tokenizer_config.json"
     wanted: dict[int, AddedToken] = {}

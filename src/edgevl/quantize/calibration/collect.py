@@ -79,12 +79,13 @@ def collect(
             f"{checkpoint.path}: has no vision encoder, and its text is quantized already; give "
             "the original checkpoint"
         )
+    assert isinstance(checkpoint, Checkpoint)  # whoever quantizes opened one
     enough.check_count(settings.samples)
     finished = saved(checkpoint, settings, work, text_only)
     if finished is not None:
         return finished
     with contextlib.ExitStack() as stack:
-        collector = _Collector(model, settings, work, text_only, stack)
+        collector = _Collector(model, checkpoint, settings, work, text_only, stack)
         calibration = collector.run(progress)
     stored.save(_file(work), calibration, _key(checkpoint, settings, text_only))
     return calibration
@@ -120,6 +121,7 @@ class _Collector:
     def __init__(
         self,
         model: Model,
+        checkpoint: Checkpoint,
         settings: QuantizationSettings,
         work: Path,
         text_only: bool,
@@ -127,6 +129,7 @@ class _Collector:
     ) -> None:
         """Plan everything; ``stack`` closes the files."""
         self._model = model
+        self._checkpoint = checkpoint
         self._settings = settings
         self._notes: list[str] = []
         self._tiles: tuple[list[Floats], list[Floats]] = ([], [])
@@ -149,7 +152,7 @@ class _Collector:
             )
             for heldout in (0, 1)
         ]
-        fingerprint = model.checkpoint.fingerprint()
+        fingerprint = checkpoint.fingerprint()
         self._log = ConversationLog(work / "conversations.jsonl", fingerprint)
         stack.callback(self._log.close)
 
@@ -171,7 +174,7 @@ class _Collector:
                 if progress is not None:
                     progress(len(sets[0]) + len(sets[1]), total)
         if self._settings.text != "none" and self._settings.method == "gptq":
-            self._notes += enough.check(sets[0], self._model.checkpoint)
+            self._notes += enough.check(sets[0], self._checkpoint)
         return CalibrationSet(
             tuple(sets[0]),
             tuple(sets[1]),

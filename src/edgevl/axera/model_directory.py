@@ -1,0 +1,271 @@
+"""A model compiled for a board, on disk: layers, vision encoder, embedding, tokenizer.
+
+Files are found where `edgevl compile` puts them (all in one directory), where the vendor's programs
+have them (compiled layers, vision encoder and tokenizer in directories beside each other), and as
+such models are published.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from edgevl.axera.embedding_file import EMBEDDING_FILES, EmbeddingFile
+from edgevl.axera.layout import EMULATED_MAGIC, layer_file, post_file
+from edgevl.checkpoint.config import MAX_TILES, ModelConfig
+from edgevl.checkpoint.directory import ModelDirectory, is_directory, read_config
+from edgevl.checkpoint.jsonfile import Fields, parse_object, read_text
+from edgevl.errors import BoardError
+
+#: Directories below the given one in which files are looked for.
+MAX_DEPTH = 2
+#: Most entries that are looked at.
+MAX_ENTRIES = 20_000
+#: What a model was compiled for, beside its layers.
+BOARD_FILE = "board.json"
+#: One of these makes the tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+
+_LAYER = re.compile(r"(?P<prefix>.+)_p(?P<chunk>\d{1,6})_l(?P<layer>\d{1,4})_together\.axmodel")
+
+
+class BoardModel(ModelDirectory):
+    """The files of a compiled model; all are there, what they hold has not been looked at.
+
+    Attributes:
+        root: the directory that was given; ``path`` is the one of config and tokenizer.
+        layers: the decoder's layers, in order.
+        post: final norm and head.
+        vision: the vision encoder, or None.
+        embedding: embeddings of the tokens.
+        emulated: whether it was compiled for the emulator, not for a board.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        path: Path,
+        config: ModelConfig,
+        layers: Sequence[Path],
+        post: Path,
+        vision: Path | None,
+        embedding: EmbeddingFile,
+    ) -> None:
+        super().__init__(path, config, vision is not None)
+        self.root = root
+        self.layers = tuple(layers)
+        self.post = post
+        self.vision = vision
+        self.embedding = embedding
+        models = [*self.layers, post] if vision is None else [*self.layers, post, vision]
+        emulated = {_is_emulated(model) for model in models}
+        if len(emulated) > 1:
+            raise BoardError(
+                f"{root}: some models are a board's and some the emulator's: compile all of them "
+                "again, into an empty directory"
+            )
+        self.emulated = emulated.pop()
+
+    def __repr__(self) -> str:
+        return f"BoardModel({str(self.root)!r})"
+
+    @classmethod
+    def open(cls, path: str | Path) -> BoardModel:
+        """Find the files of a compiled model in a directory, up to `MAX_DEPTH` levels below.
+
+        Raises:
+            BoardError: they are incomplete, or of several models.
+            CheckpointError: ``config.json`` is malformed or of a model that is not supported.
+        """
+        root = Path(path)
+        if not is_directory(root):
+            raise BoardError(f"{root}: not a directory; give the one with the *.axmodel files")
+        files = list(walk(root))
+        prefix, directory, layers = _find_layers(root, files)
+        source = _find_config(root, directory, files)
+        config = read_config(source)[1]
+        expected = config.text.num_hidden_layers
+        missing = next((n for n in range(expected) if n not in layers), None)
+        if missing is not None:
+            name = layer_file(prefix, _chunk(layers), missing)
+            raise BoardError(
+                f"{directory / name}: layer {missing} is missing, {source / 'config.json'} says "
+                f"there are {expected}: copy or download it again"
+            )
+        if len(layers) > expected:
+            raise BoardError(
+                f"{directory}: {len(layers)} layers, but {source / 'config.json'} says there are "
+                f"{expected}: the files do not belong together"
+            )
+        post = directory / post_file(prefix)
+        if not post.is_file():
+            raise BoardError(f"{post}: the file of the output layer is missing: copy it again")
+        return cls(
+            root,
+            source,
+            _with_tiles(config, directory),
+            [layers[number] for number in range(expected)],
+            post,
+            _find_vision(root, files, config.vision.image_size),
+            find_embedding(root, files, config.text.vocab_size, config.text.hidden_size),
+        )
+
+
+def holds_layers(root: Path) -> bool:
+    """Whether a directory has compiled layers in it or up to `MAX_DEPTH` levels below."""
+    try:
+        return any(_LAYER.fullmatch(path.name) for path in walk(root))
+    except BoardError:  # whatever this is, it is not such a directory
+        return False
+
+
+def walk(root: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
+    """Yield the files of a directory and those below it, sorted; nothing hidden.
+
+    Raises:
+        BoardError: a directory cannot be read, or there are more than `MAX_ENTRIES` entries.
+    """
+    left = MAX_ENTRIES
+
+    def visit(directory: Path, depth: int) -> Iterator[Path]:
+        nonlocal left
+        try:
+            entries = sorted(directory.iterdir())
+        except OSError as error:
+            raise BoardError(f"{directory}: cannot be read ({error.strerror})") from None
+        left -= len(entries)
+        if left < 0:
+            raise BoardError(f"{root}: more than {MAX_ENTRIES} files: give the model's directory")
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
+        directories = [entry for entry in entries if entry.is_dir()]
+        yield from (entry for entry in entries if entry.is_file())
+        if depth:
+            for entry in directories:
+                yield from visit(entry, depth - 1)
+
+    return visit(root, depth)
+
+
+def find_embedding(root: Path, files: Sequence[Path], vocab: int, hidden: int) -> EmbeddingFile:
+    """Return the embedding, in the form that takes the least space.
+
+    Raises:
+        BoardError: there is none, or it has another size than ``vocab`` × ``hidden``.
+    """
+    for name in EMBEDDING_FILES:
+        found = [path for path in files if path.name == name]
+        if len(found) > 1:
+            raise BoardError(f"{root}: {_listed(found)}: keep the one that belongs to the layers")
+        if found:
+            return EmbeddingFile(found[0], vocab, hidden)
+    raise BoardError(f"{root}: no embedding; one of these is needed: {', '.join(EMBEDDING_FILES)}")
+
+
+def _find_layers(root: Path, files: Sequence[Path]) -> tuple[str, Path, dict[int, Path]]:
+    """Return what the names of the one model begin with, its directory, and its layers."""
+    models: dict[tuple[Path, str, int], dict[int, Path]] = {}
+    for path in files:
+        match = _LAYER.fullmatch(path.name)
+        if match:
+            key = (path.parent, match["prefix"], int(match["chunk"]))
+            models.setdefault(key, {})[int(match["layer"])] = path
+    if not models:
+        raise BoardError(
+            f"{root}: no layers compiled for a board (*_p128_l0_together.axmodel and so on): "
+            "compile the checkpoint first, edgevl compile MODEL -o OUT --target ax650"
+        )
+    if len(models) > 1:
+        several = [f"{directory / prefix}_p{chunk}" for directory, prefix, chunk in models]
+        raise BoardError(
+            f"{root}: layers of several models ({', '.join(several[:3])}): give the directory of "
+            "one of them, or move the others away"
+        )
+    [((directory, prefix, _), layers)] = models.items()
+    return prefix, directory, layers
+
+
+def _chunk(layers: dict[int, Path]) -> int:
+    match = _LAYER.fullmatch(next(iter(layers.values())).name)
+    assert match is not None  # that is how they were found
+    return int(match["chunk"])
+
+
+def _find_config(root: Path, layers: Path, files: Sequence[Path]) -> Path:
+    """Return the directory with ``config.json`` and the tokenizer.
+
+    Repositories of compiled models often have a ``config.json`` at the top that says nothing, so
+    one without a tokenizer beside it does not count.
+    """
+    names: dict[Path, set[str]] = {}
+    for path in files:
+        names.setdefault(path.parent, set()).add(path.name)
+    found = [
+        directory
+        for directory, here in names.items()
+        if "config.json" in here and not here.isdisjoint(TOKENIZER_FILES)
+    ]
+    if not found:
+        raise BoardError(
+            f"{root}: no directory with config.json and {' or '.join(TOKENIZER_FILES)}: copy those "
+            "of the original checkpoint, and the files beside them but the weights, here"
+        )
+    for preferred in (layers, root):
+        if preferred in found:
+            return preferred
+    if len(found) > 1:
+        raise BoardError(
+            f"{root}: {_listed([directory / 'config.json' for directory in found])}: copy the one "
+            f"that belongs to the layers, and the tokenizer beside it, to {root}"
+        )
+    return found[0]
+
+
+def _find_vision(root: Path, files: Sequence[Path], image_size: int) -> Path | None:
+    """Return the vision encoder, or None; among several, that of the configured size of a tile."""
+    found = [
+        path
+        for path in files
+        if path.name.endswith(".axmodel")
+        and ("vit" in path.name.lower() or path.name.lower().startswith("vision"))
+        and not _LAYER.fullmatch(path.name)
+        and not path.name.endswith("_post.axmodel")
+    ]
+    if len(found) > 1:
+        sized = [path for path in found if f"{image_size}x{image_size}" in path.name]
+        if len(sized) != 1:
+            raise BoardError(f"{root}: {_listed(found)}: keep one vision encoder")
+        found = sized
+    return found[0] if found else None
+
+
+def _with_tiles(config: ModelConfig, directory: Path) -> ModelConfig:
+    """Return the configuration with as many tiles a picture as the compiled model is meant for.
+
+    That is one, unless ``board.json`` says otherwise: every tile is a call of the vision encoder
+    and takes its tokens from a context that is short.
+    """
+    path = directory / BOARD_FILE
+    tiles = 1
+    if path.is_file():
+        fields = Fields(parse_object(read_text(path, 1 << 20), str(path)), str(path))
+        tiles = fields.integer("max_tiles", 1, MAX_TILES, 1)
+    return replace(config, max_tiles=tiles, min_tiles=min(config.min_tiles, tiles))
+
+
+def _is_emulated(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(EMULATED_MAGIC))
+    except OSError as error:
+        raise BoardError(f"{path}: cannot be read ({error.strerror})") from None
+    if not start:
+        raise BoardError(f"{path}: the file is empty: copy or download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise BoardError(f"{path}: a Git LFS pointer, not the model: fetch it with git lfs pull")
+    return start == EMULATED_MAGIC
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return f"{len(paths)} files for one thing ({', '.join(str(path) for path in paths[:3])})"

@@ -1,0 +1,349 @@
+"""The runtime on a board: ``libax_sys`` for memory, ``libax_engine`` for models.
+
+Memory is cached by the CPU: what the host wrote is flushed before the NPU reads it, and what the
+NPU wrote is invalidated before the host reads it, in whole cache lines.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevl.axera.npu.base import (
+    ALIGNMENT,
+    MAX_DIMENSIONS,
+    MAX_GROUPS,
+    MAX_TENSORS,
+    Call,
+    Group,
+    Memory,
+    NpuModel,
+    Place,
+    Runtime,
+    TensorInfo,
+    checked_tensor,
+)
+from edgevl.axera.npu.libraries import check_status, foreign_functions, open_library
+from edgevl.errors import BoardError
+
+#: Bytes of the CPU's cache line.
+CACHE_LINE = 64
+#: The names of the tensor formats of AX_ENGINE_DATA_TYPE_T by their numbers.
+DATA_TYPES = {1: "U8", 2: "U16", 3: "F32", 4: "I16", 5: "I8", 6: "I32", 7: "U32", 9: "BF16"}
+
+_DECLARATIONS = """
+int AX_SYS_Init(void);
+int AX_SYS_Deinit(void);
+int AX_SYS_MemAllocCached(unsigned long long *physical, void **address, unsigned int size,
+                          unsigned int alignment, const signed char *token);
+int AX_SYS_MemFree(unsigned long long physical, void *address);
+int AX_SYS_MflushCache(unsigned long long physical, void *address, unsigned int size);
+int AX_SYS_MinvalidateCache(unsigned long long physical, void *address, unsigned int size);
+
+typedef struct { int mode; unsigned int reserved[8]; } NpuAttributes;
+typedef struct { unsigned int npu_set; signed char *name; unsigned int reserved[8]; } HandleExtra;
+typedef struct {
+    char *name;
+    int *shape;
+    unsigned char dimensions;
+    int layout;
+    int memory_type;
+    int data_type;
+    void *extra;
+    unsigned int size;
+    unsigned int quantization;
+    int *strides;
+    unsigned long long reserved[9];
+} TensorMeta;
+typedef struct {
+    TensorMeta *inputs;
+    unsigned int input_count;
+    TensorMeta *outputs;
+    unsigned int output_count;
+    unsigned int max_batch;
+    int dynamic_batch;
+    unsigned long long reserved[11];
+} TensorTable;
+typedef struct {
+    unsigned long long physical;
+    void *address;
+    unsigned int size;
+    int *strides;
+    unsigned char stride_count;
+    unsigned long long reserved[11];
+} Buffer;
+typedef struct {
+    Buffer *inputs;
+    unsigned int input_count;
+    Buffer *outputs;
+    unsigned int output_count;
+    unsigned int batch;
+    void *setting;
+    unsigned long long reserved[10];
+} BufferTable;
+
+int AX_ENGINE_Init(NpuAttributes *attributes);
+int AX_ENGINE_GetVNPUAttr(NpuAttributes *attributes);
+int AX_ENGINE_Deinit(void);
+int AX_ENGINE_CreateHandleV2(void **handle, const void *data, unsigned int size,
+                             HandleExtra *extra);
+int AX_ENGINE_DestroyHandle(void *handle);
+int AX_ENGINE_CreateContextV2(void *handle, void **context);
+int AX_ENGINE_GetIOInfo(void *handle, TensorTable **table);
+int AX_ENGINE_GetGroupIOInfoCount(void *handle, unsigned int *count);
+int AX_ENGINE_GetGroupIOInfo(void *handle, unsigned int group, TensorTable **table);
+int AX_ENGINE_RunSyncV2(void *handle, void *context, BufferTable *buffers);
+int AX_ENGINE_RunGroupIOSync(void *handle, void *context, unsigned int group, BufferTable *buffers);
+"""
+
+
+class AxRuntime(Runtime):
+    """The NPU that this computer is built around."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """Open and initialise the libraries.
+
+        Args:
+            directory: where they are; by default see `library_path`.
+
+        Raises:
+            BoardError: they are missing or refuse to start.
+        """
+        super().__init__()
+        if sys.maxsize < 1 << 32:
+            raise BoardError(
+                "the NPU's library is called from 64-bit programs only: use such a Python"
+            )
+        self.functions = foreign_functions()
+        self.functions.cdef(_DECLARATIONS)
+        # The second depends on the first and finds it loaded.
+        self.system = open_library(self.functions, "ax_sys", directory)
+        self.engine = open_library(self.functions, "ax_engine", directory)
+        self.token = self.functions.new("signed char[]", b"edgevl\0")
+        status = self.system.AX_SYS_Init()
+        check_status(status, "AX_SYS_Init", ": does this user have access to the NPU (root has)?")
+        attributes = self.functions.new("NpuAttributes *")
+        # Where another program has set the NPU's mode it is kept; the default is all cores as one.
+        if self.engine.AX_ENGINE_GetVNPUAttr(attributes):
+            attributes.mode = 0
+        status = self.engine.AX_ENGINE_Init(attributes)
+        if status:
+            self.system.AX_SYS_Deinit()
+        check_status(status, "AX_ENGINE_Init")
+
+    def _allocate(self, nbytes: int) -> Memory:
+        return AxMemory(self, nbytes)
+
+    def _load(self, path: Path) -> NpuModel:
+        return AxModel(self, path)
+
+    def _shut_down(self) -> None:
+        self.engine.AX_ENGINE_Deinit()
+        self.system.AX_SYS_Deinit()
+
+
+class AxMemory(Memory):
+    """Physically contiguous memory (CMM), cached by the CPU."""
+
+    def __init__(self, runtime: AxRuntime, size: int) -> None:
+        """Allocate ``size`` bytes."""
+        self.size = size
+        self._system = runtime.system
+        # To whole lines, so that no line is shared with what is not ours.
+        reserved = -(-size // CACHE_LINE) * CACHE_LINE
+        physical = runtime.functions.new("unsigned long long *")
+        address = runtime.functions.new("void **")
+        status = self._system.AX_SYS_MemAllocCached(
+            physical, address, reserved, ALIGNMENT, runtime.token
+        )
+        if status:
+            raise BoardError(
+                f"no {size} bytes of NPU memory (CMM) left, status 0x{status & 0xFFFFFFFF:08X}: "
+                "end other programs that use the NPU, or compile with a shorter --context"
+            )
+        self.physical: int = physical[0]
+        self.address = runtime.functions.cast("char *", address[0])
+        buffer = runtime.functions.buffer(self.address, reserved)
+        self._bytes: NDArray[np.uint8] = np.frombuffer(buffer, np.uint8)
+
+    def write(self, offset: int, values: NDArray[Any]) -> None:
+        """Copy an array to ``offset`` and flush its cache lines."""
+        flat = values.reshape(-1).view(np.uint8)
+        self._bytes[offset : offset + flat.size] = flat
+        begin, size = _lines(offset, flat.size)
+        status = self._system.AX_SYS_MflushCache(self.physical + begin, self.address + begin, size)
+        check_status(status, "AX_SYS_MflushCache")
+
+    def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Invalidate the cache lines and return the bytes, a view."""
+        begin, size = _lines(offset, nbytes)
+        status = self._system.AX_SYS_MinvalidateCache(
+            self.physical + begin, self.address + begin, size
+        )
+        check_status(status, "AX_SYS_MinvalidateCache")
+        return self._bytes[offset : offset + nbytes]
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self.physical:
+            self._bytes = np.empty(0, np.uint8)
+            self._system.AX_SYS_MemFree(self.physical, self.address)
+            self.physical = 0
+
+
+class AxModel(NpuModel):
+    """A model in the NPU's memory."""
+
+    def __init__(self, runtime: AxRuntime, path: Path) -> None:
+        """Load a file."""
+        self.path = path
+        self.functions = runtime.functions
+        self.engine = runtime.engine
+        try:
+            with path.open("rb") as file:
+                # Kept: the library's documentation does not say that it copies everything.
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise BoardError(f"{path}: cannot be read ({error})") from None
+        new = self.functions.new
+        handle, context = new("void **"), new("void **")
+        self._name = new("signed char[]", path.stem.encode()[:255] + b"\0")
+        extra = new("HandleExtra *", {"name": self._name})
+        data = self.functions.from_buffer(self._data)
+        check_status(
+            self.engine.AX_ENGINE_CreateHandleV2(handle, data, len(self._data), extra),
+            f"{path}: loading",
+            ": it was compiled for another chip or NPU mode, is damaged, or NPU memory is full",
+        )
+        self.handle = handle[0]
+        try:
+            status = self.engine.AX_ENGINE_CreateContextV2(self.handle, context)
+            check_status(status, f"{path}: AX_ENGINE_CreateContextV2")
+            self.context = context[0]
+            self.groups = tuple(self._group(table) for table in self._tables())
+        except BaseException:
+            self.close()
+            raise
+
+    def bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
+        """Prepare a call."""
+        self.check(group, inputs, outputs)
+        return AxCall(self, group, inputs, outputs)
+
+    def close(self) -> None:
+        """Unload the model."""
+        if self.handle is not None:
+            self.engine.AX_ENGINE_DestroyHandle(self.handle)
+            self.handle = None
+
+    def _tables(self) -> list[Any]:
+        """Return the tables of tensors, one a group."""
+        count = self.functions.new("unsigned int *")
+        try:
+            status = self.engine.AX_ENGINE_GetGroupIOInfoCount(self.handle, count)
+            groups = 1 if status else count[0]
+        except AttributeError:  # a library from before there were groups
+            groups = 1
+        if not 1 <= groups <= MAX_GROUPS:
+            raise BoardError(f"{self.path}: {groups} shape groups: the file is damaged")
+        tables = []
+        for group in range(groups):
+            table = self.functions.new("TensorTable **")
+            if groups == 1:
+                status = self.engine.AX_ENGINE_GetIOInfo(self.handle, table)
+            else:
+                status = self.engine.AX_ENGINE_GetGroupIOInfo(self.handle, group, table)
+            check_status(status, f"{self.path}: reading the shapes of group {group}")
+            tables.append(table[0])
+        return tables
+
+    def _group(self, table: Any) -> Group:
+        if max(table.input_count, table.output_count) > MAX_TENSORS:
+            raise BoardError(f"{self.path}: more than {MAX_TENSORS} tensors: the file is damaged")
+        inputs = [self._tensor(table.inputs[i]) for i in range(table.input_count)]
+        outputs = [self._tensor(table.outputs[i]) for i in range(table.output_count)]
+        return Group(tuple(inputs), tuple(outputs))
+
+    def _tensor(self, meta: Any) -> TensorInfo:
+        name = self.functions.string(meta.name, 4096).decode(errors="replace")
+        shape = [meta.shape[i] for i in range(min(meta.dimensions, MAX_DIMENSIONS))]
+        tensor = checked_tensor(self.path, name, DATA_TYPES.get(meta.data_type), shape)
+        if meta.size != tensor.nbytes:
+            raise BoardError(
+                f"{self.path}: tensor {name!r} takes {meta.size} bytes, expected {tensor.nbytes} "
+                f"for {tensor.dtype} {list(tensor.shape)}: padded tensors are not supported"
+            )
+        return tensor
+
+
+class AxCall(Call):
+    """A table of physical addresses."""
+
+    def __init__(
+        self, model: AxModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
+    ) -> None:
+        """Fill in the table."""
+        self._model = model
+        new = model.functions.new
+        shapes = model.groups[group]
+        self._inputs = new("Buffer[]", len(inputs))
+        self._outputs = new("Buffer[]", len(outputs))
+        for buffers, tensors, places in (
+            (self._inputs, shapes.inputs, inputs),
+            (self._outputs, shapes.outputs, outputs),
+        ):
+            for buffer, tensor, (memory, offset) in zip(buffers, tensors, places, strict=True):
+                assert isinstance(memory, AxMemory)
+                buffer.physical = memory.physical + offset
+                buffer.address = memory.address + offset
+                buffer.size = tensor.nbytes
+        self._table = new(
+            "BufferTable *",
+            {
+                "inputs": self._inputs,
+                "input_count": len(inputs),
+                "outputs": self._outputs,
+                "output_count": len(outputs),
+            },
+        )
+        self._group = group
+        self._many = len(model.groups) > 1
+        self._input_memories = [place[0] for place in inputs]  # kept while they are used
+        self._output_memories = [place[0] for place in outputs]
+
+    def run(self) -> None:
+        """Compute, and wait for the end."""
+        model = self._model
+        if self._many:
+            status = model.engine.AX_ENGINE_RunGroupIOSync(
+                model.handle, model.context, self._group, self._table
+            )
+        else:
+            status = model.engine.AX_ENGINE_RunSyncV2(model.handle, model.context, self._table)
+        if status:
+            check_status(status, f"{model.path}: running group {self._group}")
+
+    def move_input(self, index: int, offset: int) -> None:
+        """Move an input."""
+        _move(self._inputs[index], self._input_memories[index], offset)
+
+    def move_output(self, index: int, offset: int) -> None:
+        """Move an output."""
+        _move(self._outputs[index], self._output_memories[index], offset)
+
+
+def _move(buffer: Any, memory: Any, offset: int) -> None:
+    buffer.physical = memory.physical + offset
+    buffer.address = memory.address + offset
+
+
+def _lines(offset: int, nbytes: int) -> tuple[int, int]:
+    """Return begin and size of the cache lines that a range of bytes touches."""
+    begin = offset // CACHE_LINE * CACHE_LINE
+    return begin, -(-(offset + nbytes) // CACHE_LINE) * CACHE_LINE - begin

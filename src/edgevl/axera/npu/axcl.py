@@ -1,0 +1,326 @@
+"""The runtime of an M.2 card: ``libaxcl_rt``, with memory behind the bus, reached by copies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevl.axera.npu.base import (
+    MAX_DIMENSIONS,
+    MAX_GROUPS,
+    MAX_TENSORS,
+    Call,
+    Group,
+    Memory,
+    NpuModel,
+    Place,
+    Runtime,
+    TensorInfo,
+    checked_tensor,
+)
+from edgevl.axera.npu.libraries import check_status, foreign_functions, open_library
+from edgevl.errors import BoardError
+
+#: The names of the tensor formats of axclrtEngineDataType by their numbers.
+DATA_TYPES = {
+    3: "I8", 4: "U8", 5: "I16", 6: "U16", 7: "I32", 8: "U32", 14: "BF16", 15: "F32",
+}  # fmt: skip
+
+_DECLARATIONS = """
+typedef struct { uint32_t count; int32_t ids[256]; } Devices;
+typedef struct { int32_t count; int32_t sizes[32]; } Dimensions;
+
+int32_t axclInit(const char *config);
+int32_t axclFinalize();
+int32_t axclrtGetDeviceList(Devices *devices);
+int32_t axclrtSetDevice(int32_t device);
+int32_t axclrtResetDevice(int32_t device);
+int32_t axclrtGetCurrentContext(void **context);
+int32_t axclrtSetCurrentContext(void *context);
+int32_t axclrtMalloc(void **memory, size_t size, int policy);
+int32_t axclrtFree(void *memory);
+int32_t axclrtMemcpy(void *to, const void *from, size_t count, int kind);
+
+int32_t axclrtEngineInit(int mode);
+int32_t axclrtEngineGetVNpuKind(int *mode);
+int32_t axclrtEngineFinalize();
+int32_t axclrtEngineLoadFromFile(const char *path, uint64_t *model);
+int32_t axclrtEngineUnload(uint64_t model);
+int32_t axclrtEngineCreateContext(uint64_t model, uint64_t *context);
+int32_t axclrtEngineGetIOInfo(uint64_t model, void **info);
+int32_t axclrtEngineGetShapeGroupsCount(void *info, int32_t *count);
+uint32_t axclrtEngineGetNumInputs(void *info);
+uint32_t axclrtEngineGetNumOutputs(void *info);
+const char *axclrtEngineGetInputNameByIndex(void *info, uint32_t index);
+const char *axclrtEngineGetOutputNameByIndex(void *info, uint32_t index);
+int32_t axclrtEngineGetInputDims(void *info, uint32_t group, uint32_t index, Dimensions *sizes);
+int32_t axclrtEngineGetOutputDims(void *info, uint32_t group, uint32_t index, Dimensions *sizes);
+int32_t axclrtEngineGetInputDataType(void *info, uint32_t index, int *type);
+int32_t axclrtEngineGetOutputDataType(void *info, uint32_t index, int *type);
+int32_t axclrtEngineCreateIO(void *info, void **buffers);
+int32_t axclrtEngineDestroyIO(void *buffers);
+int32_t axclrtEngineSetInputBufferByIndex(void *buffers, uint32_t index, const void *at,
+                                          uint64_t size);
+int32_t axclrtEngineSetOutputBufferByIndex(void *buffers, uint32_t index, const void *at,
+                                           uint64_t size);
+int32_t axclrtEngineExecute(uint64_t model, uint64_t context, uint32_t group, void *buffers);
+"""
+
+# axclrtMemMallocPolicy and axclrtMemcpyKind.
+_NORMAL_PAGES = 2
+_HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
+
+
+class AxclRuntime(Runtime):
+    """The first M.2 card of this computer."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """Open and initialise the library and the card.
+
+        Args:
+            directory: where it is; by default see `library_path`.
+
+        Raises:
+            BoardError: it is missing or refuses to start, or there is no card.
+        """
+        super().__init__()
+        self.functions = foreign_functions()
+        self.functions.cdef(_DECLARATIONS)
+        self.library = open_library(self.functions, "axcl_rt", directory)
+        check_status(self.library.axclInit(self.functions.NULL), "axclInit")
+        self._engine_started = False
+        self._device: int | None = None
+        try:
+            self._start()
+        except BaseException:
+            self._shut_down()
+            raise
+
+    def _start(self) -> None:
+        library, new = self.library, self.functions.new
+        devices = new("Devices *")
+        check_status(library.axclrtGetDeviceList(devices), "axclrtGetDeviceList")
+        if not devices.count:
+            raise BoardError("AXCL finds no M.2 card: is its driver loaded (lspci, dmesg)?")
+        check_status(library.axclrtSetDevice(devices.ids[0]), "axclrtSetDevice")
+        self._device = devices.ids[0]
+        status = library.axclrtEngineInit(0)  # all cores as one
+        # It refuses where another program has set the mode, which is then kept.
+        if status and library.axclrtEngineGetVNpuKind(new("int *")):
+            check_status(status, "axclrtEngineInit")
+        self._engine_started = not status
+        context = new("void **")
+        check_status(library.axclrtGetCurrentContext(context), "axclrtGetCurrentContext")
+        self._context = context[0]
+        self._threads = threading.local()
+        self._threads.entered = True
+
+    def enter(self) -> Any:
+        """Make the card's context that of this thread, and return the library."""
+        if not getattr(self._threads, "entered", False):
+            status = self.library.axclrtSetCurrentContext(self._context)
+            check_status(status, "axclrtSetCurrentContext")
+            self._threads.entered = True
+        return self.library
+
+    def _allocate(self, nbytes: int) -> Memory:
+        return AxclMemory(self, nbytes)
+
+    def _load(self, path: Path) -> NpuModel:
+        return AxclModel(self, path)
+
+    def _shut_down(self) -> None:
+        if self._engine_started:
+            self.library.axclrtEngineFinalize()
+        if self._device is not None:
+            self.library.axclrtResetDevice(self._device)
+        self.library.axclFinalize()
+
+
+class AxclMemory(Memory):
+    """Memory of the card."""
+
+    def __init__(self, runtime: AxclRuntime, size: int) -> None:
+        """Allocate ``size`` bytes."""
+        self.size = size
+        self._runtime = runtime
+        memory = runtime.functions.new("void **")
+        status = runtime.enter().axclrtMalloc(memory, size, _NORMAL_PAGES)
+        if status:
+            raise BoardError(
+                f"no {size} bytes of the card's memory left, status 0x{status & 0xFFFFFFFF:08X}: "
+                "end other programs that use it, or compile with a shorter --context"
+            )
+        self.address = runtime.functions.cast("char *", memory[0])
+        self._read = np.empty(0, np.uint8)
+        self._open = True
+
+    def write(self, offset: int, values: NDArray[Any]) -> None:
+        """Copy an array to the card."""
+        flat = values.reshape(-1).view(np.uint8)
+        status = self._runtime.enter().axclrtMemcpy(
+            self.address + offset,
+            self._runtime.functions.from_buffer(flat),
+            flat.size,
+            _HOST_TO_DEVICE,
+        )
+        check_status(status, "axclrtMemcpy to the card")
+
+    def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Copy bytes from the card."""
+        if self._read.size < nbytes:
+            self._read = np.empty(nbytes, np.uint8)
+        status = self._runtime.enter().axclrtMemcpy(
+            self._runtime.functions.from_buffer(self._read),
+            self.address + offset,
+            nbytes,
+            _DEVICE_TO_HOST,
+        )
+        check_status(status, "axclrtMemcpy from the card")
+        return self._read[:nbytes]
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self._open:
+            self._open = False
+            self._runtime.enter().axclrtFree(self.address)
+
+
+class AxclModel(NpuModel):
+    """A model on the card."""
+
+    def __init__(self, runtime: AxclRuntime, path: Path) -> None:
+        """Load a file."""
+        self.path = path
+        self.runtime = runtime
+        library, new = runtime.enter(), runtime.functions.new
+        model, context, info = new("uint64_t *"), new("uint64_t *"), new("void **")
+        name = new("char[]", str(path).encode() + b"\0")
+        check_status(
+            library.axclrtEngineLoadFromFile(name, model),
+            f"{path}: loading",
+            ": it was compiled for another chip or NPU mode, is damaged, or the card's memory is "
+            "full",
+        )
+        self.model: int = model[0]
+        self.calls: list[Any] = []
+        self._open = True
+        try:
+            status = library.axclrtEngineCreateContext(self.model, context)
+            check_status(status, f"{path}: axclrtEngineCreateContext")
+            self.context: int = context[0]
+            status = library.axclrtEngineGetIOInfo(self.model, info)
+            check_status(status, f"{path}: axclrtEngineGetIOInfo")
+            self.info = info[0]
+            self.groups = self._groups(library)
+        except BaseException:
+            self.close()
+            raise
+
+    def bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
+        """Prepare a call."""
+        self.check(group, inputs, outputs)
+        return AxclCall(self, group, inputs, outputs)
+
+    def close(self) -> None:
+        """Unload the model and its calls."""
+        if self._open:
+            self._open = False
+            library = self.runtime.enter()
+            for buffers in self.calls:
+                library.axclrtEngineDestroyIO(buffers)
+            library.axclrtEngineUnload(self.model)
+
+    def _groups(self, library: Any) -> tuple[Group, ...]:
+        count = self.runtime.functions.new("int32_t *")
+        status = library.axclrtEngineGetShapeGroupsCount(self.info, count)
+        check_status(status, f"{self.path}: axclrtEngineGetShapeGroupsCount")
+        inputs = library.axclrtEngineGetNumInputs(self.info)
+        outputs = library.axclrtEngineGetNumOutputs(self.info)
+        if not 1 <= count[0] <= MAX_GROUPS or max(inputs, outputs) > MAX_TENSORS:
+            raise BoardError(f"{self.path}: {count[0]} shape groups: the file is damaged")
+        return tuple(
+            Group(
+                tuple(self._tensor(library, "Input", group, i) for i in range(inputs)),
+                tuple(self._tensor(library, "Output", group, i) for i in range(outputs)),
+            )
+            for group in range(count[0])
+        )
+
+    def _tensor(self, library: Any, kind: str, group: int, index: int) -> TensorInfo:
+        functions = self.runtime.functions
+        found = getattr(library, f"axclrtEngineGet{kind}NameByIndex")(self.info, index)
+        name = functions.string(found, 4096).decode(errors="replace")
+        sizes, dtype = functions.new("Dimensions *"), functions.new("int *")
+        status = getattr(library, f"axclrtEngineGet{kind}Dims")(self.info, group, index, sizes)
+        check_status(status, f"{self.path}: reading the shape of {name!r}")
+        status = getattr(library, f"axclrtEngineGet{kind}DataType")(self.info, index, dtype)
+        check_status(status, f"{self.path}: reading the type of {name!r}")
+        shape = [sizes.sizes[i] for i in range(min(max(sizes.count, 0), MAX_DIMENSIONS))]
+        return checked_tensor(self.path, name, DATA_TYPES.get(dtype[0]), shape)
+
+
+class AxclCall(Call):
+    """A table of addresses on the card."""
+
+    def __init__(
+        self, model: AxclModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
+    ) -> None:
+        """Make and fill in the table."""
+        self._model = model
+        self._group = group
+        library = model.runtime.enter()
+        buffers = model.runtime.functions.new("void **")
+        status = library.axclrtEngineCreateIO(model.info, buffers)
+        check_status(status, f"{model.path}: axclrtEngineCreateIO")
+        self._buffers = buffers[0]
+        model.calls.append(self._buffers)
+        shapes = model.groups[group]
+        self._inputs = self._tensors(shapes.inputs, inputs)
+        self._outputs = self._tensors(shapes.outputs, outputs)
+        for index, (_, offset) in enumerate(inputs):
+            self.move_input(index, offset)
+        for index, (_, offset) in enumerate(outputs):
+            self.move_output(index, offset)
+
+    def run(self) -> None:
+        """Compute, and wait for the end."""
+        model = self._model
+        status = model.runtime.enter().axclrtEngineExecute(
+            model.model, model.context, self._group, self._buffers
+        )
+        if status:
+            check_status(status, f"{model.path}: running group {self._group}")
+
+    def move_input(self, index: int, offset: int) -> None:
+        """Move an input."""
+        memory, nbytes = self._inputs[index]
+        status = self._model.runtime.library.axclrtEngineSetInputBufferByIndex(
+            self._buffers, index, memory.address + offset, nbytes
+        )
+        if status:
+            check_status(status, "axclrtEngineSetInputBufferByIndex")
+
+    def move_output(self, index: int, offset: int) -> None:
+        """Move an output."""
+        memory, nbytes = self._outputs[index]
+        status = self._model.runtime.library.axclrtEngineSetOutputBufferByIndex(
+            self._buffers, index, memory.address + offset, nbytes
+        )
+        if status:
+            check_status(status, "axclrtEngineSetOutputBufferByIndex")
+
+    @staticmethod
+    def _tensors(
+        tensors: Sequence[TensorInfo], places: Sequence[Place]
+    ) -> list[tuple[AxclMemory, int]]:
+        result = []
+        for tensor, (memory, _) in zip(tensors, places, strict=True):
+            assert isinstance(memory, AxclMemory)
+            result.append((memory, tensor.nbytes))
+        return result

@@ -1,0 +1,76 @@
+"""Finding the C libraries of NPU runtimes."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+from pathlib import Path
+from typing import Any
+
+from edgevl.errors import BoardError
+
+#: Environment variable with the directory in which libraries are looked for first.
+DIRECTORY_VARIABLE = "EDGEVL_NPU_LIBRARIES"
+#: Where boards' images and the drivers of M.2 cards put them.
+DIRECTORIES = ("/soc/lib", "/usr/lib", "/usr/lib/axcl", "/opt/lib")
+
+
+def library_path(name: str, directory: Path | None = None) -> str | None:
+    """Return what to open for a library, or None if it is not installed.
+
+    Args:
+        name: without ``lib`` and ``.so``, such as ``ax_engine``.
+        directory: the only place to look in; by default what `DIRECTORY_VARIABLE` says, else
+            where the system's loader looks, else `DIRECTORIES`.
+    """
+    filename = f"lib{name}.so"
+    named = os.environ.get(DIRECTORY_VARIABLE)
+    if named:
+        directory = Path(named)
+    if directory is not None:
+        path = directory / filename
+        return str(path) if path.exists() else None
+    found = ctypes.util.find_library(name)
+    if found:
+        return found
+    paths = (Path(place) / filename for place in DIRECTORIES)
+    return next((str(path) for path in paths if path.exists()), None)
+
+
+def foreign_functions() -> Any:
+    """Return a new ``cffi.FFI``.
+
+    Raises:
+        BoardError: cffi is not installed.
+    """
+    try:
+        import cffi
+    except ImportError:
+        raise BoardError(
+            "cffi is missing, through which the NPU's library is called: pip install "
+            "'edgevl[board]'"
+        ) from None
+    return cffi.FFI()
+
+
+def open_library(functions: Any, name: str, directory: Path | None = None) -> Any:
+    """Open a library that `library_path` finds.
+
+    Raises:
+        BoardError: it is not there, or the system's loader refuses it.
+    """
+    path = library_path(name, directory)
+    if path is None:
+        raise BoardError(f"lib{name}.so is not installed")
+    try:
+        return functions.dlopen(path)
+    except OSError as error:
+        # cffi goes on to say that it tried to find the path as a name, too.
+        reason = str(error).partition(".  Additionally")[0]
+        raise BoardError(f"{path}: cannot be loaded ({reason})") from None
+
+
+def check_status(status: int, what: str, mend: str = "") -> None:
+    """Raise a BoardError if a function of the C API did not return 0."""
+    if status:
+        raise BoardError(f"{what} failed with status 0x{status & 0xFFFFFFFF:08X}{mend}")

@@ -1,0 +1,224 @@
+"""What a model can do on a board and how long it takes, before anything is compiled."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgevl.axera.layout import BoardShape
+from edgevl.axera.limits import check_shape
+from edgevl.axera.memory import MemoryPlan, plan_memory
+from edgevl.axera.targets import Target
+from edgevl.axera.timing import group_times_ms, is_published, post_time_ms, vision_time_ms
+from edgevl.checkpoint.config import ModelConfig
+from edgevl.engine.axera import SINGLE_STEPS
+from edgevl.errors import BoardError
+
+#: Tokens of the question that a second turn is assumed to ask.
+NEXT_QUESTION = 32
+#: ``<img>`` and ``</img>`` around a picture and the line break after it.
+TOKENS_AROUND_PICTURE = 3
+
+
+@dataclass(frozen=True)
+class PrefillSteps:
+    """How a prompt is computed.
+
+    Attributes:
+        groups: the prefill group of each chunk, 0 being the one without history.
+        tokens: what is left when no group reaches, or too few to be worth a chunk: these go one by
+            one, as when decoding.
+    """
+
+    groups: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class BoardPlan:
+    """Times in ms, bytes and limits of one model on one target.
+
+    Attributes:
+        basis: "published times" or "estimate"; nothing is measured here.
+        prompt_tokens: of the prompt that the times are of.
+        cached_tokens: what the cache held before it.
+        prefill: how the prompt is computed.
+        prefill_ms: until the first token of the answer, without vision.
+        decode_ms: for each further token.
+        vision_ms: for each tile, where a time is published for the encoder.
+        generate: tokens of the answer, or None.
+        next_question: tokens of a second question.
+        next_turn_ms: until the first token of its answer; None where it does not fit the context.
+        memory: what the model takes.
+        available_bytes: NPU memory there is.
+        max_prompt_tokens: what the prefill groups take; longer prompts end token by token.
+        max_images: pictures of one tile each that fit a prompt of that length.
+        max_context: tokens of prompt and answer together.
+    """
+
+    basis: str
+    prompt_tokens: int
+    cached_tokens: int
+    prefill: PrefillSteps
+    prefill_ms: float
+    decode_ms: float
+    vision_ms: float | None
+    generate: int | None
+    next_question: int
+    next_turn_ms: float | None
+    memory: MemoryPlan
+    available_bytes: int
+    max_prompt_tokens: int
+    max_images: int
+    max_context: int
+
+    @property
+    def total_ms(self) -> float | None:
+        """Prompt and answer; the answer's first token comes with the prompt."""
+        if self.generate is None:
+            return None
+        return self.prefill_ms + (self.generate - 1) * self.decode_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``edgevl plan --json`` prints; times in ms, memory in bytes."""
+        memory = {f"{part}_bytes": size for part, size in asdict(self.memory).items()}
+        return {
+            "basis": self.basis,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "prefill_chunks": len(self.prefill.groups),
+            "prefill_single_tokens": self.prefill.tokens,
+            "prefill_ms": self.prefill_ms,
+            "decode_ms_per_token": self.decode_ms,
+            "decode_tokens_per_s": 1000 / self.decode_ms,
+            "vision_ms_per_tile": self.vision_ms,
+            "generate": self.generate,
+            "total_ms": self.total_ms,
+            "next_turn": {"prompt_tokens": self.next_question, "prefill_ms": self.next_turn_ms},
+            "memory": {
+                **memory,
+                "npu_bytes": self.memory.npu,
+                "available_bytes": self.available_bytes,
+                "fits": self.memory.npu <= self.available_bytes,
+            },
+            "limits": {
+                "max_prompt_tokens": self.max_prompt_tokens,
+                "max_images": self.max_images,
+                "max_context": self.max_context,
+            },
+        }
+
+
+def make_plan(
+    config: ModelConfig,
+    target: Target,
+    shape: BoardShape,
+    *,
+    template_tokens: int,
+    prompt_tokens: int | None = None,
+    cached_tokens: int = 0,
+    generate: int | None = None,
+    weight_bits: int = 4,
+    vision: bool = True,
+    memory_bytes: int | None = None,
+) -> BoardPlan:
+    """Plan a model on a target.
+
+    Args:
+        config: the model.
+        target: the chip.
+        shape: what the model is compiled for.
+        template_tokens: what the chat template adds to a question without a system message.
+        prompt_tokens: of the prompt, template and pictures included; default is the longest that
+            the prefill groups take.
+        cached_tokens: what the cache holds before the prompt: earlier turns.
+        generate: tokens to answer with.
+        weight_bits: of the layers' linear weights, 4 or 8.
+        vision: whether the model has its vision encoder.
+        memory_bytes: NPU memory of the board; default is the target's.
+
+    Raises:
+        BoardError: the shape is none that can be compiled, or the tokens exceed the context.
+    """
+    text = config.text
+    check_shape(shape, text)
+    groups = group_times_ms(text, shape, target=target.name, weight_bits=weight_bits)
+    post = post_time_ms(text, target=target.name)
+    layers = text.num_hidden_layers
+    max_context = min(shape.context + 1, text.max_position_embeddings)
+    max_prompt = min(shape.max_prefill + shape.chunk, max_context)
+    if prompt_tokens is None:
+        room = max_context - cached_tokens - (generate or 0)
+        longest = max_prompt - cached_tokens
+        prompt_tokens = max(1, min(longest if longest > 0 else NEXT_QUESTION, room))
+    _check_tokens(prompt_tokens, cached_tokens, generate or 0, max_context)
+
+    def prefill_ms(steps: PrefillSteps) -> float:
+        chunks = sum(groups[1 + group] for group in steps.groups)
+        return layers * (chunks + steps.tokens * groups[0]) + post
+
+    steps = prefill_steps(shape, prompt_tokens, cached_tokens)
+    # The answer's last token never goes through the layers, so it is not in the cache.
+    answered = cached_tokens + prompt_tokens + (generate or 1) - 1
+    next_turn = (
+        prefill_ms(prefill_steps(shape, NEXT_QUESTION, answered))
+        if answered + NEXT_QUESTION <= max_context
+        else None
+    )
+    picture = config.image_tokens + TOKENS_AROUND_PICTURE
+    published = is_published(text, shape, target=target.name, weight_bits=weight_bits)
+    return BoardPlan(
+        basis="published times" if published else "estimate",
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        prefill=steps,
+        prefill_ms=prefill_ms(steps),
+        decode_ms=layers * groups[0] + post,
+        vision_ms=vision_time_ms(config.vision, target=target.name) if vision else None,
+        generate=generate,
+        next_question=NEXT_QUESTION,
+        next_turn_ms=next_turn,
+        memory=plan_memory(config, shape, weight_bits=weight_bits, vision=vision),
+        available_bytes=target.memory_bytes if memory_bytes is None else memory_bytes,
+        max_prompt_tokens=max_prompt,
+        max_images=max(0, max_prompt - template_tokens) // picture if vision else 0,
+        max_context=max_context,
+    )
+
+
+def prefill_steps(shape: BoardShape, tokens: int, cached: int = 0) -> PrefillSteps:
+    """Cut a prompt into chunks as the engine does, each with the shortest history that suffices.
+
+    Args:
+        shape: what the model is compiled for.
+        tokens: of the prompt.
+        cached: what the cache holds already, of any length.
+    """
+    histories = shape.histories()
+    groups = []
+    while tokens > SINGLE_STEPS:
+        group = bisect_left(histories, cached)
+        if group == len(histories):
+            break
+        groups.append(group)
+        done = min(tokens, shape.chunk)
+        cached += done
+        tokens -= done
+    return PrefillSteps(tuple(groups), tokens)
+
+
+def _check_tokens(prompt: int, cached: int, generate: int, max_context: int) -> None:
+    """Raise unless all tokens fit the context."""
+    for name, value, least in (
+        ("--prompt-tokens", prompt, 1),
+        ("--cached-tokens", cached, 0),
+        ("--generate", generate, 0),
+    ):
+        if value < least:
+            raise BoardError(f"{name} {value}: out of range; take {least} or more")
+    if cached + prompt + generate > max_context:
+        raise BoardError(
+            f"{cached} cached, {prompt} prompt and {generate} generated tokens exceed the context "
+            f"of {max_context}; ask for fewer, or for a larger --context"
+        )

@@ -1,0 +1,106 @@
+"""A model's directory without its weights: configuration, tokenizer, chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgevl.checkpoint.config import ModelConfig, parse_config
+from edgevl.checkpoint.jsonfile import parse_object, read_text
+from edgevl.errors import CheckpointError
+
+#: Largest configuration file and largest other JSON file that is parsed, in bytes.
+MAX_CONFIG_BYTES = 2 << 20
+MAX_JSON_BYTES = 16 << 20
+
+
+class ModelDirectory:
+    """What every model has on disk, whatever its weights are stored for.
+
+    Attributes:
+        path: the directory with ``config.json`` and the tokenizer.
+        config: what the model says about itself.
+        has_vision: False where there is no vision encoder.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, has_vision: bool) -> None:
+        self.path = path
+        self.config = config
+        self.has_vision = has_vision
+
+    def close(self) -> None:
+        """Close what files are open."""
+
+    def read_text(self, filename: str) -> str | None:
+        """Return the text of a small file of the directory, or None if it is not there.
+
+        Raises:
+            CheckpointError: it cannot be read, is not UTF-8, or is larger than 64 MiB.
+        """
+        return _read_text(self.path, filename)
+
+    def read_json(self, filename: str) -> dict[str, Any] | None:
+        """Return the JSON object in a file of the directory, or None if it is not there.
+
+        Raises:
+            CheckpointError: it cannot be read, is larger than 16 MiB, or is not a JSON object.
+        """
+        return _read_json(self.path, filename, MAX_JSON_BYTES)
+
+
+def read_config(path: Path) -> tuple[str, ModelConfig]:
+    """Parse ``config.json`` of a directory and the files beside it: see `parse_config`.
+
+    Raises:
+        CheckpointError: it is missing, malformed, or describes a model that is not supported.
+    """
+    config_path = path / "config.json"
+    files = {
+        name: _read_json(path, name + ".json", MAX_CONFIG_BYTES)
+        for name in (
+            "config",
+            "preprocessor_config",
+            "processor_config",
+            "generation_config",
+            "quantize_config",
+        )
+    }
+    if files["config"] is None:
+        raise CheckpointError(f"{config_path}: there is no such file; is this a checkpoint?")
+    return parse_config(
+        files["config"],
+        str(config_path),
+        preprocessor=files["preprocessor_config"] or files["processor_config"],
+        generation=files["generation_config"],
+        quantize=files["quantize_config"],
+    )
+
+
+def is_directory(path: Path) -> bool:
+    """Whether ``path`` is a directory; False for what the system refuses as a path."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a file; False for what the system refuses as a path."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _read_text(directory: Path, filename: str, limit: int | None = None) -> str | None:
+    if Path(filename).name != filename:
+        raise CheckpointError(f"{filename!r} is not the plain name of a file in {directory}")
+    path = directory / filename
+    if not path.exists():
+        return None
+    return read_text(path) if limit is None else read_text(path, limit)
+
+
+def _read_json(directory: Path, filename: str, limit: int) -> dict[str, Any] | None:
+    text = _read_text(directory, filename, limit)
+    return None if text is None else parse_object(text, str(directory / filename))

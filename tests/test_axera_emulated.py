@@ -1,0 +1,214 @@
+"""The engine of NPUs through the C libraries: those of the emulator."""
+
+import ctypes
+import gc
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgevl
+from edgevl.axera import layout
+from edgevl.axera.number_formats import to_device
+from edgevl.checkpoint import Checkpoint, locate
+from edgevl.engine import ReferenceEngine, native_missing
+from edgevl.errors import BoardError
+from edgevl.preprocess import prepare_picture
+
+pytest.importorskip("cffi")
+if native_missing() is not None:
+    pytest.skip("the native engine is not built", allow_module_level=True)
+emulate = pytest.importorskip("edgevl.axera.emulate")
+
+try:
+    LIBRARIES = emulate.emulator_directory()
+except BoardError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+#: Fields of EDGEVL_EMULATOR_COUNTERS (native/emulator/counters.h).
+COUNTERS = (
+    "runs flushes invalidates memcpys allocations flushed_bytes invalidated_bytes memcpy_bytes "
+    "problems emulator_ns npu_ns cmm_bytes cmm_peak_bytes weight_bytes"
+).split()
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def write(directory, source, shape, **options):
+    """Write a whole board directory for the emulator."""
+    directory.mkdir()
+    for path in source.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            shutil.copyfile(path, directory / path.name)
+    with Checkpoint.open(source) as checkpoint:
+        emulate.write_emulated(checkpoint, directory, shape, **options)
+        table = checkpoint.tensor("language_model.model.embed_tokens.weight")
+        to_device(table, "BF16").tofile(directory / layout.EMBEDDING_BF16)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("emulated") / "tiny", locate("tiny"), layout.BoardShape())
+
+
+@pytest.fixture
+def reference():
+    return edgevl.load("tiny", engine="reference")
+
+
+@pytest.fixture(params=["ax", "axcl"])
+def npu(request, monkeypatch):
+    monkeypatch.setenv("EDGEVL_NPU", request.param)
+    return request.param
+
+
+def error(logits, reference):
+    return np.linalg.norm(logits - reference, axis=-1) / np.linalg.norm(reference, axis=-1)
+
+
+def test_answers_are_those_of_the_reference(npu, tiny, reference):
+    model = edgevl.load(tiny)
+    assert "emulated" in model.engine.notes[0]
+    pictures = [EXAMPLES / f"{name}.png" for name in ("meter", "word", "label")]
+    for question, images in [
+        ("What number is on the display?", pictures[:1]),
+        ("What is written here?", pictures),
+    ]:
+        answer = model.ask(question, images, max_tokens=24)
+        expected = reference.ask(question, images, max_tokens=24, max_tiles=1)
+        assert answer.token_ids == expected.token_ids
+        assert answer.usage == expected.usage
+    chats = model.chat(), reference.chat(max_tiles=1)
+    for question, images in [
+        ("What number is on the display?", pictures[:1]),
+        ("And what does this say?", pictures[1:2]),
+        ("What number was on the display?", []),
+    ]:
+        answer, expected = (chat.ask(question, images, max_tokens=24) for chat in chats)
+        assert answer.token_ids == expected.token_ids
+        assert answer.usage == expected.usage
+    assert answer.usage.cached_tokens > 0
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 1152, 1153])
+def test_prompts_and_what_follows_them(npu, tiny, reference, length):
+    tokens = np.random.default_rng(3).integers(0, 900, length + 12)
+    logits = []
+    for engine in (edgevl.load(tiny).engine, reference.engine):
+        engine.rewind(0)
+        first = np.array(engine.prefill(engine.embed(tokens[:length]), 0))
+        # Five more in a chunk, and one alone.
+        more = engine.extend(tokens[length : length + 5].tolist())
+        logits.append(np.stack([first, *more, engine.decode(int(tokens[length + 5]))]))
+    # Tolerance: bfloat16 in each of four layers moves hidden states, keys and values by up to
+    # 2^-9 of them, and sharp attention passes on more of that than the mean.
+    assert np.median(error(*logits)) < 0.02
+    assert error(*logits).max() < 0.1
+
+
+def counters():
+    """What the emulator's board has counted."""
+    values = (ctypes.c_uint64 * len(COUNTERS))()
+    ctypes.CDLL(str(LIBRARIES / "libax_sys.so")).EDGEVL_EMULATOR_Counters(values)
+    return dict(zip(COUNTERS, values, strict=True))
+
+
+def test_a_step_copies_little_and_nothing_is_wrong(tiny, monkeypatch):
+    monkeypatch.setenv("EDGEVL_NPU", "ax")
+    engine = edgevl.load(tiny).engine
+    before = counters()
+    engine.prefill(engine.embed(np.arange(300)), 0)
+    engine.decode(1)
+    start = counters()
+    for token in range(10):
+        engine.decode(token)
+    end = counters()
+    step = {name: (end[name] - start[name]) / 10 for name in COUNTERS}
+    text = engine.config.text
+    assert end["problems"] == before["problems"]
+    assert step["allocations"] == step["memcpys"] == 0
+    assert step["runs"] == text.num_hidden_layers + 1
+    # A row of the embedding, a line of the mask and one of positions go in, logits come out.
+    assert step["flushed_bytes"] == 2 * text.hidden_size + 2 * 64
+    assert step["invalidated_bytes"] == -(-2 * text.vocab_size // 64) * 64
+
+
+def test_a_damaged_model_is_an_error_with_its_status(npu, tiny, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny, damaged)
+    path = damaged / layout.layer_file("qwen3", 128, 1)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(BoardError, match=r"l1_together\.axmodel: loading failed with status 0x"):
+        edgevl.load(damaged)
+
+
+def test_memory_is_given_back(tiny, monkeypatch):
+    monkeypatch.setenv("EDGEVL_NPU", "ax")
+    gc.collect()
+    before = counters()
+    model = edgevl.load(tiny)
+    assert counters()["cmm_bytes"] > before["cmm_bytes"]
+    assert counters()["weight_bytes"] > before["weight_bytes"]
+    del model
+    gc.collect()
+    assert counters()["cmm_bytes"] == before["cmm_bytes"]
+    assert counters()["weight_bytes"] == before["weight_bytes"]
+
+
+def test_too_little_memory_is_one_line(npu, tiny):
+    done = subprocess.run(
+        [sys.executable, "-m", "edgevl", "chat", str(tiny), "-q", "x"],
+        env={
+            **os.environ,
+            "EDGEVL_EMULATOR_CMM": "4",
+            "PYTHONPATH": str(Path(edgevl.__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("edgevl: error: ")
+    assert "memory" in last
+
+
+@pytest.mark.parametrize("preset", ["mini-qwen2", "mini-llama"])
+def test_rows_that_are_not_aligned(npu, mini_checkpoint, tmp_path, preset):
+    source = mini_checkpoint(preset)
+    shape = layout.BoardShape(context=191, chunk=32, max_prefill=64)
+    engine = edgevl.load(write(tmp_path / "board", source, shape)).engine
+    assert (engine.max_context, engine.chunk) == (192, 32)
+    tokens = np.random.default_rng(4).integers(0, 500, 192)
+    with Checkpoint.open(source) as checkpoint:
+        expected = ReferenceEngine(checkpoint).extend(tokens.tolist())
+    for length in (1, 33, 100, 40):
+        engine.rewind(0)
+        logits = engine.prefill(engine.embed(tokens[:length]), 0)
+        assert error(logits, expected[length - 1]) < 0.02
+        assert error(engine.decode(int(tokens[length])), expected[length]) < 0.02
+    rest = engine.extend(tokens[41:].tolist())
+    assert error(rest, expected[41:]).max() < 0.02
+
+
+def test_bytes_as_pictures_and_the_likeliest_tokens(npu, tmp_path, reference):
+    shape = layout.BoardShape(context=255, max_prefill=128)
+    post = emulate.Post(topk=8)
+    board = write(tmp_path / "board", locate("tiny"), shape, uint8_input=True, post=post)
+    model = edgevl.load(board)
+    picture = EXAMPLES / "meter.png"
+    config = model.checkpoint.config
+    tiles = prepare_picture(picture, config, 1).pixels
+    features = [engine.encode_images(tiles) for engine in (model.engine, reference.engine)]
+    assert error(*features).max() < 0.02
+    question = "What number is on the display?"
+    answer = model.ask(question, [picture], max_tokens=24)
+    assert answer.token_ids == reference.ask(question, [picture], max_tokens=24).token_ids
+    assert np.isfinite(model.engine.decode(5)).sum() == 8
+    drawn = model.ask(question, [picture], max_tokens=8, temperature=1.0, top_p=0.9, seed=1)
+    assert drawn.text

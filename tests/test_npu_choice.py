@@ -1,0 +1,189 @@
+"""Which library drives the NPU, and what is said where there is none."""
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from edgevl.axera.npu import choice, libraries, open_runtime
+from edgevl.axera.npu.ax import AxRuntime
+from edgevl.axera.npu.axcl import AxclRuntime
+from edgevl.axera.npu.base import TensorInfo, checked_tensor
+from edgevl.axera.npu.vendor import VendorRuntime
+from edgevl.errors import BoardError
+
+
+class Session:
+    """A session of a package like `axengine`: two groups, in which y is a + b."""
+
+    def __init__(self, path):
+        print("[INFO] loading")
+        if Path(path).stem == "broken":
+            raise RuntimeError("Failed to load model.")
+        self.lengths = (2, 3)
+
+    def nodes(self, names, group):
+        length = self.lengths[group]
+        return [
+            SimpleNamespace(name=n, dtype=np.dtype(np.float32), shape=[1, length]) for n in names
+        ]
+
+    def get_inputs(self, group=0):
+        return self.nodes("ab", group)
+
+    def get_outputs(self, group=0):
+        return self.nodes("y", group)
+
+    def run(self, names, feed, shape_group):
+        if feed["a"][0, 0] < 0:
+            raise RuntimeError("Failed to run model.")
+        assert feed["a"].shape == (1, self.lengths[shape_group])
+        return [feed["a"] + feed["b"]]
+
+
+@pytest.fixture
+def axengine(monkeypatch):
+    """Install a package like `axengine`."""
+    module = ModuleType("axengine")
+    module.InferenceSession = Session
+    monkeypatch.setitem(sys.modules, "axengine", module)
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(monkeypatch, tmp_path):
+    """Nothing is installed, nothing set, and no runtime runs on after a test."""
+    for name in (choice.VARIABLE, libraries.DIRECTORY_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(libraries.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(libraries, "DIRECTORIES", (str(tmp_path / "soc"),))
+    monkeypatch.setattr(choice, "CARD_DEVICE", tmp_path / "axcl_host")
+    monkeypatch.setattr(choice, "_started", {})
+    monkeypatch.setattr(choice.atexit, "register", lambda function: None)
+
+
+def install(directory, *names):
+    directory.mkdir(exist_ok=True)
+    for name in names:
+        (directory / f"lib{name}.so").write_bytes(b"no library")
+
+
+def test_no_npu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "axengine", None)
+    with pytest.raises(BoardError) as error:
+        open_runtime()
+    for words in ("libax_engine.so", "/soc/lib", "AXCL", "axengine is not installed", "--emulate"):
+        assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_emulator(monkeypatch, tmp_path):
+    install(tmp_path, "ax_sys", "ax_engine", "axcl_rt")
+    assert choice._choose(tmp_path) == "ax"
+    monkeypatch.setenv(choice.VARIABLE, "axcl")
+    assert choice._choose(tmp_path) == "axcl"
+
+
+def test_the_order(monkeypatch, tmp_path):
+    soc = tmp_path / "soc"
+    install(soc, "axcl_rt")
+    assert choice._choose(None) == "axcl"
+    install(soc, "ax_engine")
+    assert choice._choose(None) == "axcl"  # one of the two that a board needs
+    install(soc, "ax_sys")
+    assert choice._choose(None) == "ax"
+    choice.CARD_DEVICE.touch()
+    assert choice._choose(None) == "axcl"
+    monkeypatch.setenv(choice.VARIABLE, "ax")
+    assert choice._choose(None) == "ax"
+    monkeypatch.setenv(choice.VARIABLE, "cuda")
+    with pytest.raises(BoardError, match="EDGEVL_NPU=cuda: choose ax, axcl, axengine"):
+        choice._choose(None)
+
+
+def test_where_libraries_are_looked_for(monkeypatch, tmp_path):
+    soc, mine = tmp_path / "soc", tmp_path / "mine"
+    install(soc, "ax_sys")
+    install(mine, "ax_sys")
+    assert libraries.library_path("ax_sys") == str(soc / "libax_sys.so")
+    monkeypatch.setattr(libraries.ctypes.util, "find_library", lambda name: f"lib{name}.so.1")
+    assert libraries.library_path("ax_sys") == "libax_sys.so.1"
+    assert libraries.library_path("ax_sys", mine) == str(mine / "libax_sys.so")
+    monkeypatch.setenv(libraries.DIRECTORY_VARIABLE, str(mine))
+    assert libraries.library_path("ax_sys") == str(mine / "libax_sys.so")
+    assert libraries.library_path("ax_engine") is None
+
+
+@pytest.mark.parametrize("runtime", [AxRuntime, AxclRuntime])
+def test_libraries_that_cannot_be_opened(tmp_path, runtime):
+    pytest.importorskip("cffi")
+    with pytest.raises(BoardError, match=r"lib.*\.so is not installed"):
+        runtime()
+    install(tmp_path / "soc", "ax_sys", "ax_engine", "axcl_rt")
+    with pytest.raises(BoardError, match=r"lib.*\.so: cannot be loaded"):
+        runtime()
+
+
+@pytest.mark.parametrize("runtime", [AxRuntime, AxclRuntime])
+def test_without_cffi(monkeypatch, runtime):
+    monkeypatch.setitem(sys.modules, "cffi", None)
+    with pytest.raises(BoardError, match=r"pip install 'edgevl\[board\]'"):
+        runtime()
+
+
+def test_a_status_is_shown_as_the_library_documents_them():
+    libraries.check_status(0, "AX_SYS_Init")
+    with pytest.raises(BoardError, match="AX_SYS_Init failed with status 0x8006010A: reboot"):
+        libraries.check_status(0x8006010A - (1 << 32), "AX_SYS_Init", ": reboot")
+
+
+def test_the_vendors_package(axengine, caplog, capsys, tmp_path):
+    runtime = open_runtime()
+    assert type(runtime) is VendorRuntime
+    assert open_runtime() is runtime
+    [record] = caplog.records  # said once
+    assert "slower" in record.getMessage()
+    model = runtime.load(tmp_path / "sum.axmodel")
+    assert [group.inputs[0].shape for group in model.groups] == [(1, 2), (1, 3)]
+    memory = runtime.allocate(512)
+    call = model.bind(1, [(memory, 0), (memory, 128)], [(memory, 256)])
+    memory.write(0, np.float32([1, 2, 3]))
+    memory.write(128, np.float32([10, 20, 30]))
+    call.run()
+    assert memory.read(256, 12).view(np.float32).tolist() == [11, 22, 33]
+    call.move_input(1, 256)
+    call.move_output(0, 384)
+    call.run()
+    assert memory.read(384, 12).view(np.float32).tolist() == [12, 24, 36]
+    memory.write(0, np.float32([-1, 0, 0]))
+    with pytest.raises(BoardError, match=r"sum\.axmodel: axengine cannot run group 1"):
+        call.run()
+    with pytest.raises(BoardError, match=r"broken\.axmodel: axengine cannot load it"):
+        runtime.load(tmp_path / "broken.axmodel")
+    assert capsys.readouterr().out == ""  # standard output is for answers
+    runtime.close()
+    assert memory.bytes.size == 0
+
+
+def test_places_are_checked(axengine, tmp_path):
+    runtime = VendorRuntime()
+    model, memory = runtime.load(tmp_path / "sum.axmodel"), runtime.allocate(256)
+    for places in ([(memory, 0), (memory, 8)], [(memory, 0), (memory, 256)], [(memory, 0)]):
+        with pytest.raises(ValueError, match=r"sum\.axmodel: b|zip"):
+            model.bind(0, places, [(memory, 0)])
+    for size in (0, 1 << 32):
+        with pytest.raises(BoardError, match=f"{size} bytes of NPU memory at once"):
+            runtime.allocate(size)
+
+
+def test_tensors_that_make_no_sense(tmp_path):
+    assert checked_tensor(tmp_path, "x", "U8", [2, 3]) == TensorInfo("x", "U8", (2, 3))
+    for dtype, shape, words in [
+        (None, [1], "number format"),
+        ("F32", [1, 0], "damaged"),
+        ("F32", [-1], "damaged"),
+        ("F32", [1 << 20, 1 << 20], "damaged"),
+    ]:
+        with pytest.raises(BoardError, match=f"'x' .*{words}"):
+            checked_tensor(tmp_path, "x", dtype, shape)
