@@ -35,14 +35,14 @@ WHEEL = $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps
 endif
 
 # What an installation is compiled from, and all that is C++.
-NATIVE := CMakeLists.txt $(wildcard native/*/CMakeLists.txt native/*.cpp native/kernels/* native/model/* native/threads/*)
+NATIVE := CMakeLists.txt $(wildcard native/*/CMakeLists.txt native/*.cpp native/emulator/* native/kernels/* native/model/* native/threads/*)
 CXX_FILES = $(wildcard native/*.cpp native/*/*.cpp native/*/*.h native/*/*.inl)
 NATIVE_JOBS ?= 2
 comma := ,
 # The tests of the C++ core: build/<first argument>, CMake's options; then a command that runs them.
 NATIVE_TESTS = $(BIN)/cmake -S . -B build/$1 -DEDGEVL_MODULE=OFF -DEDGEVL_TESTS=ON $2 && \
 	$(BIN)/cmake --build build/$1 --parallel $(NATIVE_JOBS)
-RUN_NATIVE = $2 build/$1/kernels_test && $2 build/$1/model_test
+RUN_NATIVE = $2 build/$1/kernels_test && $2 build/$1/model_test && $2 build/$1/emulator_test
 
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
@@ -99,9 +99,10 @@ bench-compare: $(VENV)/.installed
 	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
-wheel: $(VENV)/.installed
+wheel: $(VENV)/.dev
 	rm -rf dist
 	$(WHEEL)
+	$(BIN)/python .ci/compress_wheel.py dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

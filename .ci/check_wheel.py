@@ -26,6 +26,9 @@ if not any(name.startswith(MODEL) and name.endswith(".safetensors") for name in 
 if not any(name.startswith("edgevl/_native.") and name.endswith(".so") for name in names):
     problems.append("edgevl/_native.*.so is missing: the native engine was not built")
 problems += [f"{name} does not belong" for name in sorted(names) if name.startswith(UNWANTED)]
+for library in ("ax_sys", "ax_engine", "axcl_rt"):
+    if f"edgevl/emulator/lib{library}.so" not in names:
+        problems.append(f"edgevl/emulator/lib{library}.so is missing: no NPU emulator")
 if size > MAX_BYTES:
     problems.append(f"larger than {MAX_BYTES / 1e6:.0f} MB")
 sys.exit("\n".join(problems) or 0)

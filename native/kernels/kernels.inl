@@ -994,9 +994,23 @@ EDGEVL_NOINLINE void attend_of(const Attention& a) {
   mix_values<T, registers_for(T, 8), kFormat>(a, weights, inverse, visible, 0);
 }
 
+/// Few rows have code of their own, and so has a whole block. What is between is rare, and comes in
+/// two parts.
 template <CacheFormat kFormat>
 void attend(const Attention& a) {
-  with_count(a.rows, [&](auto t) { attend_of<decltype(t)::value, kFormat, false>(a); });
+  constexpr int kFew = kTokenBlock < 8 ? kTokenBlock : 8;
+  if (a.rows == kTokenBlock) return attend_of<kTokenBlock, kFormat, false>(a);
+  with_count<kFew>(smaller_of(a.rows, kFew),
+                   [&](auto t) { attend_of<decltype(t)::value, kFormat, false>(a); });
+  if (a.rows <= kFew) return;
+  Attention rest = a;
+  rest.rows = a.rows - kFew;
+  for (int t = 0; t < rest.rows; ++t) {
+    rest.query[t] = a.query[kFew + t];
+    rest.visible[t] = a.visible[kFew + t];
+    rest.out[t] = a.out[kFew + t];
+  }
+  attend<kFormat>(rest);
 }
 
 /// Whole sequences come in whole blocks but for the last one, which is not worth code of its own.

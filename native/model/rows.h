@@ -13,7 +13,7 @@
 namespace edgevl {
 
 /// A file could not be read.
-class FileError : public std::system_error {
+class __attribute__((visibility("default"))) FileError : public std::system_error {
  public:
   /// `error` is an errno, `reason` what it means here, `file` the name of the file.
   FileError(int error, const std::string& reason, const std::string& file)
