@@ -604,8 +604,8 @@ void test_masks() {
   };
   CHECK(status({0, 0, 0, 0, no, 0, 0, 0, 0, 0}) == Kind::kOther);
   CHECK(status({0, no, no, 0, no, 0, no, no, 0, 0}) == Kind::kOther);
-  CHECK(status({0, no, 0, 0, no, 0, 0, 0, 0, 0}) == Kind::kMask);  // leaves one out
-  CHECK(status({0, 0, 0, no, 0, 0, 0, 0, 0, no}) == Kind::kMask);  // sees the future
+  CHECK(status({0, no, 0, 0, no, 0, 0, 0, 0, 0}) == Kind::kMask);       // leaves one out
+  CHECK(status({0, 0, 0, no, 0, 0, 0, 0, 0, no}) == Kind::kMask);       // sees the future
   CHECK(status({0, 0, 0, 0, no, no, no, no, no, no}) == Kind::kOther);  // a padded row
   CHECK(status(std::vector(kTokens * (kRows + kTokens), no)) == Kind::kMask);
   CHECK(status({1, 0, 0, 0, no, 0, 0, 0, 0, 0}) == Kind::kMask);
