@@ -99,10 +99,9 @@ bench-compare: $(VENV)/.installed
 	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
-wheel: $(VENV)/.dev
+wheel: $(VENV)/.installed
 	rm -rf dist
 	$(WHEEL)
-	$(BIN)/python .ci/compress_wheel.py dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

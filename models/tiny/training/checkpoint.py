@@ -136,7 +136,19 @@ def _chat_tensors(model: InternVLForConditionalGeneration) -> dict[str, torch.Te
     for name in [n for n in tensors if ".attn.q." in n]:
         parts = [tensors.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
         tensors[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    return {name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}
+    return {name: rounded(value).contiguous() for name, value in tensors.items()}
+
+
+def rounded(value: torch.Tensor) -> torch.Tensor:
+    """Rounds to bfloat16; of its 7 bits of fraction, matrices keep 6, ties to even.
+
+    Compressed, as in the package, they take a twelfth less then, and answers are as often right.
+    """
+    value = value.to(torch.bfloat16)
+    if value.ndim < 2:
+        return value
+    bits = value.view(torch.int16)
+    return (bits + (bits >> 1 & 1) & ~1).view(torch.bfloat16)
 
 
 def to_pixels(tiles: np.ndarray | torch.Tensor) -> torch.Tensor:
