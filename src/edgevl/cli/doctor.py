@@ -35,6 +35,10 @@ NEEDED = {
 EXTRAS = {
     "heic": (("pillow-heif",), "HEIC pictures"),
     "board": (("cffi",), "boards with an NPU, and their emulator"),
+    "axera": (
+        ("onnx", "onnx-ir", "onnxslim", "onnxruntime", "pydantic", "json5"),
+        "edgevl compile",
+    ),
     "quantize": (("torch",), "edgevl quantize"),
     "bench": (("matplotlib",), "the plot of edgevl bench"),
     "reference": (("torch", "transformers"), "comparison with the original, for developers"),
