@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 import edgevl
 from edgevl.axera import layout
+from edgevl.axera.npu import open_runtime
 from edgevl.axera.number_formats import to_device
 from edgevl.checkpoint import Checkpoint, locate
 from edgevl.engine import ReferenceEngine, native_missing
@@ -25,15 +27,12 @@ if native_missing() is not None:
 emulate = pytest.importorskip("edgevl.axera.emulate")
 
 try:
-    LIBRARIES = emulate.emulator_directory()
+    emulate.emulator_directory()
 except BoardError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
-#: Fields of EDGEVL_EMULATOR_COUNTERS (native/emulator/counters.h).
-COUNTERS = (
-    "runs flushes invalidates memcpys allocations flushed_bytes invalidated_bytes memcpy_bytes "
-    "problems emulator_ns npu_ns cmm_bytes cmm_peak_bytes weight_bytes"
-).split()
+from emulated_board import Counters  # noqa: E402
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -112,9 +111,10 @@ def test_prompts_and_what_follows_them(npu, tiny, reference, length):
 
 def counters():
     """What the emulator's board has counted."""
-    values = (ctypes.c_uint64 * len(COUNTERS))()
-    ctypes.CDLL(str(LIBRARIES / "libax_sys.so")).EDGEVL_EMULATOR_Counters(values)
-    return dict(zip(COUNTERS, values, strict=True))
+    counters = Counters()
+    # By its name: of the file that is loaded already, also where a runtime brought it along.
+    ctypes.CDLL("libax_sys.so").EDGEVL_EMULATOR_Counters(ctypes.byref(counters))
+    return {name: getattr(counters, name) for name, _ in Counters._fields_}
 
 
 def test_a_step_copies_little_and_nothing_is_wrong(tiny, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_step_copies_little_and_nothing_is_wrong(tiny, monkeypatch):
     for token in range(10):
         engine.decode(token)
     end = counters()
-    step = {name: (end[name] - start[name]) / 10 for name in COUNTERS}
+    step = {name: (end[name] - start[name]) / 10 for name in end}
     text = engine.config.text
     assert end["problems"] == before["problems"]
     assert step["allocations"] == step["memcpys"] == 0
@@ -146,8 +146,15 @@ def test_a_damaged_model_is_an_error_with_its_status(npu, tiny, tmp_path):
         edgevl.load(damaged)
 
 
-def test_memory_is_given_back(tiny, monkeypatch):
+def test_a_model_of_more_bytes_than_the_library_counts(tiny, monkeypatch):
     monkeypatch.setenv("EDGEVL_NPU", "ax")
+    monkeypatch.setattr("edgevl.axera.npu.ax.MAX_BYTES", 1000)
+    with pytest.raises(BoardError, match="bytes; the NPU's library takes 1000 at most"):
+        edgevl.load(tiny)
+
+
+def test_memory_is_given_back(npu, tiny):
+    open_runtime(emulated=True)
     gc.collect()
     before = counters()
     model = edgevl.load(tiny)
@@ -157,6 +164,28 @@ def test_memory_is_given_back(tiny, monkeypatch):
     gc.collect()
     assert counters()["cmm_bytes"] == before["cmm_bytes"]
     assert counters()["weight_bytes"] == before["weight_bytes"]
+
+
+def test_any_thread_may_call(npu, tiny):
+    engine = edgevl.load(tiny).engine
+    tokens = np.arange(20)
+    here = np.array(engine.prefill(engine.embed(tokens), 0))
+    engine.rewind(0)
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(lambda: engine.prefill(engine.embed(tokens), 0)).result()
+    np.testing.assert_array_equal(here, there)
+
+
+def test_an_engine_outlives_another(npu, tiny):
+    kept, other = (edgevl.load(tiny).engine for _ in range(2))
+    tokens = np.arange(140)
+    kept.prefill(kept.embed(tokens), 0)
+    expected = np.array(kept.decode(5))
+    kept.rewind(140)
+    other.prefill(other.embed(tokens[::-1].copy()), 0)
+    del other
+    gc.collect()
+    np.testing.assert_array_equal(kept.decode(5), expected)
 
 
 def test_too_little_memory_is_one_line(npu, tiny):

@@ -11,9 +11,11 @@ import edgevl
 from edgevl.axera import layout
 from edgevl.axera.model_directory import BoardModel
 from edgevl.axera.npu.base import Group, TensorInfo
+from edgevl.axera.plan import PrefillSteps, prefill_steps
+from edgevl.axera.timing import SINGLE_STEPS
 from edgevl.checkpoint import Checkpoint, open_model
 from edgevl.engine import ReferenceEngine, load_engine
-from edgevl.engine.axera import SINGLE_STEPS, AxeraEngine
+from edgevl.engine.axera import AxeraEngine
 from edgevl.errors import BoardError, CheckpointError, EdgeVLError, PromptError
 from edgevl.generate import Model
 from edgevl.preprocess import Message, PromptEncoder, prepare_picture
@@ -133,6 +135,9 @@ def test_which_groups_are_run(boards, tokens, at, length, groups):
     first = [group for name, group in runtime.runs if "_l0_" in name]
     assert first == groups
     assert len(runtime.runs) == 3 * len(groups) + 1  # three layers, and the logits once
+    chunks = tuple(group - 1 for group in groups if group)
+    planned = prefill_steps(layout.BoardShape(), length, at)
+    assert planned == PrefillSteps(chunks, groups.count(0))
 
 
 def test_rewinding_leaves_no_trace(boards, tokens, expected):
@@ -149,6 +154,32 @@ def test_rewinding_leaves_no_trace(boards, tokens, expected):
     for wrong in (-1, 101):
         with pytest.raises(ValueError, match="rewind"):
             engine.rewind(wrong)
+
+
+def test_positions_of_rows_beyond_the_prompt_exist(boards, tokens, monkeypatch):
+    engine, runtime = boards(compiled=Compiled(contexts=(255,), max_prefill=128))
+    engine.prefill(engine.embed(tokens[:128]), 0)
+    shown = []
+    monkeypatch.setattr(runtime, "before_run", lambda c: shown.append(c.array("indices").copy()))
+    engine._decoder.run(engine._decoder.shapes.prefill[1], engine.embed(tokens[:20]), 128)
+    assert len(shown) == 3
+    assert (shown[0][0, :20] == np.arange(128, 148)).all()
+    assert (shown[0][0, 20:] == 147).all()
+
+
+@pytest.mark.parametrize(
+    ("compiled", "rows"),
+    [
+        (Compiled(contexts=(255,), max_prefill=128), 256),
+        (Compiled(contexts=(255,), max_prefill=256), 384),  # as others may compile
+        (Compiled(contexts=(63,), max_prefill=0, history_first=200), 200),
+    ],
+)
+def test_a_cache_holds_what_is_written_and_no_more(boards, compiled, rows):
+    engine, _ = boards(compiled=compiled)
+    [caches, *_] = engine._decoder._caches
+    text = engine.config.text
+    assert {cache.size for cache in caches} == {rows * text.num_key_value_heads * text.head_dim * 2}
 
 
 def test_several_decode_groups_the_shortest_that_fits_is_taken(boards, tokens, expected):

@@ -62,7 +62,8 @@ def test_published_cases():
         (1023, 8, 0),
         (1024, 8, 0),
         (1025, 8, 1),
-        (1027, 9, 0),
+        (1028, 8, 4),
+        (1029, 9, 0),
         (1152, 9, 0),
         (1153, 9, 1),
         (1300, 9, 148),
@@ -85,6 +86,8 @@ def test_prompts_are_cut_into_chunks(tokens, chunks, singles):
         (129, 3, (2,), 0),
         (129, 2, (), 2),
         (1000, 200, (8,), 72),  # after 1128 tokens no group is left
+        (900, 4, (), 4),  # the longer the history, the longer a chunk takes
+        (900, 5, (8,), 0),
         (1024, 128, (8,), 0),
         (1025, 3, (), 3),
     ],
@@ -103,7 +106,9 @@ def test_answer_and_next_turn():
     assert planned.total_ms == pytest.approx(planned.prefill_ms + 99 * planned.decode_ms)
     after = plan(prompt_tokens=32, cached_tokens=399)
     assert planned.next_turn_ms == pytest.approx(after.prefill_ms)
-    assert plan(prompt_tokens=1948, generate=100).next_turn_ms is None
+    # The answer's last token is not in the cache, so that 2016 are, and a question of 32 just fits.
+    assert plan(prompt_tokens=1917, generate=100).next_turn_ms is not None
+    assert plan(prompt_tokens=1918, generate=100).next_turn_ms is None
 
 
 def test_shapes_that_are_not_published_are_estimates():
@@ -186,7 +191,7 @@ def test_memory_of_the_published_model():
     assert memory.text_layers == weights * 33 // 64  # 4 bits, and 16 for every 128 weights
     assert memory.post == 1024 * 151936
     assert memory.embeddings == 2 * memory.post
-    assert memory.kv_cache == 28 * 2 * (2047 + 128) * 1024 * 2
+    assert memory.kv_cache == 28 * 2 * 2048 * 1024 * 2
     assert 2 * 300e6 < memory.vision < 2 * 320e6
     assert memory.npu == memory.text_layers + memory.post + memory.vision + memory.kv_cache
     assert plan_memory(MODEL, SHAPE, weight_bits=8).text_layers == weights
@@ -207,6 +212,10 @@ def test_limits():
 def test_shapes_that_cannot_be_compiled_are_refused():
     with pytest.raises(BoardError, match="--max-prefill 1000"):
         plan(shape=BoardShape(max_prefill=1000))
+    # The last chunk ends with the context, which is one more than the cache.
+    assert plan(shape=BoardShape(143, 16, 128)).max_prompt_tokens == 144
+    with pytest.raises(BoardError, match="exceeds --context 142; at most 112 fits"):
+        plan(shape=BoardShape(142, 16, 128))
 
 
 @pytest.mark.parametrize(

@@ -443,6 +443,8 @@ def start(desk, *options):
         env={**os.environ, "TMPDIR": str(desk.path)},
         stderr=subprocess.PIPE,
         text=True,
+        # Which shells have their background jobs ignore.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -289,6 +289,8 @@ def test_an_interrupted_file_is_not_there(tiny, tmp_path, monkeypatch):
         monkeypatch.setattr("edgevl.engine.packed.pack_matrix", interrupt)
 
     def interrupt(*arguments):
+        # Nor would it be after a kill, which nothing can be done about.
+        assert list(tmp_path.glob("qwen3*")) == done
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

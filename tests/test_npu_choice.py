@@ -113,6 +113,7 @@ def test_where_libraries_are_looked_for(monkeypatch, tmp_path):
     monkeypatch.setenv(libraries.DIRECTORY_VARIABLE, str(mine))
     assert libraries.library_path("ax_sys") == str(mine / "libax_sys.so")
     assert libraries.library_path("ax_engine") is None
+    assert libraries.library_path("ax_sys", soc) == str(soc / "libax_sys.so")  # the emulator's
 
 
 @pytest.mark.parametrize("runtime", [AxRuntime, AxclRuntime])
@@ -172,7 +173,7 @@ def test_places_are_checked(axengine, tmp_path):
     for places in ([(memory, 0), (memory, 8)], [(memory, 0), (memory, 256)], [(memory, 0)]):
         with pytest.raises(ValueError, match=r"sum\.axmodel: b|zip"):
             model.bind(0, places, [(memory, 0)])
-    for size in (0, 1 << 32):
+    for size in (0, (1 << 32) - 1):  # the latter is no number of 32 bits in whole lines
         with pytest.raises(BoardError, match=f"{size} bytes of NPU memory at once"):
             runtime.allocate(size)
 

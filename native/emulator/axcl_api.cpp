@@ -77,10 +77,19 @@ void require_device(std::int32_t device) {
   }
 }
 
+/// Contexts are each thread's own.
+void require_context() {
+  Board::get().require_initialized();
+  if (current_context == 0) {
+    throw Problem(Kind::kHandle,
+                  "the thread has no context: call axclrtSetDevice or axclrtSetCurrentContext");
+  }
+}
+
 std::uint64_t address(const void* device) { return reinterpret_cast<std::uintptr_t>(device); }
 
 std::uint64_t add_model(std::span<const std::uint8_t> data) {
-  Board::get().require_initialized();
+  require_context();
   if (!engine_initialized) throw Problem(Kind::kNotInitialized, "call axclrtEngineInit first");
   auto model = std::make_shared<Model>(data);
   std::lock_guard lock(registry().mutex);
@@ -151,6 +160,7 @@ Place& place(std::vector<Place>& places, std::uint32_t index) {
 
 std::int32_t allocate(const char* function, void** device, std::size_t bytes) {
   return guarded(function, [&] {
+    require_context();
     auto& out = required(device, "the pointer");
     out = reinterpret_cast<void*>(Board::get().allocate(bytes, 0, true).address);
   });
@@ -240,7 +250,7 @@ int32_t axclrtSetCurrentContext(axclrtContext context) {
 
 int32_t axclrtGetCurrentContext(axclrtContext* context) {
   return guarded(__func__, [&] {
-    if (current_context == 0) throw Problem(Kind::kHandle, "call axclrtSetDevice first");
+    require_context();
     required(context, "the context") = reinterpret_cast<void*>(current_context);
   });
 }
@@ -261,6 +271,7 @@ int32_t axclrtMallocCached(void** device, size_t bytes, int32_t) {
 
 int32_t axclrtMemcpy(void* to, const void* from, size_t bytes, axclrtMemcpyKind kind) {
   return guarded(__func__, [&] {
+    require_context();
     Board& board = Board::get();
     board.count(&Counters::memcpys);
     board.count(&Counters::memcpy_bytes, bytes);
@@ -278,7 +289,10 @@ int32_t axclrtMemcpy(void* to, const void* from, size_t bytes, axclrtMemcpyKind 
 }
 
 int32_t axclrtFree(void* device) {
-  return guarded(__func__, [&] { Board::get().free(address(device), nullptr); });
+  return guarded(__func__, [&] {
+    require_context();
+    Board::get().free(address(device), nullptr);
+  });
 }
 
 int32_t axclrtMemFlush(void* device, size_t bytes) {
@@ -337,6 +351,7 @@ const char* axclrtEngineGetModelCompilerVersion(uint64_t model) {
 
 int32_t axclrtEngineUnload(uint64_t model) {
   return guarded(__func__, [&] {
+    require_context();
     const auto found = find_model(model);
     std::lock_guard lock(registry().mutex);
     registry().models.erase(model);
@@ -499,6 +514,7 @@ int32_t axclrtEngineCreateContext(uint64_t model, uint64_t* context) {
 
 int32_t axclrtEngineExecute(uint64_t model, uint64_t context, uint32_t group, axclrtEngineIO io) {
   return guarded(__func__, [&] {
+    require_context();
     const auto found = find_model(model);
     if (find(registry().contexts, context, "the context") != model) {
       throw Problem(Kind::kHandle, "the context is another model's");

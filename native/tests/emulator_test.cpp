@@ -10,6 +10,7 @@
 #include <random>
 #include <span>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -93,6 +94,9 @@ void test_memory() {
   device[500] = 9;
   CHECK(memory.flush() == 0 && device[500] == 9 && memory.data()[500] == 7);
   CHECK(memory.invalidate() == 0 && memory.data()[500] == 9);
+  device[700] = 8;
+  CHECK(AX_SYS_MinvalidateCache(memory.address + 641, memory.data() + 641, 1) == 0);
+  CHECK(memory.data()[700] == 8);  // of the same line
   memory.data()[501] = 5;
   CHECK_STATUS(memory.invalidate(), Kind::kDiscarded);
   CHECK(memory.data()[501] == 7);
@@ -102,19 +106,24 @@ void test_memory() {
   CHECK_STATUS(flush(memory.address + 1, memory.data(), 1), Kind::kCpuAddress);
   CHECK_STATUS(flush(memory.address, memory.data() + 64, 1), Kind::kCpuAddress);
   CHECK_STATUS(flush(memory.address, memory.data(), 1001), Kind::kBeyond);
+  CHECK_STATUS(flush(memory.address + 990, memory.data() + 990, 11), Kind::kBeyond);
   CHECK_STATUS(flush(memory.address + 1000, memory.data() + 1000, 1), Kind::kAddress);
   CHECK_STATUS(flush(memory.address - 1, memory.data() - 1, 1), Kind::kAddress);
   CHECK_STATUS(AX_SYS_MinvalidateCache(0x1000, memory.data(), 1), Kind::kAddress);
   CHECK_STATUS(flush(memory.address, memory.data(), 0xffffffff), Kind::kBeyond);
 
   const auto after = counters();
-  CHECK(after.flushes - before.flushes == 9 && after.invalidates - before.invalidates == 3);
-  CHECK(after.flushed_bytes - before.flushed_bytes == 1 + 2 * 1000 + 4 + 1001 + 0xffffffffull);
-  CHECK(after.problems - before.problems == 8 && after.emulator_ns > before.emulator_ns);
+  CHECK(after.flushes - before.flushes == 10 && after.invalidates - before.invalidates == 4);
+  CHECK(after.flushed_bytes - before.flushed_bytes == 1 + 2 * 1000 + 4 + 1001 + 11 + 0xffffffffull);
+  CHECK(after.problems - before.problems == 9 && after.emulator_ns > before.emulator_ns);
   CHECK(after.cmm_bytes - before.cmm_bytes == 1000);
 }
 
 void test_allocation() {
+  // Memory that would be adjacent is not.
+  const Cmm page(4096), next(4096);
+  CHECK(next.address - page.address > 4096);
+  CHECK_STATUS(AX_SYS_MflushCache(page.address + 4096, page.data() + 4096, 1), Kind::kAddress);
   unsigned long long address = 0;
   void* cpu = nullptr;
   CHECK(AX_SYS_MemAllocCached(&address, &cpu, 100, 1 << 20, nullptr) == 0);
@@ -588,13 +597,14 @@ void test_masks() {
   static constexpr int kTokens = 2, kRows = 3, kWidth = SmallLayer::kWidth;
   const std::uint16_t no = to_bf16(kMasked);
   auto status = [&](const std::vector<std::uint16_t>& mask, int out_row = 3,
-                    std::uint32_t index = 3) {
+                    std::uint32_t index = 3, int value_row = -1) {
     std::vector<std::uint16_t> keys((kRows + kTokens) * kWidth), values(keys), x(kTokens * kHidden);
-    std::vector<std::uint16_t> values_out(kTokens * kWidth), out(x);
+    std::vector<std::uint16_t> new_values(kTokens * kWidth), out(x);
     const std::uint32_t indices[] = {index, 4};
     std::uint16_t* keys_out = keys.data() + out_row * kWidth;
-    const LayerTensors t{kTokens,  kRows,       keys.data(), values.data(),     indices,
-                         x.data(), mask.data(), keys_out,    values_out.data(), out.data()};
+    auto* values_out = value_row < 0 ? new_values.data() : values.data() + value_row * kWidth;
+    const LayerTensors t{kTokens,  kRows,       keys.data(), values.data(), indices,
+                         x.data(), mask.data(), keys_out,    values_out,    out.data()};
     try {
       layer.run(t, team, kernels());
     } catch (const Problem& problem) {
@@ -609,9 +619,11 @@ void test_masks() {
   CHECK(status({0, 0, 0, 0, no, no, no, no, no, no}) == Kind::kOther);  // a padded row
   CHECK(status(std::vector(kTokens * (kRows + kTokens), no)) == Kind::kMask);
   CHECK(status({1, 0, 0, 0, no, 0, 0, 0, 0, 0}) == Kind::kMask);
+  CHECK(status({0, 0, 0, 0, to_bf16(-99), 0, 0, 0, 0, 0}) == Kind::kMask);
   // New keys on a row of the cache: only if it is not attended to.
   CHECK(status({0, no, no, 0, no, 0, no, no, 0, 0}, 1) == Kind::kOther);
   CHECK(status({0, 0, no, 0, no, 0, 0, no, 0, 0}, 1) == Kind::kOverlap);
+  CHECK(status({0, 0, no, 0, no, 0, 0, no, 0, 0}, 3, 3, 1) == Kind::kOverlap);
   CHECK(status({0, 0, 0, 0, no, 0, 0, 0, 0, 0}, kRows, 1 << 20) == Kind::kValue);
 }
 
@@ -621,6 +633,10 @@ void test_card() {
   const Post made;
   const auto file = made.file.bytes();
   void *memory = nullptr, *in = nullptr, *out = nullptr;
+  axclrtContext device_context = nullptr;
+  CHECK_STATUS(axclrtGetCurrentContext(&device_context), Kind::kHandle);
+  CHECK_STATUS(axclrtMalloc(&memory, 1, 2), Kind::kHandle);
+  CHECK(axclrtSetDevice(0) == 0 && axclrtGetCurrentContext(&device_context) == 0);
   CHECK(axclrtMalloc(&memory, file.size(), 2) == 0);
   const auto to_device = AXCL_MEMCPY_HOST_TO_DEVICE, to_host = AXCL_MEMCPY_DEVICE_TO_HOST;
   CHECK(axclrtMemcpy(memory, file.data(), file.size(), to_device) == 0);
@@ -642,6 +658,12 @@ void test_card() {
   CHECK(axclrtEngineGetInputSizeByIndex(info, 0, 0) == kHidden * 2);
   CHECK(axclrtMalloc(&in, kHidden * 2, 0) == 0 && axclrtMalloc(&out, kVocabulary * 2, 0) == 0);
   CHECK_STATUS(axclrtEngineExecute(model, context, 0, io), Kind::kTensors);
+  // Another thread needs the context, too.
+  std::thread([&] {
+    CHECK_STATUS(axclrtEngineExecute(model, context, 0, io), Kind::kHandle);
+    CHECK(axclrtSetCurrentContext(device_context) == 0);
+    CHECK_STATUS(axclrtEngineExecute(model, context, 0, io), Kind::kTensors);
+  }).join();
   CHECK(axclrtEngineSetInputBufferByIndex(io, 0, in, kHidden * 2) == 0);
   CHECK(axclrtEngineSetOutputBufferByIndex(io, 0, out, kVocabulary * 2) == 0);
   CHECK_STATUS(axclrtEngineSetOutputBufferByIndex(io, 1, out, kVocabulary * 2), Kind::kValue);

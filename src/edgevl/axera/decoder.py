@@ -1,12 +1,13 @@
 """The decoder on the NPU: keys and values stay where they are, layers hand hidden states on.
 
-Every layer has a buffer of keys and one of values, of as many rows as the longest history and a
-chunk. A group reads them from their beginning, as many rows as it takes, and writes the rows of new
-tokens where they belong: what it reads beyond the history is masked. The hidden states go back and
-forth between two buffers; one buffer of positions and, for each group, one mask serve all layers. A
-call of each layer and group is prepared when it is first made, and afterwards only its two places
-of new rows are moved. Embeddings have a buffer of their own, so that after the start no memory is
-written by the host as well as by the NPU: that would take more care with the host's cache.
+Every layer has a buffer of keys and one of values, of as many rows as the longest history and what
+is appended to it. A group reads them from their beginning, as many rows as it takes, and writes the
+rows of new tokens where they belong: what it reads beyond the history is masked. The hidden states
+go back and forth between two buffers; one buffer of positions and, for each group, one mask serve
+all layers. A call of each layer and group is prepared when it is first made, and afterwards only
+its two places of new rows are moved. Embeddings have a buffer of their own, so that after the start
+no memory is written by the host as well as by the NPU: that would take more care with the host's
+cache.
 
 Rows begin at multiples of their size, and the NPU asks for multiples of `ALIGNMENT` bytes. Where
 the two disagree, which they do in small models only, rows go through a buffer of their own.
@@ -68,7 +69,7 @@ class NpuDecoder:
         new_key = outputs[self._outputs["K_cache_out"]]
         self._row_bytes = new_key.nbytes // new_key.shape[1]
         read = [self._tensor(step, f"{kind}_cache").shape[1] for step in steps for kind in "KV"]
-        rows = max(self.shapes.context + chunk, *read)
+        rows = max(*(step.history + step.tokens for step in steps), *read)
         self._caches = [
             [_zeros(runtime, rows * self._row_bytes) for _ in "KV"] for _ in self._layers
         ]

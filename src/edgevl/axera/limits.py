@@ -18,8 +18,9 @@ from edgevl.errors import BoardError
 CHUNK_STEP, MAX_CHUNK = 16, 1024
 #: Most shape groups for prefill in one file.
 MAX_PREFILL_GROUPS = 64
-#: Largest ONNX file in one piece: a protobuf message ends there.
-MAX_ONNX_BYTES = (2 << 30) - 1
+#: Most bytes of weights in an ONNX file: that is one protobuf message, which ends at 2 GiB, and the
+#: graph itself takes under 1 MiB.
+MAX_ONNX_BYTES = (2 << 30) - (1 << 20)
 #: Room for tokenizer, calibration pictures and logs, bytes.
 _SIDE_BYTES = 256 << 20
 

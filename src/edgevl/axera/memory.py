@@ -22,7 +22,7 @@ class MemoryPlan:
         text_layers: linear weights of all decoder layers, once for all shape groups.
         post: the head, in INT8.
         vision: encoder and projector, two bytes a weight; 0 without vision.
-        kv_cache: keys and values of all layers, with room for one padded chunk.
+        kv_cache: keys and values of all layers.
         embeddings: the embedding in bfloat16, which the host maps from its file.
     """
 
@@ -56,7 +56,7 @@ def plan_memory(
         for name, dimensions in expected_tensors(config).items()
         if name.startswith((VISION, PROJECTOR))
     )
-    rows = shape.context + shape.chunk
+    rows = max(shape.context + 1, shape.max_prefill + shape.chunk)
     return MemoryPlan(
         text_layers=round(text.num_hidden_layers * layer_weights(text) * BITS[weight_bits] / 8),
         post=embedding,

@@ -10,9 +10,14 @@ from edgevl.axera.layout import BoardShape
 from edgevl.axera.limits import check_shape
 from edgevl.axera.memory import MemoryPlan, plan_memory
 from edgevl.axera.targets import Target
-from edgevl.axera.timing import group_times_ms, is_published, post_time_ms, vision_time_ms
+from edgevl.axera.timing import (
+    group_times_ms,
+    is_published,
+    pays_as_chunk,
+    post_time_ms,
+    vision_time_ms,
+)
 from edgevl.checkpoint.config import ModelConfig
-from edgevl.engine.axera import SINGLE_STEPS
 from edgevl.errors import BoardError
 
 #: Tokens of the question that a second turn is assumed to ask.
@@ -197,9 +202,9 @@ def prefill_steps(shape: BoardShape, tokens: int, cached: int = 0) -> PrefillSte
     """
     histories = shape.histories()
     groups = []
-    while tokens > SINGLE_STEPS:
+    while tokens:
         group = bisect_left(histories, cached)
-        if group == len(histories):
+        if group == len(histories) or not pays_as_chunk(tokens, histories[group]):
             break
         groups.append(group)
         done = min(tokens, shape.chunk)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from edgevl.axera.limits import MAX_ONNX_BYTES
 from edgevl.axera.requirements import missing
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Floats
@@ -20,10 +21,6 @@ from edgevl.quantize.calibration.drawn import draw
 
 #: Least cosine between an image token's features from the file and from the reference engine.
 LEAST_COSINE = 0.99999
-#: Most bytes of weights. An ONNX file is one protobuf message, which ends at 2 GiB; the graph
-#: itself takes under 1 MiB.
-MAX_WEIGHT_BYTES = (2 << 30) - (1 << 20)
-
 #: Memory that is taken at the most, in multiples of the weights: the graph, the bytes of the file,
 #: and room in which these have grown.
 MEMORY_FACTOR = 3
@@ -91,7 +88,7 @@ def _check(checkpoint: Checkpoint) -> None:
         raise missing(error) from None
     _, weights = vision_graph(checkpoint.config)
     needed = sum(4 * math.prod(weight.shape) for weight in weights.values())
-    if needed > MAX_WEIGHT_BYTES:
+    if needed > MAX_ONNX_BYTES:
         raise BoardError(
             f"{checkpoint.path}: its vision encoder has {needed / 2**30:.1f} GiB in float32, an "
             "ONNX file holds 2 GiB; choose a model with InternViT-300M, such as InternVL3.5-8B"

@@ -16,14 +16,10 @@ from edgevl.axera.decoder import NpuDecoder
 from edgevl.axera.model_directory import BoardModel
 from edgevl.axera.npu import Memory, NpuModel, Runtime, open_runtime
 from edgevl.axera.output_layer import NpuOutputLayer
+from edgevl.axera.timing import pays_as_chunk
 from edgevl.axera.vision_encoder import NpuVisionEncoder
 from edgevl.engine.base import Engine, EngineTimings, Floats
 from edgevl.errors import CheckpointError
-
-#: So many tokens, and one more for every so many positions of history, are computed one by one in
-#: less time than a chunk, which takes as long whatever part of it is used. (A layer on AX650N, as
-#: published: 0.987 ms for a token; for a chunk 2.208 ms without history to 4.713 ms after 1024.)
-SINGLE_STEPS, HISTORY_A_STEP = 2, 384
 
 
 class AxeraEngine(Engine):
@@ -162,7 +158,7 @@ class AxeraEngine(Engine):
         """
         shapes = self._decoder.shapes
         step = shapes.step(shapes.prefill, self.length)
-        if step is None or len(embeddings) <= SINGLE_STEPS + step.history // HISTORY_A_STEP:
+        if step is None or not pays_as_chunk(len(embeddings), step.history):
             step = shapes.step(shapes.decode, self.length)
             assert step is not None  # the context is that of the longest
         tokens = min(step.tokens, len(embeddings))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgevl.axera.npu.base import (
     ALIGNMENT,
+    MAX_BYTES,
     MAX_DIMENSIONS,
     MAX_GROUPS,
     MAX_TENSORS,
@@ -211,6 +212,11 @@ class AxModel(NpuModel):
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise BoardError(f"{path}: cannot be read ({error})") from None
+        if len(self._data) > MAX_BYTES:
+            raise BoardError(
+                f"{path}: {len(self._data)} bytes; the NPU's library takes {MAX_BYTES} at most: "
+                "copy it again, or compile a smaller model"
+            )
         new = self.functions.new
         handle, context = new("void **"), new("void **")
         self._name = new("signed char[]", path.stem.encode()[:255] + b"\0")

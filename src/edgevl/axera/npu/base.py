@@ -22,8 +22,9 @@ from edgevl.errors import BoardError
 
 #: Places of tensors begin at multiples of this many bytes.
 ALIGNMENT = 128
-#: Largest allocation and largest tensor, in bytes: sizes are 32-bit numbers in the C API.
-MAX_BYTES = (1 << 32) - 1
+#: Largest allocation and largest tensor, in bytes: sizes are 32-bit numbers in the C API, also of
+#: allocations rounded up to whole cache lines.
+MAX_BYTES = (1 << 32) - ALIGNMENT
 #: Most shape groups of a model, tensors of a group, and dimensions of a tensor.
 MAX_GROUPS, MAX_TENSORS, MAX_DIMENSIONS = 1024, 1024, 16
 

@@ -25,7 +25,7 @@ def library_path(name: str, directory: Path | None = None) -> str | None:
     """
     filename = f"lib{name}.so"
     named = os.environ.get(DIRECTORY_VARIABLE)
-    if named:
+    if directory is None and named:
         directory = Path(named)
     if directory is not None:
         path = directory / filename
