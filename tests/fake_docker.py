@@ -5,6 +5,7 @@ FAKE_DOCKER, a JSON object, says what fails: ``error``, what `docker image inspe
 FAKE_CALLS takes a line for each call.
 """
 
+import csv
 import json
 import os
 import subprocess
@@ -42,7 +43,10 @@ def run(arguments):
     image, *command = arguments
     assert image == IMAGE
     assert "--rm" in options
-    host, _, inside = options["--volume"][0].rpartition(":")
+    [mount] = csv.reader(options["--mount"])  # as Docker reads it
+    where = dict(field.split("=", 1) for field in mount)
+    assert where.pop("type") == "bind"
+    host, inside = where["source"], where["target"]
     assert Path(host).is_absolute()
     if "--entrypoint" in options:
         assert options["--entrypoint"] == ["chown"]

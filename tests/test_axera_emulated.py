@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from edgevl.axera import layout
 from edgevl.axera.npu import open_runtime
 from edgevl.axera.number_formats import to_device
 from edgevl.checkpoint import Checkpoint, locate
+from edgevl.cli import main
 from edgevl.engine import ReferenceEngine, native_missing
 from edgevl.errors import BoardError
 from edgevl.preprocess import prepare_picture
@@ -241,3 +243,22 @@ def test_bytes_as_pictures_and_the_likeliest_tokens(npu, tmp_path, reference):
     assert np.isfinite(model.engine.decode(5)).sum() == 8
     drawn = model.ask(question, [picture], max_tokens=8, temperature=1.0, top_p=0.9, seed=1)
     assert drawn.text
+
+
+@pytest.mark.parametrize(
+    ("locale", "said"),
+    [("C.UTF-8", "emulated NPU: no board computes"), ("zh_CN.UTF-8", "模拟的 NPU：没有板子在计算")],
+)
+def test_an_answer_says_that_no_board_computes(tiny, monkeypatch, capsys, locale, said):
+    monkeypatch.setenv("LC_ALL", locale)
+    assert main(["chat", str(tiny), "-q", "Hello", "--max-tokens", "1"]) == 0
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
+def test_measurements_say_that_no_board_computes(tiny, capsys):
+    options = ["--prompt-tokens", "8", "--generate", "1", "--runs", "1"]
+    assert main(["bench", str(tiny), *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].strip() == "emulated NPU: no board computes"
+    assert main(["bench", str(tiny), *options, "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert notes == ["emulated NPU: no board computes"]

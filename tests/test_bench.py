@@ -30,7 +30,7 @@ class Clock:
 class FakeEngine:
     """An engine whose steps take the times they are told: seconds."""
 
-    max_context, chunk, length, threads = 100, 16, 0, 3
+    max_context, chunk, length, threads, notes = 100, 16, 0, 3, ("a note",)
 
     def __init__(self, clock, tile=1.0, token=0.001, decode=(0.004,)):
         self.clock, self.tile, self.token, self.decode_times = clock, tile, token, list(decode)
@@ -130,6 +130,7 @@ def test_bytes_and_fraction_of_the_bandwidth(fake):
 
 def test_rates_of_the_machine_are_medians(fake):
     result = run(fake)
+    assert result.notes == ("a note",)
     assert result.read_bandwidth_gb_s == 4.5
     assert result.int8_gops == 100
 

@@ -9,6 +9,7 @@ from edgevl.axera import layout, model_directory
 from edgevl.axera.embedding_file import EmbeddingFile
 from edgevl.axera.model_directory import BoardModel
 from edgevl.checkpoint import Checkpoint, open_model
+from edgevl.checkpoint.opening import open_checkpoint
 from edgevl.errors import BoardError, CheckpointError
 from fake_npu import write_board
 
@@ -198,6 +199,24 @@ def test_a_board_is_no_checkpoint(board):
         Checkpoint.open(board)
 
 
+@pytest.mark.parametrize("pattern", ["*_together.axmodel", "*.axmodel"])
+def test_without_its_layers_a_board_is_still_no_checkpoint(board, pattern):
+    for path in board.glob(pattern):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="give the checkpoint that it was compiled from"):
+        Checkpoint.open(board)
+    with pytest.raises(BoardError, match="no layers compiled for a board"):
+        open_model(board)
+    with pytest.raises(BoardError, match="give the checkpoint that it was made of"):
+        open_checkpoint(board)
+
+
+def test_layers_below_are_no_checkpoint_either(board):
+    move(board, "X_axmodel", "*.axmodel", "*.bin", "*.npy")
+    with pytest.raises(BoardError, match="give the checkpoint that it was made of"):
+        open_checkpoint(board)
+
+
 def test_a_configuration_that_is_malformed(board):
     (board / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
@@ -208,4 +227,4 @@ def test_a_directory_with_too_many_files(board, monkeypatch):
     monkeypatch.setattr(model_directory, "MAX_ENTRIES", 5)
     with pytest.raises(BoardError, match="more than 5 files: give the model's directory"):
         BoardModel.open(board)
-    assert not model_directory.holds_layers(board)
+    assert not model_directory.holds_compiled(board)

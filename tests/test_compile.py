@@ -254,12 +254,23 @@ def test_docker_sees_the_work_directory_and_no_more(desk):
     calls = desk.calls()
     assert [call for call in calls if call[0] != "docker"] == [BUILD_VISION, BUILD_TEXT]
     runs = [call for call in calls if call[:2] == ["docker", "run"]]
-    name, volume = runs[1][3], f"--volume={desk.partial}:/data"
+    name, mount = runs[1][3], f'--mount=type=bind,"source={desk.partial}",target=/data'
     assert name.startswith("--name=edgevl-")
     environment = "--env=FLOAT_MATMUL_USE_CONV_EU=1"
-    expected = ["--rm", name, environment, volume, "--workdir=/data", "pulsar2:5.1", "pulsar2"]
+    expected = ["--rm", name, environment, mount, "--workdir=/data", "pulsar2:5.1", "pulsar2"]
     assert runs[1][2:] == [*expected, *BUILD_VISION]
     assert desk.board()["compiler"] == "pulsar2 5.1"
+
+
+def test_docker_and_a_place_with_punctuation(desk):
+    desk.install_docker()
+    desk.output = desk.path / "12:30, it is" / "out"
+    desk.make("--pulsar2", "docker:pulsar2:5.1")
+    desk.output = desk.output.with_name("script")
+    desk.dry_run("--pulsar2", "docker:pulsar2:5.1")
+    result = run_script(desk)
+    assert result.returncode == 0, result.stderr
+    assert {*LAYERS, VISION, "board.json"} <= files(desk.output)
 
 
 def test_what_a_container_wrote_as_root_is_given_back(desk):
@@ -268,7 +279,11 @@ def test_what_a_container_wrote_as_root_is_given_back(desk):
     desk.make("--pulsar2", "docker:pulsar2:5.1")
     given = [call for call in desk.calls() if "--entrypoint=chown" in call]
     assert given[0][3:] == [
-        *(f"--volume={desk.partial}:/data", "--entrypoint=chown", "pulsar2:5.1"),
+        *(
+            f'--mount=type=bind,"source={desk.partial}",target=/data',
+            "--entrypoint=chown",
+            "pulsar2:5.1",
+        ),
         *("-R", f"12345:{os.getgid()}", "/data"),
     ]
 
@@ -485,8 +500,11 @@ def test_killed_anywhere_nothing_looks_finished_and_a_second_run_completes(desk,
     assert {*LAYERS, VISION, "board.json"} <= files(desk.output)
 
 
-@pytest.mark.parametrize("docker", [False, True])
-def test_ctrl_c_stops_the_build_with_all_its_processes(desk, docker):
+@pytest.mark.parametrize(
+    ("number", "docker"),
+    [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, True)],
+)
+def test_a_signal_stops_the_build_with_all_its_processes(desk, number, docker):
     options = []
     if docker:
         desk.install_docker()
@@ -497,7 +515,7 @@ def test_ctrl_c_stops_the_build_with_all_its_processes(desk, docker):
     wait_for(lambda: "pid" in json.loads((desk.partial / "build.json").read_text()))
     leader = psutil.Process(json.loads((desk.partial / "build.json").read_text())["pid"])
     builds = [leader, *leader.children(recursive=True)]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert f"interrupted; the same command goes on in {desk.output}.partial" in said
@@ -619,12 +637,28 @@ def test_an_emulated_model_needs_no_pulsar2(desk):
     assert (desk.output / LAYERS[3]).read_bytes() == b"emulated ax650 5"
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--pulsar2", "x"),
+        ("--pulsar2-config", "x"),
+        ("--calibration-images", "x"),
+        ("--llm-build", "2"),
+        ("--decode-step", "128"),
+    ],
+)
+def test_what_an_emulated_model_takes_no_notice_of_is_refused(desk, option):
+    status, said = desk.compile("--emulate", *option)
+    assert status == 1
+    assert f"{' '.join(option)}: --emulate does without Pulsar2; leave it out" in said
+
+
 def test_what_is_compiled_is_not_compiled_again(desk):
     desk.make("--emulate")
     desk.model, desk.output = desk.output, desk.path / "again"
     status, said = desk.compile("--emulate")
     assert status == 1
-    assert "out: is compiled already; give the checkpoint that it was made of" in said
+    assert "out: is compiled for a board already; give the checkpoint" in said
 
 
 # --- what is refused before any work -----------------------------------------------------------
@@ -713,3 +747,35 @@ def test_what_pulsar2_is_given_is_the_model(desk):
         stored = checkpoint.stored("language_model.lm_head.weight")
         assert (written["lm_head.weight"].data == stored.data).all()
     assert BoardShape(127, 16, 32).histories() == (0, 16, 32)
+
+
+def test_what_is_not_built_yet_says_so(desk):
+    desk.dry_run()
+    desk.model, desk.output = desk.output, desk.path / "again"
+    expected = (
+        f"{desk.model}: not built yet, see NOT-BUILT-YET.txt in it: run {desk.model}/build.sh"
+    )
+    for options in (["-q", "x"], ["-q", "x", "--engine", "axera"]):
+        assert main(["chat", str(desk.model), *options]) == 1
+        assert expected in desk.capsys.readouterr().err
+    status, said = desk.compile("--emulate")
+    assert status == 1
+    assert "is compiled for a board already" in said
+
+
+def test_fewer_pictures_than_samples_are_told(desk):
+    pictures = desk.path / "pictures"
+    pictures.mkdir()
+    for number in range(3):
+        (pictures / f"{number}.png").touch()
+    options = ["--calibration-images", str(pictures), "--samples"]
+    line = f"{pictures}: 3 different pictures to calibrate on, --samples 4 were asked for"
+    desk.set(FAIL={"text": ["ValueError: no", 1, 2]})
+    assert desk.compile(*options, "4")[0] == 1
+    desk.set(FAIL=None)
+    status, said = desk.compile(*options, "4")  # resumed: the pictures are not counted again
+    assert status == 0
+    assert f"warning: {line}" in said
+    assert desk.board()["warnings"][0].startswith(line)
+    desk.output = desk.path / "enough"
+    desk.make(*options, "3")

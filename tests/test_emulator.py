@@ -324,7 +324,7 @@ def test_a_damaged_file_is_refused(board, mini_checkpoint, tmp_path, filename, c
 
 
 def test_a_run_takes_the_time_of_the_board(mini_checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr("edgevl.axera.timing.post_time_ms", lambda text, target: 30.0)
+    monkeypatch.setattr("edgevl.axera.timing.post_time_ms", lambda text, target: 3.0)
     with Checkpoint.open(mini_checkpoint("mini-llama")) as checkpoint:
         write_emulated(checkpoint, tmp_path, BoardShape(7, 2, 0))
     monkeypatch.setenv("EDGEVL_EMULATOR_TIMING", "1")
@@ -332,10 +332,13 @@ def test_a_run_takes_the_time_of_the_board(mini_checkpoint, monkeypatch, tmp_pat
     model = BoardModel(board, tmp_path / "llama_post.axmodel")
     memory = [Memory(board, shape, dtype) for part in model.groups[0] for _, dtype, shape in part]
     board.reset_counters()
-    start = time.perf_counter()
-    model.run(0, *([place(place.size)] for place in memory))
-    assert time.perf_counter() - start >= 0.03
-    assert board.counters()["npu_ns"] == 30_000_000
+    took_ms = []
+    for _ in range(20):
+        start = time.perf_counter()
+        model.run(0, *([place(place.size)] for place in memory))
+        took_ms.append(1000 * (time.perf_counter() - start))
+    assert 3.0 <= min(took_ms) < 3.05  # a thread that sleeps is woken later than that
+    assert board.counters()["npu_ns"] == 20 * 3_000_000
 
 
 def test_without_compute_runs_only_check(tiny, monkeypatch):

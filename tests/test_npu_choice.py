@@ -1,6 +1,7 @@
 """Which library drives the NPU, and what is said where there is none."""
 
 import sys
+from ctypes.util import find_library
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -124,6 +125,20 @@ def test_libraries_that_cannot_be_opened(tmp_path, runtime):
     install(tmp_path / "soc", "ax_sys", "ax_engine", "axcl_rt")
     with pytest.raises(BoardError, match=r"lib.*\.so: cannot be loaded"):
         runtime()
+
+
+def test_a_library_that_lacks_a_function():
+    cffi = pytest.importorskip("cffi")
+    functions = cffi.FFI()
+    functions.cdef("int c_absent(void); int c_GroupIO(void);")
+    path = find_library("c")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(libraries, "library_path", lambda name, directory: path)
+        with pytest.raises(BoardError, match="has no c_absent: update the board's image"):
+            libraries.open_library(functions, "c")
+        optional = cffi.FFI()
+        optional.cdef("int c_GroupIO(void);")
+        libraries.open_library(optional, "c")
 
 
 @pytest.mark.parametrize("runtime", [AxRuntime, AxclRuntime])

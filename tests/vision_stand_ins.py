@@ -36,7 +36,7 @@ def write_vision_onnx(checkpoint, path, uint8_input=False):
 
 def write_calibration(checkpoint, source, path, samples=32):
     path.write_bytes(b"tar")
-    return samples
+    return samples if source is None else min(samples, len(list(source.iterdir())))
 
 
 class Post:

@@ -12,10 +12,13 @@
 namespace edgevl::emulator {
 namespace {
 
+using Clock = std::chrono::steady_clock;
 using Kind = Problem::Kind;
 
 /// Tensors begin at multiples of this.
 constexpr std::uint64_t kAlignment = 128;
+/// How late the system may wake a thread that sleeps.
+constexpr std::chrono::microseconds kLateness{300};
 
 /// The threads that take the NPU's place.
 Team& team() {
@@ -100,6 +103,13 @@ std::vector<std::uint8_t*> views(const std::vector<TensorInfo>& tensors,
   return views;
 }
 
+/// Waits to the microsecond: who sleeps is woken late, so the last part is not slept.
+void wait_until(Clock::time_point end) {
+  std::this_thread::sleep_until(end - kLateness);
+  while (Clock::now() < end) {
+  }
+}
+
 }  // namespace
 
 Model::Model(std::span<const std::uint8_t> data) try
@@ -124,7 +134,6 @@ const Group& Model::group(std::size_t index) const {
 
 void Model::run(std::size_t index, std::span<const Place> inputs, std::span<const Place> outputs,
                 bool on_card) {
-  using Clock = std::chrono::steady_clock;
   using std::chrono::nanoseconds;
   const auto start = Clock::now();
   Board& board = Board::get();
@@ -142,7 +151,7 @@ void Model::run(std::size_t index, std::span<const Place> inputs, std::span<cons
   if (program_) {
     program_->run(group, views(group.inputs, inputs), views(group.outputs, outputs), team());
   }
-  if (board.settings().timing) std::this_thread::sleep_until(start + npu_time);
+  if (board.settings().timing) wait_until(start + npu_time);
 }
 
 }  // namespace edgevl::emulator

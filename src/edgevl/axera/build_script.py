@@ -6,14 +6,13 @@ import shlex
 from collections.abc import Sequence
 
 from edgevl.axera.build_log import BUILT
-from edgevl.axera.commands import ENVIRONMENT, MOUNTED, shell
+from edgevl.axera.commands import ENVIRONMENT, MOUNTED, mount, shell
+from edgevl.axera.layout import NOT_BUILT
 
 #: The directory of a dry run that has what the script works on; in it, what is moved out when all
 #: is done: a directory of files, and last what says that the model is whole.
 BUILD, MODEL, BOARD = "build", "model", "board.json"
-#: Stands in a directory that is no board's model yet.
-NOT_BUILT = "NOT-BUILT-YET.txt"
-
+#: What `NOT_BUILT` says.
 NOT_BUILT_TEXT = """\
 This directory is not a board's model yet: its .axmodel files are still to be made.
 Run ./build.sh on a machine with Pulsar2; it removes this file when all is done.
@@ -49,7 +48,7 @@ run() {{
   case $PULSAR2 in
   docker:*)
     # As root, as the image is made; what it writes is given back below.
-    docker run --rm {docker} "--volume=$PWD:{mounted}" "${{PULSAR2#docker:}}" pulsar2 "$@"
+    docker run --rm {docker} "{mount}" "${{PULSAR2#docker:}}" pulsar2 "$@"
     ;;
   *) "$PULSAR2" "$@" ;;
   esac
@@ -60,7 +59,7 @@ own() {{
   case $PULSAR2 in
   docker:*)
     [ -z "$(find making ! -user "$(id -u)" 2>/dev/null | head -n 1)" ] ||
-      docker run --rm "--volume=$PWD:{mounted}" --entrypoint=chown "${{PULSAR2#docker:}}" \\
+      docker run --rm "{mount}" --entrypoint=chown "${{PULSAR2#docker:}}" \\
         -R "$(id -u):$(id -g)" {mounted}
     ;;
   esac
@@ -146,6 +145,7 @@ def build_script(
         exports="\n".join(f"export {name}={value}" for name, value in ENVIRONMENT.items()),
         docker=" ".join([*(f"--env={name}" for name in ENVIRONMENT), f"--workdir={MOUNTED}"]),
         mounted=MOUNTED,
+        mount=mount("$PWD").replace('"', r"\""),
         builds="\n".join(steps),
         moves="\n".join(moves),
         built=BUILT,

@@ -102,7 +102,7 @@ def docker_command(image: str, arguments: Sequence[str], directory: str, name: s
         name: of the container, to stop it by.
     """
     environment = [f"--env={name}={value}" for name, value in ENVIRONMENT.items()]
-    where = [f"--volume={directory}:{MOUNTED}", f"--workdir={MOUNTED}"]
+    where = [mount(directory), f"--workdir={MOUNTED}"]
     return [
         *("docker", "run", "--rm", f"--name={name}"),
         *environment,
@@ -113,10 +113,20 @@ def docker_command(image: str, arguments: Sequence[str], directory: str, name: s
     ]
 
 
+def mount(directory: str) -> str:
+    """Return Docker's option that shows a directory of this machine in a container.
+
+    The shorter ``--volume`` would split the path at a colon. The value is a line of CSV, so that
+    commas may be in it, too.
+    """
+    source = directory.replace('"', '""')
+    return f'--mount=type=bind,"source={source}",target={MOUNTED}'
+
+
 def give_back_command(image: str, directory: str, user: int, group: int) -> list[str]:
     """Return what makes a user the owner of all that a container has written to ``directory``."""
     return [
-        *("docker", "run", "--rm", f"--volume={directory}:{MOUNTED}", "--entrypoint=chown"),
+        *("docker", "run", "--rm", mount(directory), "--entrypoint=chown"),
         *(image, "-R", f"{user}:{group}", MOUNTED),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -18,13 +18,12 @@ from edgevl.axera.build_script import (
     BOARD,
     BUILD,
     MODEL,
-    NOT_BUILT,
     NOT_BUILT_TEXT,
     build_script,
 )
 from edgevl.axera.commands import QK_NORM_CONFIG, text_command, vision_command
 from edgevl.axera.embeddings import write_embeddings
-from edgevl.axera.layout import layer_file, post_file, vision_file
+from edgevl.axera.layout import NOT_BUILT, layer_file, post_file, vision_file
 from edgevl.axera.limits import check, check_decode_step, disk_bytes
 from edgevl.axera.pulsar2 import Progress, run, stop_left_over
 from edgevl.axera.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
@@ -33,6 +32,7 @@ from edgevl.axera.text_checkpoint import check_weights, write_text_checkpoint
 from edgevl.axera.toolchain import Pulsar2, find, newest_llm_build, version
 from edgevl.checkpoint import Checkpoint, locate
 from edgevl.checkpoint.hub import model_name
+from edgevl.checkpoint.opening import open_checkpoint
 from edgevl.checkpoint.side_files import copy_side_files
 from edgevl.errors import BoardError
 from edgevl.work import DONE, MAKING, WorkDirectory, check_disk, check_target, opened, publish
@@ -52,6 +52,8 @@ ONNX, CALIBRATION, CONFIG, TEXT, MODEL_CONFIG = (
 VISION, LAYERS, EMBEDDINGS = "vision", "text", "embeddings"
 #: What Pulsar2 has said of itself.
 ASKED = "pulsar2.json"
+#: How many calibration pictures there are.
+PICTURES = "pictures.json"
 #: What may differ when a compilation is resumed.
 _FREE = {"parallel"}
 
@@ -91,9 +93,7 @@ def compile_model(
     check_target(output, BoardError)
     pulsar2 = None if settings.dry_run or settings.emulate else find(settings.pulsar2)
     path = locate(model)
-    if any(path.glob("*.axmodel")) and not any(path.glob("*.safetensors")):
-        raise BoardError(f"{path}: is compiled already; give the checkpoint that it was made of")
-    with Checkpoint.open(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         check(checkpoint, settings)
         check_disk(output, disk_bytes(checkpoint, settings) - _written(output), BoardError)
         begun: dict[str, object] = {
@@ -165,6 +165,7 @@ class _Compilation:
         if asked["version"] is not None:
             board["compiler"] = f"pulsar2 {asked['version']}"
         board["cosines"] = {"vision_onnx": self._vision_inputs(), "layers": None}
+        board["warnings"] = [*self._few_pictures()]
         if not self._done(ASKED):
             with self._work.making(ASKED) as path:
                 path.write_text(json.dumps(asked), "utf-8")
@@ -176,7 +177,7 @@ class _Compilation:
             self._build_vision(pulsar2)
         built = self._build_text(pulsar2, asked["llm_build"])
         board["cosines"]["layers"] = built["cosines"]
-        board["warnings"] = built["warnings"]
+        board["warnings"] += built["warnings"]
         return board
 
     def assemble(self, board: dict[str, Any]) -> Path:
@@ -244,7 +245,8 @@ class _Compilation:
         if not self._done(CALIBRATION):
             with self._progress("calibration") as tell, work.making(CALIBRATION) as path:
                 tell(0, 1)
-                write_calibration(checkpoint, settings.calibration_images, path, settings.samples)
+                source, wanted = settings.calibration_images, settings.samples
+                work.save_json(PICTURES, write_calibration(checkpoint, source, path, wanted))
                 tell(1, 1)
         if not self._done(CONFIG):
             with work.making(CONFIG) as path:
@@ -261,6 +263,16 @@ class _Compilation:
                 work.save_json("vision-onnx.json", cosine)
                 tell(1, 1)
         return float(work.load_json("vision-onnx.json"))
+
+    def _few_pictures(self) -> Iterator[str]:
+        """Yield a warning if vision is calibrated on fewer pictures than were asked for."""
+        wanted = self._settings.samples
+        found = self._work.load_json(PICTURES) if self._checkpoint.has_vision else wanted
+        if found < wanted:
+            yield (
+                f"{self._settings.calibration_images}: {found} different pictures to calibrate "
+                f"on, --samples {wanted} were asked for: add some"
+            )
 
     def _vision_config(self) -> str:
         """Return the configuration of the vision build."""

@@ -60,8 +60,8 @@ class EmbeddingFile:
     def _open_npy(self, shape: tuple[int, int]) -> NDArray[Any]:
         try:
             table = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise BoardError(f"{self.path}: not a NumPy array ({error})") from None
+        except ValueError:  # its text proposes to read it as a pickle, which may run code
+            raise BoardError(f"{self.path}: not a NumPy array: copy or download it again") from None
         if table.shape != shape or table.dtype != np.dtype("<f4"):
             raise BoardError(
                 f"{self.path}: {table.dtype} {list(table.shape)}, expected float32 {list(shape)} "

@@ -99,10 +99,7 @@ def check_text(checkpoint: Checkpoint, settings: CompileSettings) -> None:
     if not 0 <= settings.post_topk <= vocabulary:
         raise BoardError(f"--post-topk {settings.post_topk}: must be from 0 to {vocabulary}")
     if settings.emulate:
-        if settings.weight_type is not None:
-            raise BoardError(
-                f"--weight-type {settings.weight_type}: the emulator computes in bf16; leave it out"
-            )
+        check_emulated(settings)
         return
     if settings.llm_build is not None or settings.dry_run:
         check_decode_step(settings, settings.llm_build or 1)
@@ -112,6 +109,24 @@ def check_text(checkpoint: Checkpoint, settings: CompileSettings) -> None:
             f"--weight-type {settings.weight_type}: the text of {checkpoint.path} is in "
             f"{quantization.bits}-bit GPTQ; leave it out, or compile the original checkpoint"
         )
+
+
+def check_emulated(settings: CompileSettings) -> None:
+    """Refuse options that would change nothing.
+
+    Raises:
+        BoardError: names the option.
+    """
+    if settings.weight_type is not None:
+        raise BoardError(
+            f"--weight-type {settings.weight_type}: the emulator computes in bf16; leave it out"
+        )
+    for name in ("pulsar2", "pulsar2_config", "llm_build", "decode_step", "calibration_images"):
+        value = getattr(settings, name)
+        if value is not None:
+            raise BoardError(
+                f"--{name.replace('_', '-')} {value}: --emulate does without Pulsar2; leave it out"
+            )
 
 
 def check_decode_step(settings: CompileSettings, generation: int) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgevl.axera.embedding_file import EMBEDDING_FILES, EmbeddingFile
-from edgevl.axera.layout import EMULATED_MAGIC, layer_file, post_file
+from edgevl.axera.layout import EMULATED_MAGIC, NOT_BUILT, layer_file, post_file
 from edgevl.checkpoint.config import MAX_TILES, ModelConfig
 from edgevl.checkpoint.directory import ModelDirectory, is_directory, read_config
 from edgevl.checkpoint.jsonfile import Fields, parse_object, read_text
@@ -82,6 +82,11 @@ class BoardModel(ModelDirectory):
         root = Path(path)
         if not is_directory(root):
             raise BoardError(f"{root}: not a directory; give the one with the *.axmodel files")
+        if (root / NOT_BUILT).exists():
+            raise BoardError(
+                f"{root}: not built yet, see {NOT_BUILT} in it: run {root / 'build.sh'} on a "
+                "machine with Pulsar2"
+            )
         files = list(walk(root))
         prefix, directory, layers = _find_layers(root, files)
         source = _find_config(root, directory, files)
@@ -113,12 +118,16 @@ class BoardModel(ModelDirectory):
         )
 
 
-def holds_layers(root: Path) -> bool:
-    """Whether a directory has compiled layers in it or up to `MAX_DEPTH` levels below."""
+def holds_compiled(root: Path) -> bool:
+    """Whether a directory has files of a compiled model in it or up to `MAX_DEPTH` levels below.
+
+    One will do, also if others are missing: what is wrong with them `BoardModel.open` says.
+    """
     try:
-        return any(_LAYER.fullmatch(path.name) for path in walk(root))
+        names = [path.name for path in walk(root)]
     except BoardError:  # whatever this is, it is not such a directory
         return False
+    return any(_LAYER.fullmatch(name) or name in EMBEDDING_FILES for name in names)
 
 
 def walk(root: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
@@ -174,7 +183,8 @@ def _find_layers(root: Path, files: Sequence[Path]) -> tuple[str, Path, dict[int
     if not models:
         raise BoardError(
             f"{root}: no layers compiled for a board (*_p128_l0_together.axmodel and so on): "
-            "compile the checkpoint first, edgevl compile MODEL -o OUT --target ax650"
+            "compile the checkpoint first, edgevl compile MODEL -o OUT --target ax650, or copy all "
+            "that it has written"
         )
     if len(models) > 1:
         several = [f"{directory / prefix}_p{chunk}" for directory, prefix, chunk in models]

@@ -381,7 +381,7 @@ def _weight_files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory}: {len(found)} files, expected at most {MAX_SHARDS}")
     if found:
         return found
-    if any(name.endswith(".axmodel") for name in names):
+    if any(name.endswith(".axmodel") or "embed_tokens.weight" in name for name in names):
         raise CheckpointError(
             f"{directory}: compiled for a board, without the weights: give the checkpoint that it "
             "was compiled from"

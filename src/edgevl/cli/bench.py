@@ -100,8 +100,6 @@ def command(
         started = time.perf_counter()
         loaded = load(model, **loading)
         load_ms = 1000 * (time.perf_counter() - started)
-        for line in loaded.engine.notes:
-            note(line)
         bar = stack.enter_context(
             tqdm(
                 total=(runs + 1) * (len(prompt_tokens) + 1 + image),
@@ -159,3 +157,5 @@ def describe(result: BenchResult) -> Iterator[str]:
         memory += f", {result.weights_bytes / 1e6:.0f} MB of weights"
     yield memory
     yield f"          medians of {result.rounds} rounds"
+    for line in result.notes:
+        yield f"          {line}"

@@ -17,6 +17,7 @@ from edgevl.cli.terminal import (
     note,
     print_json,
     replacing,
+    show_notes,
 )
 from edgevl.errors import EdgeVLError
 
@@ -166,8 +167,7 @@ def command(
             threads=threads,
             kv_cache=kv_cache,
         )
-        for line in loaded.engine.notes:
-            note(line)
+        show_notes(loaded.engine.notes)
         if question is None:
             from edgevl.cli.conversation import Conversation
 

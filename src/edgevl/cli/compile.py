@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edgevl.cli.terminal import note, progress_bar
+from edgevl.cli.terminal import ends_like_ctrl_c, note, progress_bar
 
 FILE = click.Path(path_type=Path)
 
@@ -151,7 +151,8 @@ def command(
         **options,
     )
     try:
-        board = compile_model(model, output, settings, progress=progress_bar)
+        with ends_like_ctrl_c():
+            board = compile_model(model, output, settings, progress=progress_bar)
     except KeyboardInterrupt:
         click.echo(f"interrupted; the same command goes on in {output}.partial", err=True)
         raise

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from edgevl.cli.terminal import engine_options, is_terminal, note, print_json, replacing
+from edgevl.cli.terminal import (
+    engine_options,
+    is_terminal,
+    note,
+    print_json,
+    replacing,
+    show_notes,
+)
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -161,8 +168,7 @@ def _load(
             return models[0], None
         note(f"loading {each} …")
         models.append(edgevl.load(each, exact_logits=exact_logits, **loading))
-        for line in models[-1].engine.notes:
-            note(line)
+        show_notes(models[-1].engine.notes)
     return models[0], models[1]
 
 

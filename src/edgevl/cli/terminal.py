@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -24,6 +25,8 @@ ENGINES = ("auto", "cpu", "reference", "axera")
 PRECISIONS = ("auto", "int4", "int8", "bf16")
 #: What it accepts as a format of keys and values.
 KV_CACHE_FORMATS = ("bf16", "int8")
+#: Engines' notes that users read often.
+_CHINESE_NOTES = {"emulated NPU: no board computes": "模拟的 NPU：没有板子在计算"}
 
 
 def engine_options(function: Function) -> Function:
@@ -77,6 +80,30 @@ def note(text: str) -> None:
     """Write a dimmed line to standard error, if that is a terminal."""
     if is_terminal(sys.stderr):
         click.echo(dim(text), err=True)
+
+
+def show_notes(notes: Iterable[str]) -> None:
+    """Write what an engine has to say to standard error, also where that is no terminal."""
+    for line in notes:
+        click.echo(dim(_CHINESE_NOTES.get(line, line) if chinese() else line), err=True)
+
+
+@contextmanager
+def ends_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, and the end of the terminal, stop what runs in the block as Ctrl-C does.
+
+    Else they would end this process alone, and leave those that it has started. What the caller
+    has this process ignore (``nohup``) stays ignored.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_terminal(stream: IO[Any] | None) -> bool:

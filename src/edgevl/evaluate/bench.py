@@ -94,6 +94,7 @@ class BenchResult:
         peak_rss_bytes: most memory the process had resident, before the machine was measured.
         load_ms: time to load the model.
         rounds: how often each step was measured.
+        notes: what a reader must know of the engine, a line each.
     """
 
     model: str
@@ -108,6 +109,7 @@ class BenchResult:
     peak_rss_bytes: int
     load_ms: float
     rounds: int
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``edgevl bench --json`` prints; unknown values are None."""
@@ -140,6 +142,7 @@ class BenchResult:
             },
             "load_ms": self.load_ms,
             "runs": self.rounds,
+            "notes": list(self.notes),
         }
 
 
@@ -244,6 +247,7 @@ def run_bench(
         peak_rss_bytes=peak_rss,
         load_ms=load_ms,
         rounds=runs,
+        notes=model.engine.notes,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 import edgevl
 from edgevl.checkpoint import Checkpoint, locate
 from edgevl.checkpoint.hub import model_name
+from edgevl.checkpoint.opening import open_checkpoint
 from edgevl.engine.base import Floats
 from edgevl.evaluate import read_questions
 from edgevl.evaluate.bench import peak_rss_bytes
@@ -72,6 +73,7 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: ``model`` is missing, malformed, or not supported.
         QuantizationError: it cannot be quantized so, or ``output`` cannot be written.
+        BoardError: ``model`` is compiled for a board.
         EdgeVLError: pictures, texts or questions cannot be read, or the memory does not suffice.
     """
     settings = settings or QuantizationSettings()
@@ -80,7 +82,7 @@ def quantize_checkpoint(
     if vqa is not None:
         read_questions(vqa)  # a mistake in it is told before the work
     path = locate(model)
-    with Checkpoint.open(path) as checkpoint, torch.no_grad():
+    with open_checkpoint(path) as checkpoint, torch.no_grad():
         check(checkpoint, settings)
         begun = {"edgevl": edgevl.__version__, "checkpoint": checkpoint.fingerprint()}
         begun |= {name: _identity(value) for name, value in asdict(settings).items()}

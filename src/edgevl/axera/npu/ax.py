@@ -128,7 +128,8 @@ class AxRuntime(Runtime):
         self.engine = open_library(self.functions, "ax_engine", directory)
         self.token = self.functions.new("signed char[]", b"edgevl\0")
         status = self.system.AX_SYS_Init()
-        check_status(status, "AX_SYS_Init", ": does this user have access to the NPU (root has)?")
+        mend = ": does this user have access to the NPU (root has)?" if directory is None else ""
+        check_status(status, "AX_SYS_Init", mend)
         attributes = self.functions.new("NpuAttributes *")
         # Where another program has set the NPU's mode it is kept; the default is all cores as one.
         if self.engine.AX_ENGINE_GetVNPUAttr(attributes):

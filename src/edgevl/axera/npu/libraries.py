@@ -57,17 +57,24 @@ def open_library(functions: Any, name: str, directory: Path | None = None) -> An
     """Open a library that `library_path` finds.
 
     Raises:
-        BoardError: it is not there, or the system's loader refuses it.
+        BoardError: it is not there, the system's loader refuses it, or it lacks a function that is
+            declared and begins with its name.
     """
     path = library_path(name, directory)
     if path is None:
         raise BoardError(f"lib{name}.so is not installed")
     try:
-        return functions.dlopen(path)
+        library = functions.dlopen(path)
     except OSError as error:
         # cffi goes on to say that it tried to find the path as a name, too.
         reason = str(error).partition(".  Additionally")[0]
         raise BoardError(f"{path}: cannot be loaded ({reason})") from None
+    prefix = name.removesuffix("_rt")
+    for function in dir(library):
+        optional = "GroupIO" in function  # AX_ENGINE had none of these in the beginning
+        if function.lower().startswith(prefix) and not (optional or hasattr(library, function)):
+            raise BoardError(f"{path}: has no {function}: update the board's image or the driver")
+    return library
 
 
 def check_status(status: int, what: str, mend: str = "") -> None:
