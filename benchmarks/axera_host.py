@@ -30,7 +30,7 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.axera.emulate import emulator_directory
+from edgevl.axera.compiler.emulate import emulator_directory
 from edgevl.axera.layout import BoardShape
 
 #: Settings of the emulator: it only counts, and has room for the model twice.

@@ -15,8 +15,8 @@ import pytest
 
 import edgevl
 from edgevl.axera import layout
+from edgevl.axera.model.number_formats import to_device
 from edgevl.axera.npu import open_runtime
-from edgevl.axera.number_formats import to_device
 from edgevl.checkpoint import Checkpoint, locate
 from edgevl.cli import main
 from edgevl.engine import ReferenceEngine, native_missing
@@ -26,7 +26,7 @@ from edgevl.preprocess import prepare_picture
 pytest.importorskip("cffi")
 if native_missing() is not None:
     pytest.skip("the native engine is not built", allow_module_level=True)
-emulate = pytest.importorskip("edgevl.axera.emulate")
+emulate = pytest.importorskip("edgevl.axera.compiler.emulate")
 
 try:
     emulate.emulator_directory()

@@ -9,10 +9,10 @@ import pytest
 
 import edgevl
 from edgevl.axera import layout
-from edgevl.axera.model_directory import BoardModel
+from edgevl.axera.model.directory import BoardModel
 from edgevl.axera.npu.base import Group, TensorInfo
-from edgevl.axera.plan import PrefillSteps, prefill_steps
-from edgevl.axera.timing import SINGLE_STEPS
+from edgevl.axera.planning.plan import PrefillSteps, prefill_steps
+from edgevl.axera.planning.timing import SINGLE_STEPS
 from edgevl.checkpoint import Checkpoint, open_model
 from edgevl.engine import ReferenceEngine, load_engine
 from edgevl.engine.axera import AxeraEngine

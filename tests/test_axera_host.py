@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import axengine_loop  # noqa: E402
 import axera_host  # noqa: E402
 from edgevl.axera.layout import EMBEDDING_NPY, BoardShape  # noqa: E402
-from edgevl.axera.model_directory import BoardModel  # noqa: E402
-from edgevl.axera.number_formats import from_device, to_device  # noqa: E402
+from edgevl.axera.model.directory import BoardModel  # noqa: E402
+from edgevl.axera.model.number_formats import from_device, to_device  # noqa: E402
 from edgevl.checkpoint import Checkpoint  # noqa: E402
 from edgevl.engine.axera import AxeraEngine  # noqa: E402
 

@@ -5,9 +5,10 @@ import shutil
 import numpy as np
 import pytest
 
-from edgevl.axera import layout, model_directory
-from edgevl.axera.embedding_file import EmbeddingFile
-from edgevl.axera.model_directory import BoardModel
+from edgevl.axera import layout
+from edgevl.axera.model import directory as model_directory
+from edgevl.axera.model.directory import BoardModel
+from edgevl.axera.model.embedding_file import EmbeddingFile
 from edgevl.checkpoint import Checkpoint, open_model
 from edgevl.checkpoint.opening import open_checkpoint
 from edgevl.errors import BoardError, CheckpointError

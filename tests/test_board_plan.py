@@ -7,11 +7,10 @@ import pytest
 
 from edgevl import cli
 from edgevl.axera.layout import BoardShape
-from edgevl.axera.memory import plan_memory
-from edgevl.axera.plan import PrefillSteps, make_plan, prefill_steps
-from edgevl.axera.planned_model import planned_model
-from edgevl.axera.targets import AX630C, AX650, TARGETS
-from edgevl.axera.timing import (
+from edgevl.axera.planning.memory import plan_memory
+from edgevl.axera.planning.plan import PrefillSteps, make_plan, prefill_steps
+from edgevl.axera.planning.planned_model import planned_model
+from edgevl.axera.planning.timing import (
     DECODE_FACTOR,
     PREFILL_FACTOR,
     VISION_MS,
@@ -19,6 +18,7 @@ from edgevl.axera.timing import (
     is_published,
     post_time_ms,
 )
+from edgevl.axera.targets import AX630C, AX650, TARGETS
 from edgevl.checkpoint.presets import PRESETS
 from edgevl.cli.plan import TARGET_NAMES
 from edgevl.errors import BoardError

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 import vision_stand_ins
+from edgevl.axera.compiler.text_checkpoint import write_text_checkpoint
 from edgevl.axera.layout import BoardShape
-from edgevl.axera.text_checkpoint import write_text_checkpoint
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.cli import main
@@ -240,7 +240,7 @@ def test_gptq_stays_and_text_alone_has_no_vision(desk):
 
 def test_no_pytorch_is_needed():
     code = (
-        "import sys; import edgevl.cli.compile, edgevl.axera.compile; print('torch' in sys.modules)"
+        "import sys, edgevl.cli.compile, edgevl.axera.compiler.run; print('torch' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
@@ -413,9 +413,9 @@ def test_layers_that_are_whole_stay_when_only_their_check_fails(desk):
 
 
 def test_a_build_that_does_not_exit_is_stopped_once_all_is_done(desk):
-    desk.monkeypatch.setattr("edgevl.axera.pulsar2.EXIT_GRACE_S", 0.2)
-    desk.monkeypatch.setattr("edgevl.axera.pulsar2.STOP_GRACE_S", 0.5)
-    desk.monkeypatch.setattr("edgevl.axera.pulsar2.POLL_S", 0.1)
+    desk.monkeypatch.setattr("edgevl.axera.compiler.pulsar2.EXIT_GRACE_S", 0.2)
+    desk.monkeypatch.setattr("edgevl.axera.compiler.pulsar2.STOP_GRACE_S", 0.5)
+    desk.monkeypatch.setattr("edgevl.axera.compiler.pulsar2.POLL_S", 0.1)
     desk.set(LINGER="1")
     desk.make()
 
@@ -732,7 +732,7 @@ def test_a_disk_without_room_is_told_before_the_work(desk):
 
 
 def test_a_vision_encoder_beyond_onnx_is_refused(desk, monkeypatch):
-    monkeypatch.setattr("edgevl.axera.limits.MAX_ONNX_BYTES", 1000)
+    monkeypatch.setattr("edgevl.axera.compiler.limits.MAX_ONNX_BYTES", 1000)
     status, said = desk.compile()
     assert status == 1
     assert "in float32, but an ONNX file ends at 2 GB: use a model with InternViT-300M" in said

@@ -16,7 +16,7 @@ import pytest
 
 import edgevl.checkpoint.hub as hub
 from edgevl.axera.layout import EMBEDDING_F32, EMBEDDING_NPY
-from edgevl.axera.model_directory import BoardModel
+from edgevl.axera.model.directory import BoardModel
 from edgevl.checkpoint import Checkpoint, expected_tensors, locate, parse_config, pull
 from edgevl.errors import CheckpointError, DownloadError
 from fake_npu import write_board

@@ -18,6 +18,12 @@ allowed and `MASKED` elsewhere; its last columns are those of the new tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgevl.errors import BoardError
+
+if TYPE_CHECKING:
+    from edgevl.checkpoint import TextConfig
 
 #: What is added to the score of a position that is not attended to.
 MASKED = -65536.0
@@ -32,6 +38,11 @@ NOT_BUILT = "NOT-BUILT-YET.txt"
 EMBEDDING_NPY = "model.embed_tokens.weight.npy"
 EMBEDDING_F32 = "model.embed_tokens.weight.float32.bin"
 EMBEDDING_BF16 = "model.embed_tokens.weight.bfloat16.bin"
+
+#: Chunks that the compiler has shapes for are multiples of this many tokens, and at most so many.
+CHUNK_STEP, MAX_CHUNK = 16, 1024
+#: Most shape groups for prefill in one file.
+MAX_PREFILL_GROUPS = 64
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,40 @@ class BoardShape:
     def histories(self) -> tuple[int, ...]:
         """Return the length of the history of each prefill group: 0, P, 2P … max_prefill."""
         return tuple(range(0, self.max_prefill + 1, self.chunk))
+
+
+def check_shape(shape: BoardShape, text: TextConfig) -> None:
+    """Refuse shapes that contradict one another or the model.
+
+    Raises:
+        BoardError: names the option, its value and the mend.
+    """
+    chunk, context, longest = shape.chunk, shape.context, shape.max_prefill
+    if not 0 < chunk <= MAX_CHUNK or chunk % CHUNK_STEP:
+        raise BoardError(
+            f"--chunk {chunk}: must be a multiple of {CHUNK_STEP} up to {MAX_CHUNK}, such as 128"
+        )
+    limit = text.max_position_embeddings - 1
+    if not chunk <= context <= limit:
+        raise BoardError(
+            f"--context {context}: must be from {chunk} (--chunk) to {limit}, one less than the "
+            "positions that the model was trained for"
+        )
+    if longest < 0 or longest % chunk:
+        raise BoardError(
+            f"--max-prefill {longest}: must be a multiple of --chunk {chunk}, such as "
+            f"{max(longest, 0) // chunk * chunk}"
+        )
+    if longest + chunk > context + 1:
+        raise BoardError(
+            f"--max-prefill {longest}: with one more chunk of {chunk} it exceeds --context "
+            f"{context}; at most {(context + 1) // chunk * chunk - chunk} fits"
+        )
+    if len(shape.histories()) > MAX_PREFILL_GROUPS:
+        raise BoardError(
+            f"--max-prefill {longest}: takes {len(shape.histories())} shape groups of --chunk "
+            f"{chunk}, at most {MAX_PREFILL_GROUPS} are built: use a larger --chunk"
+        )
 
 
 def layer_file(prefix: str, chunk: int, layer: int) -> str:

@@ -22,7 +22,7 @@ def open_model(path: Path, engine: str = "auto") -> ModelDirectory:
         BoardError: what was compiled is incomplete or ambiguous.
     """
     if engine == "axera" or _is_compiled(path):
-        from edgevl.axera.model_directory import BoardModel
+        from edgevl.axera.model.directory import BoardModel
 
         return BoardModel.open(path)
     return Checkpoint.open(path)
@@ -47,6 +47,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _is_compiled(path: Path) -> bool:
     # Imported here: a room further on, which few models need.
-    from edgevl.axera.model_directory import holds_compiled
+    from edgevl.axera.model.directory import holds_compiled
 
     return not any(path.glob("*.safetensors")) and holds_compiled(path)

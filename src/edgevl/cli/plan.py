@@ -11,7 +11,7 @@ from edgevl.cli.terminal import print_json
 
 if TYPE_CHECKING:
     from edgevl.axera.layout import BoardShape
-    from edgevl.axera.plan import BoardPlan
+    from edgevl.axera.planning.plan import BoardPlan
     from edgevl.axera.targets import Target
 
 #: The model whose times are published.
@@ -78,8 +78,8 @@ def command(
     """
     from dataclasses import replace
 
-    from edgevl.axera.plan import make_plan
-    from edgevl.axera.planned_model import planned_model
+    from edgevl.axera.planning.plan import make_plan
+    from edgevl.axera.planning.planned_model import planned_model
     from edgevl.axera.targets import TARGETS
 
     described = planned_model(model)

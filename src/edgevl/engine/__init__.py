@@ -125,7 +125,7 @@ def _axera(
     kv_cache: KVCacheFormat,
     exact_logits: bool,
 ) -> Engine:
-    from edgevl.axera.model_directory import BoardModel
+    from edgevl.axera.model.directory import BoardModel
     from edgevl.engine.axera import AxeraEngine
 
     if not isinstance(checkpoint, BoardModel):

@@ -44,7 +44,7 @@ def open_runtime(emulated: bool = False) -> Runtime:
     """
     directory = None
     if emulated:
-        from edgevl.axera.emulate import emulator_directory
+        from edgevl.axera.compiler.emulate import emulator_directory
 
         directory = emulator_directory()
     name = _choose(directory)

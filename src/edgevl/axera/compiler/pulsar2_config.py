@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from edgevl.axera.requirements import missing
+from edgevl.axera.compiler.requirements import missing
 from edgevl.checkpoint import ModelConfig
 from edgevl.checkpoint.jsonfile import read_text, shown
 from edgevl.errors import BoardError, CheckpointError

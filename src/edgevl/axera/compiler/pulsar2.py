@@ -16,9 +16,9 @@ from pathlib import Path
 
 import psutil
 
-from edgevl.axera.build_log import BuildLog, explain
-from edgevl.axera.commands import ENVIRONMENT, give_back_command
-from edgevl.axera.toolchain import Pulsar2
+from edgevl.axera.compiler.build_log import BuildLog, explain
+from edgevl.axera.compiler.commands import ENVIRONMENT, give_back_command
+from edgevl.axera.compiler.toolchain import Pulsar2
 from edgevl.errors import BoardError
 from edgevl.work import MAKING, WorkDirectory
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgevl.axera.limits import MAX_ONNX_BYTES
-from edgevl.axera.requirements import missing
+from edgevl.axera.compiler.limits import MAX_ONNX_BYTES
+from edgevl.axera.compiler.requirements import missing
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Floats
 from edgevl.engine.reference import ReferenceVision
@@ -83,7 +83,7 @@ def _check(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: has no vision encoder; compile the checkpoint that it was made of"
         )
     try:
-        from edgevl.axera.vision_graph import vision_graph
+        from edgevl.axera.compiler.vision_graph import vision_graph
     except ImportError as error:
         raise missing(error) from None
     _, weights = vision_graph(checkpoint.config)
@@ -109,7 +109,7 @@ def _write(checkpoint: Checkpoint, path: Path) -> None:
         import onnx_ir
         import onnxslim
 
-        from edgevl.axera.vision_graph import fill, vision_graph
+        from edgevl.axera.compiler.vision_graph import fill, vision_graph
     except ImportError as error:
         raise missing(error) from None
     model, weights = vision_graph(checkpoint.config)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from edgevl.axera.compiler.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
 from edgevl.axera.layout import BoardShape, vision_file
-from edgevl.axera.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
 from edgevl.axera.targets import TARGETS
 
 #: Matrix products in bfloat16 on the convolution unit: a much shorter prefill.

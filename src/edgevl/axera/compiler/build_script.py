@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from edgevl.axera.build_log import BUILT
-from edgevl.axera.commands import ENVIRONMENT, MOUNTED, mount, shell
+from edgevl.axera.compiler.build_log import BUILT
+from edgevl.axera.compiler.commands import ENVIRONMENT, MOUNTED, mount, shell
 from edgevl.axera.layout import NOT_BUILT
 
 #: The directory of a dry run that has what the script works on; in it, what is moved out when all

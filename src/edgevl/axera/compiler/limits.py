@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from math import prod
 
-from edgevl.axera.embeddings import embedding_bytes
-from edgevl.axera.layout import BoardShape
-from edgevl.axera.memory import plan_memory
-from edgevl.axera.settings import CompileSettings
+from edgevl.axera.compiler.embeddings import embedding_bytes
+from edgevl.axera.compiler.settings import CompileSettings
+from edgevl.axera.compiler.text_checkpoint import check_weights, text_bytes
+from edgevl.axera.layout import check_shape
+from edgevl.axera.planning.memory import plan_memory
 from edgevl.axera.targets import TARGETS, Target
-from edgevl.axera.text_checkpoint import check_weights, text_bytes
-from edgevl.checkpoint import Checkpoint, TextConfig
+from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.layouts import PROJECTOR, VISION
 from edgevl.errors import BoardError
 
-#: Chunks that the compiler has shapes for are multiples of this many tokens, and at most so many.
-CHUNK_STEP, MAX_CHUNK = 16, 1024
-#: Most shape groups for prefill in one file.
-MAX_PREFILL_GROUPS = 64
 #: Most bytes of weights in an ONNX file: that is one protobuf message, which ends at 2 GiB, and the
 #: graph itself takes under 1 MiB.
 MAX_ONNX_BYTES = (2 << 30) - (1 << 20)
@@ -52,40 +48,6 @@ def check_npu_mode(settings: CompileSettings, target: Target) -> None:
     if settings.npu_mode not in (None, *target.npu_modes):
         raise BoardError(
             f"--npu-mode {settings.npu_mode}: {target.name} has {', '.join(target.npu_modes)}"
-        )
-
-
-def check_shape(shape: BoardShape, text: TextConfig) -> None:
-    """Refuse shapes that contradict one another or the model.
-
-    Raises:
-        BoardError: names the option, its value and the mend.
-    """
-    chunk, context, longest = shape.chunk, shape.context, shape.max_prefill
-    if not 0 < chunk <= MAX_CHUNK or chunk % CHUNK_STEP:
-        raise BoardError(
-            f"--chunk {chunk}: must be a multiple of {CHUNK_STEP} up to {MAX_CHUNK}, such as 128"
-        )
-    limit = text.max_position_embeddings - 1
-    if not chunk <= context <= limit:
-        raise BoardError(
-            f"--context {context}: must be from {chunk} (--chunk) to {limit}, one less than the "
-            "positions that the model was trained for"
-        )
-    if longest < 0 or longest % chunk:
-        raise BoardError(
-            f"--max-prefill {longest}: must be a multiple of --chunk {chunk}, such as "
-            f"{max(longest, 0) // chunk * chunk}"
-        )
-    if longest + chunk > context + 1:
-        raise BoardError(
-            f"--max-prefill {longest}: with one more chunk of {chunk} it exceeds --context "
-            f"{context}; at most {(context + 1) // chunk * chunk - chunk} fits"
-        )
-    if len(shape.histories()) > MAX_PREFILL_GROUPS:
-        raise BoardError(
-            f"--max-prefill {longest}: takes {len(shape.histories())} shape groups of --chunk "
-            f"{chunk}, at most {MAX_PREFILL_GROUPS} are built: use a larger --chunk"
         )
 
 

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, fields
 
 from edgevl.axera.layout import BoardShape
-from edgevl.axera.model_directory import BOARD_FILE
+from edgevl.axera.model.directory import BOARD_FILE
 from edgevl.checkpoint import locate
 from edgevl.checkpoint.config import MAX_POSITIONS, ModelConfig
 from edgevl.checkpoint.jsonfile import Fields

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgevl.axera.embedding_file import EMBEDDING_FILES, EmbeddingFile
 from edgevl.axera.layout import EMULATED_MAGIC, NOT_BUILT, layer_file, post_file
+from edgevl.axera.model.embedding_file import EMBEDDING_FILES, EmbeddingFile
 from edgevl.checkpoint.config import MAX_TILES, ModelConfig
 from edgevl.checkpoint.directory import ModelDirectory, is_directory, read_config
 from edgevl.checkpoint.jsonfile import Fields, parse_object, read_text

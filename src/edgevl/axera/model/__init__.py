@@ -1,0 +1,1 @@
+"""A compiled model on the NPU: its files, its shape groups, and the calls that compute it."""

@@ -1,0 +1,1 @@
+"""What a board holds and how long it takes, computed from shapes and published times."""
