@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from edgevl.errors import BoardError
 
 if TYPE_CHECKING:
-    from edgevl.checkpoint import TextConfig
+    from edgevl.checkpoint.config import TextConfig
 
 #: What is added to the score of a position that is not attended to.
 MASKED = -65536.0
