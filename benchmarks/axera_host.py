@@ -30,8 +30,8 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.axera.compiler.emulate import emulator_directory
 from edgevl.axera.layout import BoardShape
+from edgevl.axera.npu.libraries import emulator_directory
 
 #: Settings of the emulator: it only counts, and has room for the model twice.
 SETTINGS = {

@@ -4,7 +4,7 @@ import ctypes as c
 
 import numpy as np
 
-from edgevl.axera.compiler.emulate import emulator_directory
+from edgevl.axera.npu.libraries import emulator_directory
 
 DTYPES = {1: np.uint8, 3: np.float32, 6: np.int32, 7: np.uint32, 9: np.uint16}
 

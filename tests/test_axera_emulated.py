@@ -17,6 +17,7 @@ import edgevl
 from edgevl.axera import layout
 from edgevl.axera.model.number_formats import to_device
 from edgevl.axera.npu import open_runtime
+from edgevl.axera.npu.libraries import emulator_directory
 from edgevl.checkpoint import Checkpoint, locate
 from edgevl.cli import main
 from edgevl.engine import ReferenceEngine, native_missing
@@ -29,7 +30,7 @@ if native_missing() is not None:
 emulate = pytest.importorskip("edgevl.axera.compiler.emulate")
 
 try:
-    emulate.emulator_directory()
+    emulator_directory()
 except BoardError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 

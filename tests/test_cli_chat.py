@@ -365,7 +365,13 @@ def test_closed_stderr_is_no_error(mini):
 def test_interrupted_answer_ends_quietly(mini, picture):
     args = [sys.executable, "-m", "edgevl", "chat", mini, "-q", "hello", "--max-tokens", "4000"]
     args += ["--temperature", "1", "--seed", "0"]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        args,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell's background job ignores it, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         process.stdout.read(1)  # it has begun
         process.send_signal(signal.SIGINT)
         assert process.stderr.read().strip() == b""

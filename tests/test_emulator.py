@@ -27,7 +27,8 @@ from edgevl.errors import BoardError
 
 pytest.importorskip("edgevl._native", reason="the native engine is not built")
 
-from edgevl.axera.compiler.emulate import Post, emulator_directory, write_emulated
+from edgevl.axera.compiler.emulate import Post, write_emulated
+from edgevl.axera.npu.libraries import emulator_directory
 from edgevl.axera.planning.timing import group_times_ms
 from edgevl.engine.plan import vision_layers
 

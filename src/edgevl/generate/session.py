@@ -148,7 +148,8 @@ class Session:
         sources = images if isinstance(images, (list, tuple)) else [images]
         if sources and not self._checkpoint.has_vision:
             raise CheckpointError(
-                f"{self._checkpoint.path} has no vision weights: it answers text only"
+                f"{self._checkpoint.path} has no vision weights: it answers text only; for "
+                "pictures give the whole model"
             )
         config = self._checkpoint.config
         return [prepare_picture(source, config, self._max_tiles) for source in sources]

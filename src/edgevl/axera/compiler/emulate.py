@@ -59,20 +59,6 @@ class Post:
     topk: int = 0
 
 
-def emulator_directory() -> Path:
-    """Return where libax_sys.so, libax_engine.so and libaxcl_rt.so of the emulator are.
-
-    Raises:
-        BoardError: they were not built.
-    """
-    directory = Path(_native.__file__).parent / "emulator"
-    if not (directory / "libax_engine.so").is_file():
-        raise BoardError(
-            f"{directory}: there is no NPU emulator, this edgevl was built with EDGEVL_EMULATOR=OFF"
-        )
-    return directory
-
-
 def write_emulated(
     checkpoint: Checkpoint,
     directory: Path,

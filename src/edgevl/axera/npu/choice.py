@@ -12,7 +12,7 @@ from pathlib import Path
 from edgevl.axera.npu.ax import AxRuntime
 from edgevl.axera.npu.axcl import AxclRuntime
 from edgevl.axera.npu.base import Runtime
-from edgevl.axera.npu.libraries import library_path
+from edgevl.axera.npu.libraries import emulator_directory, library_path
 from edgevl.axera.npu.vendor import VendorRuntime
 from edgevl.errors import BoardError
 
@@ -42,11 +42,7 @@ def open_runtime(emulated: bool = False) -> Runtime:
     Raises:
         BoardError: there is none, or it does not start.
     """
-    directory = None
-    if emulated:
-        from edgevl.axera.compiler.emulate import emulator_directory
-
-        directory = emulator_directory()
+    directory = emulator_directory() if emulated else None
     name = _choose(directory)
     with _lock:
         key = (name, directory)

@@ -37,6 +37,27 @@ def library_path(name: str, directory: Path | None = None) -> str | None:
     return next((str(path) for path in paths if path.exists()), None)
 
 
+def emulator_directory() -> Path:
+    """Return where libax_sys.so, libax_engine.so and libaxcl_rt.so of the emulator are.
+
+    Raises:
+        BoardError: they were not built.
+    """
+    try:
+        from edgevl import _native
+    except ImportError:
+        raise BoardError(
+            "the NPU emulator comes with the native engine, which this installation lacks: install "
+            "edgevl where there is a C++20 compiler"
+        ) from None
+    directory = Path(_native.__file__).parent / "emulator"
+    if not (directory / "libax_engine.so").is_file():
+        raise BoardError(
+            f"{directory}: there is no NPU emulator, this edgevl was built with EDGEVL_EMULATOR=OFF"
+        )
+    return directory
+
+
 def foreign_functions() -> Any:
     """Return a new ``cffi.FFI``.
 
