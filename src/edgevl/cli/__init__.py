@@ -15,6 +15,10 @@ from edgevl.cli.terminal import reason
 #: Subcommand -> (module with an object ``command``, one-line help).
 COMMANDS = {
     "chat": ("edgevl.cli.chat", "Ask a picture, once or in a conversation."),
+    "batch": (
+        "edgevl.cli.batch",
+        "Ask about many pictures, into a file; goes on where it stopped.",
+    ),
     "pull": ("edgevl.cli.pull", "Download a checkpoint from the Hub."),
     "quantize": ("edgevl.cli.quantize", "Make a smaller, faster checkpoint and say what it cost."),
     "compile": ("edgevl.cli.compile", "Compile for an Axera NPU, or for its emulator."),

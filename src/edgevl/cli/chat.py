@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevl.cli.answer import print_answer
+from edgevl.cli.options import answer_options, as_unicode
 from edgevl.cli.terminal import (
     chinese,
     engine_options,
@@ -39,69 +40,7 @@ MAX_QUESTION_BYTES = 1 << 20
     metavar="IMAGE",
     help="A picture: path, data: URL, or - for standard input. May be repeated.",
 )
-@click.option("--system", metavar="TEXT", help="System message.  [default: the checkpoint's]")
-@click.option("--think", is_flag=True, help="Let the model think first (on standard error).")
-@click.option(
-    "--max-tiles",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Most tiles of a picture.  [default: the checkpoint's]",
-)
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Most tokens of an answer.",
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    metavar="T",
-    help="0 always takes the likeliest token.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    metavar="P",
-    help="Draw from the likeliest tokens that reach this probability.",
-)
-@click.option(
-    "--top-k",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="K",
-    help="Draw from the K likeliest tokens; 0 from all.",
-)
-@click.option(
-    "--min-p",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    show_default=True,
-    metavar="P",
-    help="Drop tokens less likely than this fraction of the likeliest.",
-)
-@click.option(
-    "--repetition-penalty",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    metavar="R",
-    help="Above 1, repeat less.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Same seed, same answer.",
-)
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
+@answer_options
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -144,8 +83,7 @@ def command(
         raise click.UsageError("standard input can be read once: give the question with -q TEXT")
     if not converse and question in (None, "-"):
         question = _read_question()
-    question, system = _unicode(question), _unicode(system)
-    sampling["stop"] = tuple(_unicode(text) for text in sampling["stop"])
+    question = as_unicode(question)
     if question is not None and not question.strip():
         raise click.UsageError("the question is empty: give it with -q TEXT")
 
@@ -210,14 +148,6 @@ def _read_question() -> str:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise click.UsageError("the question on standard input is not UTF-8 text") from None
-
-
-def _unicode(text: str | None) -> str | None:
-    """Read an argument as UTF-8, also where the locale (LC_ALL=C) says it is something else."""
-    try:
-        return text and text.encode(errors="surrogateescape").decode()
-    except UnicodeError:
-        raise click.UsageError("a text on the command line is not valid UTF-8") from None
 
 
 def _format(path: Path) -> str:

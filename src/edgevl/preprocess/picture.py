@@ -41,30 +41,23 @@ class Picture:
 
 
 def prepare_picture(
-    source: ImageSource, config: ModelConfig, max_tiles: int | None = None
+    source: ImageSource | Picture, config: ModelConfig, max_tiles: int | None = None
 ) -> Picture:
     """Load a picture and cut it into normalised tiles.
 
     Args:
-        source: Anything that ``load_image`` takes.
+        source: Anything that ``load_image`` takes; or what this function has returned for the
+            same model, which is left as it is, so that a caller can prepare pictures ahead.
         config: Of the model that will see the picture.
-        max_tiles: Most tiles, 1 to ``MAX_TILES``, or to the model's own number, which is the
-            default, if that is more. One tile is used whatever this says if the model does not
-            tile (``dynamic_tiling``).
+        max_tiles: Most tiles; see `most_tiles`.
 
     Raises:
         ImageError: The picture cannot be read.
         PromptError: ``max_tiles`` is out of range.
     """
-    if max_tiles is None:
-        max_tiles = config.max_tiles
-    if isinstance(max_tiles, bool) or not isinstance(max_tiles, int):
-        raise PromptError(f"max_tiles must be a whole number, not {max_tiles!r}")
-    most = max(MAX_TILES, config.max_tiles)
-    if not 1 <= max_tiles <= most:
-        raise PromptError(f"max_tiles must be 1 to {most}, not {max_tiles}")
-    if not config.dynamic_tiling:
-        max_tiles = 1
+    if isinstance(source, Picture):
+        return source
+    max_tiles = most_tiles(config, max_tiles)
     image = load_image(source)
     tiles = split(
         image,
@@ -78,3 +71,25 @@ def prepare_picture(
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(pixels.data)
     return Picture(pixels, digest.hexdigest(), image.width, image.height)
+
+
+def most_tiles(config: ModelConfig, max_tiles: int | None = None) -> int:
+    """Return the most tiles that a picture may be cut into, the thumbnail not counted.
+
+    Args:
+        config: Of the model.
+        max_tiles: What is asked for, 1 to ``MAX_TILES``, or to the model's own number, which is
+            the default, if that is more. One tile is used whatever this says if the model does
+            not tile (``dynamic_tiling``).
+
+    Raises:
+        PromptError: ``max_tiles`` is out of range.
+    """
+    if max_tiles is None:
+        max_tiles = config.max_tiles
+    if isinstance(max_tiles, bool) or not isinstance(max_tiles, int):
+        raise PromptError(f"max_tiles must be a whole number, not {max_tiles!r}")
+    most = max(MAX_TILES, config.max_tiles)
+    if not 1 <= max_tiles <= most:
+        raise PromptError(f"max_tiles must be 1 to {most}, not {max_tiles}")
+    return max_tiles if config.dynamic_tiling else 1

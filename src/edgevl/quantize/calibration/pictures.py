@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,12 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgevl.errors import ImageError
+from edgevl.preprocess.folder import SUFFIXES, find_pictures
 from edgevl.preprocess.image import MAX_BYTES, load_image
 from edgevl.quantize.settings import QuantizationError
-
-SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif",
-)  # fmt: skip
 
 #: Most members of a tar file, and most bytes that one takes which is only a header.
 MAX_MEMBERS = 100_000
@@ -64,6 +60,7 @@ def open_pictures(path: Path) -> PictureFiles:
 
     Raises:
         QuantizationError: it is neither, is damaged, or has no file with a picture's suffix.
+        ImageError: a directory has far too many.
     """
     try:
         if path.is_dir():
@@ -84,17 +81,11 @@ def open_pictures(path: Path) -> PictureFiles:
 
 
 class _Directory(PictureFiles):
-    """The pictures in a directory and below it, sorted by path, not through links to others."""
+    """The pictures in a directory and below it, as `find_pictures` lists them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = [
-            Path(parent, name)
-            for parent, _, names in os.walk(path)
-            for name in names
-            if name.lower().endswith(SUFFIXES)
-        ]
-        self._paths = sorted(path for path in found if path.is_file())
+        self._paths = find_pictures(path)
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -1,0 +1,146 @@
+"""``edgevl batch``: many questions about many pictures, into a file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgevl.cli.options import answer_options, as_unicode
+from edgevl.cli.terminal import (
+    chinese,
+    ends_like_ctrl_c,
+    engine_options,
+    note,
+    print_json,
+    progress_bar,
+    show_notes,
+)
+
+if TYPE_CHECKING:
+    from edgevl.generate import Model
+    from edgevl.generate.batch import BatchInput, BatchResult
+
+
+@click.command("batch")
+@click.argument("model")
+@click.option(
+    "--input",
+    "source",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE.jsonl|DIR",
+    help="A directory of pictures; or one JSON object a line with image, question, id.",
+)
+@click.option(
+    "-q",
+    "--question",
+    metavar="TEXT",
+    help="Asked about every picture, and where a line has no question of its own.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, allow_dash=True),
+    required=True,
+    metavar="OUT.jsonl",
+    help="File to write, one JSON object a line; it must not exist. - is standard output.",
+)
+@answer_options
+@engine_options
+def command(
+    model: str,
+    source: Path,
+    question: str | None,
+    output: Path,
+    system: str | None,
+    think: bool,
+    max_tiles: int | None,
+    engine: str,
+    max_context: int | None,
+    precision: str,
+    kv_cache: str,
+    threads: int | None,
+    **sampling: Any,
+) -> int:
+    """Ask MODEL about many pictures and write a line for each.
+
+    A picture or line that cannot be used gives a line with `error`, and the rest goes on. A run
+    that was interrupted goes on where it stopped when the same command is given again. The exit
+    status is 1 if every line failed.
+
+    \b
+    edgevl batch tiny --input photos/ -q "What number is on the display?" -o answers.jsonl
+    """  # noqa: D301
+    question = as_unicode(question)
+    # What can fail at once fails before the model is loaded.
+    from edgevl.generate.batch import check_output, open_batch
+
+    to_stdout = str(output) == "-"
+    if not to_stdout:
+        check_output(output)
+    questions = open_batch(source, question)
+    import edgevl
+
+    note(f"{'正在加载' if chinese() else 'loading'} {model} …")
+    loading: dict[str, Any] = {
+        "engine": engine,
+        "max_context": max_context,
+        "precision": precision,
+        "kv_cache": kv_cache,
+    }
+    loaded = edgevl.load(model, threads=threads, **loading)
+    show_notes(loaded.engine.notes)
+    options = {"system": system, "thinking": think, "max_tiles": max_tiles, **sampling}
+    if to_stdout:
+        with ends_like_ctrl_c():
+            result = _print(loaded, questions, options)
+    else:
+        result = _write(loaded, questions, output, loading, options)
+        click.echo(output)
+    if result.failed:
+        click.echo(
+            f"{result.rows} 条中有 {result.failed} 条失败，原因见各行的 `error`"
+            if chinese()
+            else f"{result.failed} of {result.rows} failed; their `error` says why",
+            err=True,
+        )
+    return int(result.failed == result.rows)
+
+
+def _print(model: Model, questions: BatchInput, options: dict[str, Any]) -> BatchResult:
+    """Write every row to standard output as soon as it is there."""
+    from edgevl.generate.batch import BatchResult, answer_rows
+
+    rows = failed = 0
+    for result in answer_rows(model, questions.rows(), **options):
+        print_json(result)
+        sys.stdout.flush()
+        rows += 1
+        failed += "error" in result
+    return BatchResult(rows, failed)
+
+
+def _write(
+    model: Model,
+    questions: BatchInput,
+    output: Path,
+    loading: dict[str, Any],
+    options: dict[str, Any],
+) -> BatchResult:
+    """Write the rows to a file, with a bar on the terminal."""
+    from edgevl.generate.batch import run_batch
+
+    try:
+        with ends_like_ctrl_c(), progress_bar("回答" if chinese() else "answers") as show:
+            return run_batch(model, questions, output, loading=loading, progress=show, **options)
+    except KeyboardInterrupt:
+        click.echo(
+            f"已中断；再次运行同一命令即可从 {output}.partial 继续"
+            if chinese()
+            else f"interrupted; the same command goes on in {output}.partial",
+            err=True,
+        )
+        raise

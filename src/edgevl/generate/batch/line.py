@@ -1,0 +1,124 @@
+"""One line of a batch's file: JSON to what is asked about which pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+#: What a line may have.
+FIELDS = ("id", "image", "images", "question", "system", "max_tokens")
+#: Longest question or system message, in bytes of UTF-8.
+MAX_TEXT_BYTES = 1 << 20
+
+
+def parse_line(
+    line: bytes, number: int, directory: Path, question: str | None
+) -> tuple[dict[str, Any], str]:
+    """Read one line.
+
+    It is an object with ``image`` (a path or ``data:`` URL) or ``images`` (a list of them, which
+    may be empty), and where wanted ``question``, ``id`` (text or whole number), ``system`` and
+    ``max_tokens``. Paths are relative to the file's directory.
+
+    Args:
+        line: the line, UTF-8.
+        number: its number, from 1.
+        directory: where the file lies.
+        question: asked if the line has none.
+
+    Returns:
+        The fields of a `Row` that could be read, ``id`` always, and what is wrong with the line or
+        an empty text.
+    """
+    known: dict[str, Any] = {"id": f"line {number}"}
+    try:
+        _read(line, directory, question, known)
+    except ValueError as error:
+        return known, f"line {number}: {error}"
+    return known, ""
+
+
+def _read(line: bytes, directory: Path, question: str | None, known: dict[str, Any]) -> None:
+    """Fill ``known``; a ValueError says what is wrong."""
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}); write one object a line") from None
+    if not isinstance(value, dict):
+        raise ValueError('not an object; write {"image": …, "question": …}')
+    fields = {name: each for name, each in value.items() if each is not None}
+    _read_images(fields, directory, known)
+    if "id" in fields:
+        known["id"] = _id(fields["id"])
+    if unknown := [name for name in fields if name not in FIELDS]:
+        raise ValueError(f"unknown field {unknown[0][:80]!r}; a line has {', '.join(FIELDS)}")
+    if "image" in fields and "images" in fields:
+        raise ValueError("has both `image` and `images`; give one of them")
+    if "sources" not in known:
+        raise ValueError("has no `image` or `images`; without a picture write `images`: []")
+    if "question" in fields:
+        known["question"] = _text(fields["question"], "question")
+    elif question is not None:
+        known["question"] = question
+    else:
+        raise ValueError("has no `question`, and there is none for all lines (--question TEXT)")
+    options: dict[str, str | int] = {}
+    if "system" in fields:
+        options["system"] = _text(fields["system"], "system")
+    if "max_tokens" in fields:
+        most = fields["max_tokens"]
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise ValueError("`max_tokens` must be a whole number, at least 1")
+        options["max_tokens"] = most
+    known["options"] = options
+
+
+def _read_images(fields: dict[str, Any], directory: Path, known: dict[str, Any]) -> None:
+    if "image" in fields:
+        names = [fields["image"]]
+    elif "images" in fields:
+        names = fields["images"]
+    else:
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("`image` must be a path or data: URL, `images` a list of them")
+    known["images"] = tuple(map(_shown, names))
+    known["sources"] = tuple(_source(name, directory) for name in names)
+    if names and not _is_data(names[0]):
+        known["id"] = names[0]
+
+
+def _is_data(name: str) -> bool:
+    return name[:5].lower() == "data:"
+
+
+def _shown(name: str) -> str:
+    return name.partition(",")[0][:80] + ",…" if _is_data(name) else name
+
+
+def _source(name: str, directory: Path) -> str | Path:
+    if _is_data(name) or name.lower().startswith(("http://", "https://")):
+        return name  # pictures are not fetched, and reading it says so
+    # A path even where it is "-", which as a text would mean standard input.
+    return Path(name) if name.startswith("~") else directory / name
+
+
+def _id(value: object) -> str | int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return _text(value, "id")
+
+
+def _text(value: object, field: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"`{field}` must be a text, not empty")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:  # which JSON can spell and no tokenizer can read
+        raise ValueError(f"`{field}` has half a surrogate pair") from None
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"`{field}` is over the limit of {MAX_TEXT_BYTES >> 20} MiB")
+    return value

@@ -1,0 +1,166 @@
+"""The questions of a batch: lines of a JSONL file, or one about every picture of a directory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from edgevl.errors import EdgeVLError
+from edgevl.generate.batch.line import parse_line
+from edgevl.preprocess.folder import SUFFIXES, find_pictures
+
+#: Longest line of a file, in bytes: a picture of the largest size in a ``data:`` URL, and more.
+MAX_LINE_BYTES = 128 << 20
+_BLOCK_BYTES = 1 << 20
+
+
+class BatchError(EdgeVLError):
+    """The input of a batch has no questions, or its output cannot be written there."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question, or why there is none.
+
+    Attributes:
+        id: what the input calls it; else the name of its first picture, or ``line N``.
+        images: its pictures, as the input names them; of ``data:`` URLs only the beginning.
+        sources: the same, to be read.
+        question: what is asked.
+        options: ``system`` and ``max_tokens``, where the line has its own.
+        error: what is wrong with the line; empty if nothing is.
+    """
+
+    id: str | int
+    images: tuple[str, ...] = ()
+    sources: tuple[str | Path, ...] = ()
+    question: str = ""
+    options: Mapping[str, str | int] = field(default_factory=dict)
+    error: str = ""
+
+
+class BatchInput(ABC):
+    """Rows of which there are ``len``, in an order that stays.
+
+    Attributes:
+        path: where they are from.
+        question: asked where a row has no question of its own.
+        digest: SHA-256 (hexadecimal) of the file, or of the names of the directory's pictures.
+    """
+
+    path: Path
+    question: str | None
+    digest: str
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many rows there are."""
+
+    @abstractmethod
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        """Yield the rows from ``start`` on.
+
+        Raises:
+            BatchError: the input can no longer be read.
+        """
+
+
+def open_batch(path: str | Path, question: str | None = None) -> BatchInput:
+    """Open the input of a batch.
+
+    Args:
+        path: a directory of pictures, or a file with one JSON object a line; see `parse_line`.
+        question: what is asked where a line has no question of its own.
+
+    Raises:
+        BatchError: it is neither, cannot be read, has no pictures or lines; or it is a directory
+            and there is no question.
+        ImageError: the directory has far too many pictures.
+    """
+    path = Path(path)
+    if question is not None and not question.strip():
+        raise BatchError("the question is empty: say what is to be asked")
+    try:
+        if path.is_dir():
+            return _Pictures(path, question)
+        if path.is_file():
+            return _Lines(path, question)
+    except OSError as error:
+        raise BatchError(f"{path}: cannot be read ({error.strerror or error})") from None
+    raise BatchError(
+        f"{path}: no such file or directory; give a directory of pictures or a file of JSON lines"
+    )
+
+
+class _Pictures(BatchInput):
+    """A directory's pictures, and one question for all."""
+
+    def __init__(self, path: Path, question: str | None) -> None:
+        if question is None:
+            raise BatchError(f"{path}: a directory of pictures needs a question (--question TEXT)")
+        self.path, self.question = path, question
+        self._paths = find_pictures(path)
+        if not self._paths:
+            raise BatchError(f"{path}: has no pictures ({', '.join(SUFFIXES)})")
+        names = b"\0".join(os.fsencode(each.relative_to(path)) for each in self._paths)
+        self.digest = hashlib.sha256(names).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        for path in self._paths[start:]:
+            name = str(path.relative_to(self.path))
+            yield Row(name, (name,), (path,), self.question or "")
+
+
+class _Lines(BatchInput):
+    """The lines of a JSONL file that are not blank; it is read as it is needed."""
+
+    def __init__(self, path: Path, question: str | None) -> None:
+        self.path, self.question = path, question
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+            file.seek(0)
+            self._count = sum(1 for _ in _lines(file))
+        self.digest = digest.hexdigest()
+        if not self._count:
+            raise BatchError(f"{path}: has no questions; write one JSON object a line")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        try:
+            with self.path.open("rb") as file:
+                for number, line in islice(_lines(file), start, self._count):
+                    if line is None:
+                        error = f"line {number}: over the limit of {MAX_LINE_BYTES >> 20} MiB"
+                        yield Row(f"line {number}", error=error)
+                        continue
+                    known, error = parse_line(line, number, self.path.parent, self.question)
+                    yield Row(**known, error=error)
+        except OSError as problem:
+            reason = problem.strerror or problem
+            raise BatchError(f"{self.path}: cannot be read ({reason})") from None
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the lines that are not blank, and their numbers; None for one that is too long."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES)
+            yield number, None
+        elif line.strip():
+            yield number, line

@@ -1,0 +1,136 @@
+"""A batch to a file: what is done survives an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgevl.checkpoint import Checkpoint
+from edgevl.generate.batch.answering import answer_rows
+from edgevl.generate.batch.rows import BatchError, BatchInput
+from edgevl.generate.model import Model
+from edgevl.work import opened, publish
+
+#: The finished rows in the work directory, ``OUT.partial``.
+ROWS = "rows.jsonl"
+#: How often they are forced to the disk: a power cut costs no more than this.
+SYNC_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """How many rows there were, and how many of them have an ``error``."""
+
+    rows: int
+    failed: int
+
+
+def run_batch(
+    model: Model,
+    source: BatchInput,
+    output: str | Path,
+    *,
+    loading: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    **options: Any,
+) -> BatchResult:
+    """Answer the rows of ``source`` into a JSONL file, in their order.
+
+    ``OUT.partial`` has what is done until all is; a run that was interrupted, however it ended,
+    goes on there when it is called with the same arguments again.
+
+    Args:
+        model: what to ask.
+        source: what to ask it, from `open_batch`.
+        output: file to write; it must not exist. A line is what `answer_rows` yields.
+        loading: how the model was loaded, as far as that may change answers.
+        progress: called after every row with the rows done and all there are.
+        **options: of `answer_rows`.
+
+    Raises:
+        BatchError: ``output`` exists or cannot be written, or was begun with other arguments.
+        EdgeVLError: the model fails, not a row.
+    """
+    output = Path(output)
+    check_output(output)
+    begun = _identity(model, source) | dict(loading or {}) | options
+    with opened(output, json.loads(json.dumps(begun)), settled=ROWS, error=BatchError) as work:
+        path = work.path / ROWS
+        done, failed = _recover(path)
+        synced = time.monotonic()
+        with closing(answer_rows(model, source.rows(done), **options)) as results:
+            for result in results:
+                sync = time.monotonic() - synced > SYNC_SECONDS
+                synced = time.monotonic() if sync else synced
+                _append(path, result, sync)
+                done += 1
+                failed += "error" in result
+                if progress is not None:
+                    progress(done, len(source))
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        check_output(output)
+        publish(path, output)
+    return BatchResult(done, failed)
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output that is there already.
+
+    Raises:
+        BatchError: it is.
+    """
+    if output.exists():
+        raise BatchError(f"{output}: exists already; choose another name, or remove it")
+
+
+def _identity(model: Model, source: BatchInput) -> dict[str, Any]:
+    """Return what decides the rows, by names that a message can show."""
+    import edgevl
+
+    identity = {
+        "edgevl": edgevl.__version__,
+        "model": str(model.checkpoint.path.resolve()),
+        "input": str(source.path.resolve()),
+        "input, its contents": source.digest,
+        "question": source.question,
+    }
+    if isinstance(model.checkpoint, Checkpoint):
+        identity["checkpoint"] = model.checkpoint.fingerprint()
+    return identity
+
+
+def _recover(path: Path) -> tuple[int, int]:
+    """Cut off what an interrupted run has not written to its end: -> rows done, failed."""
+    done = failed = end = 0
+    if not path.exists():
+        return 0, 0
+    with path.open("rb+") as file:
+        for line in file:
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                break
+            done += 1
+            failed += "error" in row
+            end += len(line)
+        file.truncate(end)
+    return done, failed
+
+
+def _append(path: Path, result: Mapping[str, Any], sync: bool) -> None:
+    """Write one line; half a surrogate pair, as in names that are not UTF-8, as its escape."""
+    line = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
+    with path.open("ab") as file:
+        file.write(line.encode(errors="backslashreplace"))
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
