@@ -94,6 +94,7 @@ def test_options_reach_the_model(model, picture):
         "repetition_penalty": 1.1,
         "seed": 7,
         "stop": ("A", "B"),
+        "constraint": None,
     }
     assert model.load_options == {
         "model": "m",
@@ -434,3 +435,41 @@ def test_pictures_wait_on_when_an_answer_is_stopped_before_its_first_word(
     talk.take(f"/save {tmp_path / 't.json'}")
     turns = json.loads((tmp_path / "t.json").read_text())["turns"]
     assert [turn["question"] for turn in turns] == ["again"]
+
+
+def test_json_schema_reaches_the_model(model, tmp_path):
+    from edgevl import Constraint
+
+    path = tmp_path / "schema.json"
+    path.write_text('\ufeff{"const": "汉"}', "utf-8")
+    assert cli.main(["chat", "m", "-q", "x", "--json-schema", str(path)]) == 0
+    assert cli.main(["chat", "m", "-q", "x", "--json-object"]) == 0
+    schema, some_object = (call["constraint"] for call in model.calls)
+    assert schema == Constraint.json_schema('{"const": "汉"}')
+    assert some_object == Constraint.json_object()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b'{"not": {}}', '["not"]'),
+        (b"{", "is not JSON"),
+        (b'"\xff"', "not UTF-8"),
+        (b'"' + b"x" * 200_000 + b'"', "exceeds 131072 bytes"),
+    ],
+)
+def test_a_bad_schema_fails_before_the_model_is_loaded(model, tmp_path, capsys, data, says):
+    path = tmp_path / "schema.json"
+    path.write_bytes(data)
+    assert cli.main(["chat", "m", "-q", "x", "--json-schema", str(path)]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"--json-schema {path}: " in line
+    assert says in line
+    assert not model.load_options
+
+
+@pytest.mark.parametrize("other", ["--json-object", "--think"])
+def test_one_form_and_no_thinking(model, tmp_path, other):
+    path = tmp_path / "schema.json"
+    path.write_text("{}")
+    assert cli.main(["chat", "m", "-q", "x", "--json-schema", str(path), other]) == 2

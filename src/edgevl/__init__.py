@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         ImageError,
         PromptError,
     )
-    from edgevl.generate import Answer, Model, SamplingParams, Session, Stream, load
+    from edgevl.generate import Answer, Constraint, Model, SamplingParams, Session, Stream, load
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "BoardError",
     "Checkpoint",
     "CheckpointError",
+    "Constraint",
     "ContextLengthError",
     "DownloadError",
     "EdgeVLError",

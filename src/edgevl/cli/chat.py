@@ -20,10 +20,11 @@ from edgevl.cli.terminal import (
     replacing,
     show_notes,
 )
-from edgevl.errors import EdgeVLError
+from edgevl.errors import EdgeVLError, PromptError
 
 if TYPE_CHECKING:
     from edgevl.engine import KVCacheFormat, Precision
+    from edgevl.generate import Constraint
 
 #: A question from standard input is read up to this size.
 MAX_QUESTION_BYTES = 1 << 20
@@ -41,6 +42,13 @@ MAX_QUESTION_BYTES = 1 << 20
     help="A picture: path, data: URL, or - for standard input. May be repeated.",
 )
 @answer_options
+@click.option("--json-object", is_flag=True, help="Answer with a JSON object.")
+@click.option(
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Answer with JSON of the JSON schema in FILE.",
+)
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -56,6 +64,8 @@ def command(
     system: str | None,
     think: bool,
     max_tiles: int | None,
+    json_object: bool,
+    json_schema: Path | None,
     engine: str,
     max_context: int | None,
     precision: Precision,
@@ -77,6 +87,8 @@ def command(
     converse = question is None and is_terminal(sys.stdin)
     if converse and (as_json or draw_boxes):
         raise click.UsageError("--json and --draw-boxes need a question: add -q TEXT")
+    if json_object + bool(json_schema) + think > 1:
+        raise click.UsageError("--json-object, --json-schema and --think: give one of them")
     if draw_boxes and not images:
         raise click.UsageError("--draw-boxes needs a picture: add -i IMAGE")
     if "-" in images and (question is None or question == "-" or images.count("-") > 1):
@@ -88,7 +100,8 @@ def command(
         raise click.UsageError("the question is empty: give it with -q TEXT")
 
     with ExitStack() as stack:
-        # What can fail at once fails before the model is loaded: the file to write, the pictures.
+        # What can fail at once fails before the model is loaded: files, pictures.
+        sampling["constraint"] = _constraint(json_object, json_schema)
         drawing_format = _format(draw_boxes) if draw_boxes else None
         drawing = stack.enter_context(replacing(draw_boxes)) if draw_boxes else None
         from edgevl.preprocess import load_image
@@ -148,6 +161,25 @@ def _read_question() -> str:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise click.UsageError("the question on standard input is not UTF-8 text") from None
+
+
+def _constraint(json_object: bool, json_schema: Path | None) -> Constraint | None:
+    from edgevl.generate.constraint import MAX_CONSTRAINT_BYTES, Constraint
+
+    if json_object:
+        return Constraint.json_object()
+    if json_schema is None:
+        return None
+    with json_schema.open("rb") as file:
+        data = file.read(MAX_CONSTRAINT_BYTES + 1)
+    try:
+        if len(data) > MAX_CONSTRAINT_BYTES:
+            raise PromptError(f"the file exceeds {MAX_CONSTRAINT_BYTES} bytes: shorten it")
+        return Constraint.json_schema(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise EdgeVLError(f"--json-schema {json_schema}: the file is not UTF-8 text") from None
+    except PromptError as error:
+        raise PromptError(f"--json-schema {json_schema}: {error}") from None
 
 
 def _format(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Generating: sampling, stopping, streaming, conversations."""
 
 from edgevl.generate.answer import Answer, Timings, Usage
+from edgevl.generate.constraint import Constraint
 from edgevl.generate.decoding import Piece
 from edgevl.generate.model import Model, load
 from edgevl.generate.sampling import SamplingParams
@@ -8,6 +9,7 @@ from edgevl.generate.session import Session, Stream
 
 __all__ = [
     "Answer",
+    "Constraint",
     "Model",
     "Piece",
     "SamplingParams",

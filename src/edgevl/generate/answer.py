@@ -52,7 +52,8 @@ class Answer:
         text: what the model says, without its thinking.
         thinking: what stood between ``<think>`` and ``</think>``; empty if it did not think.
         token_ids: the tokens generated, without the one that ended the turn.
-        finish_reason: ``stop`` (end of turn or a stop string) or ``length`` (out of tokens).
+        finish_reason: ``stop`` (end of turn, a stop string, or all that a constraint allows) or
+            ``length`` (out of tokens).
         usage: token counts.
         timings: times.
     """

@@ -14,6 +14,7 @@ from edgevl.generate.prefix import PrefixRunner
 from edgevl.generate.sampling import Sampler, SamplingParams
 from edgevl.generate.speculation import PromptLookup
 from edgevl.generate.text import Detokenizer, StopStrings, ThinkingSplitter
+from edgevl.generate.token_mask import TokenMasks
 from edgevl.preprocess import Prompt, PromptEncoder
 
 #: Tokens of a given answer whose logits are computed at once: 78 MB with 151,936 in the vocabulary.
@@ -92,6 +93,7 @@ class AnswerGenerator:
         self.prompts = prompts
         self.load_ms = load_ms
         self._runner = PrefixRunner(engine)
+        self._masks = TokenMasks(prompts.tokenizer, prompts.stop_ids)
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -192,8 +194,9 @@ class AnswerGenerator:
         self, prompt: Prompt, params: SamplingParams, started: float
     ) -> Generator[Piece, None, Answer]:
         before = self.engine.timings()
+        mask = self._masks.start(params.constraint) if params.constraint else None
         prefilled = self._runner.prefill(prompt)
-        sampler = Sampler(params, prompt.token_ids.tolist())
+        sampler = Sampler(params, prompt.token_ids.tolist(), mask)
         text = AnswerText(self.prompts, params)
         token_ids: list[int] = []
         room = min(params.max_tokens, self.engine.max_context - len(prompt.token_ids))
@@ -211,7 +214,7 @@ class AnswerGenerator:
                 break
             token_ids.append(token_id)
             yield from text.add(token_id)
-            if text.stopped:
+            if text.stopped or (sampler.complete and not chosen):
                 finish_reason = "stop"
                 break
             if len(token_ids) == room:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.errors import EdgeVLError, PromptError
+from edgevl.generate.constraint import Constraint
+from edgevl.generate.token_mask import TokenMask
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class SamplingParams:
             and multiply the negative ones (Keskar et al. 2019); 1 is off.
         seed: the same seed gives the same answer; None draws a new one each time.
         stop: strings that end the answer; they are not part of it.
+        constraint: what the answer must be; None lets it be anything. An answer that ``max_tokens``
+            or ``stop`` cuts off is the beginning of one.
 
     Raises:
         PromptError: a value is out of its range.
@@ -40,6 +44,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: str | tuple[str, ...] = ()
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -63,30 +68,52 @@ class SamplingParams:
         ):
             if not allowed:
                 raise PromptError(f"{name} is {getattr(self, name)!r}: it must be {rule}")
+        if not isinstance(self.constraint, Constraint | None):
+            raise PromptError(
+                f"constraint is {self.constraint!r}: it must be an edgevl.Constraint, such as "
+                "Constraint.json_object()"
+            )
 
 
 class Sampler:
     """Chooses tokens of one answer; keeps the random state and the tokens seen."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
-        """Start an answer to a prompt of these token ids."""
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Iterable[int], mask: TokenMask | None = None
+    ) -> None:
+        """Start an answer.
+
+        Args:
+            params: how to choose.
+            prompt_ids: the prompt's token ids.
+            mask: of ``params.constraint``, if there is one.
+        """
         self._params = params
+        self._mask = mask
         self._random = np.random.default_rng(params.seed)
         self._seen = set(prompt_ids) if params.repetition_penalty != 1 else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the constraint lets nothing follow the tokens chosen so far."""
+        return self._mask is not None and self._mask.complete
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """Choose a token: logits float32 [V] -> id.
 
-        The filters apply in the order of `transformers`: repetition penalty, temperature, top-k,
-        top-p, min-p.
+        The constraint comes first. The filters then apply in the order of `transformers`:
+        repetition penalty, temperature, top-k, top-p, min-p.
 
         Raises:
             EdgeVLError: the logits are not finite, so the weights must be damaged; -inf is taken
-                for a token that cannot come next, as long as another can.
+                for a token that cannot come next, as long as another can. Or the constraint cannot
+                be met.
         """
         params = self._params
         if not np.isfinite(logits.max()):
             raise EdgeVLError("the model's logits are not finite: its weights are damaged")
+        if self._mask is not None:
+            logits = self._mask.apply(logits)
         if self._seen is not None:
             seen = np.fromiter(self._seen, np.int64)
             logits = logits.copy()
@@ -95,6 +122,8 @@ class Sampler:
         token_id = int(np.argmax(logits)) if params.temperature == 0 else self._draw(logits)
         if self._seen is not None:
             self._seen.add(token_id)
+        if self._mask is not None:
+            self._mask.accept(token_id)
         return token_id
 
     def _draw(self, logits: NDArray[np.float32]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgevl.checkpoint import ModelDirectory
 from edgevl.engine.base import Floats
-from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError
+from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError, PromptError
 from edgevl.generate.answer import Answer
 from edgevl.generate.decoding import AnswerGenerator, Piece
 from edgevl.generate.sampling import SamplingParams
@@ -98,7 +98,8 @@ class Session:
 
         Raises:
             ImageError: a picture cannot be read or exceeds a limit.
-            PromptError: pictures and marks do not match, or a sampling value is out of range.
+            PromptError: pictures and marks do not match, a sampling value is out of range, or a
+                constraint is given to a conversation with thinking.
             ContextLengthError: this message alone is longer than the context.
         """
         stream = self.stream(text, images, **sampling)
@@ -113,6 +114,9 @@ class Session:
         """
         started = time.perf_counter()
         params = SamplingParams(**sampling)
+        if params.constraint and self._thinking:
+            # The thoughts would have to be of its form too.
+            raise PromptError("constraint: it cannot be met while thinking: leave one of them out")
         message = Message.user(text, self._pictures(images))
         history, prompt = self._fit(message, params)
         return Stream(self._turn(history, message, prompt, params, started))

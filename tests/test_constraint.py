@@ -1,0 +1,298 @@
+"""Constraints: what is refused, and answers that are of their form whatever the model would say."""
+
+import json
+import re
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgevl
+from edgevl import Constraint
+from edgevl.errors import EdgeVLError, PromptError
+from edgevl.generate.constraint import MAX_CONSTRAINT_BYTES, MAX_SCHEMA_LEVELS
+from edgevl.generate.token_mask import TokenMasks
+
+METER = Path(__file__).parents[1] / "examples" / "meter.png"
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "kind": {"enum": ["cat", "dog", "猫"]},
+        "scores": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": -5, "maximum": 120},
+            "minItems": 2,
+            "maxItems": 4,
+        },
+        "where": {
+            "type": "object",
+            "properties": {"x": {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.25}},
+            "required": ["x"],
+            "additionalProperties": False,
+        },
+        "sure": {"type": ["boolean", "null"]},
+    },
+    "required": ["name", "kind", "scores", "where", "sure"],
+    "additionalProperties": False,
+}
+
+
+def assert_person(text):
+    person = json.loads(text)
+    assert list(person) == ["name", "kind", "scores", "where", "sure"]
+    assert isinstance(person["name"], str)
+    assert len(person["name"]) <= 12
+    assert person["kind"] in ("cat", "dog", "猫")
+    assert 2 <= len(person["scores"]) <= 4
+    assert all(type(score) is int and -5 <= score <= 120 for score in person["scores"])
+    assert list(person["where"]) == ["x"]
+    assert person["where"]["x"] in (0, 0.25, 0.5, 0.75, 1)
+    assert person["sure"] in (True, False, None)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return edgevl.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def noise(mini_checkpoint):
+    """A model of random weights: without a constraint it says anything."""
+    return edgevl.load(mini_checkpoint("mini-qwen3"))
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1, 2, 3])
+def test_answers_are_of_the_schema(tiny, noise, seed):
+    constraint = Constraint.json_schema(PERSON)
+    for model in (tiny, noise):
+        answer = model.ask(
+            "Who?",
+            max_tokens=600,
+            temperature=0 if seed is None else 1,
+            seed=seed,
+            constraint=constraint,
+        )
+        assert answer.finish_reason == "stop"
+        assert_person(answer.text)
+
+
+def test_what_the_model_reads_is_in_the_answer(tiny):
+    question = "What number is on the display?"
+    read = tiny.ask(question, METER).text
+    for constraint in (Constraint.json_schema({"type": "integer"}), Constraint.regex("[0-9]+")):
+        assert tiny.ask(question, METER, constraint=constraint).text == read == "7305"
+    digit = {"type": "integer", "minimum": 0, "maximum": 9}
+    schema = {"type": "object", "properties": {"number": digit}, "required": ["number"]}
+    constraint = Constraint.json_schema(json.dumps(schema | {"additionalProperties": False}))
+    assert json.loads(tiny.ask(question, METER, constraint=constraint).text) == {"number": 7}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_object(noise, seed):
+    answer = noise.ask(
+        "?", max_tokens=300, temperature=0.7, seed=seed, constraint=Constraint.json_object()
+    )
+    if answer.finish_reason == "stop":
+        assert isinstance(json.loads(answer.text), dict)
+    else:
+        assert answer.text.startswith("{")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_regular_expression(noise, seed):
+    pattern = "(North|South)-[0-9]{2,3}( 汉字)?"
+    answer = noise.ask("?", temperature=1, seed=seed, constraint=Constraint.regex(pattern))
+    assert re.fullmatch(pattern, answer.text)
+    assert answer.finish_reason == "stop"
+
+
+def test_characters_of_several_tokens(noise):
+    text = "ñ😀汉"
+    answer = noise.ask("?", constraint=Constraint.json_schema({"const": text}))
+    assert json.loads(answer.text) == text
+    assert len(answer.token_ids) > len(text) + 2  # each is some bytes of a character
+
+
+def test_an_answer_that_is_cut_off(noise):
+    constraint = Constraint.json_schema(PERSON)
+    whole = noise.ask("Who?", max_tokens=600, constraint=constraint)
+    cut = noise.ask("Who?", max_tokens=5, constraint=constraint)
+    assert cut.finish_reason == "length"
+    assert cut.token_ids == whole.token_ids[:5]
+    last = noise.ask("Who?", max_tokens=len(whole.token_ids), constraint=constraint)
+    assert (last.finish_reason, last.text) == ("stop", whole.text)
+
+
+def test_the_turn_ends_only_where_the_text_may(tiny):
+    """Here the text may end or go on: the model chooses, by a token that ends its turn."""
+    tokenizer, stop_ids = tiny.prompts.tokenizer, tiny.prompts.stop_ids
+    mask = TokenMasks(tokenizer, stop_ids).start(Constraint.regex("a+b?"))
+    logits = np.zeros(tokenizer.get_vocab_size() + 9, np.float32)  # ids that are no token
+
+    def allowed():
+        return set(np.flatnonzero(np.isfinite(mask.apply(logits))))
+
+    def token(text):
+        [token_id] = tokenizer.encode(text, add_special_tokens=False).ids
+        return token_id
+
+    assert token("a") in allowed()
+    assert not stop_ids & allowed()
+    mask.accept(token("a"))
+    assert {token("a"), token("b"), *stop_ids} <= allowed()
+    assert not mask.complete
+    mask.accept(token("b"))
+    assert allowed() == stop_ids
+    assert mask.complete
+    assert logits.max() == logits.min() == 0  # they are the engine's
+
+
+def test_text_has_no_control_tokens(tiny):
+    mask = TokenMasks(tiny.prompts.tokenizer, tiny.prompts.stop_ids).start(Constraint.regex(".*"))
+    tokens = tiny.prompts.tokenizer.get_added_tokens_decoder()
+    special = {token_id for token_id, token in tokens.items() if token.special}
+    logits = mask.apply(np.zeros(tiny.prompts.tokenizer.get_vocab_size(), np.float32))
+    assert special > tiny.prompts.stop_ids
+    assert special & set(np.flatnonzero(np.isfinite(logits))) == tiny.prompts.stop_ids
+
+
+def test_the_next_turn_continues_the_cache(noise):
+    chat = noise.chat()
+    first = chat.ask("Who?", max_tokens=600, constraint=Constraint.json_schema(PERSON))
+    second = chat.ask("And?", max_tokens=600, constraint=Constraint.json_schema(PERSON))
+    said = first.usage.prompt_tokens + first.usage.completion_tokens
+    assert said - 1 <= second.usage.cached_tokens <= said
+    assert_person(second.text)
+    assert chat.ask("And?", max_tokens=4).usage.cached_tokens > said  # and the state is gone
+
+
+def test_drafts_obey_too(mini_checkpoint, monkeypatch):
+    """Lists of equal numbers are drafted, and the constraint ends them."""
+    items = {"type": "array", "items": {"enum": [12345]}, "minItems": 9, "maxItems": 9}
+    constraint = Constraint.json_schema(items)
+    model = edgevl.load(mini_checkpoint("mini-qwen3"), engine="reference")
+    plain = model.ask("?", max_tokens=400, constraint=constraint)
+    drafted = []
+    extend = model.engine.extend
+    monkeypatch.setattr(model.engine, "extend", lambda ids: drafted.append(ids) or extend(ids))
+    monkeypatch.setattr(model.engine, "max_draft", 7, raising=False)
+    answer = model.ask("?", max_tokens=400, constraint=constraint)
+    assert drafted
+    assert answer.token_ids == plain.token_ids
+    assert json.loads(answer.text) == [12345] * 9
+
+
+def test_threads_and_forms_do_not_mix(noise):
+    forms = ["a{3}", "b{5}", "c{7}", "d{9}"] * 2
+    said = dict.fromkeys(range(len(forms)))
+
+    def ask(index):
+        said[index] = noise.ask("?", constraint=Constraint.regex(forms[index])).text
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in said]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [said[i] for i in said] == ["aaa", "bbbbb", "ccccccc", "ddddddddd"] * 2
+
+
+def test_an_engine_with_few_logits(noise, monkeypatch):
+    """A board may give only its likeliest tokens: -inf stands for the others."""
+    decode = noise.engine.decode
+
+    def likeliest(token_id):
+        logits = decode(token_id).copy()
+        logits[logits < logits.max()] = -np.inf
+        return logits
+
+    monkeypatch.setattr(noise.engine, "decode", likeliest)
+    chat = noise.chat()
+    with pytest.raises(EdgeVLError, match=r"only the likeliest tokens.*post-topk"):
+        chat.ask("?", constraint=Constraint.json_schema(PERSON))
+    # The last token is not needed to know that the answer is complete.
+    assert noise.ask("?", constraint=Constraint.regex("[ -~]")).finish_reason == "stop"
+
+
+def test_a_form_that_no_text_has(noise):
+    endless = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+    with pytest.raises(EdgeVLError, match="no text can meet it"):
+        noise.ask("?", constraint=Constraint.json_schema(endless))
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"not": {"type": "string"}}, r'\["not"\]'),
+        ({"type": "foo"}, "foo"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        # A schema cannot switch the checks off.
+        ({"x-guidance": {"lenient": True}, "not": {}}, r'\["not"\]'),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "greater than maximum"),
+        ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
+        ({"$ref": "#/$defs/none"}, "/\\$defs/none"),
+        ({"$ref": "http://localhost:9/schema"}, "does not fetch"),
+        ({"$ref": "file:///etc/passwd"}, "does not fetch"),
+        ('{"type": "object"', "is not JSON"),
+        ('{"const": "\\ud800"}', "is not JSON"),
+        ({"const": float("nan")}, "is not JSON"),
+        ({"const": object()}, "is not JSON"),
+        ({"type": "object", "minProperties": {"a": "x" * 92 + "汉"}}, "llguidance fails"),
+        ("[1]", "must be an object"),
+        ("null", "is null: it must be an object"),
+        ("[" * 100_000, "levels"),
+        ('{"items":' * 70 + "{}" + "}" * 70, f"nested more than {MAX_SCHEMA_LEVELS} levels"),
+        ({"const": "x" * MAX_CONSTRAINT_BYTES}, "bytes: the limit is"),
+    ],
+)
+def test_refused_schemas(schema, says):
+    with pytest.raises(PromptError, match=f"^json_schema.*{says}") as raised:
+        Constraint.json_schema(schema)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("a|(", "unclosed group"),
+        ("(?=a)b", "look-around"),
+        (7, "a string"),
+        ("\ud800", "Unicode"),
+        ("x" * 200_000, "has"),
+    ],
+)
+def test_refused_regular_expressions(pattern, says):
+    with pytest.raises(PromptError, match=f"^regex.*{says}"):
+        Constraint.regex(pattern)
+
+
+def test_too_complex_to_follow(noise):
+    properties = {f"p{i}": {"type": "string", "pattern": "^[a-z]{3}$"} for i in range(2000)}
+    schema = {"type": "object", "properties": properties}
+    with pytest.raises(EdgeVLError, match=r"^constraint: .*; simplify it$") as raised:
+        noise.ask("?", constraint=Constraint.json_schema(schema))
+    assert len(str(raised.value)) < 400
+
+
+def test_deepest_schema_that_is_allowed():
+    levels = MAX_SCHEMA_LEVELS - 1
+    Constraint.json_schema('{"items":' * levels + "{}" + "}" * levels)
+
+
+def test_misuse(noise):
+    with pytest.raises(PromptError, match=r"^constraint is \{\}: it must be an edgevl.Constraint"):
+        noise.ask("?", constraint={})
+    with pytest.raises(PromptError, match=r"^constraint: .*thinking"):
+        noise.ask("?", thinking=True, constraint=Constraint.json_object())
+    with pytest.raises(PromptError, match=r"^constraint: "):
+        noise.ask("?", constraint=Constraint("start: nothing"))
+
+
+def test_a_missing_library_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(EdgeVLError, match=r"pip install 'edgevl\[constrained\]'"):
+        Constraint.json_object()
