@@ -77,12 +77,14 @@ def test_options_reach_the_model(model, picture):
         "chat m -q x --system S --think --max-tiles 3 --max-tokens 9 --temperature 0.5 --top-p .9"
     )
     args += " --top-k 8 --min-p .1 --repetition-penalty 1.1 --seed 7 --stop A --stop B --context 99"
-    args += " --engine cpu --precision int4 --threads 3 --kv-cache int8"
+    args += " --engine cpu --precision int4 --threads 3 --kv-cache int8 --frames 5"
     assert cli.main([*args.split(), "-i", str(picture), "-i", str(picture)]) == 0
     [call] = model.calls
     assert len(call.pop("images")) == 2
     assert call == {
         "question": "x",
+        "videos": [],
+        "frames": 5,
         "system": "S",
         "thinking": True,
         "max_tiles": 3,
@@ -473,3 +475,22 @@ def test_one_form_and_no_thinking(model, tmp_path, other):
     path = tmp_path / "schema.json"
     path.write_text("{}")
     assert cli.main(["chat", "m", "-q", "x", "--json-schema", str(path), other]) == 2
+
+
+def test_a_video_in_a_conversation(model, tmp_path, capsys):
+    pytest.importorskip("av")
+    from clips import write_clip
+
+    clip = write_clip(tmp_path / "a.mp4", frames=5)
+    talk = Conversation("m", model.chat(), {"frames": 3})
+    talk.take(f"/video {clip}")
+    assert "5 frames" in capsys.readouterr().err
+    talk.take("What?")
+    talk.take("And?")
+    assert [len(call["videos"]) for call in model.calls] == [1, 0]
+    assert model.calls[0]["videos"][0].frame_count == 5
+    assert model.calls[0]["frames"] == 3
+    talk.take(f"/save {tmp_path / 'talk.json'}")
+    turns = json.loads((tmp_path / "talk.json").read_text())["turns"]
+    assert turns[0]["videos"] == [str(clip)]
+    assert "videos" not in turns[1]

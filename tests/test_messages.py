@@ -31,8 +31,27 @@ def test_other_numbers_of_markers_are_refused_with_both_numbers(markers, picture
         Message.user("<image>" * markers, pictures)
 
 
+def test_frames_of_a_video_are_numbered_lines_before_the_text():
+    by_hand = Message.user("Frame1: <image>\nFrame2: <image>\nWhat happens?", [A, B])
+    assert Message.user("What happens?", videos=[[A, B]]) == by_hand
+    assert Message.user("", videos=[[A]]).parts == ("Frame1: ", A, "\n")
+    assert Message.user("an <image> tag", videos=[[A]]).parts == (
+        "Frame1: ",
+        A,
+        "\nan <image> tag",
+    )
+
+
+def test_videos_come_before_pictures_whose_markers_stay_their_own():
+    start = ("Frame1: ", A, "\nFrame2: ", B, "\nFrame1: ", C, "\n")
+    videos = [[A, B], [C]]
+    assert Message.user("x", [A], videos).parts == (*start, A, "\nx")
+    assert Message.user("x <image> y", [A], videos).parts == (*start[:-1], "\nx ", A, " y")
+    with pytest.raises(PromptError, match="2 <image> markers but 1 pictures"):
+        Message.user("<image><image>", [A], videos)
+
+
 def test_any_sequence_of_parts():
-    # How frames of a video will come.
     parts = ("Frame1: ", A, "\nFrame2: ", B, "\nWhat happens?")
     assert Message("user", parts).parts == parts
     assert Message.system("s").parts == ("s",)
@@ -50,6 +69,7 @@ def test_any_sequence_of_parts():
         (lambda: Message("user", ("x", "photo.png", None)), "NoneType"),
         (lambda: Message("user", (GeneratedTokens((1,)),)), "generated tokens"),
         (lambda: Message.user("x", ["photo.png"]), "prepare_picture"),
+        (lambda: Message.user("x", videos=[["clip.mp4"]]), "prepare_picture"),
         (lambda: Message("user", "abc"), "tuple"),
         (lambda: Message.user(""), "empty"),
         (lambda: Message.user(None), "NoneType"),

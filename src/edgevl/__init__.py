@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         EdgeVLError,
         ImageError,
         PromptError,
+        VideoError,
     )
     from edgevl.generate import Answer, Constraint, Model, SamplingParams, Session, Stream, load
 
@@ -43,6 +44,7 @@ __all__ = [
     "SamplingParams",
     "Session",
     "Stream",
+    "VideoError",
     "__version__",
     "load",
 ]

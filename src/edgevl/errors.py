@@ -13,6 +13,10 @@ class ImageError(EdgeVLError):
     """A picture cannot be read, or exceeds a limit."""
 
 
+class VideoError(EdgeVLError):
+    """A video cannot be read, exceeds a limit, or PyAV is missing."""
+
+
 class PromptError(EdgeVLError):
     """Messages cannot be turned into a prompt, or a request's parameters are out of range."""
 

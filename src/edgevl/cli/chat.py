@@ -1,4 +1,4 @@
-"""``edgevl chat``: ask a picture once, or hold a conversation."""
+"""``edgevl chat``: ask a picture or video once, or hold a conversation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import click
 from edgevl.cli.answer import print_answer
 from edgevl.cli.options import answer_options, as_unicode
 from edgevl.cli.terminal import (
+    DEFAULT_FRAMES,
+    MAX_FRAMES,
     chinese,
     engine_options,
     is_terminal,
@@ -41,6 +43,22 @@ MAX_QUESTION_BYTES = 1 << 20
     metavar="IMAGE",
     help="A picture: path, data: URL, or - for standard input. May be repeated.",
 )
+@click.option(
+    "-v",
+    "--video",
+    "videos",
+    multiple=True,
+    metavar="VIDEO",
+    help="A video: path, data: URL, or - for standard input. May be repeated.",
+)
+@click.option(
+    "--frames",
+    type=click.IntRange(1, MAX_FRAMES),
+    default=DEFAULT_FRAMES,
+    show_default=True,
+    metavar="N",
+    help="Frames taken of a video.",
+)
 @answer_options
 @click.option("--json-object", is_flag=True, help="Answer with a JSON object.")
 @click.option(
@@ -61,6 +79,8 @@ def command(
     model: str,
     question: str | None,
     images: tuple[str, ...],
+    videos: tuple[str, ...],
+    frames: int,
     system: str | None,
     think: bool,
     max_tiles: int | None,
@@ -75,7 +95,7 @@ def command(
     draw_boxes: Path | None,
     **sampling: Any,
 ) -> None:
-    """Ask MODEL about pictures.
+    """Ask MODEL about pictures and videos.
 
     With -q, or with the question on standard input, it answers once. Otherwise a conversation
     begins; /help in it lists what it understands.
@@ -83,6 +103,7 @@ def command(
     \b
     edgevl chat tiny -q "What number is on the display?" -i meter.png
     edgevl chat OpenGVLab/InternVL3_5-1B -i left.jpg -i right.jpg
+    edgevl chat OpenGVLab/InternVL3_5-1B -v clip.mp4 -q "What happens?"
     """  # noqa: D301
     converse = question is None and is_terminal(sys.stdin)
     if converse and (as_json or draw_boxes):
@@ -91,7 +112,8 @@ def command(
         raise click.UsageError("--json-object, --json-schema and --think: give one of them")
     if draw_boxes and not images:
         raise click.UsageError("--draw-boxes needs a picture: add -i IMAGE")
-    if "-" in images and (question is None or question == "-" or images.count("-") > 1):
+    piped = (images + videos).count("-")
+    if piped and (question is None or question == "-" or piped > 1):
         raise click.UsageError("standard input can be read once: give the question with -q TEXT")
     if not converse and question in (None, "-"):
         question = _read_question()
@@ -100,13 +122,14 @@ def command(
         raise click.UsageError("the question is empty: give it with -q TEXT")
 
     with ExitStack() as stack:
-        # What can fail at once fails before the model is loaded: files, pictures.
+        # What can fail at once fails before the model is loaded: files, what is shown.
         sampling["constraint"] = _constraint(json_object, json_schema)
         drawing_format = _format(draw_boxes) if draw_boxes else None
         drawing = stack.enter_context(replacing(draw_boxes)) if draw_boxes else None
-        from edgevl.preprocess import load_image
+        from edgevl.preprocess import load_image, open_video
 
         pictures = [load_image(image) for image in images]
+        clips: list[Any] = [open_video(video) for video in videos]
         import edgevl
 
         note(f"{'正在加载' if chinese() else 'loading'} {model} …")
@@ -123,11 +146,14 @@ def command(
             from edgevl.cli.conversation import Conversation
 
             session = loaded.chat(system=system, thinking=think, max_tiles=max_tiles)
-            Conversation(model, session, sampling).run(list(zip(images, pictures, strict=True)))
+            conversation = Conversation(model, session, sampling | {"frames": frames})
+            conversation.run(list(zip(images + videos, [*pictures, *clips], strict=True)))
             return
         stream = loaded.stream(
             question,
             images=pictures,
+            videos=clips,
+            frames=frames,
             system=system,
             thinking=think,
             max_tiles=max_tiles,

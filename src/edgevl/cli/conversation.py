@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from edgevl.generate import Session
+    from edgevl.preprocess import Video
 
 HELP = """\
 Type a question, or:
   /image PATH   show a picture with the next question (repeat for several)
+  /video PATH   show a video with the next question
   /reset        forget everything said so far
   /save FILE    write the conversation to a JSON file
   /exit         leave (or Ctrl-D)
@@ -30,6 +32,7 @@ Ctrl-C stops an answer."""
 HELP_ZH = """\
 直接输入问题，或使用：
   /image 路径   为下一个问题附上图片（可多次使用）
+  /video 路径   为下一个问题附上视频
   /reset        清空对话，重新开始
   /save 文件    将对话保存为 JSON 文件
   /exit         退出（或按 Ctrl-D）
@@ -39,19 +42,19 @@ WELCOME = ("/help lists the commands, Ctrl-D leaves.", "输入 /help 查看命�
 
 
 class Conversation:
-    """Reads lines, keeps the pictures that wait for the next question, and a transcript."""
+    """Reads lines, keeps what is shown with the next question, and a transcript."""
 
     def __init__(self, model: str, session: Session, sampling: dict[str, Any]) -> None:
         """Hold a conversation in ``session``; ``sampling`` goes with every question."""
         self._model = model
         self._session = session
         self._sampling = sampling
-        self._waiting: list[tuple[str, Image.Image]] = []
+        self._waiting: list[tuple[str, Image.Image | Video]] = []
         self._turns: list[dict[str, Any]] = []
 
-    def run(self, pictures: list[tuple[str, Image.Image]]) -> None:
-        """Talk until the user leaves; ``pictures`` (name, picture) go with the first question."""
-        self._waiting = pictures
+    def run(self, shown: list[tuple[str, Image.Image | Video]]) -> None:
+        """Talk until the user leaves; ``shown`` (name, what) goes with the first question."""
+        self._waiting = shown
         _enable_history()
         _tell(*WELCOME)
         while True:
@@ -96,6 +99,8 @@ class Conversation:
             _tell("A new conversation.", "已开始新的对话。")
         elif name == "/image":
             self._add_picture(rest)
+        elif name == "/video":
+            self._add_video(rest)
         elif name == "/save":
             self._save(rest)
         elif name.startswith("/") and "/" not in name[1:]:
@@ -112,10 +117,7 @@ class Conversation:
         if not path:
             _tell("Name a picture: /image PATH", "请给出图片路径：/image 路径")
             return
-        if path == "-":
-            raise EdgeVLError("standard input is the conversation; give the path of a picture")
-        if not path.startswith("data:"):
-            path = str(Path(path).expanduser())
+        path = _path(path)
         picture = load_image(path)
         self._waiting.append((path, picture))
         _tell(
@@ -123,20 +125,44 @@ class Conversation:
             f"{picture.width} x {picture.height}，将随下一个问题一起发送。",
         )
 
+    def _add_video(self, path: str) -> None:
+        from edgevl.preprocess import open_video
+
+        if not path:
+            _tell("Name a video: /video PATH", "请给出视频路径：/video 路径")
+            return
+        path = _path(path)
+        video = open_video(path)
+        self._waiting.append((path, video))
+        _tell(
+            f"{video.frame_count} frames, {video.duration_s:.1f} s, goes with the next question.",
+            f"{video.frame_count} 帧，{video.duration_s:.1f} 秒，将随下一个问题一起发送。",
+        )
+
     def _ask(self, question: str) -> None:
-        pictures = [picture for _, picture in self._waiting]
-        stream = self._session.stream(question, images=pictures, **self._sampling)
+        from edgevl.preprocess import Video
+
+        videos = [(name, shown) for name, shown in self._waiting if isinstance(shown, Video)]
+        images = [(name, shown) for name, shown in self._waiting if not isinstance(shown, Video)]
+        stream = self._session.stream(
+            question,
+            images=[picture for _, picture in images],
+            videos=[video for _, video in videos],
+            **self._sampling,
+        )
         said: list[str] = []
         try:
             result = print_answer(stream, said).to_dict()
         except KeyboardInterrupt:
             stream.close()  # the session remembers what was said so far
             click.echo()
-            if not said:  # it forgets a question without an answer: its pictures wait on
+            if not said:  # it forgets a question without an answer: what is shown waits on
                 return
             result = {"text": "".join(said), "finish_reason": "interrupted"}
-        names = [name for name, _ in self._waiting]
-        self._turns.append({"question": question, "images": names, **result})
+        turn: dict[str, Any] = {"question": question, "images": [name for name, _ in images]}
+        if videos:
+            turn["videos"] = [name for name, _ in videos]
+        self._turns.append(turn | result)
         self._waiting = []
 
     def _save(self, name: str) -> None:
@@ -149,6 +175,13 @@ class Conversation:
             file.write(json.dumps(transcript, ensure_ascii=False, indent=1).encode())
             file.write(b"\n")
         _tell(f"Saved to {path}.", f"已保存到 {path}。")
+
+
+def _path(path: str) -> str:
+    """Return what a picture or video is loaded from; ``~`` is the user's home."""
+    if path == "-":
+        raise EdgeVLError("standard input is the conversation; give the path of a file")
+    return path if path.startswith("data:") else str(Path(path).expanduser())
 
 
 def _tell(english: str, chinese_text: str) -> None:

@@ -34,6 +34,7 @@ NEEDED = {
 #: Extra -> its distributions and what it is for.
 EXTRAS = {
     "heic": (("pillow-heif",), "HEIC pictures"),
+    "video": (("av",), "videos"),
     "constrained": (("llguidance",), "answers of a given form, such as JSON"),
     "board": (("cffi",), "boards with an NPU, and their emulator"),
     "axera": (

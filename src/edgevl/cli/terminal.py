@@ -25,6 +25,8 @@ ENGINES = ("auto", "cpu", "reference", "axera")
 PRECISIONS = ("auto", "int4", "int8", "bf16")
 #: What it accepts as a format of keys and values.
 KV_CACHE_FORMATS = ("bf16", "int8")
+#: ``DEFAULT_FRAMES`` and ``MAX_SAMPLED`` of ``edgevl.preprocess.video``.
+DEFAULT_FRAMES, MAX_FRAMES = 8, 256
 #: Engines' notes that users read often.
 _CHINESE_NOTES = {"emulated NPU: no board computes": "模拟的 NPU：没有板子在计算"}
 

@@ -13,6 +13,7 @@ from edgevl.generate.answer import Answer
 from edgevl.generate.decoding import AnswerGenerator
 from edgevl.generate.session import Session, Stream
 from edgevl.preprocess import Prompt, PromptEncoder
+from edgevl.preprocess.video import DEFAULT_FRAMES
 
 
 def load(
@@ -84,10 +85,13 @@ class Model:
         system: str | None = None,
         thinking: bool = False,
         max_tiles: int | None = None,
+        videos: Any = (),
+        frames: int = DEFAULT_FRAMES,
         **sampling: Any,
     ) -> Answer:
         """Ask one question; for the arguments and errors see `chat` and `Session.ask`."""
-        return self.chat(system, thinking, max_tiles).ask(text, images, **sampling)
+        session = self.chat(system, thinking, max_tiles)
+        return session.ask(text, images, videos, frames, **sampling)
 
     def stream(
         self,
@@ -96,10 +100,13 @@ class Model:
         system: str | None = None,
         thinking: bool = False,
         max_tiles: int | None = None,
+        videos: Any = (),
+        frames: int = DEFAULT_FRAMES,
         **sampling: Any,
     ) -> Stream:
         """Ask one question and receive the answer as it is generated; see `Session.stream`."""
-        return self.chat(system, thinking, max_tiles).stream(text, images, **sampling)
+        session = self.chat(system, thinking, max_tiles)
+        return session.stream(text, images, videos, frames, **sampling)
 
     def chat(
         self, system: str | None = None, thinking: bool = False, max_tiles: int | None = None

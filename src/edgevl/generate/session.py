@@ -13,7 +13,15 @@ from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError, Prom
 from edgevl.generate.answer import Answer
 from edgevl.generate.decoding import AnswerGenerator, Piece
 from edgevl.generate.sampling import SamplingParams
-from edgevl.preprocess import GeneratedTokens, Message, Picture, Prompt, prepare_picture
+from edgevl.preprocess import (
+    GeneratedTokens,
+    Message,
+    Picture,
+    Prompt,
+    prepare_picture,
+    prepare_video,
+)
+from edgevl.preprocess.video import DEFAULT_FRAMES
 
 
 class Stream(Iterator[Piece]):
@@ -86,7 +94,14 @@ class Session:
         self._thinking = thinking
         self._max_tiles = max_tiles
 
-    def ask(self, text: str, images: Any = (), **sampling: Any) -> Answer:
+    def ask(
+        self,
+        text: str,
+        images: Any = (),
+        videos: Any = (),
+        frames: int = DEFAULT_FRAMES,
+        **sampling: Any,
+    ) -> Answer:
         """Ask and wait for the whole answer.
 
         Args:
@@ -94,30 +109,41 @@ class Session:
                 come first.
             images: a picture or several: path, bytes, PIL image, array [rows, columns, 3], ``-``
                 for standard input, or ``data:`` URL.
+            videos: a video or several: path, bytes, ``-``, ``data:`` URL, or what
+                `edgevl.preprocess.open_video` returned. They come before pictures and text.
+            frames: how many are taken of each video, uniformly sampled.
             **sampling: fields of `SamplingParams`.
 
         Raises:
             ImageError: a picture cannot be read or exceeds a limit.
-            PromptError: pictures and marks do not match, a sampling value is out of range, or a
-                constraint is given to a conversation with thinking.
+            VideoError: a video cannot be read or exceeds a limit, or PyAV is missing.
+            PromptError: pictures and marks do not match, a sampling value or ``frames`` is out of
+                range, or a constraint is given to a conversation with thinking.
             ContextLengthError: this message alone is longer than the context.
         """
-        stream = self.stream(text, images, **sampling)
+        stream = self.stream(text, images, videos, frames, **sampling)
         for _ in stream:
             pass
         return stream.answer
 
-    def stream(self, text: str, images: Any = (), **sampling: Any) -> Stream:
+    def stream(
+        self,
+        text: str,
+        images: Any = (),
+        videos: Any = (),
+        frames: int = DEFAULT_FRAMES,
+        **sampling: Any,
+    ) -> Stream:
         """Ask and receive the answer as it is generated; see `ask`.
 
-        The pictures are read, and errors raised, before this returns.
+        Pictures and videos are read, and errors raised, before this returns.
         """
         started = time.perf_counter()
         params = SamplingParams(**sampling)
         if params.constraint and self._thinking:
             # The thoughts would have to be of its form too.
             raise PromptError("constraint: it cannot be met while thinking: leave one of them out")
-        message = Message.user(text, self._pictures(images))
+        message = Message.user(text, self._pictures(images), self._videos(videos, frames))
         history, prompt = self._fit(message, params)
         return Stream(self._turn(history, message, prompt, params, started))
 
@@ -147,16 +173,24 @@ class Session:
         self.messages.clear()
 
     def _pictures(self, images: Any) -> list[Picture]:
-        if images is None:
-            images = ()
-        sources = images if isinstance(images, (list, tuple)) else [images]
+        config = self._checkpoint.config
+        return [prepare_picture(source, config, self._max_tiles) for source in self._seen(images)]
+
+    def _videos(self, videos: Any, frames: int) -> list[list[Picture]]:
+        config = self._checkpoint.config
+        return [prepare_video(source, config, frames) for source in self._seen(videos)]
+
+    def _seen(self, sources: Any) -> Sequence[Any]:
+        """Return one source or several, or none, as a sequence, if the model can see."""
+        if sources is None:
+            sources = ()
+        sources = sources if isinstance(sources, (list, tuple)) else [sources]
         if sources and not self._checkpoint.has_vision:
             raise CheckpointError(
                 f"{self._checkpoint.path} has no vision weights: it answers text only; for "
                 "pictures give the whole model"
             )
-        config = self._checkpoint.config
-        return [prepare_picture(source, config, self._max_tiles) for source in sources]
+        return sources
 
     def _fit(self, message: Message, params: SamplingParams) -> tuple[list[Message], Prompt]:
         """Leave out the oldest turns until prompt and answer fit: -> turns kept, the prompt.
@@ -179,7 +213,7 @@ class Session:
         if length >= context:
             raise ContextLengthError(
                 f"the message needs {length} tokens, but the context holds {context}, answer "
-                "included: shorten it, or use fewer pictures or tiles (max_tiles)"
+                "included: shorten it, or use fewer pictures, tiles (max_tiles) or frames of videos"
             )
         return history, prompt
 

@@ -1,9 +1,10 @@
-"""Pictures to tiles, messages to token ids."""
+"""Pictures to tiles, videos to frames, messages to token ids."""
 
 from edgevl.preprocess.image import ImageSource, load_image
 from edgevl.preprocess.messages import GeneratedTokens, Message
 from edgevl.preprocess.picture import Picture, prepare_picture
 from edgevl.preprocess.prompt import ImageSpan, Prompt, PromptEncoder
+from edgevl.preprocess.video import Video, VideoSource, open_video, prepare_video
 
 __all__ = [
     "GeneratedTokens",
@@ -13,6 +14,10 @@ __all__ = [
     "Picture",
     "Prompt",
     "PromptEncoder",
+    "Video",
+    "VideoSource",
     "load_image",
+    "open_video",
     "prepare_picture",
+    "prepare_video",
 ]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from edgevl.errors import ImageError
+from edgevl.preprocess.sources import data_url, first_line, reading, short_name
 
 #: What a picture may be given as: path, ``"-"`` or ``data:`` URL, encoded bytes, picture, array.
 ImageSource: TypeAlias = (
@@ -85,48 +82,25 @@ def _from_string(source: str) -> Image.Image:
         data = sys.stdin.buffer.read(MAX_BYTES + 1)
         return _decode(_check_bytes(data, "standard input"), "standard input")
     if scheme.startswith("data:"):
-        return _decode(_check_bytes(_data_url(source), "the data: URL"), "the data: URL")
+        data = data_url(source, MAX_BYTES, ImageError)
+        return _decode(_check_bytes(data, "the data: URL"), "the data: URL")
     if scheme.startswith(("http://", "https://")):
         raise ImageError(
-            f"{_short(source)}: pictures are not fetched from the network; download it first and "
-            "give its path"
+            f"{short_name(source)}: pictures are not fetched from the network; download it first "
+            "and give its path"
         )
     return _from_path(source)
 
 
 def _from_path(path: str | bytes) -> Image.Image:
-    name = _short(os.fsdecode(path))
-    try:
-        with Path(os.fsdecode(path)).expanduser().open("rb") as file:
-            # Bounded, so that a device or pipe without an end is refused rather than read.
-            data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ImageError(f"{name}: no such file") from None
-    except IsADirectoryError:
-        raise ImageError(f"{name}: is a directory; give a picture file") from None
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RuntimeError) as error:  # a NUL in the path; ~ of an unknown user
-        raise ImageError(f"{name}: not a path ({error})") from None
+    name = short_name(os.fsdecode(path))
+    with (
+        reading(name, "picture", ImageError),
+        Path(os.fsdecode(path)).expanduser().open("rb") as file,
+    ):
+        # Bounded, so that a device or pipe without an end is refused rather than read.
+        data = file.read(MAX_BYTES + 1)
     return _decode(_check_bytes(data, name), name)
-
-
-def _data_url(url: str) -> bytes:
-    """Return the payload of a ``data:`` URL (RFC 2397), base64 or percent-encoded."""
-    # Each byte takes at most three characters, and some more for the media type.
-    if len(url) > 3 * MAX_BYTES + 1024:
-        raise ImageError(f"the data: URL is over the limit of {MAX_BYTES // 2**20} MiB")
-    header, comma, payload = url.partition(",")
-    if not comma:
-        raise ImageError(f"{_short(url)}: a data: URL needs a comma before its data")
-    data = unquote_to_bytes(payload)
-    if not header.lower().rstrip().endswith(";base64"):
-        return data
-    data = re.sub(rb"\s+", b"", data).rstrip(b"=")
-    try:
-        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
-    except binascii.Error as error:
-        raise ImageError(f"the data: URL is not valid base64 ({error})") from None
 
 
 def _check_bytes(data: bytes, name: str) -> bytes:
@@ -152,7 +126,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
             f"{name}: not a picture that can be read; give JPEG, PNG, WebP, BMP, GIF, TIFF or HEIC"
         ) from None
     except Exception as error:  # decoders raise nearly anything on malformed input
-        raise ImageError(f"{name}: damaged picture ({_reason(error)})") from error
+        raise ImageError(f"{name}: damaged picture ({first_line(error)})") from error
     with image:
         return _finish(image, name)
 
@@ -169,7 +143,7 @@ def _decode_heic(data: bytes, name: str) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # as above
-        raise ImageError(f"{name}: damaged picture ({_reason(error)})") from error
+        raise ImageError(f"{name}: damaged picture ({first_line(error)})") from error
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
@@ -211,7 +185,7 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # as in _decode
-        raise ImageError(f"{name}: damaged or truncated picture ({_reason(error)})") from error
+        raise ImageError(f"{name}: damaged or truncated picture ({first_line(error)})") from error
     _check_size(rgb.size, name)  # what was decoded, should it differ from the header
     rgb.info = {}  # the orientation is spent; a second load_image must not apply it again
     return rgb
@@ -267,13 +241,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey(values: NDArray[Any]) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-
-
-def _short(name: str) -> str:
-    name = name.encode("utf-8", "backslashreplace").decode()
-    name = "".join(char if char.isprintable() else "?" for char in name[:200])
-    return name if len(name) <= 100 else f"{name[:97]}…"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -76,8 +76,17 @@ class Message:
         return cls("system", (text,))
 
     @classmethod
-    def user(cls, text: str, pictures: Sequence[Picture] = ()) -> Message:
-        """Return a user's message with its pictures in place.
+    def user(
+        cls,
+        text: str,
+        pictures: Sequence[Picture] = (),
+        videos: Sequence[Sequence[Picture]] = (),
+    ) -> Message:
+        """Return a user's message with its pictures and videos in place.
+
+        Videos, given as their frames, come first, one after another: for each frame a line
+        ``Frame1: <image>``, ``Frame2: <image>`` and so on, as in InternVL's example. Markers in the
+        text are for pictures alone.
 
         With as many ``<image>`` markers in the text as pictures, the pictures take their places.
         With none, the pictures come first, each followed by a newline, as in InternVL's ``chat``.
@@ -90,17 +99,15 @@ class Message:
             raise PromptError(
                 f"the text of a message must be a string, not a {type(text).__name__}"
             )
-        if not pictures:
-            if not text:
-                raise PromptError("the message is empty; give a text or a picture")
-            return cls("user", (text,))
-        for picture in pictures:
+        if not (text or pictures or videos):
+            raise PromptError("the message is empty; give a text, a picture or a video")
+        for picture in [*pictures, *(frame for frames in videos for frame in frames)]:
             if not isinstance(picture, Picture):
                 raise PromptError(
                     f"a picture of a message must be a Picture, not a {type(picture).__name__}; "
                     "prepare_picture makes one"
                 )
-        pieces = text.split(IMAGE_MARKER)
+        pieces = text.split(IMAGE_MARKER) if pictures else [text]
         markers = len(pieces) - 1
         if markers == 0:
             pieces = [""] + ["\n"] * len(pictures)
@@ -110,8 +117,17 @@ class Message:
                 f"the text has {markers} {IMAGE_MARKER} markers but {len(pictures)} pictures were "
                 "given; use as many markers as pictures, or none"
             )
-        parts: list[Part] = [pieces[0]]
-        for picture, piece in zip(pictures, pieces[1:], strict=True):
+        shown: list[Picture] = []
+        texts = [""]  # before, between and after them
+        for frames in videos:
+            for number, frame in enumerate(frames, start=1):
+                texts[-1] += f"Frame{number}: "
+                texts.append("\n")
+                shown.append(frame)
+        texts[-1:] = [texts[-1] + pieces[0], *pieces[1:]]
+        shown += pictures
+        parts: list[Part] = [texts[0]]
+        for picture, piece in zip(shown, texts[1:], strict=True):
             parts += [picture, piece]
         return cls("user", tuple(part for part in parts if part != ""))
 

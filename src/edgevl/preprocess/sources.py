@@ -1,0 +1,67 @@
+"""What pictures and videos have in common as files: ``data:`` URLs, paths, names in messages."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import unquote_to_bytes
+
+from edgevl.errors import EdgeVLError
+
+
+def data_url(url: str, max_bytes: int, error_type: type[EdgeVLError]) -> bytes:
+    """Return the payload of a ``data:`` URL (RFC 2397), base64 or percent-encoded.
+
+    Args:
+        url: the whole URL.
+        max_bytes: a URL that must hold more is refused before it is decoded; what is returned can
+            still be somewhat more.
+        error_type: what to raise.
+
+    Raises:
+        EdgeVLError: of ``error_type``: the URL is too long or malformed.
+    """
+    # Each byte takes at most three characters, and some more for the media type.
+    if len(url) > 3 * max_bytes + 1024:
+        raise error_type(f"the data: URL is over the limit of {max_bytes // 2**20} MiB")
+    header, comma, payload = url.partition(",")
+    if not comma:
+        raise error_type(f"{short_name(url)}: a data: URL needs a comma before its data")
+    data = unquote_to_bytes(payload)
+    if not header.lower().rstrip().endswith(";base64"):
+        return data
+    data = re.sub(rb"\s+", b"", data).rstrip(b"=")
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error as error:
+        raise error_type(f"the data: URL is not valid base64 ({error})") from None
+
+
+@contextmanager
+def reading(name: str, what: str, error_type: type[EdgeVLError]) -> Iterator[None]:
+    """Turn what goes wrong while the file ``name``, a ``what``, is read into ``error_type``."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise error_type(f"{name}: no such file") from None
+    except IsADirectoryError:
+        raise error_type(f"{name}: is a directory; give a {what} file") from None
+    except OSError as error:
+        raise error_type(f"{name}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RuntimeError) as error:  # a NUL in the path; ~ of an unknown user
+        raise error_type(f"{name}: not a path ({error})") from None
+
+
+def short_name(name: str) -> str:
+    """Return a path or URL fit for a message: one line, at most 100 characters."""
+    name = name.encode("utf-8", "backslashreplace").decode()
+    name = "".join(char if char.isprintable() else "?" for char in name[:200])
+    return name if len(name) <= 100 else f"{name[:97]}…"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what ``error`` says, or its name."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,325 @@
+"""Videos: which frames are taken, at what cost, and what is refused."""
+
+import base64
+import io
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+
+import edgevl
+from edgevl import cli
+from edgevl.errors import ContextLengthError, PromptError, VideoError
+from edgevl.preprocess import Message, open_video, prepare_picture, prepare_video, video, video_file
+
+av = pytest.importorskip("av")
+
+from clips import turn_clip, write_clip, write_sound  # noqa: E402
+
+# Container, codec, frames between which others are interpolated: how containers store times and
+# how they seek all differ.
+KINDS = [
+    ("mp4", "mpeg4", 0),
+    ("mp4", "mpeg4", 2),
+    ("mkv", "mpeg4", 2),
+    ("avi", "mpeg4", 2),
+    ("ts", "mpeg2video", 2),
+    ("mpg", "mpeg2video", 2),
+    ("gif", "gif", 0),
+]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Return a list that grows by one for each frame that is decoded."""
+    counted, decode = [], video._frames
+
+    def counting(*args):
+        for frame in decode(*args):
+            counted.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video, "_frames", counting)
+    return counted
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Return the path of 100 frames, every tenth of them a keyframe."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return edgevl.load("tiny")
+
+
+def every_frame(path):
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def check(path, count):
+    """Compare sampled frames with the same ones of all."""
+    frames = every_frame(path)
+    opened = open_video(path)
+    assert opened.frame_count == len(frames)
+    sampled = list(opened.sample(count))
+    assert len(sampled) == count
+    for index, image in zip(video.frame_indices(len(frames), count), sampled, strict=True):
+        np.testing.assert_array_equal(np.asarray(image), frames[index])
+
+
+@pytest.mark.parametrize(
+    ("frames", "count", "indices"),
+    [
+        # InternVL's get_index, by hand: the segments end at the last frame.
+        (100, 8, [6, 18, 31, 43, 56, 68, 80, 93]),
+        (101, 4, [12, 37, 62, 87]),
+        (33, 32, list(range(32))),
+        (4, 8, [0, 0, 1, 1, 2, 2, 2, 3]),
+        (1, 3, [0, 0, 0]),
+        (6, 2, [1, 3]),  # round(2.5) is 2, as in NumPy
+    ],
+)
+def test_indices_are_those_of_the_original(frames, count, indices):
+    assert video.frame_indices(frames, count) == indices
+
+
+@pytest.mark.parametrize(("container", "codec", "b_frames"), KINDS)
+@pytest.mark.parametrize("count", [8, 25])
+def test_frames_are_exact_in_any_container(tmp_path, container, codec, b_frames, count):
+    check(write_clip(tmp_path / f"a.{container}", codec=codec, b_frames=b_frames), count)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_frames_are_exact_where_the_rate_varies(tmp_path, container):
+    check(write_clip(tmp_path / f"a.{container}", variable=True, b_frames=2), 8)
+
+
+def test_of_a_short_video_frames_come_more_than_once(tmp_path, decoded):
+    path = write_clip(tmp_path / "a.mp4", frames=3)
+    check(path, 8)
+    assert len(decoded) == 3
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
+def test_what_lies_between_is_not_decoded(tmp_path, decoded, container):
+    codec = "mpeg2video" if container == "ts" else "mpeg4"
+    path = write_clip(tmp_path / f"a.{container}", frames=600, codec=codec, gop=10)
+    assert len(list(open_video(path).sample(4))) == 4
+    # At worst a group of pictures each, and what the decoder holds back.
+    assert 4 <= len(decoded) <= 4 * (10 + 2)
+
+
+def test_where_seeking_fails_frames_are_counted(clip, decoded, monkeypatch):
+    decode = video._frames
+
+    def cannot_seek(container, stream, keyframe=None, seek=0):
+        if keyframe is not None:
+            raise video_file.CannotSeekError
+        yield from decode(container, stream)
+
+    monkeypatch.setattr(video, "_frames", cannot_seek)
+    check(clip, 8)
+    assert len(decoded) > 93
+
+
+def test_memory_does_not_grow_with_length(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", frames=1500, size=(192, 128), gop=400)
+    list(open_video(write_clip(tmp_path / "b.mp4", frames=10, size=(192, 128))).sample(8))
+    process = psutil.Process()
+    before = process.memory_info().rss
+    peak = 0
+    for _ in open_video(path).sample(8):
+        peak = max(peak, process.memory_info().rss)
+    assert peak - before < 40 * 2**20  # all frames are 105 MiB
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_frames_are_upright(tmp_path, degrees):
+    path = write_clip(tmp_path / "a.mp4", frames=3)
+    plain = next(open_video(path).sample(1))
+    turned = next(open_video(turn_clip(path, degrees)).sample(1))
+    expected = np.rot90(np.asarray(plain), k=-degrees // 90)
+    np.testing.assert_array_equal(np.asarray(turned), expected)
+
+
+def test_sources(clip, monkeypatch):
+    data = clip.read_bytes()
+    url = "data:video/mp4;base64," + base64.b64encode(data).decode()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    expected = np.asarray(next(open_video(clip).sample(1)))
+    for source in (str(clip), data, bytearray(data), url, "-", open_video(clip)):
+        np.testing.assert_array_equal(np.asarray(next(open_video(source).sample(1))), expected)
+
+
+def refused(source):
+    """Return the reason, one line, for which a video cannot be opened or sampled."""
+    with pytest.raises(VideoError) as error:
+        list(open_video(source).sample(8))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_is_no_video_is_refused(tmp_path, clip):
+    text = tmp_path / "text.mp4"
+    text.write_text("hello " * 100)
+    assert refused(text).startswith(f"{text}: not a video")
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    assert "empty" in refused(empty)
+    assert "empty" in refused(b"")
+    assert "no moving picture" in refused(write_sound(tmp_path / "a.m4a"))
+    assert "no such file" in refused(tmp_path / "none.mp4")
+    assert "directory" in refused(tmp_path)
+    assert "path" in refused("a\0b")
+    assert "int" in refused(3)
+    assert "network" in refused("https://example.com/a.mp4")
+    assert "base64" in refused("data:video/mp4;base64,A")
+
+
+def test_what_has_no_end_is_refused(tmp_path):
+    assert "no end" in refused("/dev/zero")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "no end" in refused(pipe)
+
+
+def test_a_playlist_opens_no_other_file(tmp_path, clip):
+    lists = {
+        "a.ffconcat": f"ffconcat version 1.0\nfile '{clip}'\n",
+        "a.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{clip}\n#EXT-X-ENDLIST\n",
+    }
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+        assert "not a video" in refused(tmp_path / name)
+
+
+def test_a_file_that_breaks_off(tmp_path, clip):
+    data = clip.read_bytes()  # what says where the frames are comes last
+    assert "not a video" in refused(data[: len(data) // 2])
+    whole = write_clip(tmp_path / "a.mkv").read_bytes()
+    part = open_video(whole[: len(whole) // 2])
+    assert 30 < part.frame_count < 70
+    assert len(list(part.sample(30))) == 30
+
+
+def test_a_file_that_goes_away(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", frames=3)
+    opened = open_video(path)
+    path.unlink()
+    assert "no such file" in refused(opened)
+
+
+def test_damage_is_one_error_or_none(clip):
+    data = clip.read_bytes()
+    random = np.random.default_rng(0)
+    reasons = set()
+    for _ in range(40):
+        damaged = bytearray(data)
+        for place in random.integers(0, len(data), 40):
+            damaged[place] = random.integers(256)
+        try:
+            list(open_video(bytes(damaged)).sample(4))
+        except VideoError as error:
+            reasons.add(str(error))
+    assert reasons
+    assert all(reason.startswith("the bytes: ") for reason in reasons)
+
+
+def test_limits(clip, monkeypatch):
+    data = clip.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "MAX_FRAMES", 99)
+        assert "limit of 99 frames" in refused(clip)
+    with monkeypatch.context() as patch:
+        patch.setattr(video_file, "MAX_FILE_BYTES", len(data) - 1)
+        assert "over the limit" in refused(clip)
+    with monkeypatch.context() as patch:
+        patch.setattr(video_file, "MAX_MEMORY_BYTES", len(data) - 1)
+        assert "over the limit" in refused(data)
+        assert "over the limit" in refused("data:," + 3 * len(data) * "a")
+        patch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+        assert "over the limit" in refused("-")
+    with monkeypatch.context() as patch:
+        patch.setattr(video_file, "MAX_FRAME_PIXELS", 64 * 48 - 1)
+        assert "limit of 3071 pixels" in refused(clip)
+
+
+def test_frames_may_not_grow_beyond_the_limit_on_the_way(tmp_path, monkeypatch):
+    small, large = (
+        write_clip(tmp_path / "a.ts", frames=20, codec="mpeg2video", size=size).read_bytes()
+        for size in [(64, 48), (320, 240)]
+    )
+    opened = video_file.opened
+    with opened("a", small + large) as (container, stream):
+        sizes = {frame.width for frame in video._frames(container, stream)}
+    assert sizes == {64, 320}
+    monkeypatch.setattr(video_file, "MAX_FRAME_PIXELS", 128 * 96)
+    with (
+        pytest.raises(VideoError, match="damaged"),
+        opened("a", small + large) as (container, stream),
+    ):
+        list(video._frames(container, stream))
+
+
+@pytest.mark.parametrize("frames", [0, 257, True, 2.0, "8"])
+def test_number_of_frames(tiny, clip, frames):
+    with pytest.raises(PromptError, match="frames"):
+        tiny.ask("x", videos=[clip], frames=frames)
+
+
+def test_without_pyav_the_extra_is_named(clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "pip install 'edgevl[video]'" in refused(clip)
+
+
+def test_prompt_is_that_of_the_frames_as_pictures(tiny, clip):
+    config = tiny.checkpoint.config
+    images = list(open_video(clip).sample(2))
+    pictures = [prepare_picture(image, config, max_tiles=1) for image in images]
+    frames = prepare_video(clip, config, 2)
+    assert frames == pictures
+    text = "Frame1: <image>\nFrame2: <image>\nWhat?"
+    expected = tiny.prompts.encode([Message.user(text, pictures)])
+    prompt = tiny.prompts.encode([Message.user("What?", videos=[frames])])
+    np.testing.assert_array_equal(prompt.token_ids, expected.token_ids)
+    assert prompt.images == expected.images
+    assert [span.length for span in prompt.images] == [config.image_tokens] * 2
+
+
+def test_asking_about_a_video_and_again(tiny, clip):
+    chat = tiny.chat()
+    first = chat.ask("What is shown?", videos=clip, frames=2, max_tokens=4)
+    assert first.usage.image_tokens == 2 * tiny.checkpoint.config.image_tokens
+    second = chat.ask("And now?", max_tokens=4)
+    assert second.usage.cached_tokens >= first.usage.prompt_tokens
+    again = tiny.ask("What?", videos=[clip.read_bytes()], frames=2, max_tokens=4)
+    assert again.usage.cached_tokens >= first.usage.image_tokens
+    assert "".join(tiny.stream("What is shown?", videos=clip, frames=2, max_tokens=4)) == first.text
+
+
+def test_too_many_frames_for_the_context_say_so(clip):
+    model = edgevl.load("tiny", max_context=200)
+    with pytest.raises(ContextLengthError, match="frames"):
+        model.ask("x", videos=[clip], frames=200)
+
+
+def test_on_the_command_line(clip, capsys):
+    command = ["chat", "tiny", "-q", "What?", "--frames", "2", "--max-tokens", "3"]
+    assert cli.main([*command, "-v", str(clip)]) == 0
+    assert capsys.readouterr().out.strip()
+    assert cli.main([*command, "-v", str(clip.parent / "none.mp4")]) == 1
+    assert "none.mp4: no such file" in capsys.readouterr().err
+    assert cli.main([*command, "-v", "-", "-v", "-"]) == 2
+
+
+def test_defaults_of_the_command_line_are_those_of_the_room():
+    from edgevl.cli import terminal
+
+    assert terminal.DEFAULT_FRAMES == video.DEFAULT_FRAMES
+    assert terminal.MAX_FRAMES == video.MAX_SAMPLED
