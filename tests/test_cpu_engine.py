@@ -448,11 +448,13 @@ def test_weights_cut_short_after_loading(mini_checkpoint, preset, tmp_path, dtyp
     )
 
 
-def test_descriptors_are_given_back(mini_checkpoint):
+def test_descriptors_are_given_back(mini_checkpoint, tmp_path):
     opened = Path("/proc/self/fd")
     if not opened.exists():
         pytest.skip("needs /proc")
-    directory = mini_checkpoint("mini-qwen3")
+    # A copy, since other tests' models of the same files may not have been collected yet.
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(mini_checkpoint("mini-qwen3"), directory)
 
     def descriptors():
         return sum(directory.resolve() in link.resolve().parents for link in opened.iterdir())
