@@ -12,8 +12,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import TensorSpec, raw, write_file
 from edgevl.errors import EdgeVLError
+
+#: Opens a stretch of work of some name; within, is told what is done of it, and what there is.
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], object]]]
 
 #: safetensors' names of the types that are stored here.
 _TYPES = {"float16": "F16", "float32": "F32", "int8": "I8", "int32": "I32", "int64": "I64"}

@@ -122,6 +122,20 @@ def write_safetensors(
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def running_total(
+    tensors: Sequence[TensorSpec], progress: Callable[[int, int], object]
+) -> Callable[[int], None]:
+    """Return a ``progress`` for `write_safetensors` that tells another of bytes done and of all."""
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    return count
+
+
 def write_file(
     file: IO[bytes],
     tensors: Sequence[TensorSpec],

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgevl.checkpoint import Checkpoint, StoredTensor
 from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, PROJECTOR, VISION, transformers_name
 from edgevl.checkpoint.side_files import copy_side_files
-from edgevl.checkpoint.writer import TensorSpec, encode, raw, write_safetensors
+from edgevl.checkpoint.writer import TensorSpec, encode, raw, running_total, write_safetensors
 
 #: Tensors that take the place of weights: canonical name -> what their names end in -> tensor.
 Packed = Mapping[str, Mapping[str, StoredTensor]]
@@ -53,14 +53,7 @@ def write_checkpoint(
             yield sources[spec.name]()
             checkpoint.release()
 
-    total, done = sum(spec.nbytes for spec in specs), 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total)
-
-    write_safetensors(directory, specs, pieces, progress=count)
+    write_safetensors(directory, specs, pieces, progress=running_total(specs, progress))
     copy_side_files(checkpoint.path, directory)
     fields = {**(checkpoint.read_json("config.json") or {}), **config}
     text = json.dumps(fields, indent=2, ensure_ascii=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,10 +31,7 @@ from edgevl.quantize.report import write_report
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 from edgevl.quantize.verify import compare_accuracy, compare_answers, load, verify
 from edgevl.quantize.vision import VisionQuantization, quantize_vision
-from edgevl.work import WorkDirectory, check_target, opened, publish
-
-#: Opens a stretch of work of some name; within, is told what is done of it, and what there is.
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], object]]]
+from edgevl.work import Progress, WorkDirectory, check_target, opened, publish
 
 #: The finished checkpoint in the work directory, before it is moved to its place.
 MADE = "checkpoint"

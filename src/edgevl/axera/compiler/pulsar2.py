@@ -11,7 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -20,10 +20,7 @@ from edgevl.axera.compiler.build_log import BuildLog, explain
 from edgevl.axera.compiler.commands import ENVIRONMENT, give_back_command
 from edgevl.axera.compiler.toolchain import Pulsar2
 from edgevl.errors import BoardError
-from edgevl.work import MAKING, WorkDirectory
-
-#: Opens a stretch of work of some name; within, is told what is done of it, and what there is.
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], object]]]
+from edgevl.work import MAKING, Progress, WorkDirectory
 
 #: Seconds between looks at what a build has written.
 POLL_S = 0.5

@@ -24,7 +24,7 @@ from edgevl.axera.compiler.build_script import (
 from edgevl.axera.compiler.commands import QK_NORM_CONFIG, text_command, vision_command
 from edgevl.axera.compiler.embeddings import write_embeddings
 from edgevl.axera.compiler.limits import check, check_decode_step, disk_bytes
-from edgevl.axera.compiler.pulsar2 import Progress, run, stop_left_over
+from edgevl.axera.compiler.pulsar2 import run, stop_left_over
 from edgevl.axera.compiler.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
 from edgevl.axera.compiler.text_checkpoint import check_weights, write_text_checkpoint
 from edgevl.axera.compiler.toolchain import Pulsar2, find, newest_llm_build, version
@@ -35,7 +35,16 @@ from edgevl.checkpoint.hub import model_name
 from edgevl.checkpoint.opening import open_checkpoint
 from edgevl.checkpoint.side_files import copy_side_files
 from edgevl.errors import BoardError
-from edgevl.work import DONE, MAKING, WorkDirectory, check_disk, check_target, opened, publish
+from edgevl.work import (
+    DONE,
+    MAKING,
+    Progress,
+    WorkDirectory,
+    check_disk,
+    check_target,
+    opened,
+    publish,
+)
 
 #: The finished directory in the work directory, before it is moved to its place.
 MADE = "model"

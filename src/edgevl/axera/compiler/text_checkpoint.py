@@ -12,7 +12,13 @@ from edgevl.checkpoint import Checkpoint, GPTQConfig, StoredTensor
 from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, TEXT
 from edgevl.checkpoint.side_files import TOKENIZER_FILES, copy_side_files
 from edgevl.checkpoint.text_json import text_json
-from edgevl.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSpec, raw, write_safetensors
+from edgevl.checkpoint.writer import (
+    DEFAULT_SHARD_BYTES,
+    TensorSpec,
+    raw,
+    running_total,
+    write_safetensors,
+)
 from edgevl.errors import BoardError, CheckpointError
 
 #: Input channels that share a scale, in the GPTQ weights that ``llm_build`` takes.
@@ -59,14 +65,7 @@ def write_text_checkpoint(
             yield raw(parts[spec.name].tensor.data)
             checkpoint.release()
 
-    total, done = sum(spec.nbytes for spec in specs), 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total)
-
-    write_safetensors(directory, specs, pieces, shard_bytes, count)
+    write_safetensors(directory, specs, pieces, shard_bytes, running_total(specs, progress))
     copy_side_files(checkpoint.path, directory, TOKENIZER_FILES)
     text = json.dumps(_config(checkpoint), indent=2, ensure_ascii=False)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,11 @@ from edgevl.errors import BoardError
 from edgevl.machine import this_machine
 from edgevl.preprocess.tiles import byte_statistics, split, to_pixels
 from edgevl.quantize.calibration.drawn import draw
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from edgevl.axera.compiler.vision_graph import Weight
 
 #: Least cosine between an image token's features from the file and from the reference engine.
 LEAST_COSINE = 0.99999
@@ -56,10 +62,10 @@ def write_vision_onnx(checkpoint: Checkpoint, path: Path, uint8_input: bool = Fa
             the two differ by more than rounding does, the file cannot be written, or a library is
             missing.
     """
-    _check(checkpoint)
+    model, weights = _checked_graph(checkpoint)
     beside = path.with_name(path.name + ".partial")
     try:
-        _write(checkpoint, beside)
+        _write(model, weights, checkpoint, beside)
         cosine = cosine_to_reference(checkpoint, beside, uint8_input)
         if not cosine >= LEAST_COSINE:  # so that NaN fails too
             raise BoardError(
@@ -76,8 +82,12 @@ def write_vision_onnx(checkpoint: Checkpoint, path: Path, uint8_input: bool = Fa
     return cosine
 
 
-def _check(checkpoint: Checkpoint) -> None:
-    """Raise a BoardError unless there is vision that fits into an ONNX file and into memory."""
+def _checked_graph(checkpoint: Checkpoint) -> tuple[ir.Model, dict[str, Weight]]:
+    """Return the graph and its weights, if these fit into an ONNX file and into memory.
+
+    Raises:
+        BoardError: they do not, there is no vision, or a library is missing.
+    """
     if not checkpoint.has_vision:
         raise BoardError(
             f"{checkpoint.path}: has no vision encoder; compile the checkpoint that it was made of"
@@ -86,7 +96,7 @@ def _check(checkpoint: Checkpoint) -> None:
         from edgevl.axera.compiler.vision_graph import vision_graph
     except ImportError as error:
         raise missing(error) from None
-    _, weights = vision_graph(checkpoint.config)
+    model, weights = vision_graph(checkpoint.config)
     needed = sum(4 * math.prod(weight.shape) for weight in weights.values())
     if needed > MAX_ONNX_BYTES:
         raise BoardError(
@@ -100,19 +110,19 @@ def _check(checkpoint: Checkpoint) -> None:
             f"{MEMORY_FACTOR * needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are "
             "free: close other programs, or use a larger machine"
         )
+    return model, weights
 
 
-def _write(checkpoint: Checkpoint, path: Path) -> None:
-    """Build the graph, simplify it, give it its weights, write and check it."""
+def _write(model: ir.Model, weights: dict[str, Weight], checkpoint: Checkpoint, path: Path) -> None:
+    """Simplify the graph, give it its weights, write and check it."""
     try:
         import onnx
         import onnx_ir
         import onnxslim
 
-        from edgevl.axera.compiler.vision_graph import fill, vision_graph
+        from edgevl.axera.compiler.vision_graph import fill
     except ImportError as error:
         raise missing(error) from None
-    model, weights = vision_graph(checkpoint.config)
     slim = onnx_ir.from_proto(onnxslim.slim(onnx_ir.to_proto(model)))
     fill(slim, weights, checkpoint)
     onnx_ir.save(slim, path, format="protobuf")
