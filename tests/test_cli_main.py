@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from edgevl import cli
-from edgevl.cli.terminal import ENGINES, replacing
+from edgevl.cli.options import ENGINES
+from edgevl.cli.terminal import replacing
 from edgevl.errors import CheckpointError
 
 

@@ -8,7 +8,7 @@ import pytest
 import edgevl
 from edgevl import cli
 from edgevl.checkpoint import Checkpoint
-from edgevl.cli import terminal
+from edgevl.cli import options
 from edgevl.engine import KV_CACHE_FORMATS, PRECISIONS, ReferenceEngine, load_engine, native_missing
 from edgevl.errors import EdgeVLError
 
@@ -98,5 +98,5 @@ def test_the_kv_cache_reaches_the_engine(checkpoint):
 
 
 def test_the_command_line_offers_every_choice():
-    assert terminal.PRECISIONS == PRECISIONS
-    assert terminal.KV_CACHE_FORMATS == KV_CACHE_FORMATS
+    assert options.PRECISIONS == PRECISIONS
+    assert options.KV_CACHE_FORMATS == KV_CACHE_FORMATS

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -270,7 +271,7 @@ def test_a_read_only_directory_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_without_pytorch_the_mend_is_told(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["quantize", "tiny", "-o", str(tmp_path / "out")]) == 1
     assert "pip install 'edgevl[quantize]'" in capsys.readouterr().err
 

@@ -319,7 +319,7 @@ def test_on_the_command_line(clip, capsys):
 
 
 def test_defaults_of_the_command_line_are_those_of_the_room():
-    from edgevl.cli import terminal
+    from edgevl.cli import options
 
-    assert terminal.DEFAULT_FRAMES == video.DEFAULT_FRAMES
-    assert terminal.MAX_FRAMES == video.MAX_SAMPLED
+    assert options.DEFAULT_FRAMES == video.DEFAULT_FRAMES
+    assert options.MAX_FRAMES == video.MAX_SAMPLED

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.options import answer_options, as_unicode
+from edgevl.cli.options import answer_options, as_unicode, engine_options
 from edgevl.cli.terminal import (
     chinese,
     ends_like_ctrl_c,
-    engine_options,
     note,
     print_json,
     progress_bar,

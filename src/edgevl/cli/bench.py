@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.terminal import engine_options, is_terminal, note, print_json, replacing
+from edgevl.cli.options import engine_options
+from edgevl.cli.terminal import is_terminal, note, print_json, replacing
 
 if TYPE_CHECKING:
     from edgevl.evaluate.bench import BenchResult

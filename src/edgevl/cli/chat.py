@@ -10,18 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevl.cli.answer import print_answer
-from edgevl.cli.options import answer_options, as_unicode
-from edgevl.cli.terminal import (
+from edgevl.cli.options import (
     DEFAULT_FRAMES,
     MAX_FRAMES,
-    chinese,
+    answer_options,
+    as_unicode,
     engine_options,
-    is_terminal,
-    note,
-    print_json,
-    replacing,
-    show_notes,
 )
+from edgevl.cli.terminal import chinese, is_terminal, note, print_json, replacing, show_notes
 from edgevl.errors import EdgeVLError, PromptError
 
 if TYPE_CHECKING:

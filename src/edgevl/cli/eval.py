@@ -12,14 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from edgevl.cli.terminal import (
-    engine_options,
-    is_terminal,
-    note,
-    print_json,
-    replacing,
-    show_notes,
-)
+from edgevl.cli.options import engine_options
+from edgevl.cli.terminal import is_terminal, note, print_json, replacing, show_notes
 
 if TYPE_CHECKING:
     from tqdm import tqdm

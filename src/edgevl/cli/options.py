@@ -1,12 +1,22 @@
-"""The options of commands that ask a model questions."""
+"""The options of commands that run a model and ask it questions."""
 
 from __future__ import annotations
 
-from typing import Any, overload
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 import click
 
-from edgevl.cli.terminal import Function
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+#: What ``edgevl.engine.load_engine`` accepts, written out so that --help needs no NumPy.
+ENGINES = ("auto", "cpu", "reference", "axera")
+#: What it accepts as a precision.
+PRECISIONS = ("auto", "int4", "int8", "bf16")
+#: What it accepts as a format of keys and values.
+KV_CACHE_FORMATS = ("bf16", "int8")
+#: ``DEFAULT_FRAMES`` and ``MAX_SAMPLED`` of ``edgevl.preprocess.video``.
+DEFAULT_FRAMES, MAX_FRAMES = 8, 256
 
 
 @overload
@@ -27,6 +37,47 @@ def as_unicode(text: str | None) -> str | None:
         return text and text.encode(errors="surrogateescape").decode()
     except UnicodeError:
         raise click.UsageError("a text on the command line is not valid UTF-8") from None
+
+
+def engine_options(function: Function) -> Function:
+    """Add what every command that runs a model takes, by the names that ``edgevl.load`` has for it.
+
+    These are ``engine``, ``max_context``, ``precision``, ``kv_cache`` and ``threads``.
+    """
+    function = click.option(
+        "--threads",
+        type=click.IntRange(1, 256),
+        metavar="N",
+        help="Threads that compute.  [default: one for each physical core]",
+    )(function)
+    function = click.option(
+        "--kv-cache",
+        type=click.Choice(KV_CACHE_FORMATS),
+        default="bf16",
+        show_default=True,
+        help="Keys and values in memory; int8 is half as large, which counts in long contexts.",
+    )(function)
+    function = click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="auto",
+        show_default=True,
+        help="Weights in memory; auto keeps 4-bit GPTQ and takes all else to INT8.",
+    )(function)
+    function = click.option(
+        "--context",
+        "max_context",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Most tokens of prompt and answer together.  [default: the checkpoint's]",
+    )(function)
+    return click.option(
+        "--engine",
+        type=click.Choice(ENGINES),
+        default="auto",
+        show_default=True,
+        help="What computes.",
+    )(function)
 
 
 def answer_options(function: Function) -> Function:

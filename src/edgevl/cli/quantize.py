@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from edgevl.cli.terminal import note, progress_bar
-from edgevl.errors import EdgeVLError
+from edgevl.optional import needs
 
 FILE = click.Path(path_type=Path)
 
@@ -94,10 +93,8 @@ def command(
     The result runs here and loads in transformers and GPTQModel. DIR/report.html says what was
     lost. A run that was interrupted goes on where it stopped when the same command is given again.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise EdgeVLError(
-            "quantizing needs PyTorch, which is not installed: pip install 'edgevl[quantize]'"
-        )
+    with needs("quantize"):
+        import torch  # noqa: F401
     from edgevl.quantize import QuantizationSettings, quantize_checkpoint
 
     settings = QuantizationSettings(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from edgevl.errors import EdgeVLError, PromptError
+from edgevl.errors import PromptError
+from edgevl.optional import needs
 
 #: Most bytes of a JSON schema or a regular expression, and levels that a schema may be nested.
 MAX_CONSTRAINT_BYTES = 128 * 1024
@@ -127,12 +128,8 @@ def import_llguidance() -> ModuleType:
     Raises:
         EdgeVLError: it is not installed.
     """
-    try:
+    with needs("constrained"):
         import llguidance
-    except ImportError:
-        raise EdgeVLError(
-            "constraints need llguidance, which is missing: pip install 'edgevl[constrained]'"
-        ) from None
     return llguidance
 
 

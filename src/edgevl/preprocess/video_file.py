@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from edgevl.errors import EdgeVLError, VideoError
+from edgevl.optional import needs
 from edgevl.preprocess.sources import data_url, first_line, reading, short_name
 
 if TYPE_CHECKING:
@@ -98,10 +99,8 @@ def opened(name: str, data: bytes | Path) -> Iterator[tuple[InputContainer, Vide
         VideoError: PyAV is not installed; this is not a video, or a damaged one; frames exceed
             ``MAX_FRAME_PIXELS``.
     """
-    try:
+    with needs("video", VideoError):
         import av
-    except ImportError:
-        raise VideoError("videos need PyAV; pip install 'edgevl[video]'") from None
     options = {"format_whitelist": _CONTAINERS, "max_pixels": str(MAX_FRAME_PIXELS)}
     with reading(name, "video", VideoError):
         file = _file(data)

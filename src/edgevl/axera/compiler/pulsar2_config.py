@@ -10,17 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from edgevl.axera.compiler.requirements import missing
 from edgevl.checkpoint import ModelConfig
 from edgevl.checkpoint.jsonfile import read_text, shown
 from edgevl.errors import BoardError, CheckpointError
+from edgevl.optional import needs
 from edgevl.preprocess.tiles import byte_statistics
 
-try:
+with needs("axera", BoardError):
     import json5
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-except ImportError as error:
-    raise missing(error) from None
 
 #: Largest configuration file, bytes: the parser is slow.
 MAX_CONFIG_BYTES = 64 << 10

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgevl.axera.compiler.limits import MAX_ONNX_BYTES
-from edgevl.axera.compiler.requirements import missing
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Floats
 from edgevl.engine.reference import ReferenceVision
 from edgevl.errors import BoardError
 from edgevl.machine import this_machine
+from edgevl.optional import needs
 from edgevl.preprocess.tiles import byte_statistics, split, to_pixels
 from edgevl.quantize.calibration.drawn import draw
 
@@ -92,10 +92,8 @@ def _checked_graph(checkpoint: Checkpoint) -> tuple[ir.Model, dict[str, Weight]]
         raise BoardError(
             f"{checkpoint.path}: has no vision encoder; compile the checkpoint that it was made of"
         )
-    try:
+    with needs("axera", BoardError):
         from edgevl.axera.compiler.vision_graph import vision_graph
-    except ImportError as error:
-        raise missing(error) from None
     model, weights = vision_graph(checkpoint.config)
     needed = sum(4 * math.prod(weight.shape) for weight in weights.values())
     if needed > MAX_ONNX_BYTES:
@@ -115,14 +113,12 @@ def _checked_graph(checkpoint: Checkpoint) -> tuple[ir.Model, dict[str, Weight]]
 
 def _write(model: ir.Model, weights: dict[str, Weight], checkpoint: Checkpoint, path: Path) -> None:
     """Simplify the graph, give it its weights, write and check it."""
-    try:
+    with needs("axera", BoardError):
         import onnx
         import onnx_ir
         import onnxslim
 
         from edgevl.axera.compiler.vision_graph import fill
-    except ImportError as error:
-        raise missing(error) from None
     slim = onnx_ir.from_proto(onnxslim.slim(onnx_ir.to_proto(model)))
     fill(slim, weights, checkpoint)
     onnx_ir.save(slim, path, format="protobuf")
@@ -161,10 +157,8 @@ def _tiles(size: int) -> list[Image.Image]:
 
 def _run(path: Path, pixels: Floats) -> Floats:
     """Run an ONNX file tile by tile: float32 [B, 3, tile, tile] -> [B, image_tokens, H]."""
-    try:
+    with needs("axera", BoardError):
         import onnxruntime
-    except ImportError as error:
-        raise missing(error) from None
     options = onnxruntime.SessionOptions()
     # The graph is to be run as it stands, and a second copy of the weights to be avoided.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

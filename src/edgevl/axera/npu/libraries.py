@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevl.errors import BoardError
+from edgevl.optional import needs
 
 #: Environment variable with the directory in which libraries are looked for first.
 DIRECTORY_VARIABLE = "EDGEVL_NPU_LIBRARIES"
@@ -64,13 +65,8 @@ def foreign_functions() -> Any:
     Raises:
         BoardError: cffi is not installed.
     """
-    try:
+    with needs("board", BoardError):
         import cffi
-    except ImportError:
-        raise BoardError(
-            "cffi is missing, through which the NPU's library is called: pip install "
-            "'edgevl[board]'"
-        ) from None
     return cffi.FFI()
 
 
