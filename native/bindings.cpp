@@ -541,6 +541,13 @@ NB_MODULE(_native, m) {
       .def(
           "new_cache", [](HeldDecoder& self) { return self.model->new_sequence().release(); },
           nb::rv_policy::take_ownership)
+      .def(
+          "share",
+          [](HeldDecoder& self, Sequence& cache, const Sequence& other, int length) {
+            nb::gil_scoped_release release;
+            self.model->share(cache, other, length);
+          },
+          "cache"_a, "other"_a, "length"_a)
       .def("embed", &embed, "ids"_a)
       .def("prefill", &prefill, "cache"_a, "embeddings"_a)
       .def("decode", &decode, "caches"_a, "token_ids"_a)

@@ -344,6 +344,33 @@ def test_rewind_forgets_exactly_what_came_after(checkpoint, kv_cache):
 
 
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
+def test_a_shared_prefix_is_each_sequences_own(checkpoint, kv_cache):
+    ids, other = random_ids(checkpoint, 140), random_ids(checkpoint, 90, seed=1)
+    model = CpuModel(checkpoint, threads=2, kv_cache=kv_cache)
+    source, alone = model.engine(), model.engine()
+    prefill(source, ids)
+    prefill(alone, ids)
+    for kept in (1, 63, 64, 65, 140):
+        twin, fresh = source.new_sequence(), model.engine()
+        prefill(twin, other)  # what it held is forgotten
+        twin.share(source, kept)
+        assert twin.length == twin.cache.length == kept
+        prefill(fresh, ids[:kept])
+        np.testing.assert_array_equal(prefill(twin, other), prefill(fresh, other))
+        # Neither has what the other wrote.
+        np.testing.assert_array_equal(source.decode(kept), alone.decode(kept))
+        np.testing.assert_array_equal(twin.decode(3), fresh.decode(3))
+        source.rewind(140)
+        alone.rewind(140)
+    with pytest.raises(ValueError, match="share 141 positions, but 140 are cached"):
+        twin.share(source, 141)
+    with pytest.raises(ValueError, match="another decoder's"):
+        twin.share(CpuModel(checkpoint, threads=2).engine(), 0)
+    batch = source.decode_batch([alone], [5, 5])
+    np.testing.assert_array_equal(batch[0], batch[1])
+
+
+@pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 def test_sequences_decoded_together_equal_those_decoded_alone(checkpoint, kv_cache):
     model = CpuModel(checkpoint, precision="int8", threads=2, kv_cache=kv_cache)
     together, alone = ([model.engine() for _ in range(5)] for _ in range(2))

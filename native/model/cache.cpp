@@ -1,5 +1,6 @@
 #include "model/cache.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -21,15 +22,27 @@ Cache::Cache(int layers, int kv_heads, int head_dim, CacheFormat format)
 }
 
 void Cache::reserve(int positions) {
+  for (std::size_t i = length_ / kCacheBlock; i < blocks_.size(); ++i) {
+    if (blocks_[i].use_count() == 1) continue;
+    auto copy = std::make_shared<Buffer<std::uint32_t>>(block_words_);
+    std::copy_n(blocks_[i]->data(), block_words_, copy->data());
+    blocks_[i] = std::move(copy);
+    point_at(i);
+  }
   while (blocks_.size() < blocks_of(positions)) {
     // All that may throw comes first.
     if (blocks_.size() == blocks_.capacity()) blocks_.reserve(2 * blocks_.size() + 1);
     for (auto& pointers : pointers_) pointers.reserve(blocks_.capacity());
-    Buffer<std::uint32_t> block(block_words_);
-    for (std::size_t i = 0; i < pointers_.size(); ++i) {
-      pointers_[i].push_back(block.data() + i * head_words_);
-    }
+    auto block = std::make_shared<Buffer<std::uint32_t>>(block_words_);
+    for (auto& pointers : pointers_) pointers.push_back(nullptr);
     blocks_.push_back(std::move(block));
+    point_at(blocks_.size() - 1);
+  }
+}
+
+void Cache::point_at(std::size_t block) {
+  for (std::size_t i = 0; i < pointers_.size(); ++i) {
+    pointers_[i][block] = blocks_[block]->data() + i * head_words_;
   }
 }
 
@@ -45,6 +58,22 @@ void Cache::truncate(int length) {
   if (blocks_.size() <= kept) return;
   blocks_.resize(kept);
   for (auto& pointers : pointers_) pointers.resize(kept);
+}
+
+void Cache::share(const Cache& other, int length) {
+  if (length < 0 || length > other.length_) {
+    throw std::invalid_argument("share " + std::to_string(length) + " positions, but " +
+                                std::to_string(other.length_) + " are cached");
+  }
+  const auto count = static_cast<std::ptrdiff_t>(blocks_of(length));
+  std::vector<Block> blocks(other.blocks_.begin(), other.blocks_.begin() + count);
+  auto pointers = pointers_;
+  for (std::size_t i = 0; i < pointers.size(); ++i) {
+    pointers[i].assign(other.pointers_[i].begin(), other.pointers_[i].begin() + count);
+  }
+  blocks_ = std::move(blocks);
+  pointers_ = std::move(pointers);
+  length_ = length;
 }
 
 }  // namespace edgevl

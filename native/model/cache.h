@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels/layout.h"
@@ -12,7 +13,8 @@
 namespace edgevl {
 
 /// The key/value cache of one sequence, for all layers, in blocks of kCacheBlock positions. A block
-/// is one allocation; there are as many as the sequence needs.
+/// is one allocation; there are as many as the sequence needs. Sequences that begin alike may share
+/// blocks: who writes to one first makes a copy of it.
 class Cache {
  public:
   Cache(int layers, int kv_heads, int head_dim, CacheFormat format = CacheFormat::kBf16);
@@ -22,10 +24,11 @@ class Cache {
   /// Positions that hold a key and a value.
   int length() const { return length_; }
 
-  /// Bytes allocated.
+  /// Bytes of its blocks, those that it shares among them.
   std::size_t bytes() const { return blocks_.size() * block_words_ * sizeof(std::uint32_t); }
 
-  /// Makes room for positions 0 .. positions - 1. Throws std::bad_alloc, unchanged.
+  /// Makes room for positions 0 .. positions - 1; those from length() on may then be written.
+  /// Throws std::bad_alloc, and holds what it held.
   void reserve(int positions);
 
   /// Says that positions 0 .. length - 1, for which there is room, have been written.
@@ -34,6 +37,11 @@ class Cache {
   /// Forgets the positions from `length` on and frees their blocks. Throws std::invalid_argument
   /// unless 0 <= length <= length().
   void truncate(int length);
+
+  /// Becomes the first `length` positions of `other`, whose shape and format are the same. Throws
+  /// std::invalid_argument unless 0 <= length <= other.length(), and std::bad_alloc; unchanged
+  /// then.
+  void share(const Cache& other, int length);
 
   /// A pointer for each block to the keys, or values, of a head (see cache_words).
   std::uint32_t* const* keys(int layer, int head) const { return pointers(layer, head, 0); }
@@ -44,11 +52,14 @@ class Cache {
     return pointers_[(static_cast<std::size_t>(layer) * kv_heads_ + head) * 2 + which].data();
   }
 
+  using Block = std::shared_ptr<Buffer<std::uint32_t>>;
+  void point_at(std::size_t block);
+
   int kv_heads_;
   int length_ = 0;
   std::size_t head_words_;   ///< of a head's keys in a block
   std::size_t block_words_;  ///< of a block
-  std::vector<Buffer<std::uint32_t>> blocks_;
+  std::vector<Block> blocks_;
   std::vector<std::vector<std::uint32_t*>> pointers_;  ///< [layers][kv_heads][keys, values][blocks]
 };
 

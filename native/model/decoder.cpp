@@ -101,6 +101,13 @@ std::unique_ptr<Sequence> Decoder::new_sequence() const {
   return std::unique_ptr<Sequence>(new Sequence(config_, number_));
 }
 
+void Decoder::share(Sequence& sequence, const Sequence& other, int length) {
+  std::lock_guard lock(turn_);
+  check(sequence, 0);
+  check(other, 0);
+  sequence.cache.share(other.cache, length);
+}
+
 void Decoder::embed(std::span<const std::int64_t> ids, float* out) const {
   check_ids(ids);
   embed(ids, out, config_.hidden_size);

@@ -105,6 +105,9 @@ class Decoder {
 
   std::unique_ptr<Sequence> new_sequence() const;
 
+  /// Makes `sequence` the first `length` positions of `other`; they share the memory.
+  void share(Sequence& sequence, const Sequence& other, int length);
+
   /// Looks up token embeddings: out [ids.size(), hidden_size].
   void embed(std::span<const std::int64_t> ids, float* out) const;
 

@@ -303,6 +303,26 @@ void test_cache() {
   cache.reserve(10 * kCacheBlock);
   CHECK(cache.keys(1, 2)[9][0] == 0);
 
+  // Shared until one of the two writes.
+  cache.set_length(2 * kCacheBlock + 5);
+  cache.keys(1, 2)[2][3] = 11;
+  Cache twin(2, 3, 24);
+  CHECK_THROWS(twin.share(cache, 2 * kCacheBlock + 6));
+  CHECK_THROWS(twin.share(cache, -1));
+  twin.share(cache, 2 * kCacheBlock + 4);
+  CHECK(twin.length() == 2 * kCacheBlock + 4 && twin.bytes() == 3 * block);
+  CHECK(twin.keys(1, 2)[2] == cache.keys(1, 2)[2]);
+  twin.reserve(3 * kCacheBlock + 1);
+  CHECK(twin.keys(0, 0)[1] == cache.keys(0, 0)[1] && twin.bytes() == 4 * block);
+  CHECK(twin.keys(1, 2)[2] != cache.keys(1, 2)[2] && twin.keys(1, 2)[2][3] == 11);
+  twin.truncate(kCacheBlock + 1);
+  twin.reserve(kCacheBlock + 2);
+  CHECK(twin.keys(0, 0)[0] == cache.keys(0, 0)[0] && twin.keys(0, 0)[1] != cache.keys(0, 0)[1]);
+  const auto* kept = cache.keys(0, 0)[0];
+  cache.truncate(0);
+  cache.reserve(1);
+  CHECK(twin.keys(0, 0)[0] == kept && cache.keys(0, 0)[0] != kept);
+
   Cache small(2, 3, 24, CacheFormat::kInt8);
   small.reserve(1);
   CHECK(small.bytes() == 2 * 3 * 2 * kCacheBlock * (32 + 4));          // padded to 16; a scale

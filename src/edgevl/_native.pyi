@@ -84,6 +84,9 @@ class Decoder:
         self, config: dict[str, Any], tensors: Tensors, team: Team, isa: str = ""
     ) -> None: ...
     def new_cache(self) -> Cache: ...
+    def share(self, cache: Cache, other: Cache, length: int) -> None:
+        """Make ``cache`` the first ``length`` positions of ``other``; they share the memory."""
+
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Token ids [T] -> [T, H]."""
 

@@ -119,3 +119,31 @@ class Engine(ABC):
     def weight_bytes(self) -> WeightBytes | None:
         """Return what the weights take, or None where the engine does not say."""
         return None
+
+
+class BatchedEngine(Engine):
+    """An engine that computes several sequences of one model together.
+
+    Each object is a sequence, and they share the weights; one call of any of them at a time.
+    """
+
+    @abstractmethod
+    def new_sequence(self) -> BatchedEngine:
+        """Return a new, empty sequence of the same model."""
+
+    @abstractmethod
+    def share(self, other: BatchedEngine, length: int) -> None:
+        """Become the first ``length`` positions of another sequence, which stays as it is.
+
+        Raises:
+            ValueError: ``length`` is negative or more than ``other`` holds, or it is of another
+                model.
+        """
+
+    @abstractmethod
+    def decode_batch(self, others: Sequence[BatchedEngine], token_ids: Sequence[int]) -> Floats:
+        """Append one token to this and each of the other sequences: -> logits float32 [B, V].
+
+        Raises:
+            ValueError: a sequence is of another model, occurs twice or is full.
+        """

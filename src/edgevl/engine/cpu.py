@@ -19,7 +19,7 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.layouts import EMBEDDING, PROJECTOR, TEXT, VISION
 from edgevl.engine.base import (
     KV_CACHE_FORMATS,
-    Engine,
+    BatchedEngine,
     EngineTimings,
     Floats,
     KVCacheFormat,
@@ -163,7 +163,7 @@ class CpuModel:
         return self._weight_bytes
 
 
-class CpuEngine(Engine):
+class CpuEngine(BatchedEngine):
     """One sequence of a `CpuModel`."""
 
     max_draft = MAX_DRAFT
@@ -224,6 +224,19 @@ class CpuEngine(Engine):
         self.count(decode_ms=elapsed_ms, decode_tokens=len(token_ids))
         return logits
 
+    def new_sequence(self) -> CpuEngine:
+        """Return a new, empty sequence of the same model."""
+        return CpuEngine(self.model)
+
+    def share(self, other: BatchedEngine, length: int) -> None:
+        """Become the first ``length`` positions of ``other``; the memory is shared."""
+        self.model.decoder.share(self.cache, native(other).cache, length)
+        self.length = length
+
+    def decode_batch(self, others: Sequence[BatchedEngine], token_ids: Sequence[int]) -> Floats:
+        """Append one token to this and each of the other sequences: -> logits float32 [B, V]."""
+        return self.model.decode([self, *map(native, others)], token_ids)
+
     def rewind(self, length: int) -> None:
         """Keep the first ``length`` positions of the cache."""
         if not 0 <= length <= self.length:
@@ -249,6 +262,13 @@ class CpuEngine(Engine):
     def _check_room(self, tokens: int) -> None:
         if self.length + tokens > self.max_context:
             raise ValueError(f"{self.length} + {tokens} positions exceed {self.max_context}")
+
+
+def native(engine: BatchedEngine) -> CpuEngine:
+    """Return an engine of this kind; raise a ValueError for another."""
+    if not isinstance(engine, CpuEngine):
+        raise ValueError(f"the sequence is one of a {type(engine).__name__}")
+    return engine
 
 
 #: The most that a team takes.
