@@ -237,8 +237,8 @@ def test_questions_against_another(model, other, question):
         np.concatenate(
             [
                 block.copy()
-                for block in each.chat().force(
-                    question.question, answer.token_ids, [question.image]
+                for block in each.force(
+                    each.chat().prompt(question.question, [question.image]), answer.token_ids
                 )
             ]
         )[: result.tokens]
@@ -259,23 +259,25 @@ def test_a_model_follows_itself(directory, question):
 
 def test_forced_answers_have_the_logits_of_generated_ones(model, question):
     image, ids = question.image, (5, 6, 7)
-    blocks = [block.copy() for block in model.chat().force("What is this?", ids, [image])]
+    blocks = [
+        block.copy() for block in model.force(model.chat().prompt("What is this?", [image]), ids)
+    ]
     chat = model.chat()
     prompt = chat.ask("What is this?", images=[image], max_tokens=1).usage.prompt_tokens
     assert model.engine.length in (prompt, prompt + 1)
     model.engine.rewind(prompt)
     steps = [model.engine.decode(i).copy() for i in ids]
     np.testing.assert_allclose(np.concatenate(blocks)[1:], steps, rtol=1e-3, atol=1e-4)
-    assert chat.messages  # `ask` records its turn, `force` does not
+    assert chat.messages  # `ask` records its turn, `prompt` does not
     chat = model.chat()
-    list(chat.force("What is this?", ids))
+    chat.prompt("What is this?")
     assert not chat.messages
 
 
 def test_an_answer_beyond_the_context(directory):
     model = edgevl.load(directory, engine="reference", max_context=60)
     with pytest.raises(ContextLengthError, match="prompt and answer are"):
-        list(model.chat().force("Hello", range(60)))
+        list(model.force(model.chat().prompt("Hello"), range(60)))
 
 
 # --- the command -----------------------------------------------------------------------------

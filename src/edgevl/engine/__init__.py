@@ -7,7 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.engine.base import KV_CACHE_FORMATS, Engine, EngineTimings, KVCacheFormat, WeightBytes
+from edgevl.engine.base import (
+    KV_CACHE_FORMATS,
+    BatchedEngine,
+    Engine,
+    EngineTimings,
+    KVCacheFormat,
+    WeightBytes,
+)
 from edgevl.engine.plan import PRECISIONS, Precision
 from edgevl.engine.reference import ReferenceEngine
 from edgevl.errors import BoardError, EdgeVLError
@@ -19,6 +26,7 @@ __all__ = [
     "ENGINES",
     "KV_CACHE_FORMATS",
     "PRECISIONS",
+    "BatchedEngine",
     "Engine",
     "EngineTimings",
     "KVCacheFormat",

@@ -109,8 +109,11 @@ def _compare_answer(
 ) -> None:
     """Count the positions of an answer of ``against``."""
     reference, other = (
-        each.chat(max_tiles=max_tiles).force(
-            question.question, answer.token_ids, images=[question.image]
+        each.force(
+            each.chat(max_tiles=max_tiles).prompt(
+                question.question, [question.image], len(answer.token_ids) + 1
+            ),
+            answer.token_ids,
         )
         for each in (against, model)
     )

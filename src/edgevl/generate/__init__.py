@@ -2,10 +2,10 @@
 
 from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.constraint import Constraint
-from edgevl.generate.decoding import Piece
 from edgevl.generate.model import Model, load
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.session import Session, Stream
+from edgevl.generate.text import Piece
 
 __all__ = [
     "Answer",

@@ -1,81 +1,23 @@
-"""One answer: from a prompt to text, a token at a time."""
+"""One answer at a time, with one sequence of an engine."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 from edgevl.engine.base import Engine, Floats
 from edgevl.errors import ContextLengthError, EdgeVLError
-from edgevl.generate.answer import Answer, Timings, Usage
-from edgevl.generate.prefix import PrefixRunner
-from edgevl.generate.sampling import Sampler, SamplingParams
-from edgevl.generate.speculation import PromptLookup
-from edgevl.generate.text import Detokenizer, StopStrings, ThinkingSplitter
+from edgevl.generate.answer import Answer
+from edgevl.generate.generation import Generation
+from edgevl.generate.prefix import PrefixRunner, drain
+from edgevl.generate.sampling import SamplingParams
+from edgevl.generate.text import Piece
 from edgevl.generate.token_mask import TokenMasks
 from edgevl.preprocess import Prompt, PromptEncoder
 
 #: Tokens of a given answer whose logits are computed at once: 78 MB with 151,936 in the vocabulary.
 FORCED_BLOCK = 128
-
-
-class Piece(str):
-    """A piece of streamed text; ``thinking`` tells whether it stands in the thinking part."""
-
-    thinking: bool
-    __slots__ = ("thinking",)
-
-    def __new__(cls, text: str, thinking: bool = False) -> Piece:
-        """Make a piece."""
-        piece = super().__new__(cls, text)
-        piece.thinking = thinking
-        return piece
-
-
-class AnswerText:
-    """Collects the text of an answer from its tokens and passes it on in pieces."""
-
-    def __init__(self, prompts: PromptEncoder, params: SamplingParams) -> None:
-        """Start an empty answer."""
-        self._detokenizer = Detokenizer(prompts.tokenizer)
-        self._stops = StopStrings(params.stop)
-        self._splitter = ThinkingSplitter()
-        self._parts: dict[bool, list[str]] = {False: [], True: []}
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has been reached."""
-        return self._stops.found
-
-    @property
-    def text(self) -> str:
-        """The answer so far, without thinking."""
-        return "".join(self._parts[False])
-
-    @property
-    def thinking(self) -> str:
-        """The thinking so far."""
-        return "".join(self._parts[True]).strip()
-
-    def add(self, token_id: int) -> Iterator[Piece]:
-        """Take a token; yield the text that is now certain."""
-        text = self._stops.add(self._detokenizer.add(token_id))
-        yield from self._collect(self._splitter.add(text))
-
-    def finish(self) -> Iterator[Piece]:
-        """Yield what was held back, unless a stop string cut it off."""
-        if not self.stopped:
-            text = self._stops.add(self._detokenizer.finish())
-            text += "" if self.stopped else self._stops.finish()
-            yield from self._collect(self._splitter.add(text))
-        yield from self._collect(self._splitter.finish())
-
-    def _collect(self, pieces: Iterator[tuple[bool, str]]) -> Iterator[Piece]:
-        for thinking, text in pieces:
-            self._parts[thinking].append(text)
-            yield Piece(text, thinking)
 
 
 class AnswerGenerator:
@@ -96,6 +38,11 @@ class AnswerGenerator:
         self._masks = TokenMasks(prompts.tokenizer, prompts.stop_ids)
         self._lock = threading.Lock()
         self._owner: int | None = None
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of prompt and answer."""
+        return self.engine.max_context
 
     def run(
         self, prompt: Prompt, params: SamplingParams, started: float
@@ -136,7 +83,7 @@ class AnswerGenerator:
                 f"{self.engine.max_context}: let answers be shorter, or use fewer tiles (max_tiles)"
             )
         with self._turn():
-            yield self._runner.prefill(prompt).logits[None]
+            yield drain(self._runner.prefill(prompt)).logits[None]
             for begin in range(0, len(token_ids), FORCED_BLOCK):
                 yield self._runner.extend(list(token_ids[begin : begin + FORCED_BLOCK]))
 
@@ -162,89 +109,13 @@ class AnswerGenerator:
         with self._lock:
             return self._runner.embed(prompt)
 
-    def _step(self, token_id: int, room: int, sampler: Sampler, lookup: PromptLookup) -> list[int]:
-        """Append a token, with a draft of what follows if there is one: -> the tokens after it.
-
-        Args:
-            token_id: the latest token of the answer.
-            room: tokens that the answer may still have, at least 1.
-            sampler: chooses them.
-            lookup: drafts them.
-        """
-        begun = time.perf_counter()
-        lookup.add(token_id)
-        draft = lookup.draft(room - 1)
-        if not draft:
-            chosen = [sampler.choose(self._runner.decode(token_id))]
-        else:
-            chosen = []
-            for logits, drafted in zip(
-                self._runner.extend([token_id, *draft]), [*draft, None], strict=True
-            ):
-                chosen.append(sampler.choose(logits))
-                if chosen[-1] != drafted or drafted in self.prompts.stop_ids:
-                    break
-            self._runner.drop(len(draft) + 1 - len(chosen))
-            for accepted in chosen[:-1]:
-                lookup.add(accepted)
-        lookup.learn(len(draft), len(chosen), 1000 * (time.perf_counter() - begun))
-        return chosen
-
     def _run(
         self, prompt: Prompt, params: SamplingParams, started: float
     ) -> Generator[Piece, None, Answer]:
-        before = self.engine.timings()
-        mask = self._masks.start(params.constraint) if params.constraint else None
-        prefilled = self._runner.prefill(prompt)
-        sampler = Sampler(params, prompt.token_ids.tolist(), mask)
-        text = AnswerText(self.prompts, params)
-        token_ids: list[int] = []
-        room = min(params.max_tokens, self.engine.max_context - len(prompt.token_ids))
-        finish_reason, steps, decode_ms = "length", 0, 0.0
-        # Only for greedy answers: a seed promises the same draws, and logits that are computed
-        # together differ in the last bits.
-        max_draft = self.engine.max_draft if params.temperature == 0 else 0
-        lookup = PromptLookup(prompt.token_ids.tolist(), max_draft)
-        chosen = [sampler.choose(prefilled.logits)]
-        ttft_ms = 1000 * (time.perf_counter() - started)
-        while True:
-            token_id = chosen.pop(0)
-            if token_id in self.prompts.stop_ids:
-                finish_reason = "stop"
-                break
-            token_ids.append(token_id)
-            yield from text.add(token_id)
-            if text.stopped or (sampler.complete and not chosen):
-                finish_reason = "stop"
-                break
-            if len(token_ids) == room:
-                break
-            steps += 1
-            if not chosen:
-                # Timed without the yields: who reads the stream may take as long as they like.
-                begun = time.perf_counter()
-                chosen = self._step(token_id, room - len(token_ids), sampler, lookup)
-                decode_ms += 1000 * (time.perf_counter() - begun)
-        yield from text.finish()
-        after = self.engine.timings()
-        per_token_ms = decode_ms / steps if steps else 0.0
-        return Answer(
-            text=text.text,
-            thinking=text.thinking,
-            token_ids=tuple(token_ids),
-            finish_reason=finish_reason,
-            usage=Usage(
-                prompt_tokens=len(prompt.token_ids),
-                image_tokens=sum(span.length for span in prompt.images),
-                completion_tokens=len(token_ids),
-                cached_tokens=prefilled.cached_tokens,
-            ),
-            timings=Timings(
-                load_ms=self.load_ms,
-                vision_ms=after.vision_ms - before.vision_ms,
-                prefill_ms=after.prefill_ms - before.prefill_ms,
-                ttft_ms=ttft_ms,
-                decode_ms_per_token=per_token_ms,
-                decode_tokens_per_s=1000 / per_token_ms if per_token_ms else 0.0,
-            ),
+        generation = Generation(
+            self.prompts, self._masks, prompt, params, self.engine.max_context, started
         )
+        yield from drain(generation.prefill(self._runner)).pieces
+        while not generation.finish_reason:
+            yield from generation.step(self._runner).pieces
+        return generation.answer(self.load_ms)

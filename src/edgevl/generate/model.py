@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,23 @@ class Model:
             max_tiles: most tiles a picture is cut into; default is the checkpoint's.
         """
         return Session(self.checkpoint, self._generator, system, thinking, max_tiles)
+
+    def force(self, prompt: Prompt, token_ids: Sequence[int]) -> Generator[Floats, None, None]:
+        """Yield the logits with which a given answer would be generated (teacher forcing).
+
+        Args:
+            prompt: what is answered; `Session.prompt` makes one.
+            token_ids: the answer.
+
+        Yields:
+            Logits of each of ``token_ids``, then of what follows them: blocks float32 [T, V], which
+            the model's next computation overwrites.
+
+        Raises:
+            ContextLengthError: prompt and answer exceed the engine's context.
+            EdgeVLError: this thread has an answer of this model under way.
+        """
+        return self._generator.force(prompt, token_ids)
 
     def embed(self, prompt: Prompt) -> Floats:
         """Return what the decoder reads: float32 [T, H], features of pictures in their places.

@@ -5,23 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, Protocol
 
 from edgevl.checkpoint import ModelDirectory
-from edgevl.engine.base import Floats
 from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError, PromptError
 from edgevl.generate.answer import Answer
-from edgevl.generate.decoding import AnswerGenerator, Piece
 from edgevl.generate.sampling import SamplingParams
+from edgevl.generate.text import Piece
 from edgevl.preprocess import (
     GeneratedTokens,
     Message,
     Picture,
     Prompt,
+    PromptEncoder,
     prepare_picture,
     prepare_video,
 )
 from edgevl.preprocess.video import DEFAULT_FRAMES
+
+
+class Answerer(Protocol):
+    """What answers prompts: an `AnswerGenerator` for one at a time, a `Scheduler` for many."""
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        """Turns messages into prompts."""
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of prompt and answer."""
+
+    def run(
+        self, prompt: Prompt, params: SamplingParams, started: float
+    ) -> Generator[Piece, None, Answer]:
+        """Yield the answer's text as it comes; return the answer."""
 
 
 class Stream(Iterator[Piece]):
@@ -73,7 +90,7 @@ class Session:
     def __init__(
         self,
         checkpoint: ModelDirectory,
-        generator: AnswerGenerator,
+        generator: Answerer,
         system: str | None = None,
         thinking: bool = False,
         max_tiles: int | None = None,
@@ -147,26 +164,16 @@ class Session:
         history, prompt = self._fit(message, params)
         return Stream(self._turn(history, message, prompt, params, started))
 
-    def force(
-        self, text: str, token_ids: Sequence[int], images: Any = ()
-    ) -> Generator[Floats, None, None]:
-        """Yield the logits with which a given answer would be generated; records no turn.
+    def prompt(self, text: str, images: Any = (), answer_tokens: int = 1) -> Prompt:
+        """Return what the model would read if this were asked now; see `ask`.
 
         Args:
-            text: the question, as in `ask`.
-            token_ids: the answer.
-            images: as in `ask`.
-
-        Yields:
-            Logits of each of ``token_ids``, then of what follows them: blocks float32 [T, V], which
-            the model's next computation overwrites.
-
-        Raises:
-            EdgeVLError: as `ask`; or question and answer together are longer than the context.
+            text: the question.
+            images: a picture or several.
+            answer_tokens: room that is wanted for the answer.
         """
         message = Message.user(text, self._pictures(images))
-        params = SamplingParams(max_tokens=len(token_ids) + 1)
-        return self._generator.force(self._fit(message, params)[1], token_ids)
+        return self._fit(message, SamplingParams(max_tokens=answer_tokens))[1]
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
@@ -198,7 +205,7 @@ class Session:
         Half of the context at most is kept free for the answer, so that a generous ``max_tokens``
         does not cost the whole history.
         """
-        context = self._generator.engine.max_context
+        context = self._generator.max_context
         reserve = min(params.max_tokens, context // 2)
         history = list(self.messages)
         while True:

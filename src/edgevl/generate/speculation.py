@@ -46,9 +46,16 @@ class PromptLookup:
         self._saved_ms = 0.0
         self._pause = 1
         self._passed_over = 0
+        self._followed = 0
         if max_draft:
             for token_id in token_ids:
                 self.add(token_id)
+
+    def follow(self, answer: Sequence[int]) -> None:
+        """Take the tokens that the answer has by now, those taken before among them."""
+        for token_id in answer[self._followed :]:
+            self.add(token_id)
+        self._followed = len(answer)
 
     def add(self, token_id: int) -> None:
         """Take the next token of prompt or answer."""

@@ -145,3 +145,60 @@ class ThinkingSplitter:
         if self._held:
             yield self._state == "thinking", self._held
             self._held = ""
+
+
+class Piece(str):
+    """A piece of streamed text; ``thinking`` tells whether it stands in the thinking part."""
+
+    thinking: bool
+    __slots__ = ("thinking",)
+
+    def __new__(cls, text: str, thinking: bool = False) -> Piece:
+        """Make a piece."""
+        piece = super().__new__(cls, text)
+        piece.thinking = thinking
+        return piece
+
+
+class AnswerText:
+    """Collects the text of an answer from its tokens and passes it on in pieces."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        """Start an empty answer that ends before any of the strings ``stop``."""
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopStrings(stop)
+        self._splitter = ThinkingSplitter()
+        self._parts: dict[bool, list[str]] = {False: [], True: []}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has been reached."""
+        return self._stops.found
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without thinking."""
+        return "".join(self._parts[False])
+
+    @property
+    def thinking(self) -> str:
+        """The thinking so far."""
+        return "".join(self._parts[True]).strip()
+
+    def add(self, token_id: int) -> Iterator[Piece]:
+        """Take a token; yield the text that is now certain."""
+        text = self._stops.add(self._detokenizer.add(token_id))
+        yield from self._collect(self._splitter.add(text))
+
+    def finish(self) -> Iterator[Piece]:
+        """Yield what was held back, unless a stop string cut it off."""
+        if not self.stopped:
+            text = self._stops.add(self._detokenizer.finish())
+            text += "" if self.stopped else self._stops.finish()
+            yield from self._collect(self._splitter.add(text))
+        yield from self._collect(self._splitter.finish())
+
+    def _collect(self, pieces: Iterator[tuple[bool, str]]) -> Iterator[Piece]:
+        for thinking, text in pieces:
+            self._parts[thinking].append(text)
+            yield Piece(text, thinking)

@@ -1,0 +1,204 @@
+"""One answer under way: what has been chosen so far, and what comes of the next logits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+from edgevl.engine.base import Floats
+from edgevl.errors import ContextLengthError
+from edgevl.generate.answer import Answer, Timings, Usage
+from edgevl.generate.logprobs import TokenLogprobs, token_logprobs
+from edgevl.generate.prefix import PrefixRunner
+from edgevl.generate.sampling import Sampler, SamplingParams
+from edgevl.generate.speculation import PromptLookup
+from edgevl.generate.text import AnswerText, Piece
+from edgevl.generate.token_mask import TokenMasks
+from edgevl.preprocess import Prompt, PromptEncoder
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a step added to an answer.
+
+    Attributes:
+        pieces: text that is now certain; characters may need several tokens.
+        token_ids: its tokens, without one that ends the turn.
+        logprobs: of each of them, if they were asked for.
+    """
+
+    pieces: tuple[Piece, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+class Generation:
+    """An answer, from its prompt on; who computes it decides when, and with what else.
+
+    Attributes:
+        prompt: what is answered.
+        finish_reason: empty while the answer is under way.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptEncoder,
+        masks: TokenMasks,
+        prompt: Prompt,
+        params: SamplingParams,
+        max_context: int,
+        started: float,
+        top_logprobs: int | None = None,
+    ) -> None:
+        """Prepare an answer; nothing of the model is computed.
+
+        Args:
+            prompts: has the tokenizer and the ids that end a turn.
+            masks: start what follows ``params.constraint``.
+            prompt: what to answer.
+            params: how.
+            max_context: most tokens of prompt and answer.
+            started: ``time.perf_counter()`` when the question was asked.
+            top_logprobs: give the log-probability of each token, and of this many alternatives.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for an answer.
+            PromptError: the constraint's grammar is malformed.
+            EdgeVLError: constraints cannot be followed here.
+        """
+        token_ids = prompt.token_ids.tolist()
+        if len(token_ids) >= max_context:
+            raise ContextLengthError(
+                f"the prompt needs {len(token_ids)} tokens, but the context holds {max_context}, "
+                "answer included: shorten it, or use fewer pictures, tiles or frames"
+            )
+        self.prompt = prompt
+        self.finish_reason = ""
+        mask = masks.start(params.constraint) if params.constraint else None
+        self._sampler = Sampler(params, token_ids, mask)
+        self._text = AnswerText(prompts.tokenizer, params.stop)
+        self._stop_ids = prompts.stop_ids
+        self._room = min(params.max_tokens, max_context - len(token_ids))
+        self._greedy = params.temperature == 0
+        self._lookup: PromptLookup | None = None
+        self._top_logprobs = top_logprobs
+        self._token_ids: list[int] = []
+        self._chosen = 0  # tokens, the one that ended the turn among them
+        self._cached_tokens = 0
+        self._started = started
+        self._vision_ms = self._prefill_ms = self._ttft_ms = self._decode_ms = 0.0
+
+    @property
+    def latest(self) -> int:
+        """The latest token, which the model has not read yet."""
+        return self._token_ids[-1]
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that prompt and answer may come to."""
+        return len(self.prompt.token_ids) + self._room
+
+    def prefill(
+        self, runner: PrefixRunner, step: int | None = None
+    ) -> Generator[None, None, Chunk]:
+        """Compute the prompt and choose the first token; see `PrefixRunner.prefill`."""
+        before = runner.engine.timings()
+        prefilled = yield from runner.prefill(self.prompt, step)
+        after = runner.engine.timings()
+        self._vision_ms = after.vision_ms - before.vision_ms
+        self._prefill_ms = after.prefill_ms - before.prefill_ms
+        self._cached_tokens = prefilled.cached_tokens
+        chunk = self._take(prefilled.logits[None], ())
+        self._ttft_ms = 1000 * (time.perf_counter() - self._started)
+        return chunk
+
+    def step(self, runner: PrefixRunner) -> Chunk:
+        """Compute the latest token by itself, with a draft of what follows if there is one."""
+        lookup = self._prompt_lookup(runner.engine.max_draft)
+        begun = time.perf_counter()
+        # The last token of an answer is never computed.
+        draft = lookup.draft(self._room - len(self._token_ids) - 1)
+        before = self._chosen
+        latest = self.latest
+        logits = runner.extend([latest, *draft]) if draft else runner.decode(latest)[None]
+        chunk = self._take(logits, draft)
+        gained = self._chosen - before
+        if draft:
+            runner.truncate(len(runner) - (len(draft) + 1 - gained))
+        elapsed_ms = 1000 * (time.perf_counter() - begun)
+        self._decode_ms += elapsed_ms
+        lookup.learn(len(draft), gained, elapsed_ms)
+        return chunk
+
+    def take(self, logits: Floats, elapsed_ms: float) -> Chunk:
+        """Choose the token after `latest`, which was computed together with other answers' ones.
+
+        Args:
+            logits: float32 [V].
+            elapsed_ms: since the token before.
+        """
+        self._decode_ms += elapsed_ms
+        return self._take(logits[None], ())
+
+    def answer(self, load_ms: float) -> Answer:
+        """Return the answer as far as it has come; ``load_ms`` is passed on."""
+        decoded = max(self._chosen - 1, 0)
+        per_token_ms = self._decode_ms / decoded if decoded else 0.0
+        return Answer(
+            text=self._text.text,
+            thinking=self._text.thinking,
+            token_ids=tuple(self._token_ids),
+            finish_reason=self.finish_reason,
+            usage=Usage(
+                prompt_tokens=len(self.prompt.token_ids),
+                image_tokens=sum(span.length for span in self.prompt.images),
+                completion_tokens=len(self._token_ids),
+                cached_tokens=self._cached_tokens,
+            ),
+            timings=Timings(
+                load_ms=load_ms,
+                vision_ms=self._vision_ms,
+                prefill_ms=self._prefill_ms,
+                ttft_ms=self._ttft_ms,
+                decode_ms_per_token=per_token_ms,
+                decode_tokens_per_s=1000 / per_token_ms if per_token_ms else 0.0,
+            ),
+        )
+
+    def _prompt_lookup(self, max_draft: int) -> PromptLookup:
+        """Return what drafts, up to date with the answer."""
+        if self._lookup is None:
+            # Only for greedy answers: a seed promises the same draws, and logits that are computed
+            # together differ in the last bits with some engines.
+            self._lookup = PromptLookup(
+                self.prompt.token_ids.tolist(), max_draft if self._greedy else 0
+            )
+        self._lookup.follow(self._token_ids)
+        return self._lookup
+
+    def _take(self, logits: Floats, draft: Sequence[int]) -> Chunk:
+        """Choose a token from each row [T, V], as long as it is what the draft had there."""
+        pieces: list[Piece] = []
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        for row, drafted in zip(logits, [*draft, None], strict=True):
+            token_id = self._sampler.choose(row)
+            self._chosen += 1
+            if token_id in self._stop_ids:
+                self.finish_reason = "stop"
+                break
+            token_ids.append(token_id)
+            if self._top_logprobs is not None:
+                logprobs.append(token_logprobs(row, token_id, self._top_logprobs))
+            pieces += self._text.add(token_id)
+            if self._text.stopped or self._sampler.complete:
+                self.finish_reason = "stop"
+            elif len(self._token_ids) + len(token_ids) == self._room:
+                self.finish_reason = "length"
+            if self.finish_reason or token_id != drafted:
+                break
+        self._token_ids += token_ids
+        if self.finish_reason:
+            pieces += self._text.finish()
+        return Chunk(tuple(pieces), tuple(token_ids), tuple(logprobs))
