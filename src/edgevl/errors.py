@@ -29,5 +29,17 @@ class DownloadError(EdgeVLError):
     """A model could not be fetched from the Hub."""
 
 
+class QueueFullError(EdgeVLError):
+    """As many requests wait for an answer as may.
+
+    Attributes:
+        retry_after_s: when to ask again, in seconds; an estimate.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class BoardError(EdgeVLError):
     """A board's model, its runtime or the compiler is missing, fails, or does not fit."""

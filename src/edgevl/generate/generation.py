@@ -113,8 +113,13 @@ class Generation:
         self._ttft_ms = 1000 * (time.perf_counter() - self._started)
         return chunk
 
-    def step(self, runner: PrefixRunner) -> Chunk:
-        """Compute the latest token by itself, with a draft of what follows if there is one."""
+    def step(self, runner: PrefixRunner, waited_ms: float = 0.0) -> Chunk:
+        """Compute the latest token by itself, with a draft of what follows if there is one.
+
+        Args:
+            runner: the sequence that computed the prompt.
+            waited_ms: since the latest token, if that counts.
+        """
         lookup = self._prompt_lookup(runner.engine.max_draft)
         begun = time.perf_counter()
         # The last token of an answer is never computed.
@@ -127,7 +132,7 @@ class Generation:
         if draft:
             runner.truncate(len(runner) - (len(draft) + 1 - gained))
         elapsed_ms = 1000 * (time.perf_counter() - begun)
-        self._decode_ms += elapsed_ms
+        self._decode_ms += waited_ms + elapsed_ms
         lookup.learn(len(draft), gained, elapsed_ms)
         return chunk
 

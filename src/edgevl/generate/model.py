@@ -64,6 +64,7 @@ class Model:
         checkpoint: what it was loaded from.
         engine: what computes it.
         prompts: its tokenizer and chat template.
+        load_ms: what loading took, in milliseconds.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Model:
         self.checkpoint = checkpoint
         self.engine = engine
         self.prompts = prompts
+        self.load_ms = load_ms
         self._generator = AnswerGenerator(engine, prompts, load_ms)
 
     def ask(

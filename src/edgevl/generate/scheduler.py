@@ -1,0 +1,322 @@
+"""Many answers at once: requests wait, are computed together, and get their text as it comes."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import TypeAlias
+
+from edgevl.errors import EdgeVLError, QueueFullError
+from edgevl.generate.answer import Answer
+from edgevl.generate.fair_queue import FairQueue
+from edgevl.generate.generation import Chunk, Generation
+from edgevl.generate.model import Model
+from edgevl.generate.prefix import decode_together
+from edgevl.generate.sampling import SamplingParams
+from edgevl.generate.slots import Slot, Slots
+from edgevl.generate.text import Piece
+from edgevl.generate.token_mask import TokenMasks
+from edgevl.preprocess import Prompt
+
+log = logging.getLogger(__name__)
+
+#: What a request is told: chunks, and at last the whole answer or what went wrong. An answer whose
+#: request was cancelled has the ``finish_reason`` ``cancelled``.
+Event: TypeAlias = Chunk | Answer | Exception
+
+#: Weight of the latest request in the running mean of their durations.
+LATEST = 0.2
+#: Bounds of what a refused client is told to wait, in seconds.
+LEAST_WAIT_S, MOST_WAIT_S = 1.0, 60.0
+
+
+class Ticket:
+    """A request that waits or is being answered."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        generation: Generation,
+        deliver: Callable[[Event], object],
+        client: str,
+    ) -> None:
+        """Keep what belongs to a request; `Scheduler.submit` makes tickets."""
+        self.generation = generation
+        self.client = client
+        self.cancelled = False
+        self.begun = time.perf_counter()
+        self.latest_token = 0.0  # time
+        self.slot: Slot | None = None
+        self.prefill: Generator[None, None, Chunk] | None = None
+        self._scheduler = scheduler
+        self._deliver = deliver
+
+    def cancel(self) -> None:
+        """Stop computing within a token or a tile; from any thread, and more than once."""
+        self._scheduler.cancel(self)
+
+    def deliver(self, event: Event) -> None:
+        """Pass an event on; who cannot take it is gone."""
+        try:
+            self._deliver(event)
+        except Exception:
+            log.exception("an event could not be delivered")
+            self.cancelled = True
+
+
+class Scheduler:
+    """Answers many requests with one model, in a thread of its own.
+
+    A round computes one token of every answer under way, all of them together where the engine
+    can, and a tile or a chunk of one prompt. So answers go on while the next prompt is read.
+
+    Attributes:
+        model: the model; nothing else may use it.
+        max_queue: most requests that wait.
+        max_context: most tokens of prompt and answer.
+        prompts: turns messages into prompts.
+    """
+
+    def __init__(self, model: Model, max_sequences: int = 16, max_queue: int = 64) -> None:
+        """Start the thread.
+
+        Args:
+            model: what answers.
+            max_sequences: most answers computed together, and prompts kept to be reused.
+            max_queue: most requests that wait, at least 1.
+        """
+        self.model = model
+        self.max_queue = max_queue
+        self.max_context = model.engine.max_context
+        self.prompts = model.prompts
+        self._masks = TokenMasks(model.prompts.tokenizer, model.prompts.stop_ids)
+        self._slots = Slots(model.engine, max_sequences)
+        self._queue: FairQueue[Ticket] = FairQueue()
+        self._prefilling: Ticket | None = None
+        self._decoding: list[Ticket] = []
+        self._mean_s = LEAST_WAIT_S
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Requests that are being computed."""
+        return len(self._decoding) + (self._prefilling is not None)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._thread.is_alive() and not self._closing
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        deliver: Callable[[Event], object],
+        client: str = "",
+        top_logprobs: int | None = None,
+    ) -> Ticket:
+        """Queue a request.
+
+        Args:
+            prompt: what to answer.
+            params: how.
+            deliver: called with every event, mostly in the scheduler's thread: it must not block.
+                The last one is an answer or an exception.
+            client: who asks; clients take turns.
+            top_logprobs: give the log-probability of each token, and of this many alternatives.
+
+        Raises:
+            QueueFullError: too many wait.
+            ContextLengthError: the prompt leaves no room for an answer.
+            PromptError: the constraint's grammar is malformed.
+            EdgeVLError: it is closing, or constraints cannot be followed here.
+        """
+        self._check_open()
+        generation = Generation(
+            self.prompts,
+            self._masks,
+            prompt,
+            params,
+            self.max_context,
+            time.perf_counter(),
+            top_logprobs,
+        )
+        ticket = Ticket(self, generation, deliver, client)
+        with self._changed:
+            self._check_open()
+            self._queue.put(client, ticket)
+            self._changed.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """See `Ticket.cancel`."""
+        with self._changed:
+            ticket.cancelled = True
+            waited = self._queue.remove(ticket.client, ticket)
+        if waited:
+            self._end(ticket)
+
+    def run(
+        self, prompt: Prompt, params: SamplingParams, started: float
+    ) -> Generator[Piece, None, Answer]:
+        """Yield the answer's text as it comes; return the answer. Closing the generator cancels.
+
+        ``started`` is not used: the time in which a request waits counts anyway.
+        """
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        ticket = self.submit(prompt, params, events.put)
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Answer):
+                    return event
+                yield from event.pieces
+        finally:
+            ticket.cancel()
+
+    def close(self, timeout_s: float) -> None:
+        """Refuse new requests, and cancel those that are not answered within ``timeout_s``."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        while self._thread.is_alive():
+            for ticket in self._all():
+                ticket.cancel()
+            self._thread.join(0.1)
+
+    def _check_open(self) -> None:
+        if not self.alive:
+            raise EdgeVLError("the server is shutting down: ask again later")
+        if self.waiting >= self.max_queue:
+            wait_s = self._mean_s * self.waiting / self._slots.most
+            raise QueueFullError(
+                f"{self.waiting} requests wait already: try again later",
+                min(max(wait_s, LEAST_WAIT_S), MOST_WAIT_S),
+            )
+
+    def _all(self) -> list[Ticket]:
+        with self._changed:
+            first = [] if self._prefilling is None else [self._prefilling]
+            return [*first, *self._decoding, *self._queue]
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._queue or self.running):
+                    if self._closing:
+                        return
+                    self._changed.wait()
+            self._drop_cancelled()
+            if self._prefilling is None:
+                self._start_next()
+            if self._prefilling is not None:
+                self._prefill(self._prefilling)
+            if self._decoding:
+                self._decode()
+
+    def _drop_cancelled(self) -> None:
+        if self._prefilling is not None and self._prefilling.cancelled:
+            self._end(self._prefilling)
+        for ticket in [ticket for ticket in self._decoding if ticket.cancelled]:
+            self._end(ticket)
+
+    def _start_next(self) -> None:
+        """Give the next request a slot, if there is one."""
+        with self._changed:
+            if not self._queue:
+                return
+            client, ticket = self._queue.get()
+            generation = ticket.generation
+            slot = self._slots.take(generation.prompt, generation.most_tokens)
+            if slot is None:
+                self._queue.put_back(client, ticket)
+                return
+            ticket.slot = slot
+            ticket.prefill = generation.prefill(slot, slot.engine.chunk)
+            self._prefilling = ticket
+
+    def _prefill(self, ticket: Ticket) -> None:
+        """Compute a tile or a chunk of a prompt."""
+        assert ticket.prefill is not None
+        try:
+            next(ticket.prefill)
+        except StopIteration as stop:
+            self._prefilling = None
+            self._decoding.append(ticket)
+            self._pass_on(ticket, stop.value)
+        except Exception as error:
+            self._end(ticket, error)
+
+    def _decode(self) -> None:
+        """Compute a token of every answer; of one alone, more where a draft is right."""
+        tickets = list(self._decoding)
+        begun = time.perf_counter()
+        try:
+            if len(tickets) == 1:
+                (ticket,) = tickets
+                waited_ms = 1000 * (begun - ticket.latest_token)
+                self._pass_on(ticket, ticket.generation.step(_slot(ticket), waited_ms))
+                return
+            logits = decode_together(
+                [_slot(ticket) for ticket in tickets],
+                [ticket.generation.latest for ticket in tickets],
+            )
+        except Exception as error:
+            for ticket in tickets:
+                self._end(ticket, error)
+            return
+        now = time.perf_counter()
+        for ticket, row in zip(tickets, logits, strict=True):
+            try:
+                chunk = ticket.generation.take(row, 1000 * (now - ticket.latest_token))
+            except Exception as error:
+                self._end(ticket, error)
+            else:
+                self._pass_on(ticket, chunk)
+
+    def _pass_on(self, ticket: Ticket, chunk: Chunk) -> None:
+        ticket.latest_token = time.perf_counter()
+        if chunk.token_ids or chunk.pieces:
+            ticket.deliver(chunk)
+        if ticket.generation.finish_reason:
+            self._end(ticket)
+
+    def _end(self, ticket: Ticket, error: Exception | None = None) -> None:
+        """Give the slot back and deliver the last event."""
+        if self._prefilling is ticket:
+            self._prefilling = None
+        elif ticket in self._decoding:
+            self._decoding.remove(ticket)
+        if ticket.prefill is not None:
+            ticket.prefill.close()
+        if ticket.slot is not None:
+            self._slots.release(ticket.slot)
+            duration_s = time.perf_counter() - ticket.begun
+            self._mean_s += LATEST * (duration_s - self._mean_s)
+        if error is None:
+            if not ticket.generation.finish_reason:
+                ticket.generation.finish_reason = "cancelled"
+            ticket.deliver(ticket.generation.answer(self.model.load_ms))
+        else:
+            if not isinstance(error, EdgeVLError):
+                log.error("an answer failed", exc_info=error)
+            ticket.deliver(error)
+
+
+def _slot(ticket: Ticket) -> Slot:
+    assert ticket.slot is not None
+    return ticket.slot

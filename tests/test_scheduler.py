@@ -1,0 +1,399 @@
+"""Many answers at once: the same as one by one, fair, bounded, and gone when cancelled."""
+
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import edgevl
+from edgevl.errors import ContextLengthError, EdgeVLError, QueueFullError
+from edgevl.generate import Answer, SamplingParams, Session
+from edgevl.generate.fair_queue import FairQueue
+from edgevl.generate.generation import Chunk
+from edgevl.generate.scheduler import Scheduler
+from edgevl.generate.slots import Slots
+from edgevl.preprocess import Message, prepare_picture
+
+
+@pytest.fixture(scope="module")
+def directory(mini_checkpoint):
+    return mini_checkpoint("mini-qwen3", "internvl_chat")
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return edgevl.load(directory, threads=1)
+
+
+@pytest.fixture
+def scheduler(directory):
+    scheduler = Scheduler(edgevl.load(directory, threads=1), max_sequences=4, max_queue=8)
+    yield scheduler
+    scheduler.close(0)
+    assert not scheduler._thread.is_alive()
+
+
+def picture(model, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (56, 56, 3), np.uint8)
+    return prepare_picture(Image.fromarray(pixels), model.checkpoint.config)
+
+
+def prompt_of(model, text, *pictures, system=None):
+    messages = [] if system is None else [Message.system(system)]
+    return model.prompts.encode([*messages, Message.user(text, pictures)])
+
+
+class Request:
+    """Submits a prompt and keeps its events."""
+
+    def __init__(self, scheduler, prompt, client="", top_logprobs=None, **sampling):
+        self.events = queue.SimpleQueue()
+        self.chunks = []
+        params = SamplingParams(**sampling)
+        self.ticket = scheduler.submit(prompt, params, self.events.put, client, top_logprobs)
+
+    def next(self):
+        return self.events.get(timeout=60)
+
+    def result(self):
+        while isinstance(event := self.next(), Chunk):
+            self.chunks.append(event)
+        assert self.events.empty()
+        return event
+
+
+def until(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("did not happen within 10 s")
+
+
+def long_answer(**others):
+    """Sampling that goes on for as long as the context lets it."""
+    return {"max_tokens": 10**6, "temperature": 50.0, "seed": 1} | others
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "seed": 7}])
+def test_answers_computed_together_are_those_of_one_by_one(scheduler, model, sampling):
+    sampling |= {"max_tokens": 24}
+    prompts = [
+        prompt_of(model, "What is this?", picture(model, seed % 3), system="Be brief." * (seed % 2))
+        if seed % 2
+        else prompt_of(model, f"Question {seed} " * (seed + 1))
+        for seed in range(7)
+    ]
+    requests = [Request(scheduler, prompt, **sampling) for prompt in prompts]
+    answers = [request.result() for request in requests]
+    for prompt, request, answer in zip(prompts, requests, answers, strict=True):
+        alone = drain(model._generator.run(prompt, SamplingParams(**sampling), 0.0))
+        assert answer.token_ids == alone.token_ids
+        assert (answer.text, answer.finish_reason) == (alone.text, alone.finish_reason)
+        assert answer.text == "".join(p for chunk in request.chunks for p in chunk.pieces)
+        assert answer.token_ids == tuple(i for chunk in request.chunks for i in chunk.token_ids)
+        assert answer.usage.prompt_tokens == alone.usage.prompt_tokens
+    assert scheduler.running == scheduler.waiting == 0
+
+
+def drain(pieces):
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            return stop.value
+
+
+def test_a_session_over_a_scheduler_is_one_over_a_model(scheduler, model):
+    def talk(generator):
+        session = Session(model.checkpoint, generator)
+        first = session.ask("What is this?", images=[picture_image(0)], max_tokens=6)
+        return first, session.ask("And now?", max_tokens=6)
+
+    alone, together = talk(model._generator), talk(scheduler)
+    assert [a.token_ids for a in alone] == [a.token_ids for a in together]
+    assert together[1].usage.cached_tokens >= together[0].usage.prompt_tokens
+    assert together[1].timings.ttft_ms > 0
+
+
+def picture_image(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), np.uint8))
+
+
+def test_a_prompt_is_computed_once_for_all_who_ask_it(scheduler, model):
+    prompt = prompt_of(model, "What is in this picture? " * 4, picture(model, 5))
+    requests = [Request(scheduler, prompt, max_tokens=4) for _ in range(4)]
+    usages = [request.result().usage for request in requests]
+    assert usages[0].cached_tokens == 0
+    # Though the first was still being answered: its sequence was shared.
+    assert {usage.cached_tokens for usage in usages[1:]} == {usages[0].prompt_tokens - 1}
+    tiles = sum(slot.engine.timings().tiles for slot in scheduler._slots._slots)
+    assert tiles == 1
+
+
+def test_logprobs_are_of_the_whole_distribution(scheduler, model):
+    prompt = prompt_of(model, "Say something")
+    request = Request(scheduler, prompt, top_logprobs=3, max_tokens=5, repetition_penalty=1.7)
+    answer = request.result()
+    logprobs = [entry for chunk in request.chunks for entry in chunk.logprobs]
+    assert [entry.token_id for entry in logprobs] == list(answer.token_ids)
+    rows = np.concatenate([block.copy() for block in model.force(prompt, answer.token_ids)])
+    for entry, row in zip(logprobs, rows.astype(np.float64), strict=False):
+        expected = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        np.testing.assert_allclose(entry.logprob, expected[entry.token_id], atol=1e-4)
+        assert [token for token, _ in entry.top] == np.argsort(-row, kind="stable")[:3].tolist()
+        np.testing.assert_allclose([p for _, p in entry.top], np.sort(expected)[:-4:-1], atol=1e-4)
+    without = Request(scheduler, prompt, top_logprobs=0, max_tokens=1)
+    without.result()
+    assert without.chunks[0].logprobs[0].top == ()
+
+
+# --- the queue --------------------------------------------------------------------------------
+
+
+def test_clients_take_turns():
+    waiting = FairQueue()
+    for client, item in [("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5), ("b", 6)]:
+        waiting.put(client, item)
+    assert waiting.remove("c", 5)
+    assert not waiting.remove("c", 5)
+    assert sorted(waiting) == [1, 2, 3, 4, 6]
+    first = waiting.get()
+    waiting.put_back(*first)
+    taken = [waiting.get()[1] for _ in range(len(waiting))]
+    assert taken == [1, 4, 2, 6, 3]
+    with pytest.raises(KeyError):
+        waiting.get()
+
+
+def test_a_full_queue_refuses_and_says_when(scheduler, model):
+    prompt = prompt_of(model, "Go on")
+    requests = [Request(scheduler, prompt, **long_answer()) for _ in range(4)]
+    until(lambda: scheduler.waiting == 0)
+    requests += [Request(scheduler, prompt, **long_answer()) for _ in range(8)]
+    until(lambda: scheduler.running == 4)
+    with pytest.raises(QueueFullError, match="8 requests wait already") as refused:
+        Request(scheduler, prompt)
+    assert 1 <= refused.value.retry_after_s <= 60
+    for request in requests:
+        request.ticket.cancel()
+    for request in requests:
+        assert request.result().finish_reason == "cancelled"
+    assert Request(scheduler, prompt, max_tokens=2).result().finish_reason
+
+
+def test_a_greedy_client_does_not_hold_up_another(scheduler, model):
+    prompt = prompt_of(model, "Go on")
+    running = [Request(scheduler, prompt, "greedy", **long_answer()) for _ in range(4)]
+    until(lambda: scheduler.waiting == 0)
+    waiting = [Request(scheduler, prompt, "greedy", **long_answer()) for _ in range(5)]
+    modest = Request(scheduler, prompt, "modest", max_tokens=3)
+    for request in (running[0], running[1]):
+        request.ticket.cancel()
+    assert modest.result().finish_reason
+    assert scheduler.waiting >= 3
+    for request in running + waiting:
+        request.ticket.cancel()
+
+
+# --- cancelling, errors, the end --------------------------------------------------------------
+
+
+def test_a_cancelled_answer_stops_within_a_token(scheduler, model):
+    request = Request(scheduler, prompt_of(model, "Go on"), **long_answer())
+    for _ in range(3):
+        assert isinstance(request.next(), Chunk)
+    request.ticket.cancel()
+    request.ticket.cancel()
+    answer = request.result()
+    assert answer.finish_reason == "cancelled"
+    computed = sum(slot.engine.timings().decode_tokens for slot in scheduler._slots._slots)
+    assert len(answer.token_ids) - 1 <= computed <= len(answer.token_ids)
+    until(lambda: scheduler.running == 0)
+
+
+def test_a_closed_stream_cancels(scheduler, model):
+    session = Session(model.checkpoint, scheduler)
+    stream = session.stream("Go on", **long_answer())
+    next(stream)
+    stream.close()
+    until(lambda: scheduler.running == 0)
+    assert session.messages  # what was said so far
+
+
+def test_a_failing_answer_is_the_only_one(scheduler, model, monkeypatch):
+    steady = Request(scheduler, prompt_of(model, "Go on"), **long_answer())
+    steady.next()
+    broken = prompt_of(model, "What is this?", picture(model, 0))
+
+    def fail(self, pixels):
+        raise EdgeVLError("the encoder is broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edgevl.engine.cpu.CpuEngine.encode_images", fail)
+        error = Request(scheduler, broken).result()
+    assert str(error) == "the encoder is broken"
+    for _ in range(3):
+        assert isinstance(steady.next(), Chunk)
+    with monkeypatch.context() as patched:
+        patched.setattr("edgevl.engine.cpu.CpuModel.decode", fail)
+        assert isinstance(steady.result(), EdgeVLError | TypeError)
+    assert isinstance(Request(scheduler, broken, max_tokens=2).result(), Answer)
+
+
+def test_who_cannot_be_told_is_gone(scheduler, model):
+    def gone(event):
+        raise RuntimeError("the loop is closed")
+
+    scheduler.submit(prompt_of(model, "Go on"), SamplingParams(**long_answer()), gone)
+    until(lambda: scheduler.running + scheduler.waiting == 0)
+    assert scheduler.alive
+
+
+def test_what_is_too_long_is_refused_at_once(scheduler, model):
+    with pytest.raises(ContextLengthError, match=r"the prompt needs \d+ tokens, but the context"):
+        Request(scheduler, prompt_of(model, "word " * scheduler.max_context))
+
+
+def test_closing_lets_answers_end(directory, model):
+    scheduler = Scheduler(edgevl.load(directory, threads=1), 2)
+    requests = [Request(scheduler, prompt_of(model, f"{n}"), max_tokens=5) for n in range(5)]
+    scheduler.close(60)
+    assert not scheduler.alive
+    assert all(request.result().finish_reason in ("stop", "length") for request in requests)
+    with pytest.raises(EdgeVLError, match="shutting down"):
+        Request(scheduler, prompt_of(model, "Hello"))
+
+
+def test_closing_cancels_what_takes_too_long(directory, model):
+    scheduler = Scheduler(edgevl.load(directory, threads=1), 2)
+    prompt = prompt_of(model, "Go on")
+    requests = [Request(scheduler, prompt, **long_answer()) for _ in range(5)]
+    requests[0].next()
+    scheduler.close(0.01)
+    assert requests[-1].result().finish_reason == "cancelled"
+
+
+def test_many_threads(scheduler, model):
+    prompt = prompt_of(model, "What is this?", picture(model, 1))
+    expected = Request(scheduler, prompt, max_tokens=6).result().token_ids
+    answers = []
+
+    def ask(number):
+        session = Session(model.checkpoint, scheduler)
+        image = picture_image(1)
+        for _ in range(3):
+            stream = session.stream("What is this?", images=[image], max_tokens=6)
+            session.reset()
+            if number % 2:
+                stream.close()
+            else:
+                for _ in stream:
+                    pass
+                answers.append(stream.answer.token_ids)
+            session.reset()
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [expected] * 9
+
+
+# --- which sequence takes a prompt ------------------------------------------------------------
+
+
+def held(slot, prompt):
+    for _ in slot.prefill(prompt):
+        pass
+
+
+@pytest.fixture
+def slots(directory):
+    return Slots(edgevl.load(directory, threads=1).engine, 3)
+
+
+def test_a_conversation_goes_on_in_its_slot(slots, model):
+    first = slots.take(prompt_of(model, "Hello there, how are you?"), 100)
+    held(first, prompt_of(model, "Hello there, how are you?"))
+    slots.release(first)
+    assert slots.take(prompt_of(model, "Hello there, how are you today?"), 100) is first
+
+
+def test_what_is_in_use_is_shared_and_not_taken(slots, model):
+    prompt = prompt_of(model, "Hello there, how are you?")
+    first = slots.take(prompt, 100)
+    held(first, prompt)
+    second = slots.take(prompt, 100)
+    assert second is not first
+    assert len(second) == len(first)
+    third = slots.take(prompt, 100)
+    assert len({id(slot) for slot in (first, second, third)}) == 3
+    assert slots.take(prompt, 100) is None
+
+
+def test_a_long_conversation_is_not_lost_to_a_short_prefix(slots, model):
+    long = prompt_of(model, "word " * 60)
+    first = slots.take(long, 200)
+    held(first, long)
+    slots.release(first)
+    other = prompt_of(model, "something else")
+    second = slots.take(other, 100)
+    assert second is not first
+    assert 0 < len(second) < len(other.token_ids)  # what the template begins with
+    assert len(first) == len(long.token_ids)
+
+
+def test_the_slot_idle_for_longest_gives_way(slots, model):
+    taken = []
+    for word in "abc":
+        prompt = prompt_of(model, word * 60)
+        slot = slots.take(prompt, 200)
+        held(slot, prompt)
+        taken.append(slot)
+    for slot in (taken[1], taken[0], taken[2]):
+        slots.release(slot)
+    assert slots.take(prompt_of(model, "d" * 60), 200) is taken[1]
+
+
+def test_memory_bounds_what_is_held(slots, model):
+    prompts = [prompt_of(model, letter * 60) for letter in "abc"]
+    length = max(len(prompt.token_ids) for prompt in prompts)
+    slots._room = 2.5 * length
+    first = slots.take(prompts[0], length)
+    held(first, prompts[0])
+    slots.release(first)
+    second = slots.take(prompts[1], length)
+    held(second, prompts[1])
+    assert len(first)
+    assert slots.take(prompts[2], 2 * length) is None  # the two together are too much
+    third = slots.take(prompts[2], length)
+    assert third is not None
+    assert not len(first) or third is first  # what was idle made room
+    slots.release(second)
+    slots.release(third)
+    assert slots.take(prompts[0], 100 * length) is not None  # alone, anything is tried
+
+
+def test_an_engine_with_one_sequence_has_one_slot(directory, model):
+    slots = Slots(edgevl.load(directory, engine="reference").engine, 8)
+    prompt = prompt_of(model, "Hello")
+    slot = slots.take(prompt, 100)
+    assert slots.take(prompt, 100) is None
+    slots.release(slot)
+    assert slots.take(prompt, 100) is slot
+
+
+def test_requests_to_an_engine_with_one_sequence_take_turns(directory, model):
+    scheduler = Scheduler(edgevl.load(directory, engine="reference"))
+    prompts = [prompt_of(model, f"Question {n}") for n in range(3)]
+    answers = [Request(scheduler, prompt, max_tokens=3) for prompt in prompts]
+    assert all(len(request.result().token_ids) <= 3 for request in answers)
+    scheduler.close(10)
