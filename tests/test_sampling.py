@@ -56,6 +56,23 @@ def test_filters_work_on_unsorted_logits():
     assert np.flatnonzero(frequencies(draws=200, logits=LOGITS[::-1], top_k=2)).tolist() == [2, 3]
 
 
+def test_top_k_takes_the_first_of_equals():
+    logits = np.array([1, 3, 2, 3, 3, 0], np.float32)
+    assert np.flatnonzero(frequencies(draws=200, logits=logits, top_k=2)).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.5, 0.9])
+def test_the_nucleus_among_many(top_p):
+    logits = np.random.default_rng(0).standard_normal(60).astype(np.float32)
+    probabilities = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    order = np.argsort(-probabilities)
+    count = int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1
+    found = frequencies(draws=6000, logits=logits, top_p=top_p)
+    assert np.flatnonzero(found).tolist() == sorted(order[:count])
+    kept = probabilities[order[:count]] / probabilities[order[:count]].sum()
+    np.testing.assert_allclose(found[order[:count]], kept, atol=0.03)
+
+
 def test_same_seed_same_draws_and_other_seed_other():
     flat = np.zeros(1000, np.float32)
 

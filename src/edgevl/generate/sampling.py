@@ -127,16 +127,32 @@ class Sampler:
         return token_id
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
-        """Draw from the filtered distribution, the most likely tokens first."""
+        """Draw from the filtered distribution. What takes long is sorted only where it must be."""
         params = self._params
-        count = min(params.top_k or len(logits), len(logits))
-        order = np.argsort(-logits, kind="stable")[:count]
+        ids = _likeliest(logits, params.top_k) if params.top_k else None
+        candidates = logits if ids is None else logits[ids]
         with np.errstate(over="ignore"):  # -inf, probability 0, is the limit of low temperatures
-            scaled = (logits[order] - logits[order[0]]).astype(np.float64) / params.temperature
+            scaled = (candidates - candidates.max()).astype(np.float64) / params.temperature
         probabilities = np.exp(scaled)
         probabilities /= probabilities.sum()
-        reached_before = np.cumsum(probabilities) - probabilities
-        keep = (reached_before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
-        keep[0] = True
-        probabilities = np.where(keep, probabilities, 0)
-        return int(self._random.choice(order, p=probabilities / probabilities.sum()))
+        least = params.min_p * probabilities.max()
+        if params.top_p < 1:
+            # All tokens less likely than this together are less than what is left out.
+            likely = np.flatnonzero(probabilities >= (1 - params.top_p) / len(probabilities))
+            order = likely[np.argsort(-probabilities[likely], kind="stable")]
+            reached_before = np.cumsum(probabilities[order]) - probabilities[order]
+            left_out = np.ones(len(probabilities), np.bool_)
+            left_out[order[reached_before < params.top_p]] = False
+            probabilities[left_out] = 0
+        probabilities[probabilities < least] = 0
+        reached = np.cumsum(probabilities)
+        place = np.searchsorted(reached, self._random.random() * reached[-1], side="right")
+        return int(place if ids is None else ids[place])
+
+
+def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return the ids of the ``count`` largest logits; of equal ones the first."""
+    count = min(count, len(logits))
+    least = np.partition(logits, len(logits) - count)[len(logits) - count]
+    above, equal = np.flatnonzero(logits > least), np.flatnonzero(logits == least)
+    return np.sort(np.concatenate((above, equal[: count - len(above)])))
