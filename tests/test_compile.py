@@ -440,7 +440,7 @@ def test_other_settings_do_not_go_on_with_what_is_done(desk):
     assert desk.compile()[0] == 1
     status, said = desk.compile("--weight-type", "s4")
     assert status == 1
-    assert "was begun with another weight_type (None, now 's4')" in said
+    assert "was begun with another weight_type (None, now s4)" in said
 
 
 # --- interruptions -----------------------------------------------------------------------------

@@ -230,10 +230,17 @@ def _resume(
     if different and any(work.path.glob(settled)):
         key = different[0]
         raise error(
-            f"{work.path}: was begun with another {key} ({begun.get(key)!r}, now {run[key]!r}): "
+            f"{work.path}: was begun with another {key} ({begun.get(key)}, now {run[key]}): "
             "give the same to resume it, or remove it"
         )
     work.save_json(_ASKED, run)
+
+
+def identity(setting: object) -> str:
+    """Return what tells settings of runs apart, wherever the command is given again."""
+    if isinstance(setting, tuple):
+        return ", ".join(map(identity, setting))
+    return str(setting.resolve() if isinstance(setting, Path) else setting)
 
 
 def check_target(output: Path, error: type[EdgeVLError]) -> None:

@@ -31,7 +31,7 @@ from edgevl.quantize.report import write_report
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 from edgevl.quantize.verify import compare_accuracy, compare_answers, load, verify
 from edgevl.quantize.vision import VisionQuantization, quantize_vision
-from edgevl.work import Progress, WorkDirectory, check_target, opened, publish
+from edgevl.work import Progress, WorkDirectory, check_target, identity, opened, publish
 
 #: The finished checkpoint in the work directory, before it is moved to its place.
 MADE = "checkpoint"
@@ -82,7 +82,7 @@ def quantize_checkpoint(
     with open_checkpoint(path) as checkpoint, torch.no_grad():
         check(checkpoint, settings)
         begun = {"edgevl": edgevl.__version__, "checkpoint": checkpoint.fingerprint()}
-        begun |= {name: _identity(value) for name, value in asdict(settings).items()}
+        begun |= {name: identity(value) for name, value in asdict(settings).items()}
         with opened(output, begun, settled=SETTLED, error=QuantizationError) as work:
             report: dict[str, Any] = {"model": model_name(model, path)}
             report |= _Run(checkpoint, settings, work, progress).report(vqa)
@@ -234,13 +234,6 @@ class _Run:
         with self._progress("writing") as progress:
             write_checkpoint(self._checkpoint, made, packed, smoothed, fields, progress)
         return made
-
-
-def _identity(value: object) -> str:
-    """Return what tells settings apart, wherever the command is given again."""
-    if isinstance(value, tuple):
-        return ", ".join(map(_identity, value))
-    return str(value.resolve() if isinstance(value, Path) else value)
 
 
 def _shown(value: object) -> object:

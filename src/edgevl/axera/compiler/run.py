@@ -42,6 +42,7 @@ from edgevl.work import (
     WorkDirectory,
     check_disk,
     check_target,
+    identity,
     opened,
     publish,
 )
@@ -110,7 +111,7 @@ def compile_model(
             "checkpoint": checkpoint.fingerprint(),
         }
         begun |= {
-            name: _identity(value) for name, value in asdict(settings).items() if name not in _FREE
+            name: identity(value) for name, value in asdict(settings).items() if name not in _FREE
         }
         with opened(output, begun, settled=f"{DONE}/*", error=BoardError) as work:
             compilation = _Compilation(checkpoint, settings, work, progress)
@@ -463,8 +464,3 @@ def _written(output: Path) -> int:
     """Return the bytes that an interrupted run has written."""
     partial = output.resolve().with_name(output.resolve().name + ".partial")
     return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-
-
-def _identity(value: object) -> object:
-    """Return what tells settings apart, wherever the command is given again."""
-    return str(value.resolve()) if isinstance(value, Path) else value
