@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 import edgevl
-from edgevl import cli
-from edgevl.errors import CheckpointError, EdgeVLError
+from clips import write_clip
+from edgevl import Constraint, cli
+from edgevl.errors import CheckpointError, EdgeVLError, PromptError
 from edgevl.generate.batch import answer_rows, answering, open_batch, rows, run_batch
-from edgevl.preprocess import folder, load_image, prepare_picture
+from edgevl.preprocess import folder, load_image, prepare_picture, prepare_video
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NUMBER = "What number is on the display?"
@@ -128,6 +129,14 @@ BAD_LINES = {
     '{"image": "meter.png", "sytem": "x"}': "unknown field 'sytem'",
     '{"image": "meter.png", "max_tokens": 0}': "`max_tokens`",
     '{"image": "meter.png", "id": 1.5}': "`id`",
+    '{"video": "clip.mp4", "videos": []}': "both `video` and `videos`",
+    '{"video": ["clip.mp4"]}': "`video` must be",
+    '{"video": "clip.mp4", "frames": 0}': "`frames` must be a whole number, 1 to 256",
+    '{"video": "clip.mp4", "frames": 257}': "`frames`",
+    '{"video": "clip.mp4", "frames": true}': "`frames`",
+    '{"video": "missing.mp4"}': "no such file",
+    '{"video": "meter.png"}': "not a video",
+    '{"video": "http://example.invalid/a.mp4"}': "not fetched",
     '{"image": "missing.png"}': "no such file",
     '{"image": "-"}': "no such file",
     '{"image": "\\ud800.png"}': "not a path",
@@ -240,6 +249,86 @@ def test_the_next_picture_is_decoded_while_one_is_asked_about(model, pictures, m
     assert len(answered(model, pictures, question=NUMBER)) == 4
 
 
+@pytest.fixture
+def clip(pictures):
+    return write_clip(pictures / "clip.mp4", frames=20)
+
+
+def test_videos_in_a_directory(model, pictures, clip, tmp_path):
+    (pictures / "BROKEN.MOV").write_bytes(b"no video")
+    out = tmp_path / "out.jsonl"
+    assert batch(pictures, out, "-q", NUMBER, "--frames", "3", "--max-tokens", "5") == 0
+    broken, shown, *rest = read(out)
+    assert (broken["id"], broken["images"], broken["videos"]) == ("BROKEN.MOV", [], ["BROKEN.MOV"])
+    assert "BROKEN.MOV: not a video" in broken["error"]
+    assert (shown["id"], shown["images"], shown["videos"]) == ("clip.mp4", [], ["clip.mp4"])
+    asked = model.ask(NUMBER, videos=[clip], frames=3, max_tokens=5)
+    assert shown["token_ids"] == list(asked.token_ids)
+    assert shown["usage"]["image_tokens"] == 3 * model.checkpoint.config.image_tokens
+    assert [row["text"] for row in rest] == ["916", "7305", "2048", "Coffee"]
+    assert all("videos" not in row for row in rest)
+
+
+def test_videos_in_lines(model, pictures, clip):
+    url = "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()
+    path = write_lines(
+        pictures,
+        {"video": "clip.mp4"},
+        {"videos": ["clip.mp4", str(clip)], "frames": 2, "images": ["meter.png"]},
+        {"video": url, "frames": 1},
+        {"videos": [], "question": "Hello"},
+    )
+    found = answered(model, path, question=NUMBER, frames=4, max_tokens=3)
+    tokens = model.checkpoint.config.image_tokens
+    assert [row["usage"]["image_tokens"] // tokens for row in found] == [4, 5, 1, 0]
+    assert [row["id"] for row in found] == ["clip.mp4", "meter.png", "line 3", "line 4"]
+    assert found[2]["videos"] == ["data:video/mp4;base64,…"]
+    mixed = model.ask(
+        NUMBER, images=[pictures / "meter.png"], videos=[clip, clip], frames=2, max_tokens=3
+    )
+    assert found[1]["token_ids"] == list(mixed.token_ids)
+
+
+def test_a_video_is_decoded_once_for_rows_in_a_row(model, pictures, clip, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        answering,
+        "prepare_video",
+        lambda source, *rest: decoded.append(rest[-1]) or prepare_video(source, *rest),
+    )
+    line = {"video": "clip.mp4"}
+    path = write_lines(pictures, line, line | {"question": "What?"}, line | {"frames": 3})
+    found = answered(model, path, question=NUMBER, frames=2, max_tokens=2)
+    assert decoded == [2, 3]
+    assert found[1]["timings"]["vision_ms"] == 0
+
+
+def test_frames_beyond_the_context_are_not_decoded(pictures, clip, monkeypatch):
+    model = edgevl.load("tiny", threads=1, max_context=100)  # a frame has 36 tokens
+    monkeypatch.setattr(answering, "prepare_video", lambda *args: pytest.fail("decoded"))
+    path = write_lines(pictures, {"video": "clip.mp4"}, {"image": "meter.png"})
+    crowded, good = answered(model, path, question=NUMBER, max_tokens=9)
+    assert "need 288 tokens or more, but the context holds 100" in crowded["error"]
+    assert good["text"] == "7305"
+
+
+def test_frames_out_of_range_end_the_run_at_once(model, pictures):
+    with pytest.raises(PromptError, match="frames must be"):
+        answered(model, pictures, question=NUMBER, frames=0)
+
+
+def test_answers_of_a_given_form(pictures, tmp_path, capsys):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["七", "seven"]}', "utf-8")
+    path = write_lines(pictures, {"image": "meter.png"}, {"image": "word.png"})
+    assert batch(path, "-", "-q", NUMBER, "--json-schema", str(schema)) == 0
+    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert {json.loads(text) for text in texts} <= {"七", "seven"}
+    out = tmp_path / "out.jsonl"
+    assert batch(path, out, "-q", NUMBER, "--json-object", "--max-tokens", "9") == 0
+    assert all(row["text"].startswith("{") for row in read(out))
+
+
 def test_standard_output(pictures, capsys):
     assert batch(write_lines(pictures, {"image": "meter.png"}, "x"), "-", "-q", NUMBER) == 0
     out, err = capsys.readouterr()
@@ -263,13 +352,16 @@ def test_all_failed_is_status_1_and_the_rows_are_there(pictures, tmp_path):
     ("source", "options", "status", "message"),
     [
         ("missing", [], 1, "missing: no such file or directory"),
-        ("empty", ["-q", "x"], 1, "empty: has no pictures (.jpg"),
+        ("empty", ["-q", "x"], 1, "empty: has no pictures or videos (.jpg"),
         ("blank.jsonl", [], 1, "blank.jsonl: has no questions"),
         ("pictures", [], 1, "needs a question"),
         ("pictures", ["-q", " "], 1, "question is empty"),
         ("pictures", ["-q", "x", "--max-tokens", "0"], 2, "--max-tokens"),
         ("pictures", ["-q", "x", "--max-tiles", "99"], 1, "max_tiles must be 1 to 40"),
         ("pictures", ["-q", "x", "--temperature", "inf"], 1, "temperature is inf"),
+        ("pictures", ["-q", "x", "--frames", "257"], 2, "--frames"),
+        ("pictures", ["-q", "x", "--json-object", "--think"], 2, "give one of them"),
+        ("pictures", ["-q", "x", "--json-schema", os.devnull], 1, "--json-schema /dev/null: "),
         ("pictures", ["-q", "\udcff"], 2, "not valid UTF-8"),
         ("pictures", ["-q", "x", "--system", "\udcff"], 2, "not valid UTF-8"),
     ],
@@ -305,9 +397,9 @@ def test_nor_is_one_overwritten_that_comes_to_be_meanwhile(model, pictures, tmp_
     assert len(read(out)) == 4
 
 
-def test_a_directory_of_too_many_pictures_is_refused(pictures, monkeypatch):
-    monkeypatch.setattr(folder, "MAX_PICTURES", 3)
-    with pytest.raises(EdgeVLError, match="more than 3 pictures"):
+def test_a_directory_of_too_many_files_is_refused(pictures, monkeypatch):
+    monkeypatch.setattr(folder, "MAX_FILES", 3)
+    with pytest.raises(EdgeVLError, match="more than 3 files"):
         open_batch(pictures, NUMBER)
 
 
@@ -351,6 +443,8 @@ def test_failures_before_an_interruption_count(model, pictures, tmp_path):
     ("change", "message"),
     [
         ({"seed": 2}, "another seed"),
+        ({"frames": 9}, "another frames"),
+        ({"constraint": Constraint.regex("[0-9]+")}, r"another constraint \([0-9a-f]{16}, now"),
         ({"system": "S"}, "another system"),
         ({"loading": {"precision": "bf16"}}, "another precision"),
         ({"question": "What?"}, "another question"),
@@ -362,7 +456,8 @@ def test_resuming_something_else_is_refused(
     model, pictures, tmp_path, mini_checkpoint, change, message
 ):
     out, begun = tmp_path / "out.jsonl", {"seed": 1, "loading": {"precision": "auto"}}
-    begun |= {"system": None, "stop": ("A",)}
+    begun |= {"system": None, "stop": ("A",), "frames": 8, "constraint": Constraint.json_object()}
+    begun |= {"max_tokens": 9}
     kept = interrupted(model, open_batch(pictures, NUMBER), out, 1, **begun)
     before = kept.read_bytes()
     question, other = change.pop("question", NUMBER), model

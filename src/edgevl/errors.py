@@ -41,5 +41,9 @@ class QueueFullError(EdgeVLError):
         self.retry_after_s = retry_after_s
 
 
+class FetchError(EdgeVLError):
+    """A picture or video may not or cannot be fetched from its URL, or exceeds a limit."""
+
+
 class BoardError(EdgeVLError):
     """A board's model, its runtime or the compiler is missing, fails, or does not fit."""

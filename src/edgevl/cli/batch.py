@@ -1,4 +1,4 @@
-"""``edgevl batch``: many questions about many pictures, into a file."""
+"""``edgevl batch``: many questions about many pictures and videos, into a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.options import answer_options, as_unicode, engine_options
+from edgevl.cli.options import answer_options, as_unicode, engine_options, read_constraint
 from edgevl.cli.terminal import (
     chinese,
     ends_like_ctrl_c,
@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE.jsonl|DIR",
-    help="A directory of pictures; or one JSON object a line with image, question, id.",
+    help="A directory of pictures and videos; or one JSON object a line with image or video, "
+    "question, id.",
 )
 @click.option(
     "-q",
     "--question",
     metavar="TEXT",
-    help="Asked about every picture, and where a line has no question of its own.",
+    help="Asked about every picture and video, and where a line has no question of its own.",
 )
 @click.option(
     "-o",
@@ -57,6 +58,9 @@ def command(
     system: str | None,
     think: bool,
     max_tiles: int | None,
+    frames: int,
+    json_object: bool,
+    json_schema: Path | None,
     engine: str,
     max_context: int | None,
     precision: str,
@@ -64,14 +68,15 @@ def command(
     threads: int | None,
     **sampling: Any,
 ) -> int:
-    """Ask MODEL about many pictures and write a line for each.
+    """Ask MODEL about many pictures and videos and write a line for each.
 
-    A picture or line that cannot be used gives a line with `error`, and the rest goes on. A run
-    that was interrupted goes on where it stopped when the same command is given again. The exit
-    status is 1 if every line failed.
+    A picture, video or line that cannot be used gives a line with `error`, and the rest goes on. A
+    run that was interrupted goes on where it stopped when the same command is given again. The
+    exit status is 1 if every line failed.
 
     \b
     edgevl batch tiny --input photos/ -q "What number is on the display?" -o answers.jsonl
+    edgevl batch tiny --input photos/ -q "Read it." --json-schema reading.json -o answers.jsonl
     """  # noqa: D301
     question = as_unicode(question)
     # What can fail at once fails before the model is loaded.
@@ -80,6 +85,7 @@ def command(
     to_stdout = str(output) == "-"
     if not to_stdout:
         check_output(output)
+    sampling["constraint"] = read_constraint(json_object, json_schema, think)
     questions = open_batch(source, question)
     import edgevl
 
@@ -92,7 +98,13 @@ def command(
     }
     loaded = edgevl.load(model, threads=threads, **loading)
     show_notes(loaded.engine.notes)
-    options = {"system": system, "thinking": think, "max_tiles": max_tiles, **sampling}
+    options = {
+        "system": system,
+        "thinking": think,
+        "max_tiles": max_tiles,
+        "frames": frames,
+        **sampling,
+    }
     if to_stdout:
         with ends_like_ctrl_c():
             result = _print(loaded, questions, options)

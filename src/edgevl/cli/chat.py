@@ -10,19 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevl.cli.answer import print_answer
-from edgevl.cli.options import (
-    DEFAULT_FRAMES,
-    MAX_FRAMES,
-    answer_options,
-    as_unicode,
-    engine_options,
-)
+from edgevl.cli.options import answer_options, as_unicode, engine_options, read_constraint
 from edgevl.cli.terminal import chinese, is_terminal, note, print_json, replacing, show_notes
-from edgevl.errors import EdgeVLError, PromptError
+from edgevl.errors import EdgeVLError
 
 if TYPE_CHECKING:
     from edgevl.engine import KVCacheFormat, Precision
-    from edgevl.generate import Constraint
 
 #: A question from standard input is read up to this size.
 MAX_QUESTION_BYTES = 1 << 20
@@ -47,22 +40,7 @@ MAX_QUESTION_BYTES = 1 << 20
     metavar="VIDEO",
     help="A video: path, data: URL, or - for standard input. May be repeated.",
 )
-@click.option(
-    "--frames",
-    type=click.IntRange(1, MAX_FRAMES),
-    default=DEFAULT_FRAMES,
-    show_default=True,
-    metavar="N",
-    help="Frames taken of a video.",
-)
 @answer_options
-@click.option("--json-object", is_flag=True, help="Answer with a JSON object.")
-@click.option(
-    "--json-schema",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Answer with JSON of the JSON schema in FILE.",
-)
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -104,8 +82,6 @@ def command(
     converse = question is None and is_terminal(sys.stdin)
     if converse and (as_json or draw_boxes):
         raise click.UsageError("--json and --draw-boxes need a question: add -q TEXT")
-    if json_object + bool(json_schema) + think > 1:
-        raise click.UsageError("--json-object, --json-schema and --think: give one of them")
     if draw_boxes and not images:
         raise click.UsageError("--draw-boxes needs a picture: add -i IMAGE")
     piped = (images + videos).count("-")
@@ -119,7 +95,7 @@ def command(
 
     with ExitStack() as stack:
         # What can fail at once fails before the model is loaded: files, what is shown.
-        sampling["constraint"] = _constraint(json_object, json_schema)
+        sampling["constraint"] = read_constraint(json_object, json_schema, think)
         drawing_format = _format(draw_boxes) if draw_boxes else None
         drawing = stack.enter_context(replacing(draw_boxes)) if draw_boxes else None
         from edgevl.preprocess import load_image, open_video
@@ -183,25 +159,6 @@ def _read_question() -> str:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise click.UsageError("the question on standard input is not UTF-8 text") from None
-
-
-def _constraint(json_object: bool, json_schema: Path | None) -> Constraint | None:
-    from edgevl.generate.constraint import MAX_CONSTRAINT_BYTES, Constraint
-
-    if json_object:
-        return Constraint.json_object()
-    if json_schema is None:
-        return None
-    with json_schema.open("rb") as file:
-        data = file.read(MAX_CONSTRAINT_BYTES + 1)
-    try:
-        if len(data) > MAX_CONSTRAINT_BYTES:
-            raise PromptError(f"the file exceeds {MAX_CONSTRAINT_BYTES} bytes: shorten it")
-        return Constraint.json_schema(data.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise EdgeVLError(f"--json-schema {json_schema}: the file is not UTF-8 text") from None
-    except PromptError as error:
-        raise PromptError(f"--json-schema {json_schema}: {error}") from None
 
 
 def _format(path: Path) -> str:

@@ -36,6 +36,7 @@ EXTRAS = {
     "heic": (("pillow-heif",), "HEIC pictures"),
     "video": (("av",), "videos"),
     "constrained": (("llguidance",), "answers of a given form, such as JSON"),
+    "serve": (("httpx2",), "edgevl serve"),
     "board": (("cffi",), "boards with an NPU, and their emulator"),
     "axera": (
         ("onnx", "onnx-ir", "onnxslim", "onnxruntime", "pydantic", "json5"),

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import click
+
+from edgevl.errors import EdgeVLError, PromptError
+
+if TYPE_CHECKING:
+    from edgevl.generate import Constraint
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -81,13 +87,41 @@ def engine_options(function: Function) -> Function:
 
 
 def answer_options(function: Function) -> Function:
-    """Add what a question may ask for: ``system``, ``think``, ``max_tiles``, `SamplingParams`.
+    """Add what a question may ask for.
 
-    Those but the first three have the names of its fields.
+    These are ``system``, ``think``, ``max_tiles``, ``frames``, what `read_constraint` takes
+    (``json_object``, ``json_schema``), and others by the names of the fields of `SamplingParams`.
     """
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def read_constraint(json_object: bool, json_schema: Path | None, think: bool) -> Constraint | None:
+    """Return what ``--json-object`` and ``--json-schema`` ask an answer to be.
+
+    Raises:
+        click.UsageError: they are given together, or with ``--think``.
+        EdgeVLError: the file has no schema that can be met, or ``llguidance`` is not installed.
+    """
+    if json_object + bool(json_schema) + think > 1:
+        raise click.UsageError("--json-object, --json-schema and --think: give one of them")
+    if json_object + bool(json_schema) == 0:
+        return None
+    from edgevl.generate.constraint import MAX_CONSTRAINT_BYTES, Constraint
+
+    if json_schema is None:
+        return Constraint.json_object()
+    with json_schema.open("rb") as file:
+        data = file.read(MAX_CONSTRAINT_BYTES + 1)
+    try:
+        if len(data) > MAX_CONSTRAINT_BYTES:
+            raise PromptError(f"the file exceeds {MAX_CONSTRAINT_BYTES} bytes: shorten it")
+        return Constraint.json_schema(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise EdgeVLError(f"--json-schema {json_schema}: the file is not UTF-8 text") from None
+    except PromptError as error:
+        raise PromptError(f"--json-schema {json_schema}: {error}") from None
 
 
 def _as_unicode(_: click.Context, __: click.Parameter, value: Any) -> Any:
@@ -107,6 +141,14 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         metavar="N",
         help="Most tiles of a picture.  [default: the checkpoint's]",
+    ),
+    click.option(
+        "--frames",
+        type=click.IntRange(1, MAX_FRAMES),
+        default=DEFAULT_FRAMES,
+        show_default=True,
+        metavar="N",
+        help="Frames taken of a video.",
     ),
     click.option(
         "--max-tokens",
@@ -168,5 +210,12 @@ _OPTIONS = (
         metavar="TEXT",
         callback=_as_unicode,
         help="End before this text. Repeatable.",
+    ),
+    click.option("--json-object", is_flag=True, help="Answer with a JSON object."),
+    click.option(
+        "--json-schema",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Answer with JSON of the JSON schema in FILE.",
     ),
 )

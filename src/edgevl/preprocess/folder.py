@@ -1,28 +1,34 @@
-"""The pictures in a directory."""
+"""The pictures and videos in a directory."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from edgevl.errors import ImageError
+from edgevl.errors import EdgeVLError
 
 #: How the names of picture files end, in lower case.
-SUFFIXES = (
+PICTURE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif",
 )  # fmt: skip
 
-#: Most pictures of a directory: their names are kept in memory.
-MAX_PICTURES = 1_000_000
+#: How the names of video files end, in lower case.
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
+    ".flv", ".wmv", ".ogv", ".mxf", ".ivf",
+)  # fmt: skip
+
+#: Most files of a directory: their names are kept in memory.
+MAX_FILES = 1_000_000
 
 
-def find_pictures(directory: Path) -> list[Path]:
-    """List the picture files in a directory and below it, sorted by path.
+def find_files(directory: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """List the files in a directory and below it whose names end in ``suffixes``, sorted by path.
 
     Links to files are followed, links to directories are not.
 
     Raises:
-        ImageError: there are more than ``MAX_PICTURES``.
+        EdgeVLError: there are more than ``MAX_FILES``.
         OSError: the directory cannot be read.
     """
 
@@ -32,10 +38,10 @@ def find_pictures(directory: Path) -> list[Path]:
 
     found: list[Path] = []
     for parent, _, names in os.walk(directory, onerror=stop):
-        paths = (Path(parent, name) for name in names if name.lower().endswith(SUFFIXES))
+        paths = (Path(parent, name) for name in names if name.lower().endswith(suffixes))
         found += (path for path in paths if path.is_file())
-        if len(found) > MAX_PICTURES:
-            raise ImageError(
-                f"{directory}: more than {MAX_PICTURES} pictures; name a directory below it"
+        if len(found) > MAX_FILES:
+            raise EdgeVLError(
+                f"{directory}: more than {MAX_FILES} files; name a directory below it"
             )
     return sorted(found)

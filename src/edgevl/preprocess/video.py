@@ -163,12 +163,14 @@ def check_frames(count: int) -> int:
 
 
 def prepare_video(
-    source: VideoSource, config: ModelConfig, frames: int = DEFAULT_FRAMES
+    source: VideoSource | list[Picture], config: ModelConfig, frames: int = DEFAULT_FRAMES
 ) -> list[Picture]:
     """Sample frames of a video, each a picture of one tile.
 
     Args:
-        source: Anything that `open_video` takes, or what it returned.
+        source: Anything that `open_video` takes, or what it returned; or what this function has
+            returned for the same model, which is left as it is, so that a caller can prepare
+            videos ahead.
         config: Of the model that will see the frames.
         frames: How many, 1 to ``MAX_SAMPLED``.
 
@@ -176,6 +178,8 @@ def prepare_video(
         VideoError: The video cannot be read, or exceeds a limit.
         PromptError: ``frames`` is out of range.
     """
+    if isinstance(source, list):
+        return source
     check_frames(frames)
     video = source if isinstance(source, Video) else open_video(source)
     pictures: list[Picture] = []

@@ -1,4 +1,4 @@
-"""Many questions about many pictures: read from a file or a directory, answered row by row."""
+"""Many questions about pictures and videos: read from a file or directory, answered row by row."""
 
 from edgevl.generate.batch.answering import answer_rows
 from edgevl.generate.batch.rows import BatchError, BatchInput, Row, open_batch

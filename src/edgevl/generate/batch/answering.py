@@ -1,17 +1,21 @@
-"""Rows to answers, one after the other; the next row's pictures are decoded meanwhile."""
+"""Rows to answers, one after the other; what the next row shows is decoded meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
-from edgevl.errors import ContextLengthError, ImageError, PromptError
+from edgevl.errors import ContextLengthError, ImageError, PromptError, VideoError
 from edgevl.generate.batch.rows import Row
 from edgevl.generate.model import Model
 from edgevl.generate.sampling import SamplingParams
-from edgevl.preprocess import Picture, prepare_picture
+from edgevl.preprocess import prepare_picture, prepare_video
 from edgevl.preprocess.picture import most_tiles
+from edgevl.preprocess.video import DEFAULT_FRAMES, check_frames
+
+#: Pictures and videos as `Model.ask` takes them.
+_Shown: TypeAlias = tuple[list[Any], list[Any]]
 
 
 def answer_rows(
@@ -21,6 +25,7 @@ def answer_rows(
     system: str | None = None,
     thinking: bool = False,
     max_tiles: int | None = None,
+    frames: int = DEFAULT_FRAMES,
     **sampling: Any,
 ) -> Generator[dict[str, Any], None, None]:
     """Answer every row by itself, in order.
@@ -34,21 +39,23 @@ def answer_rows(
         system: system message of rows that have none of their own; default is the chat template's.
         thinking: ask the model to think before it answers.
         max_tiles: most tiles a picture is cut into; default is the checkpoint's.
+        frames: how many are taken of a video, where the row does not say.
         **sampling: fields of `SamplingParams`.
 
     Yields:
-        ``id``, ``images`` and ``question``, then the fields of `Answer`, or ``error`` where a
-        line, a picture or a prompt is at fault.
+        ``id``, ``images``, ``videos`` if there are any, and ``question``, then the fields of
+        `Answer`, or ``error`` where a line, a picture, a video or a prompt is at fault.
 
     Raises:
-        PromptError: ``max_tiles`` or a sampling value is out of range.
+        PromptError: ``max_tiles``, ``frames`` or a sampling value is out of range.
         EdgeVLError: the model fails, not a row.
     """
     SamplingParams(**sampling)
     most_tiles(model.checkpoint.config, max_tiles)
-    options = {"system": system, "thinking": thinking, **sampling}
-    prepare = _Preparation(model, max_tiles)
-    waiting: tuple[Row, Future[list[Any]]] | None = None
+    check_frames(frames)
+    options = {"system": system, "thinking": thinking, "frames": frames, **sampling}
+    prepare = _Preparation(model, max_tiles, frames)
+    waiting: tuple[Row, Future[_Shown]] | None = None
     # One thread and one row ahead: no more than two rows' pictures are in memory.
     with ThreadPoolExecutor(max_workers=1) as pool:
         for row in rows:
@@ -60,47 +67,67 @@ def answer_rows(
 
 
 class _Preparation:
-    """Prepares the pictures of one row after the other."""
+    """Prepares the pictures and videos of one row after the other."""
 
-    def __init__(self, model: Model, max_tiles: int | None) -> None:
+    def __init__(self, model: Model, max_tiles: int | None, frames: int) -> None:
         self._model = model
         self._max_tiles = max_tiles
-        self._latest: tuple[tuple[Any, ...], list[Any]] = ((), [])
+        self._frames = frames
+        self._latest: tuple[tuple[Any, ...], _Shown] = ((), ([], []))
 
-    def __call__(self, row: Row) -> list[Any]:
-        """Return the row's pictures; those of the row before are not decoded again."""
+    def __call__(self, row: Row) -> _Shown:
+        """Return what the row shows; what the row before showed is not decoded again."""
         if not self._model.checkpoint.has_vision:
-            return list(row.sources)  # asking about them says what is missing
-        if row.sources != self._latest[0]:
+            # Asking about them says what is missing.
+            return list(row.sources), list(row.video_sources)
+        frames = int(row.options.get("frames", self._frames))
+        wanted = (row.sources, row.video_sources, frames)
+        if wanted != self._latest[0]:
             try:
-                self._latest = row.sources, self._pictures(row)
+                self._latest = wanted, self._prepare(*wanted)
             except MemoryError:
-                raise ImageError("not enough memory for the pictures; shrink them") from None
+                raise ImageError(
+                    "not enough memory for the pictures and videos; shrink them"
+                ) from None
         return self._latest[1]
 
-    def _pictures(self, row: Row) -> list[Picture]:
-        config, context = self._model.checkpoint.config, self._model.engine.max_context
-        pictures: list[Picture] = []
-        tiles = 0
-        for source in row.sources:
+    def _prepare(self, sources: tuple[Any, ...], videos: tuple[Any, ...], frames: int) -> _Shown:
+        config = self._model.checkpoint.config
+        clips: list[Any] = []
+        pictures: list[Any] = []
+        for source in videos:
+            self._check_context((len(clips) + 1) * frames)  # known before they are decoded
+            clips.append(prepare_video(source, config, frames))
+        tiles = len(videos) * frames
+        for source in sources:
             pictures.append(prepare_picture(source, config, self._max_tiles))
             tiles += len(pictures[-1].pixels)
-            if tiles * config.image_tokens >= context:  # before more of them fill the memory
-                raise ContextLengthError(
-                    f"the first {len(pictures)} pictures need {tiles * config.image_tokens} tokens,"
-                    f" but the context holds {context}: use fewer pictures or tiles (max_tiles)"
-                )
-        return pictures
+            self._check_context(tiles)
+        return pictures, clips
+
+    def _check_context(self, tiles: int) -> None:
+        """Refuse what cannot be asked about before more of it fills the memory."""
+        tokens = tiles * self._model.checkpoint.config.image_tokens
+        context = self._model.engine.max_context
+        if tokens >= context:
+            raise ContextLengthError(
+                f"the pictures and videos need {tokens} tokens or more, but the context holds "
+                f"{context}: use fewer pictures, tiles (max_tiles) or frames of videos"
+            )
 
 
 def _answer(
-    model: Model, row: Row, pictures: Future[list[Any]], options: dict[str, Any]
+    model: Model, row: Row, shown: Future[_Shown], options: dict[str, Any]
 ) -> dict[str, Any]:
-    result: dict[str, Any] = {"id": row.id, "images": list(row.images), "question": row.question}
+    result: dict[str, Any] = {"id": row.id, "images": list(row.images)}
+    if row.videos:
+        result["videos"] = list(row.videos)
+    result["question"] = row.question
     if row.error:
         return result | {"error": row.error}
     try:
-        answer = model.ask(row.question, images=pictures.result(), **{**options, **row.options})
-    except (ImageError, PromptError) as error:
+        images, videos = shown.result()
+        answer = model.ask(row.question, images=images, videos=videos, **{**options, **row.options})
+    except (ImageError, VideoError, PromptError) as error:
         return result | {"error": str(error)}
     return result | answer.to_dict()

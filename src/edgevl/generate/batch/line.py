@@ -1,4 +1,4 @@
-"""One line of a batch's file: JSON to what is asked about which pictures."""
+"""One line of a batch's file: JSON to what is asked about which pictures and videos."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgevl.preprocess.video import MAX_SAMPLED
+
 #: What a line may have.
-FIELDS = ("id", "image", "images", "question", "system", "max_tokens")
+FIELDS = (
+    "id", "image", "images", "video", "videos", "frames", "question", "system", "max_tokens",
+)  # fmt: skip
 #: Longest question or system message, in bytes of UTF-8.
 MAX_TEXT_BYTES = 1 << 20
 
@@ -18,8 +22,9 @@ def parse_line(
     """Read one line.
 
     It is an object with ``image`` (a path or ``data:`` URL) or ``images`` (a list of them, which
-    may be empty), and where wanted ``question``, ``id`` (text or whole number), ``system`` and
-    ``max_tokens``. Paths are relative to the file's directory.
+    may be empty), ``video`` or ``videos`` likewise, and where wanted ``frames`` (how many are taken
+    of each video), ``question``, ``id`` (text or whole number), ``system`` and ``max_tokens``.
+    Paths are relative to the file's directory.
 
     Args:
         line: the line, UTF-8.
@@ -50,15 +55,16 @@ def _read(line: bytes, directory: Path, question: str | None, known: dict[str, A
     if not isinstance(value, dict):
         raise ValueError('not an object; write {"image": …, "question": …}')
     fields = {name: each for name, each in value.items() if each is not None}
-    _read_images(fields, directory, known)
+    _read_sources(fields, directory, known)
     if "id" in fields:
         known["id"] = _id(fields["id"])
     if unknown := [name for name in fields if name not in FIELDS]:
         raise ValueError(f"unknown field {unknown[0][:80]!r}; a line has {', '.join(FIELDS)}")
-    if "image" in fields and "images" in fields:
-        raise ValueError("has both `image` and `images`; give one of them")
-    if "sources" not in known:
-        raise ValueError("has no `image` or `images`; without a picture write `images`: []")
+    for one, several in (("image", "images"), ("video", "videos")):
+        if one in fields and several in fields:
+            raise ValueError(f"has both `{one}` and `{several}`; give one of them")
+    if "sources" not in known and "video_sources" not in known:
+        raise ValueError("has no `image` or `video`; to ask without them write `images`: []")
     if "question" in fields:
         known["question"] = _text(fields["question"], "question")
     elif question is not None:
@@ -68,27 +74,24 @@ def _read(line: bytes, directory: Path, question: str | None, known: dict[str, A
     options: dict[str, str | int] = {}
     if "system" in fields:
         options["system"] = _text(fields["system"], "system")
-    if "max_tokens" in fields:
-        most = fields["max_tokens"]
-        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-            raise ValueError("`max_tokens` must be a whole number, at least 1")
-        options["max_tokens"] = most
+    for field, most in (("max_tokens", None), ("frames", MAX_SAMPLED)):
+        if field in fields:
+            options[field] = _count(fields[field], field, most)
     known["options"] = options
 
 
-def _read_images(fields: dict[str, Any], directory: Path, known: dict[str, Any]) -> None:
-    if "image" in fields:
-        names = [fields["image"]]
-    elif "images" in fields:
-        names = fields["images"]
-    else:
-        return
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError("`image` must be a path or data: URL, `images` a list of them")
-    known["images"] = tuple(map(_shown, names))
-    known["sources"] = tuple(_source(name, directory) for name in names)
-    if names and not _is_data(names[0]):
-        known["id"] = names[0]
+def _read_sources(fields: dict[str, Any], directory: Path, known: dict[str, Any]) -> None:
+    # Pictures last: a row is called after the first of them.
+    for kind, sources in (("video", "video_sources"), ("image", "sources")):
+        names = [fields[kind]] if kind in fields else fields.get(f"{kind}s")
+        if names is None:
+            continue
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"`{kind}` must be a path or data: URL, `{kind}s` a list of them")
+        known[f"{kind}s"] = tuple(map(_shown, names))
+        known[sources] = tuple(_source(name, directory) for name in names)
+        if names and not _is_data(names[0]):
+            known["id"] = names[0]
 
 
 def _is_data(name: str) -> bool:
@@ -101,7 +104,7 @@ def _shown(name: str) -> str:
 
 def _source(name: str, directory: Path) -> str | Path:
     if _is_data(name) or name.lower().startswith(("http://", "https://")):
-        return name  # pictures are not fetched, and reading it says so
+        return name  # nothing is fetched, and reading it says so
     # A path even where it is "-", which as a text would mean standard input.
     return Path(name) if name.startswith("~") else directory / name
 
@@ -110,6 +113,13 @@ def _id(value: object) -> str | int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     return _text(value, "id")
+
+
+def _count(value: object, field: str, most: int | None) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= (most or value):
+        limits = "at least 1" if most is None else f"1 to {most}"
+        raise ValueError(f"`{field}` must be a whole number, {limits}")
+    return value
 
 
 def _text(value: object, field: str) -> str:

@@ -1,4 +1,4 @@
-"""The questions of a batch: lines of a JSONL file, or one about every picture of a directory."""
+"""The questions of a batch: lines of a JSONL file, or one about every file of a directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO
 
 from edgevl.errors import EdgeVLError
 from edgevl.generate.batch.line import parse_line
-from edgevl.preprocess.folder import SUFFIXES, find_pictures
+from edgevl.preprocess.folder import PICTURE_SUFFIXES, VIDEO_SUFFIXES, find_files
 
 #: Longest line of a file, in bytes: a picture of the largest size in a ``data:`` URL, and more.
 MAX_LINE_BYTES = 128 << 20
@@ -29,17 +29,21 @@ class Row:
     """One question, or why there is none.
 
     Attributes:
-        id: what the input calls it; else the name of its first picture, or ``line N``.
+        id: what the input calls it; else the name of its first picture or video, or ``line N``.
         images: its pictures, as the input names them; of ``data:`` URLs only the beginning.
-        sources: the same, to be read.
+        videos: its videos, likewise.
+        sources: the pictures, to be read.
+        video_sources: the videos, to be read.
         question: what is asked.
-        options: ``system`` and ``max_tokens``, where the line has its own.
+        options: ``system``, ``frames`` and ``max_tokens``, where the line has its own.
         error: what is wrong with the line; empty if nothing is.
     """
 
     id: str | int
     images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
     sources: tuple[str | Path, ...] = ()
+    video_sources: tuple[str | Path, ...] = ()
     question: str = ""
     options: Mapping[str, str | int] = field(default_factory=dict)
     error: str = ""
@@ -51,7 +55,7 @@ class BatchInput(ABC):
     Attributes:
         path: where they are from.
         question: asked where a row has no question of its own.
-        digest: SHA-256 (hexadecimal) of the file, or of the names of the directory's pictures.
+        digest: SHA-256 (hexadecimal) of the file, or of the names of the directory's files.
     """
 
     path: Path
@@ -75,39 +79,42 @@ def open_batch(path: str | Path, question: str | None = None) -> BatchInput:
     """Open the input of a batch.
 
     Args:
-        path: a directory of pictures, or a file with one JSON object a line; see `parse_line`.
+        path: a directory of pictures and videos, or a file with one JSON object a line; see
+            `parse_line`.
         question: what is asked where a line has no question of its own.
 
     Raises:
-        BatchError: it is neither, cannot be read, has no pictures or lines; or it is a directory
-            and there is no question.
-        ImageError: the directory has far too many pictures.
+        BatchError: it is neither, cannot be read, has no pictures, videos or lines; or it is a
+            directory and there is no question.
+        EdgeVLError: the directory has far too many files.
     """
     path = Path(path)
     if question is not None and not question.strip():
         raise BatchError("the question is empty: say what is to be asked")
     try:
         if path.is_dir():
-            return _Pictures(path, question)
+            return _Directory(path, question)
         if path.is_file():
             return _Lines(path, question)
     except OSError as error:
         raise BatchError(f"{path}: cannot be read ({error.strerror or error})") from None
     raise BatchError(
-        f"{path}: no such file or directory; give a directory of pictures or a file of JSON lines"
+        f"{path}: no such file or directory; give a directory of pictures and videos, or a file of "
+        "JSON lines"
     )
 
 
-class _Pictures(BatchInput):
-    """A directory's pictures, and one question for all."""
+class _Directory(BatchInput):
+    """A directory's pictures and videos, and one question for all."""
 
     def __init__(self, path: Path, question: str | None) -> None:
         if question is None:
-            raise BatchError(f"{path}: a directory of pictures needs a question (--question TEXT)")
+            raise BatchError(f"{path}: a directory needs a question (--question TEXT)")
         self.path, self.question = path, question
-        self._paths = find_pictures(path)
+        suffixes = PICTURE_SUFFIXES + VIDEO_SUFFIXES
+        self._paths = find_files(path, suffixes)
         if not self._paths:
-            raise BatchError(f"{path}: has no pictures ({', '.join(SUFFIXES)})")
+            raise BatchError(f"{path}: has no pictures or videos ({', '.join(suffixes)})")
         names = b"\0".join(os.fsencode(each.relative_to(path)) for each in self._paths)
         self.digest = hashlib.sha256(names).hexdigest()
 
@@ -117,7 +124,11 @@ class _Pictures(BatchInput):
     def rows(self, start: int = 0) -> Iterator[Row]:
         for path in self._paths[start:]:
             name = str(path.relative_to(self.path))
-            yield Row(name, (name,), (path,), self.question or "")
+            question = self.question or ""
+            if name.lower().endswith(VIDEO_SUFFIXES):
+                yield Row(name, videos=(name,), video_sources=(path,), question=question)
+            else:
+                yield Row(name, images=(name,), sources=(path,), question=question)
 
 
 class _Lines(BatchInput):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from edgevl.checkpoint import Checkpoint
 from edgevl.generate.batch.answering import answer_rows
 from edgevl.generate.batch.rows import BatchError, BatchInput
+from edgevl.generate.constraint import Constraint
 from edgevl.generate.model import Model
 from edgevl.work import opened, publish
 
@@ -60,7 +62,8 @@ def run_batch(
     output = Path(output)
     check_output(output)
     begun = _identity(model, source) | dict(loading or {}) | options
-    with opened(output, json.loads(json.dumps(begun)), settled=ROWS, error=BatchError) as work:
+    begun = json.loads(json.dumps(begun, default=_digest))
+    with opened(output, begun, settled=ROWS, error=BatchError) as work:
         path = work.path / ROWS
         done, failed = _recover(path)
         synced = time.monotonic()
@@ -104,6 +107,11 @@ def _identity(model: Model, source: BatchInput) -> dict[str, Any]:
     if isinstance(model.checkpoint, Checkpoint):
         identity["checkpoint"] = model.checkpoint.fingerprint()
     return identity
+
+
+def _digest(constraint: Constraint) -> str:
+    """Return what tells constraints apart, and is short enough for a message."""
+    return hashlib.sha256(constraint.grammar.encode()).hexdigest()[:16]
 
 
 def _recover(path: Path) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgevl.errors import ImageError
-from edgevl.preprocess.folder import SUFFIXES, find_pictures
+from edgevl.preprocess.folder import PICTURE_SUFFIXES, find_files
 from edgevl.preprocess.image import MAX_BYTES, load_image
 from edgevl.quantize.settings import QuantizationError
 
@@ -75,17 +75,18 @@ def open_pictures(path: Path) -> PictureFiles:
         raise QuantizationError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not len(files):
         raise QuantizationError(
-            f"{path}: has no pictures; name a directory or tar file with {', '.join(SUFFIXES)}"
+            f"{path}: has no pictures; name a directory or tar file with "
+            f"{', '.join(PICTURE_SUFFIXES)}"
         )
     return files
 
 
 class _Directory(PictureFiles):
-    """The pictures in a directory and below it, as `find_pictures` lists them."""
+    """The pictures in a directory and below it, as `find_files` lists them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._paths = find_pictures(path)
+        self._paths = find_files(path, PICTURE_SUFFIXES)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -127,7 +128,7 @@ class _Tar(PictureFiles):
                     raise QuantizationError(
                         f"more than {MAX_MEMBERS} members; pack a smaller choice of pictures"
                     )
-                if member.isreg() and member.name.lower().endswith(SUFFIXES):
+                if member.isreg() and member.name.lower().endswith(PICTURE_SUFFIXES):
                     self._members.append(member)
         except QuantizationError as error:
             raise QuantizationError(f"{path}: {error}") from None

@@ -1,0 +1,207 @@
+"""Pictures and videos from other hosts, so that nobody reaches through the server what is internal.
+
+A URL is taken apart once. Its host must be one that the operator has named, and every address that
+the name stands for must be public. The connection then goes to such an address itself: the name is
+not looked up again, and so cannot come to mean another one in between. Redirects are new URLs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import TypeAlias
+
+import edgevl
+from edgevl.errors import FetchError
+from edgevl.optional import needs
+from edgevl.preprocess.sources import short_name
+from edgevl.serve.addresses import is_public
+
+with needs("serve", FetchError):
+    import httpx2
+
+#: Redirects that are followed.
+MAX_REDIRECTS = 3
+#: How long one of several addresses may take to answer before the next is tried, in seconds.
+CONNECT_S = 5.0
+
+_PORTS = {"http": 80, "https": 443}
+
+#: Looks up the addresses of a host, given with a port.
+Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+async def look_up(host: str, port: int) -> list[str]:
+    """Return the addresses of a host, as the system knows them.
+
+    Raises:
+        OSError: it is not known.
+        UnicodeError: it cannot be the name of a host.
+    """
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(place[0]) for *_, place in found]
+
+
+class Fetcher:
+    """Fetches what ``http:`` and ``https:`` URLs name, from allowed hosts that are public.
+
+    Nothing is kept between two calls: no connection, no cookies. Proxies of the environment are not
+    used. Many calls may be under way at once.
+    """
+
+    def __init__(
+        self,
+        allowed_hosts: Collection[str] = (),
+        timeout_s: float = 20.0,
+        *,
+        resolve: Resolver = look_up,
+        transport: Callable[[], httpx2.AsyncBaseTransport] | None = None,
+    ) -> None:
+        """Say what may be fetched.
+
+        Args:
+            allowed_hosts: ``example.org`` allows that host at ports 80 and 443, and none below it;
+                ``example.org:8080`` at that port.
+            timeout_s: most seconds of a call, redirects and all.
+            resolve: looks up names.
+            transport: makes what connects to the address in a URL; used once.
+
+        Raises:
+            FetchError: something in ``allowed_hosts`` is no host.
+        """
+        self._allowed = {place for host in allowed_hosts for place in _places(host)}
+        self._timeout_s = timeout_s
+        self._resolve = resolve
+        if transport is None:
+            certificates = httpx2.create_ssl_context()  # once: reading them takes a while
+            self._transport: Callable[[], httpx2.AsyncBaseTransport] = lambda: (
+                httpx2.AsyncHTTPTransport(verify=certificates)
+            )
+        else:
+            self._transport = transport
+
+    async def get(self, url: str, max_bytes: int) -> bytes:
+        """Return what a URL names, whatever type the host says it has.
+
+        Args:
+            url: the URL.
+            max_bytes: most bytes of it.
+
+        Raises:
+            FetchError: the URL is malformed, its host is not allowed, not public or does not
+                answer with the whole file in time; there are too many bytes or redirects.
+        """
+        name = short_name(url)
+        try:
+            return await asyncio.wait_for(self._get(name, url, max_bytes), self._timeout_s)
+        except asyncio.TimeoutError:
+            raise FetchError(f"{name}: not fetched within {self._timeout_s:g} s") from None
+        except httpx2.HTTPError as error:
+            raise FetchError(f"{name}: cannot be fetched ({type(error).__name__})") from None
+
+    async def _get(self, name: str, url: str, max_bytes: int) -> bytes:
+        place = _parse(name, url)
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check(name, place)
+            async with self._opened(name, place) as response:
+                if not response.has_redirect_location:
+                    return await _read(name, response, max_bytes)
+                before, place = place, _parse(name, response.headers["location"], place)
+            if (before.scheme, place.scheme) == ("https", "http"):
+                raise FetchError(f"{name}: redirects from https to http, which is not followed")
+        raise FetchError(f"{name}: redirects more than {MAX_REDIRECTS} times; give the last URL")
+
+    def _check(self, name: str, url: httpx2.URL) -> None:
+        """Raise a FetchError if the URL, or its host, is not one that may be fetched."""
+        if url.scheme not in _PORTS or not url.raw_host:
+            raise FetchError(f"{name}: not a URL of http or https; give one, or a data: URL")
+        host = short_name(url.netloc.decode())
+        if url.userinfo:
+            raise FetchError(f"the URL of {host} has a user name or password: leave it out")
+        if (url.raw_host.decode(), _port(url)) not in self._allowed:
+            raise FetchError(
+                f"{name}: the host {host} is not allowed; give a data: URL, or ask the operator to "
+                f"allow it: --allow-host {host}"
+            )
+
+    @asynccontextmanager
+    async def _opened(self, name: str, url: httpx2.URL) -> AsyncIterator[httpx2.Response]:
+        """Ask one of the host's addresses, all of which must be public."""
+        host = url.raw_host.decode()
+        try:
+            addresses = list(dict.fromkeys(await self._resolve(host, _port(url))))
+        except (OSError, UnicodeError):
+            addresses = []
+        if not addresses or not all(map(is_public, addresses)):
+            # One text for both, so that it does not tell which names an internal network knows.
+            raise FetchError(f"{name}: {host} is unknown, or its address is not public")
+        headers = {
+            "Host": url.netloc.decode(),
+            "Accept-Encoding": "identity",
+            "User-Agent": f"edgevl/{edgevl.__version__}",
+        }
+        extensions = {
+            "sni_hostname": host,  # TLS: the name whose certificate is asked for and checked
+            "timeout": httpx2.Timeout(self._timeout_s, connect=CONNECT_S).as_dict(),
+        }
+        for address in addresses:
+            place = url.copy_with(host=address)
+            request = httpx2.Request("GET", place, headers=headers, extensions=extensions)
+            # Without a client, nothing else decides: no redirects, cookies, proxies. And one for
+            # each request: a connection to this address under another name is another one.
+            async with self._transport() as transport:
+                try:
+                    response = await transport.handle_async_request(request)
+                except (httpx2.ConnectError, httpx2.ConnectTimeout):
+                    continue
+                async with aclosing(response):
+                    yield response
+                    return
+        raise FetchError(f"{name}: no connection to {host}")
+
+
+def _parse(name: str, url: str, base: httpx2.URL | None = None) -> httpx2.URL:
+    """Take a URL apart; host names come out in lower case and IDNA."""
+    try:
+        return httpx2.URL(url) if base is None else base.join(url)
+    except (httpx2.InvalidURL, ValueError):  # ValueError: half a surrogate pair
+        raise FetchError(f"{name}: not a URL; correct it") from None
+
+
+def _port(url: httpx2.URL) -> int:
+    return _PORTS[url.scheme] if url.port is None else url.port
+
+
+def _places(host: str) -> list[tuple[str, int]]:
+    """Return the host and ports that the operator allows."""
+    try:
+        url = httpx2.URL(f"//{host}")
+    except (httpx2.InvalidURL, ValueError):
+        url = httpx2.URL()
+    ports = _PORTS.values() if url.port is None else [url.port]
+    whole = url.path in ("", "/") and not url.query and not url.fragment and not url.userinfo
+    if not whole or not url.raw_host or "*" in host or not all(0 < port < 65536 for port in ports):
+        raise FetchError(
+            f"--allow-host {short_name(host)}: not a host; write example.org or example.org:8080"
+        )
+    return [(url.raw_host.decode(), port) for port in ports]
+
+
+async def _read(name: str, response: httpx2.Response, max_bytes: int) -> bytes:
+    if response.status_code != 200:
+        raise FetchError(f"{name}: the host answers with status {response.status_code}")
+    if response.headers.get("content-encoding", "identity").lower() != "identity":
+        raise FetchError(f"{name}: the host compresses the file, which was not asked for")
+    too_long = f"{name}: over the limit of {max_bytes / 2**20:.3g} MiB; give a smaller file"
+    if int(response.headers.get("content-length", 0)) > max_bytes:
+        raise FetchError(too_long)
+    body = io.BytesIO()  # no list: a host may send chunks of one byte
+    async for chunk in response.aiter_raw():
+        body.write(chunk)
+        if body.tell() > max_bytes:
+            raise FetchError(too_long)
+    return body.getvalue()
