@@ -116,6 +116,20 @@ def test_characters_of_several_tokens(noise):
     assert len(answer.token_ids) > len(text) + 2  # each is some bytes of a character
 
 
+@pytest.mark.parametrize("text", ["<box>", "a<|im_end|>b", "<tool_call>", "e\u0301"])
+def test_text_that_the_tokenizer_reads_otherwise(noise, text):
+    """What looks like an added token, or is not in normal form, is written as text all the same."""
+    for constraint in (
+        Constraint.json_schema({"type": "object", "required": [text], "properties": {text: {}}}),
+        Constraint.json_schema({"enum": [text]}),
+    ):
+        assert text in noise.ask("?", max_tokens=200, constraint=constraint).text
+    said = noise.ask("?", constraint=Constraint.regex(re.escape(text)))
+    assert (said.text, said.finish_reason) == (text, "stop")
+    added = noise.prompts.tokenizer.get_added_tokens_decoder()
+    assert not added.keys() & set(said.token_ids)
+
+
 def test_an_answer_that_is_cut_off(noise):
     constraint = Constraint.json_schema(PERSON)
     whole = noise.ask("Who?", max_tokens=600, constraint=constraint)

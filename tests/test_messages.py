@@ -64,7 +64,7 @@ def test_any_sequence_of_parts():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Message("tool", ("x",)), "role"),
+        (lambda: Message("function", ("x",)), "role"),
         (lambda: Message("user", (3,)), "int"),
         (lambda: Message("user", ("x", "photo.png", None)), "NoneType"),
         (lambda: Message("user", (GeneratedTokens((1,)),)), "generated tokens"),

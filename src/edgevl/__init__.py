@@ -25,7 +25,17 @@ if TYPE_CHECKING:
         PromptError,
         VideoError,
     )
-    from edgevl.generate import Answer, Constraint, Model, SamplingParams, Session, Stream, load
+    from edgevl.generate import (
+        Answer,
+        Constraint,
+        Model,
+        SamplingParams,
+        Session,
+        Stream,
+        load,
+        split_tool_calls,
+    )
+    from edgevl.preprocess import Tool, ToolCall
 
 __version__ = "0.1.0"
 
@@ -44,9 +54,12 @@ __all__ = [
     "SamplingParams",
     "Session",
     "Stream",
+    "Tool",
+    "ToolCall",
     "VideoError",
     "__version__",
     "load",
+    "split_tool_calls",
 ]
 
 
@@ -59,6 +72,8 @@ def __getattr__(name: str) -> Any:
         home = "errors"
     elif name == "Checkpoint":
         home = "checkpoint"
+    elif name.startswith("Tool"):
+        home = "preprocess"
     value = getattr(import_module(f"edgevl.{home}"), name)
     globals()[name] = value
     return value

@@ -6,6 +6,7 @@ from edgevl.generate.model import Model, load
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.session import Session, Stream
 from edgevl.generate.text import Piece
+from edgevl.generate.tool_calls import ToolCallSplitter, split_tool_calls
 
 __all__ = [
     "Answer",
@@ -16,6 +17,8 @@ __all__ = [
     "Session",
     "Stream",
     "Timings",
+    "ToolCallSplitter",
     "Usage",
     "load",
+    "split_tool_calls",
 ]

@@ -1,24 +1,29 @@
-"""What an answer must be: JSON, JSON of a schema, text of a regular expression."""
+"""What an answer must be: JSON, JSON of a schema, text of a regular expression, calls of tools."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from edgevl.bounded_json import bounded_json, check_size
 from edgevl.errors import PromptError
 from edgevl.optional import needs
+from edgevl.preprocess.tools import CALL_END, CALL_START, Tool, check_tools
 
 #: Most bytes of a JSON schema or a regular expression, and levels that a schema may be nested.
 MAX_CONSTRAINT_BYTES = 128 * 1024
 MAX_SCHEMA_LEVELS = 64
+#: Most calls of one answer. A model without an idea of when to end would make them without end.
+MAX_CALLS = 16
 
 #: Between the tokens of JSON: a blank, or a line break with an indent. Free to choose, a model
 #: without an idea of what comes next writes white space until it is out of tokens.
 _WHITESPACE = r" |\n {0,32}"
 #: Given with every schema, so that none can loosen them with ``x-guidance``.
-_JSON_OPTIONS = {
+_JSON_OPTIONS: dict[str, str | bool | None] = {
     "item_separator": ",",
     "key_separator": ":",
     "whitespace_flexible": True,
@@ -27,6 +32,13 @@ _JSON_OPTIONS = {
     "lenient": False,  # what is not supported is an error, not left unchecked
     "json_allowed_escapes": None,
     "json_allow_general_unicode_escapes": False,
+}
+#: Arguments of calls have white space where models have learned it: as Python writes JSON.
+_ARGUMENTS_OPTIONS = _JSON_OPTIONS | {
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    "whitespace_pattern": None,
 }
 
 
@@ -63,26 +75,7 @@ class Constraint:
                 message names.
             EdgeVLError: ``llguidance`` is not installed.
         """
-        try:
-            text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
-            _check_size("json_schema", text)
-            parsed = json.loads(text)
-            if _levels(parsed) > MAX_SCHEMA_LEVELS:
-                raise RecursionError
-        except (TypeError, ValueError) as error:
-            raise PromptError(f"json_schema is not JSON ({error}): correct it") from None
-        except RecursionError:
-            raise PromptError(
-                f"json_schema is nested more than {MAX_SCHEMA_LEVELS} levels: flatten it"
-            ) from None
-        if not isinstance(parsed, (dict, bool)):
-            raise PromptError(f"json_schema is {text[:40]}: it must be an object, {{…}}")
-        matcher = import_llguidance().LLMatcher
-        try:
-            grammar = matcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
-        except ValueError as error:  # what Python takes for JSON and others do not: NaN, "\ud800"
-            raise PromptError(f"json_schema is not JSON ({error}): correct it") from None
-        return cls._checked("json_schema", grammar)
+        return cls._checked("json_schema", _of_schema("json_schema", schema, _JSON_OPTIONS))
 
     @classmethod
     def regex(cls, pattern: str) -> Constraint:
@@ -98,9 +91,45 @@ class Constraint:
         """
         if not isinstance(pattern, str):
             raise PromptError(f"regex is {pattern!r}: it must be a string")
-        _check_size("regex", pattern)
+        check_size("regex", pattern, MAX_CONSTRAINT_BYTES)
         matcher = import_llguidance().LLMatcher
         return cls._checked("regex", matcher.grammar_from_regex(pattern))
+
+    @classmethod
+    def tool_calls(cls, tools: Sequence[Tool], several: bool = False) -> Constraint:
+        """Return the constraint to be calls of tools, as Qwen3 writes them, and nothing else.
+
+        Args:
+            tools: those that may be called. Arguments are of a tool's ``parameters``; what these do
+                not name is left out, unless they say themselves what more there may be.
+            several: whether there may be several calls, up to ``MAX_CALLS``, or one only.
+
+        Raises:
+            PromptError: there are no tools, or too many; or a schema is too large, or uses what is
+                not supported, which the message names.
+            EdgeVLError: ``llguidance`` is not installed.
+        """
+        check_tools(tools)
+        if not tools:
+            raise PromptError("tools: there is none to call: give at least one")
+        # A grammar for each schema, so that its references are its own. One that is nothing but a
+        # token's text becomes that token, where the tokenizer has it (`TokenMasks`).
+        grammars = [
+            {"name": "call_start", "lark_grammar": f"start: {json.dumps(CALL_START)}"},
+            {"name": "call_end", "lark_grammar": f"start: {json.dumps(CALL_END)}"},
+        ]
+        choices = []
+        for number, tool in enumerate(tools):
+            where = f"tool {tool.name}: parameters"
+            grammar = _of_schema(where, _arguments_schema(tool), _ARGUMENTS_OPTIONS)
+            [part] = json.loads(cls._checked(where, grammar).grammar)["grammars"]
+            grammars.append(part | {"name": f"tool_{number}"})
+            begin = json.dumps(f'\n{{"name": "{tool.name}", "arguments": ')
+            choices.append(f"{begin} @tool_{number}")
+        more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if several else ""
+        lark = f'start: call{more}\ncall: @call_start ({" | ".join(choices)}) "}}\\n" @call_end\n'
+        whole = [{"name": "calls", "lark_grammar": lark}, *grammars]
+        return cls._checked("tools", json.dumps({"grammars": whole}))
 
     @classmethod
     def _checked(cls, name: str, grammar: str) -> Constraint:
@@ -145,21 +174,28 @@ def reason(message: str) -> str:
     return (errors or lines)[0].removeprefix("error: ")[:300]
 
 
-def _check_size(name: str, text: str) -> None:
+def _of_schema(
+    name: str, schema: dict[str, Any] | bool | str, options: dict[str, str | bool | None]
+) -> str:
+    """Return the grammar of a JSON schema; ``name`` leads messages."""
+    text, parsed = bounded_json(name, schema, MAX_CONSTRAINT_BYTES, MAX_SCHEMA_LEVELS)
+    if not isinstance(parsed, (dict, bool)):
+        raise PromptError(f"{name} is {text[:40]}: it must be an object, {{…}}")
+    matcher = import_llguidance().LLMatcher
     try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise PromptError(f"{name} is not Unicode text: correct it") from None
-    if size > MAX_CONSTRAINT_BYTES:
-        raise PromptError(f"{name} has {size} bytes: the limit is {MAX_CONSTRAINT_BYTES}")
+        return str(matcher.grammar_from_json_schema(text, overrides=options))
+    except ValueError as error:  # what Python takes for JSON and others do not: "\ud800"
+        raise PromptError(f"{name} is not JSON ({error}): correct it") from None
 
 
-def _levels(value: Any) -> int:
-    """Return how deep objects and arrays are nested; no recursion, however deep."""
-    count, level = 0, [value]
-    while level := [item for item in level if isinstance(item, (dict, list))]:
-        count += 1
-        level = [
-            child for item in level for child in (item.values() if isinstance(item, dict) else item)
-        ]
-    return count
+#: With one of these, a schema itself says which other arguments there may be.
+_OPENING = {
+    "additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref",
+}  # fmt: skip
+
+
+def _arguments_schema(tool: Tool) -> dict[str, Any]:
+    schema = {"type": "object"} | (tool.parameters or {})
+    if not _OPENING & schema.keys():
+        schema["additionalProperties"] = False
+    return schema

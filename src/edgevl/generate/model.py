@@ -13,7 +13,7 @@ from edgevl.engine.base import Floats
 from edgevl.generate.answer import Answer
 from edgevl.generate.decoding import AnswerGenerator
 from edgevl.generate.session import Session, Stream
-from edgevl.preprocess import Prompt, PromptEncoder
+from edgevl.preprocess import Prompt, PromptEncoder, Tool
 from edgevl.preprocess.video import DEFAULT_FRAMES
 
 
@@ -90,10 +90,11 @@ class Model:
         max_tiles: int | None = None,
         videos: Any = (),
         frames: int = DEFAULT_FRAMES,
+        tools: Sequence[Tool] = (),
         **sampling: Any,
     ) -> Answer:
         """Ask one question; for the arguments and errors see `chat` and `Session.ask`."""
-        session = self.chat(system, thinking, max_tiles)
+        session = self.chat(system, thinking, max_tiles, tools)
         return session.ask(text, images, videos, frames, **sampling)
 
     def stream(
@@ -105,14 +106,19 @@ class Model:
         max_tiles: int | None = None,
         videos: Any = (),
         frames: int = DEFAULT_FRAMES,
+        tools: Sequence[Tool] = (),
         **sampling: Any,
     ) -> Stream:
         """Ask one question and receive the answer as it is generated; see `Session.stream`."""
-        session = self.chat(system, thinking, max_tiles)
+        session = self.chat(system, thinking, max_tiles, tools)
         return session.stream(text, images, videos, frames, **sampling)
 
     def chat(
-        self, system: str | None = None, thinking: bool = False, max_tiles: int | None = None
+        self,
+        system: str | None = None,
+        thinking: bool = False,
+        max_tiles: int | None = None,
+        tools: Sequence[Tool] = (),
     ) -> Session:
         """Start a conversation.
 
@@ -120,8 +126,9 @@ class Model:
             system: system message; default is the chat template's own.
             thinking: ask the model to think before it answers.
             max_tiles: most tiles a picture is cut into; default is the checkpoint's.
+            tools: what the model may call; `edgevl.split_tool_calls` finds the calls in an answer.
         """
-        return Session(self.checkpoint, self._generator, system, thinking, max_tiles)
+        return Session(self.checkpoint, self._generator, system, thinking, max_tiles, tools)
 
     def force(self, prompt: Prompt, token_ids: Sequence[int]) -> Generator[Floats, None, None]:
         """Yield the logits with which a given answer would be generated (teacher forcing).

@@ -12,12 +12,14 @@ from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError, Prom
 from edgevl.generate.answer import Answer
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.text import Piece
+from edgevl.generate.tool_calls import split_tool_calls
 from edgevl.preprocess import (
     GeneratedTokens,
     Message,
     Picture,
     Prompt,
     PromptEncoder,
+    Tool,
     prepare_picture,
     prepare_video,
 )
@@ -94,6 +96,7 @@ class Session:
         system: str | None = None,
         thinking: bool = False,
         max_tiles: int | None = None,
+        tools: Sequence[Tool] = (),
     ) -> None:
         """Start a conversation.
 
@@ -103,6 +106,7 @@ class Session:
             system: system message; default is the chat template's own.
             thinking: ask the model to think before it answers.
             max_tiles: most tiles a picture is cut into; default is the checkpoint's.
+            tools: what the model may call.
         """
         self.messages: list[Message] = []
         self._checkpoint = checkpoint
@@ -110,25 +114,29 @@ class Session:
         self._system = [Message.system(system)] if system is not None else []
         self._thinking = thinking
         self._max_tiles = max_tiles
+        self._tools = tuple(tools)
 
     def ask(
         self,
-        text: str,
+        text: str = "",
         images: Any = (),
         videos: Any = (),
         frames: int = DEFAULT_FRAMES,
+        tool_results: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Answer:
         """Ask and wait for the whole answer.
 
         Args:
             text: the question; ``<image>`` marks the place of each picture, and without marks they
-                come first.
+                come first. It may be left out where there are results of tools.
             images: a picture or several: path, bytes, PIL image, array [rows, columns, 3], ``-``
                 for standard input, or ``data:`` URL.
             videos: a video or several: path, bytes, ``-``, ``data:`` URL, or what
                 `edgevl.preprocess.open_video` returned. They come before pictures and text.
             frames: how many are taken of each video, uniformly sampled.
+            tool_results: what the call of the last answer gave, or its calls in their order; they
+                come before the question.
             **sampling: fields of `SamplingParams`.
 
         Raises:
@@ -138,17 +146,18 @@ class Session:
                 range, or a constraint is given to a conversation with thinking.
             ContextLengthError: this message alone is longer than the context.
         """
-        stream = self.stream(text, images, videos, frames, **sampling)
+        stream = self.stream(text, images, videos, frames, tool_results, **sampling)
         for _ in stream:
             pass
         return stream.answer
 
     def stream(
         self,
-        text: str,
+        text: str = "",
         images: Any = (),
         videos: Any = (),
         frames: int = DEFAULT_FRAMES,
+        tool_results: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Stream:
         """Ask and receive the answer as it is generated; see `ask`.
@@ -160,9 +169,13 @@ class Session:
         if params.constraint and self._thinking:
             # The thoughts would have to be of its form too.
             raise PromptError("constraint: it cannot be met while thinking: leave one of them out")
-        message = Message.user(text, self._pictures(images), self._videos(videos, frames))
-        history, prompt = self._fit(message, params)
-        return Stream(self._turn(history, message, prompt, params, started))
+        results = [tool_results] if isinstance(tool_results, str) else tool_results
+        asked = [Message.tool(result) for result in results]
+        pictures, clips = self._pictures(images), self._videos(videos, frames)
+        if text or pictures or clips or not asked:
+            asked.append(Message.user(text, pictures, clips))
+        messages, prompt = self._fit(asked, params)
+        return Stream(self._turn(messages, prompt, params, started))
 
     def prompt(self, text: str, images: Any = (), answer_tokens: int = 1) -> Prompt:
         """Return what the model would read if this were asked now; see `ask`.
@@ -173,7 +186,7 @@ class Session:
             answer_tokens: room that is wanted for the answer.
         """
         message = Message.user(text, self._pictures(images))
-        return self._fit(message, SamplingParams(max_tokens=answer_tokens))[1]
+        return self._fit([message], SamplingParams(max_tokens=answer_tokens))[1]
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
@@ -199,35 +212,38 @@ class Session:
             )
         return sources
 
-    def _fit(self, message: Message, params: SamplingParams) -> tuple[list[Message], Prompt]:
-        """Leave out the oldest turns until prompt and answer fit: -> turns kept, the prompt.
+    def _fit(
+        self, asked: Sequence[Message], params: SamplingParams
+    ) -> tuple[list[Message], Prompt]:
+        """Leave out the oldest turns until prompt and answer fit: -> messages kept, the prompt.
 
         Half of the context at most is kept free for the answer, so that a generous ``max_tokens``
         does not cost the whole history.
         """
         context = self._generator.max_context
         reserve = min(params.max_tokens, context // 2)
-        history = list(self.messages)
+        messages = [*self.messages, *asked]
         while True:
-            messages = [*self._system, *history, message]
-            prompt = self._generator.prompts.encode(messages, thinking=self._thinking)
+            prompt = self._generator.prompts.encode(
+                [*self._system, *messages], thinking=self._thinking, tools=self._tools
+            )
             length = len(prompt.token_ids)
             if length + reserve <= context:
-                return history, prompt
-            if not history:
+                return messages, prompt
+            shorter = without_oldest_turn(messages)
+            if not shorter:
                 break
-            history = without_oldest_turn(history)
+            messages = shorter
         if length >= context:
             raise ContextLengthError(
                 f"the message needs {length} tokens, but the context holds {context}, answer "
                 "included: shorten it, or use fewer pictures, tiles (max_tiles) or frames of videos"
             )
-        return history, prompt
+        return messages, prompt
 
     def _turn(
         self,
-        history: list[Message],
-        message: Message,
+        messages: list[Message],
         prompt: Prompt,
         params: SamplingParams,
         started: float,
@@ -258,7 +274,8 @@ class Session:
             raise
         finally:
             if reply is not None:
-                self.messages[:] = [*history, message, Message.assistant(reply)]
+                parts = split_tool_calls(reply) if isinstance(reply, str) else (reply,)
+                self.messages[:] = [*messages, Message.assistant(*parts)]
 
 
 def without_oldest_turn(history: Sequence[Message]) -> list[Message]:

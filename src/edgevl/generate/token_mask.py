@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Collection
 from typing import Any
+from unicodedata import is_normalized
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +77,9 @@ class TokenMasks:
         self._stop_ids = stop_ids
         self._lock = threading.Lock()
         self._vocabulary: Any = None
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._literals = {f"start: {json.dumps(t.content)}": token_id for token_id, t in added}
+        self._added = [t.content for _, t in added if len(t.content.strip()) > 1]
 
     def start(self, constraint: Constraint) -> TokenMask:
         """Return the mask of a new answer.
@@ -89,12 +94,34 @@ class TokenMasks:
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = self._read(guidance.LLTokenizer)
-        matcher = guidance.LLMatcher(
-            self._vocabulary, constraint.grammar, log_level=0, limits=limits()
-        )
+        grammar = self._fitted(constraint.grammar)
+        matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits())
         if matcher.is_error():
             raise PromptError(f"constraint: {reason(matcher.get_error())}; correct it")
         return TokenMask(matcher)
+
+    def _fitted(self, grammar: str) -> str:
+        """Return the grammar with the tokenizer's own tokens in the places of their texts.
+
+        ``llguidance`` encodes text that it can foresee. Where that is the text of an added token,
+        or is changed by normalisation, it then refuses the tokens that it allowed. So a part that
+        is nothing but such a text becomes the token; where else there is one, nothing is foreseen.
+        """
+        try:
+            parts = json.loads(grammar)["grammars"]
+        except ValueError:
+            return grammar  # malformed, which is found next
+        for part in parts:
+            token_id = self._literals.get(part.get("lark_grammar"))
+            if token_id is not None:
+                part["lark_grammar"] = f"start: <[{token_id}]>"
+        text = json.dumps(parts, ensure_ascii=False).replace("\\", "")  # of regular expressions
+        if any(token in text for token in self._added) or not is_normalized("NFC", text):
+            name = parts[0].setdefault("name", "answer")
+            options = json.dumps({"no_forcing": True})
+            lark = f"%llguidance {options}\nstart: @{name}"
+            parts.insert(0, {"name": "unforeseen", "lark_grammar": lark})
+        return json.dumps({"grammars": parts})
 
     def _read(self, read: Any) -> Any:
         known = [i for i in sorted(self._stop_ids) if self._tokenizer.id_to_token(i) is not None]

@@ -4,6 +4,7 @@ from edgevl.preprocess.image import ImageSource, load_image
 from edgevl.preprocess.messages import GeneratedTokens, Message
 from edgevl.preprocess.picture import Picture, prepare_picture
 from edgevl.preprocess.prompt import ImageSpan, Prompt, PromptEncoder
+from edgevl.preprocess.tools import Tool, ToolCall
 from edgevl.preprocess.video import Video, VideoSource, open_video, prepare_video
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Picture",
     "Prompt",
     "PromptEncoder",
+    "Tool",
+    "ToolCall",
     "Video",
     "VideoSource",
     "load_image",

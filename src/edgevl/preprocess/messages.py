@@ -8,11 +8,12 @@ from typing import TypeAlias
 
 from edgevl.errors import PromptError
 from edgevl.preprocess.picture import Picture
+from edgevl.preprocess.tools import ToolCall
 
 #: Where a picture goes in the text of a user.
 IMAGE_MARKER = "<image>"
 
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -26,22 +27,33 @@ class GeneratedTokens:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Markup:
+    """Text of the prompt's own making: what looks like a special token in it is one.
+
+    Nothing that people or tools wrote belongs here.
+    """
+
+    text: str
+
+
 #: A piece of a message.
-Part: TypeAlias = str | Picture | GeneratedTokens
+Part: TypeAlias = str | Picture | GeneratedTokens | ToolCall | Markup
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation: text, pictures and generated tokens in any sequence.
+    """One turn of a conversation: text, pictures, generated tokens and calls in any sequence.
 
     Attributes:
-        role: ``"system"``, ``"user"`` or ``"assistant"``.
+        role: ``"system"``, ``"user"``, ``"assistant"``, or ``"tool"`` for what one call gave. The
+            results of several calls follow one another in the order of the calls.
         parts: The pieces, in order. All text is taken literally: special tokens and ``<image>``
-            in it stay text.
+            in it stay text. Generated tokens contain the calls that are among them.
 
     Raises:
-        PromptError: Another role, a part of another type, generated tokens of another role than
-            the assistant, or text that is not Unicode.
+        PromptError: Another role, a part of another type, generated tokens or calls of another
+            role than the assistant, or text that is not Unicode.
     """
 
     role: str
@@ -59,15 +71,16 @@ class Message:
         for part in self.parts:
             if isinstance(part, str):
                 _check_unicode(part)
-            elif isinstance(part, GeneratedTokens):
+            elif isinstance(part, GeneratedTokens | ToolCall):
                 if self.role != "assistant":
                     raise PromptError(
-                        f"generated tokens belong to the assistant, not the {self.role}"
+                        "generated tokens and tool calls belong to the assistant, not the "
+                        f"{self.role}"
                     )
-            elif not isinstance(part, Picture):
+            elif not isinstance(part, Picture | Markup):
                 raise PromptError(
-                    f"a message consists of text, pictures and generated tokens, not of a "
-                    f"{type(part).__name__}; prepare_picture makes pictures"
+                    f"a message consists of text, pictures, generated tokens and tool calls, not "
+                    f"of a {type(part).__name__}; prepare_picture makes pictures"
                 )
 
     @classmethod
@@ -132,9 +145,16 @@ class Message:
         return cls("user", tuple(part for part in parts if part != ""))
 
     @classmethod
-    def assistant(cls, reply: str | GeneratedTokens) -> Message:
-        """Return a reply of the assistant: ids where they are known, else text."""
-        return cls("assistant", (reply,))
+    def assistant(
+        cls, reply: str | GeneratedTokens, tool_calls: Sequence[ToolCall] = ()
+    ) -> Message:
+        """Return a reply of the assistant: ids where they are known, else text and calls."""
+        return cls("assistant", (reply, *tool_calls))
+
+    @classmethod
+    def tool(cls, result: str) -> Message:
+        """Return what a call gave."""
+        return cls("tool", (result,))
 
 
 def _check_unicode(text: str) -> None:

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edgevl.errors import CheckpointError, PromptError
-from edgevl.preprocess.messages import GeneratedTokens, Message
+from edgevl.preprocess.messages import GeneratedTokens, Markup, Message, Part
 from edgevl.preprocess.picture import Picture
 from edgevl.preprocess.protect import Sentinels, control_ids, cut_lookalikes
 from edgevl.preprocess.template import THINKING_SYSTEM_MESSAGE, load_template
 from edgevl.preprocess.tokenizer import load_tokenizer
+from edgevl.preprocess.tool_prompt import spell_out, tools_text
+from edgevl.preprocess.tools import Tool, check_tools
 
 if TYPE_CHECKING:
     from edgevl.checkpoint import ModelDirectory
@@ -92,21 +94,27 @@ class PromptEncoder:
             stop_ids.add(end_of_turn)
         self.stop_ids: frozenset[int] = frozenset(stop_ids)
 
-    def encode(self, messages: Sequence[Message], thinking: bool = False) -> Prompt:
+    def encode(
+        self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Tool] = ()
+    ) -> Prompt:
         """Encode a conversation, up to where the assistant's next reply begins.
 
         Args:
             messages: The conversation, with the system message, if any, first.
             thinking: Ask the model to think before it answers: InternVL3.5's system message for
                 it goes before that of the messages, and the template hears of it.
+            tools: What the model may call: they are listed after the system message, as Qwen3's
+                template does it.
 
         Raises:
             PromptError: There are no messages, the text is too long, a picture is given to a
-                model without vision, or ids or text are not of this model.
+                model without vision, ids or text are not of this model, or the tools are too many.
             CheckpointError: The chat template fails, or loses parts of the messages.
         """
         if not messages:
             raise PromptError("there are no messages; give at least one")
+        check_tools(tools)
+        messages = _instructed(spell_out(messages), thinking, tools)
         texts = [part for message in messages for part in message.parts if isinstance(part, str)]
         characters = sum(map(len, texts))
         if characters > MAX_TEXT_CHARS:
@@ -114,7 +122,7 @@ class PromptEncoder:
                 f"{characters} characters of text exceed the limit of {MAX_TEXT_CHARS}; shorten it"
             )
         sentinels = Sentinels.absent_from([*texts, self._template.source])
-        items = [p for message in messages for p in message.parts if not isinstance(p, str)]
+        items = [p for message in messages for p in message.parts if isinstance(p, _Item)]
         self._check_items(items)
         ids, images, controls = self._encode(messages, items, sentinels, thinking)
         blank = [_blank(message) for message in messages]
@@ -234,18 +242,16 @@ class PromptEncoder:
             for part in message.parts:
                 if isinstance(part, str):
                     text += part
+                    continue
+                content += self._protect(text, sentinels)
+                text = ""
+                if isinstance(part, Markup):
+                    content += part.text
                 else:
-                    content += self._protect(text, sentinels) + sentinels.mark(number)
-                    text = ""
+                    content += sentinels.mark(number)
                     number += 1
             content += self._protect(text, sentinels)
             plain.append({"role": message.role, "content": content})
-        if thinking:
-            # Our own text, whose <think> and </think> are meant as tokens: not protected.
-            if plain[0]["role"] == "system":
-                plain[0]["content"] = f"{THINKING_SYSTEM_MESSAGE}\n\n{plain[0]['content']}"
-            else:
-                plain.insert(0, {"role": "system", "content": THINKING_SYSTEM_MESSAGE})
         return sentinels.split(self._template.render(plain, thinking))
 
     def _protect(self, text: str, sentinels: Sentinels) -> str:
@@ -312,6 +318,24 @@ class PromptEncoder:
             if full[start : start + len(plain)] == plain:
                 return full[:start]
         return []
+
+
+def _instructed(
+    messages: Sequence[Message], thinking: bool, tools: Sequence[Tool]
+) -> Sequence[Message]:
+    """Put what is asked of the model beside the system message: thinking before it, tools after."""
+    if not thinking and not tools:
+        return messages
+    system = list(messages[:1]) if messages[0].role == "system" else []
+    texts = [message.parts for message in system]
+    if thinking:
+        texts.insert(0, (Markup(THINKING_SYSTEM_MESSAGE),))
+    if tools:
+        texts.append(tools_text(tools))
+    parts: list[Part] = []
+    for text in texts:
+        parts += [*([Markup("\n\n")] if parts else []), *text]
+    return [Message("system", tuple(parts)), *messages[len(system) :]]
 
 
 def _blank(message: Message) -> Message:
