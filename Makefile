@@ -10,6 +10,7 @@
 #   make lint            ruff, mypy and clang-format
 #   make bench           time the shipped model on this machine
 #   make bench-compare   compare with other stacks; see benchmarks/README.md
+#   make bench-serving   compare with other servers
 #   make wheel           build dist/*.whl
 #   make clean           remove what the targets made
 
@@ -47,7 +48,7 @@ RUN_NATIVE = $2 build/$1/kernels_test && $2 build/$1/model_test && $2 build/$1/e
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test test-reference test-native sanitize test-aarch64 quantize lint bench bench-compare wheel clean
+.PHONY: demo test test-reference test-native sanitize test-aarch64 quantize lint bench bench-compare bench-serving wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgevl chat tiny -q "What number is on the display?" -i examples/meter.png
@@ -98,6 +99,10 @@ bench: $(VENV)/.installed
 bench-compare: $(VENV)/.installed
 	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python benchmarks/compare.py $(ARGS)
+
+bench-serving: $(VENV)/.installed
+	$(INSTALL) --editable '.[bench,serve]'
+	$(BIN)/python benchmarks/serving.py $(ARGS)
 
 wheel: $(VENV)/.installed
 	rm -rf dist

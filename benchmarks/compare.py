@@ -61,23 +61,25 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="directory to work in, 25 GB")
     parser.add_argument("--only", type=_peers, help="peers to measure, such as edgevl,openvino")
-    parser.add_argument("--threads", type=_count, default=this_machine().threads)
-    parser.add_argument("--rounds", type=_count, default=5)
-    parser.add_argument("--prompt-tokens", type=_counts, default=[128, 300, 1024])
-    parser.add_argument("--after", type=_count, default=300, help="tokens before decoding")
-    parser.add_argument("--generate", type=_count, default=64, help="tokens to decode")
+    parser.add_argument("--threads", type=count, default=this_machine().threads)
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--prompt-tokens", type=counts, default=[128, 300, 1024])
+    parser.add_argument("--after", type=count, default=300, help="tokens before decoding")
+    parser.add_argument("--generate", type=count, default=64, help="tokens to decode")
     parser.add_argument("--set-up-only", action="store_true", help="install and build, then stop")
     return parser.parse_args()
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Read a number of an argument: whole, from 1."""
     if not (text.isdecimal() and 1 <= int(text) <= 1 << 16):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
-def _counts(text: str) -> list[int]:
-    return [_count(word) for word in text.split(",")]
+def counts(text: str) -> list[int]:
+    """Read numbers between commas."""
+    return [count(word) for word in text.split(",")]
 
 
 def _peers(text: str) -> set[str]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peers import PEERS, Peer
@@ -51,13 +52,32 @@ def install(peer: type[Peer], work: Path) -> None:
     print(f"installing {peer.name}: {', '.join(peer.requirements)}", file=sys.stderr)
     shutil.rmtree(directory, ignore_errors=True)
     venv.create(directory, with_pip=True)
-    command = [python_of(peer, work), "-m", "pip", "install", "--disable-pip-version-check"]
+    command = _pip_install(python_of(peer, work))
     variables = {**os.environ, **peer.pip_environment}
     log = work / "log" / f"install-{peer.name}.log"
-    _run([*command, *peer.pip_options, *peer.requirements], log, variables)
+    run([*command, *peer.pip_options, *peer.requirements], log, variables)
     if peer.requirements_alone:
-        _run([*command, "--no-deps", *peer.requirements_alone], log, variables)
+        run([*command, "--no-deps", *peer.requirements_alone], log, variables)
     stamp.write_text(wanted)
+
+
+def add(packages: Sequence[str], peer: type[Peer], work: Path) -> None:
+    """Install more packages into a peer's environment, unless that has been done.
+
+    Raises:
+        UnavailableError: pip failed.
+    """
+    stamp = work / "env" / peer.name / "added"
+    added = stamp.read_text().splitlines() if stamp.exists() else []
+    if missing := [package for package in packages if package not in added]:
+        print(f"installing for {peer.name}: {', '.join(missing)}", file=sys.stderr)
+        log = work / "log" / f"add-{peer.name}.log"
+        run([*_pip_install(python_of(peer, work)), *missing], log, os.environ)
+        stamp.write_text("\n".join([*added, *missing]))
+
+
+def _pip_install(python: Path) -> list[object]:
+    return [python, "-m", "pip", "install", "--disable-pip-version-check"]
 
 
 def build(peer: type[Peer], work: Path, checkpoint: Path) -> None:
@@ -78,7 +98,7 @@ def build(peer: type[Peer], work: Path, checkpoint: Path) -> None:
     directory.mkdir(parents=True)
     command = [python_of(builder, work), HERE / "worker.py", "build", builder.name]
     log = work / "log" / f"build-{builder.name}.log"
-    _run([*command, checkpoint, directory], log, environment())
+    run([*command, checkpoint, directory], log, environment())
     stamp.write_text(wanted)
 
 
@@ -94,7 +114,12 @@ def _sources(peer: type[Peer]) -> list[Path]:
     return sorted(path for path in (HERE / "peers").glob("*.py") if path.name not in others)
 
 
-def _run(command: list[object], log: Path, variables: dict[str, str]) -> None:
+def run(command: Sequence[object], log: Path, variables: Mapping[str, str]) -> None:
+    """Run a command whose output goes to a log.
+
+    Raises:
+        UnavailableError: it failed.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         status = subprocess.run(

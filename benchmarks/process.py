@@ -1,4 +1,4 @@
-"""A worker: a process that holds a loaded stack, stopped while others are measured."""
+"""Workers: processes that hold a loaded stack and are stopped while others are measured."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from environments import HERE, UnavailableError, last_line
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """Stop a process (SIGSTOP) and wait until it has, or has ended."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 class Worker:
@@ -41,7 +47,7 @@ class Worker:
             UnavailableError: it failed.
         """
         self._result()
-        self._stop()
+        stop(self._process)
 
     def call(self, step: str, **arguments: Any) -> Any:
         """Let the process do a step and return its result.
@@ -56,13 +62,8 @@ class Worker:
         except BrokenPipeError:
             raise UnavailableError(last_line(self._log)) from None
         value = self._result()
-        self._stop()
+        stop(self._process)
         return value
-
-    def _stop(self) -> None:
-        """Stop the process and wait until it has."""
-        self._process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _result(self) -> Any:
         assert self._process.stdout is not None

@@ -13,12 +13,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['threads']} threads, {results['date']}; {results['model']}; "
         f"medians of {results['rounds']} interleaved rounds."
     ]
-    if machine["read_bandwidth_gb_s"] is not None:
-        low, high = machine["read_bandwidth_range"]
-        lines.append(
-            f"In the same run: read bandwidth {machine['read_bandwidth_gb_s']:.1f} GB/s "
-            f"({low:.1f} to {high:.1f}), int8 {machine['int8_gops']:.0f} GOPS."
-        )
+    lines += rates(machine)
     prompts = " / ".join(map(str, results["prompt_tokens"]))
     lines += [
         "",
@@ -28,18 +23,18 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for stack in results["stacks"]:
         medians, error = stack["medians"], stack["relative_error"]
-        prefill = [_number(medians.get(f"prefill {n}"), ".0f") for n in results["prompt_tokens"]]
+        prefill = [number(medians.get(f"prefill {n}"), ".0f") for n in results["prompt_tokens"]]
         decode = medians.get("decode")
         whole = stack["text"] and stack["vision"]  # memory of a part says nothing
         cells = [
             stack["name"],
             " / ".join(prefill),
-            _number(decode and 1000 / decode, ".1f"),
-            _number(medians.get("vision"), ".0f"),
-            _number(medians.get("first token"), ".0f"),
-            _number(stack["peak_rss_bytes"] / 1e6 if whole else None, ".0f"),
-            _number(stack["load_ms"], ".0f"),
-            f"{_number(error.get('logits'), '.1%')} / {_number(error.get('features'), '.1%')}",
+            number(decode and 1000 / decode, ".1f"),
+            number(medians.get("vision"), ".0f"),
+            number(medians.get("first token"), ".0f"),
+            number(stack["peak_rss_bytes"] / 1e6 if whole else None, ".0f"),
+            number(stack["load_ms"], ".0f"),
+            f"{number(error.get('logits'), '.1%')} / {number(error.get('features'), '.1%')}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if results["unavailable"]:
@@ -48,7 +43,19 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _number(value: float | None, form: str) -> str:
+def rates(machine: dict[str, Any]) -> list[str]:
+    """Return the line that says the machine's own rates; none where they were not measured."""
+    if machine["read_bandwidth_gb_s"] is None:
+        return []
+    low, high = machine["read_bandwidth_range"]
+    return [
+        f"In the same run: read bandwidth {machine['read_bandwidth_gb_s']:.1f} GB/s "
+        f"({low:.1f} to {high:.1f}), int8 {machine['int8_gops']:.0f} GOPS."
+    ]
+
+
+def number(value: float | None, form: str) -> str:
+    """Return a figure, or a dash for what was not measured."""
     return "–" if value is None else format(value, form)
 
 

@@ -25,7 +25,7 @@ import edgevl
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine import Engine, load_engine
 from edgevl.engine.plan import PRECISIONS
-from edgevl.generate import decoding
+from edgevl.generate import generation
 from edgevl.generate.speculation import PromptLookup
 from edgevl.preprocess import Message
 from prompts import PROMPTS
@@ -118,7 +118,7 @@ def measure_answers(
 
     longest = model.engine.max_draft
     order = [(number, question) for number in range(rounds + 1) for question in questions]
-    with mock.patch.object(decoding, "PromptLookup", Recorder):
+    with mock.patch.object(generation, "PromptLookup", Recorder):
         for number, question in order:
             for max_draft in (longest, 0) if number % 2 else (0, longest):
                 model.engine.max_draft = max_draft

@@ -43,7 +43,7 @@ EXTRAS = {
         "edgevl compile",
     ),
     "quantize": (("torch",), "edgevl quantize"),
-    "bench": (("matplotlib",), "the plot of edgevl bench"),
+    "bench": (("matplotlib", "aiohttp"), "the plot of edgevl bench, benchmarks/serving.py"),
     "reference": (("torch", "transformers"), "comparison with the original, for developers"),
 }
 
