@@ -20,7 +20,8 @@ class FakeModel:
         self.finish_reason = finish_reason
         self.calls: list[dict[str, Any]] = []
         self.load_options: dict[str, Any] = {}
-        self.resets = 0
+        self.resets = self.undone = 0
+        self.system: str | None = None
         self.engine = SimpleNamespace(notes=())
 
     def load(self, model: str, **options: Any) -> FakeModel:
@@ -34,6 +35,9 @@ class FakeModel:
 
     def reset(self) -> None:
         self.resets += 1
+
+    def undo(self) -> None:
+        self.undone += 1
 
     def stream(self, question: str, images: Any = (), **options: Any) -> Stream:
         self.calls.append({"question": question, "images": list(images), **options})

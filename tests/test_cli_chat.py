@@ -4,18 +4,17 @@ import base64
 import io
 import json
 import os
-import pty
-import select
+import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
 
 from edgevl import cli
 from edgevl.cli.conversation import Conversation
+from edgevl.errors import EdgeVLError, ImageError
 from edgevl.generate import Piece
 from fake_model import FakeModel
 
@@ -282,6 +281,8 @@ def test_conversation_commands(model, picture, tmp_path, capsys):
         ("/fly", "/fly is not a command"),
         ("/image", "Name a picture"),
         ("/save", "Name a file"),
+        ("/retry", "Nothing has been asked"),
+        ("/undo", "Nothing has been asked"),
     ]:
         assert talk.take(line)
         out, err = capsys.readouterr()
@@ -312,8 +313,7 @@ def test_conversation_survives_errors_and_interruptions(
             raise line
         return line
 
-    monkeypatch.setattr("edgevl.cli.conversation._read_line", read_line)
-    monkeypatch.setattr("edgevl.cli.conversation._enable_history", lambda: None)
+    monkeypatch.setattr("edgevl.cli.conversation.line_reader", lambda *known: read_line)
     scripts = {
         "broken": [PermissionError(13, "Permission denied", "x")],
         "long": ["It ", KeyboardInterrupt()],
@@ -379,49 +379,6 @@ def test_interrupted_answer_ends_quietly(mini, picture):
         process.send_signal(signal.SIGINT)
         assert process.stderr.read().strip() == b""
         assert process.wait(30) == 130
-
-
-def test_conversation_on_a_terminal(mini, picture):
-    # A session of its own with the terminal to control it, so that Ctrl-C becomes a signal.
-    code = (
-        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-        "os.execv(sys.executable, [sys.executable, '-m', 'edgevl', *sys.argv[1:]])"
-    )
-    args = [sys.executable, "-c", code, "chat", mini, "-i", str(picture), "--max-tokens", "5"]
-    terminal, theirs = pty.openpty()
-    process = subprocess.Popen(
-        args,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        env=os.environ | {"LC_ALL": "C.UTF-8"},
-    )
-    os.close(theirs)
-    seen = b""
-
-    def wait_for(text: bytes, key: bytes = b"") -> None:
-        """Read up to ``text``; press ``key`` until it comes, as people do."""
-        nonlocal seen
-        deadline = time.monotonic() + 30
-        while text not in seen:
-            assert time.monotonic() < deadline, seen
-            if select.select([terminal], [], [], 0.5)[0]:
-                seen += os.read(terminal, 4096)
-            else:
-                os.write(terminal, key)
-        seen = seen.partition(text)[2]
-
-    wait_for(b"/help")
-    wait_for(b"> ")
-    os.write(terminal, b"hello\n")
-    wait_for(b"tokens/s")
-    wait_for(b"> ")
-    wait_for(b"/exit leaves", key=b"\x03")  # Ctrl-C at the prompt does not end the program
-    wait_for(b"> ")
-    os.write(terminal, b"\x04")  # Ctrl-D does
-    assert process.wait(30) == 0
-    os.close(terminal)
 
 
 def test_pictures_wait_on_when_an_answer_is_stopped_before_its_first_word(
@@ -494,3 +451,84 @@ def test_a_video_in_a_conversation(model, tmp_path, capsys):
     turns = json.loads((tmp_path / "talk.json").read_text())["turns"]
     assert turns[0]["videos"] == [str(clip)]
     assert "videos" not in turns[1]
+
+
+def test_undo_and_retry_show_the_pictures_again(model, picture, capsys, tmp_path):
+    talk = conversation(model)
+    talk.take(f"/image {picture}")
+    talk.take("What?")
+    talk.take("/retry")
+    talk.take("/undo")
+    assert "Forgotten: What?" in capsys.readouterr().err
+    talk.take("And this?")
+    assert [call["question"] for call in model.calls] == ["What?", "What?", "And this?"]
+    assert [len(call["images"]) for call in model.calls] == [1, 1, 1]
+    assert model.undone == 2
+    talk.take(f"/save {tmp_path / 't.json'}")
+    turns = json.loads((tmp_path / "t.json").read_text())["turns"]
+    assert [turn["question"] for turn in turns] == ["And this?"]
+
+
+def test_retry_asks_what_was_stopped_before_its_first_word(model):
+    scripts = iter([["1"], [KeyboardInterrupt()], ["3"]])
+    model.say = lambda question: next(scripts)
+    talk = conversation(model)
+    for line in ("first", "second", "/retry"):
+        talk.take(line)
+    assert [call["question"] for call in model.calls] == ["first", "second", "second"]
+    assert model.undone == 0
+
+
+def test_settings_and_system_message(model, capsys):
+    talk = conversation(model)
+    for line in ("/set temperature 0.7", "/set top-k=5", "/set max_tokens", "/system Be brief."):
+        talk.take(line)
+    talk.take("x")
+    [call] = model.calls
+    assert (call["temperature"], call["top_k"], call["max_tokens"]) == (0.7, 5, 512)
+    assert model.system == "Be brief."
+    talk.take("/system")
+    assert model.system is None
+    capsys.readouterr()
+    talk.take("/set")
+    assert "temperature 0.7\ntop_p 1.0\ntop_k 5\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/set heat 1", "/set heat: there is no such setting, but max_tokens, temperature"),
+        ("/set temperature hot", "'hot' is not a number"),
+        ("/set top_p 2", "top_p is 2: it must be above 0 and at most 1"),
+        ("/set top_k 0.5", "top_k is 0.5: it must be a whole number"),
+    ],
+)
+def test_wrong_settings(model, line, says):
+    talk = conversation(model)
+    with pytest.raises(EdgeVLError, match=re.escape(says)):
+        talk.take(line)
+    talk.take("x")
+    assert model.calls[0] == {"question": "x", "images": [], "videos": [], "max_tokens": 5}
+
+
+def test_paths_in_a_line_are_shown(model, picture, tmp_path, capsys):
+    talk = conversation(model)
+    talk.take(f"{picture} What is it?")
+    talk.take(f"'{picture}' ")
+    assert len(model.calls) == 1
+    talk.take("And this?")
+    (tmp_path / "broken.png").touch()
+    with pytest.raises(ImageError):
+        talk.take(f"{picture} {tmp_path / 'broken.png'} Both?")
+    talk.take("None?")
+    assert [call["question"] for call in model.calls] == ["What is it?", "And this?", "None?"]
+    assert [len(call["images"]) for call in model.calls] == [1, 1, 0]
+
+
+def test_one_answer_needs_nothing_of_a_conversation(mini):
+    code = (
+        "import sys; from edgevl import cli; cli.main(sys.argv[1:]);"
+        "sys.exit(bool({'prompt_toolkit', 'rich'} & {name.split('.')[0] for name in sys.modules}))"
+    )
+    args = [sys.executable, "-c", code, "chat", mini, "-q", "hi", "--max-tokens", "4"]
+    assert subprocess.run(args, capture_output=True, check=False).returncode == 0

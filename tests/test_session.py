@@ -179,6 +179,33 @@ def test_history_keeps_the_very_tokens(model):
     assert chat.ask("hi", max_tokens=5).token_ids == answer.token_ids
 
 
+def test_a_turn_is_taken_back(model):
+    chat = model.chat()
+    first = chat.ask("hi", max_tokens=5)
+    kept = list(chat.messages)
+    second = chat.ask("and?", max_tokens=5)
+    chat.undo()
+    assert chat.messages == kept
+    again = chat.ask("and?", max_tokens=5)
+    assert again.token_ids == second.token_ids
+    assert again.usage.cached_tokens >= first.usage.prompt_tokens
+    for _ in range(3):
+        chat.undo()
+    assert chat.messages == []
+
+
+def test_the_system_message_may_change(model):
+    chat = model.chat()
+    plain = chat.ask("hi", max_tokens=5)
+    chat.reset()
+    chat.system = "Count the sheep."
+    changed = chat.ask("hi", max_tokens=5)
+    expected = model.chat(system="Count the sheep.").ask("hi", max_tokens=5)
+    assert changed.token_ids == expected.token_ids
+    assert changed.usage.prompt_tokens == expected.usage.prompt_tokens
+    assert changed.usage.prompt_tokens != plain.usage.prompt_tokens
+
+
 def test_an_abandoned_stream_keeps_what_was_said_and_harms_nothing(model, directory):
     chat = model.chat()
     stream = chat.stream("Tell me a story", max_tokens=30)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
@@ -12,7 +12,31 @@ if TYPE_CHECKING:
     from edgevl.generate import Answer, Stream
 
 
-def print_answer(stream: Stream, said: list[str] | None = None) -> Answer:
+class Printer(Protocol):
+    """Puts the text of an answer on standard output."""
+
+    def write(self, text: str) -> None:
+        """Print more of it."""
+
+    def end(self) -> None:
+        """End it, and its last line."""
+
+
+class PlainPrinter:
+    """Prints an answer as it is."""
+
+    def write(self, text: str) -> None:
+        """Print more of it, without control characters."""
+        click.echo(harmless(text), nl=False)
+
+    def end(self) -> None:
+        """End its last line."""
+        click.echo()
+
+
+def print_answer(
+    stream: Stream, said: list[str] | None = None, printer: Printer | None = None
+) -> Answer:
     """Print an answer as it comes: text on standard output, thinking dimmed on standard error.
 
     On a terminal a last line on standard error says how fast it was.
@@ -20,22 +44,31 @@ def print_answer(stream: Stream, said: list[str] | None = None) -> Answer:
     Args:
         stream: the answer.
         said: receives the text printed, for a caller that outlives an interruption.
+        printer: what prints the text; default is as it is.
     """
+    said = [] if said is None else said
+    printer = printer or PlainPrinter()
     thinking = False
-    for piece in stream:
-        if piece.thinking:
-            thinking = True
-            click.echo(dim(harmless(piece)), err=True, nl=False)
-            continue
-        if thinking:
-            thinking = False
-            click.echo(err=True)
-        click.echo(harmless(piece), nl=False)
-        if said is not None:
+    try:
+        for piece in stream:
+            if piece.thinking:
+                thinking = True
+                click.echo(dim(harmless(piece)), err=True, nl=False)
+                continue
+            if thinking:
+                thinking = False
+                click.echo(err=True)
             said.append(piece)
+            printer.write(piece)
+    except BaseException:  # what follows begins a line of its own
+        if thinking:
+            click.echo(err=True)
+        elif said:
+            printer.end()
+        raise
     if thinking:
         click.echo(err=True)
-    click.echo()
+    printer.end()
     answer = stream.answer
     seconds, rate = answer.timings.ttft_ms / 1000, answer.timings.decode_tokens_per_s
     if chinese():

@@ -1,65 +1,91 @@
-"""The conversation of ``edgevl chat``: turns and commands, line by line from a terminal."""
+"""The conversation of ``edgevl chat``: turns and commands, typed on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.answer import print_answer
-from edgevl.cli.terminal import chinese, reason, replacing
+from edgevl.cli.answer import PlainPrinter, Printer, print_answer
+from edgevl.cli.commands import COMMANDS, help_text
+from edgevl.cli.dropped import find_files, unquoted
+from edgevl.cli.prompt import keys_wait, line_reader
+from edgevl.cli.terminal import can_move, chinese, reason, replacing
 from edgevl.errors import EdgeVLError
+from edgevl.preprocess import Video, load_image, open_video
+from edgevl.preprocess.folder import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from edgevl.generate import Session
-    from edgevl.preprocess import Video
-
-HELP = """\
-Type a question, or:
-  /image PATH   show a picture with the next question (repeat for several)
-  /video PATH   show a video with the next question
-  /reset        forget everything said so far
-  /save FILE    write the conversation to a JSON file
-  /exit         leave (or Ctrl-D)
-Ctrl-C stops an answer."""
-
-HELP_ZH = """\
-直接输入问题，或使用：
-  /image 路径   为下一个问题附上图片（可多次使用）
-  /video 路径   为下一个问题附上视频
-  /reset        清空对话，重新开始
-  /save 文件    将对话保存为 JSON 文件
-  /exit         退出（或按 Ctrl-D）
-按 Ctrl-C 可中断回答。"""
 
 WELCOME = ("/help lists the commands, Ctrl-D leaves.", "输入 /help 查看命令，按 Ctrl-D 退出。")
 
+#: What ``/set`` takes: the fields of `SamplingParams` that are numbers.
+SETTINGS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A question, what it showed (name, what), and the answer as in ``--json``."""
+
+    question: str
+    shown: list[tuple[str, Image.Image | Video]]
+    answer: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        videos = [name for name, shown in self.shown if isinstance(shown, Video)]
+        images = [name for name, shown in self.shown if not isinstance(shown, Video)]
+        turn: dict[str, Any] = {"question": self.question, "images": images}
+        return turn | ({"videos": videos} if videos else {}) | self.answer
+
 
 class Conversation:
-    """Reads lines, keeps what is shown with the next question, and a transcript."""
+    """Reads what is typed, keeps what is shown with the next question, and a transcript."""
 
     def __init__(self, model: str, session: Session, sampling: dict[str, Any]) -> None:
         """Hold a conversation in ``session``; ``sampling`` goes with every question."""
         self._model = model
         self._session = session
-        self._sampling = sampling
+        self._sampling = dict(sampling)
         self._waiting: list[tuple[str, Image.Image | Video]] = []
-        self._turns: list[dict[str, Any]] = []
+        self._turns: list[_Turn] = []
+        self._unanswered = ""  # a question that was stopped before its answer began, or failed
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/image": self._add_picture,
+            "/video": self._add_video,
+            "/retry": self._retry,
+            "/undo": self._undo,
+            "/system": self._set_system,
+            "/set": self._set,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/help": lambda _: click.echo(help_text(), err=True),
+        }
 
     def run(self, shown: list[tuple[str, Image.Image | Video]]) -> None:
         """Talk until the user leaves; ``shown`` (name, what) goes with the first question."""
         self._waiting = shown
-        _enable_history()
+        read = line_reader(COMMANDS, SETTINGS, PICTURE_SUFFIXES + VIDEO_SUFFIXES)
         _tell(*WELCOME)
         while True:
             try:
-                while self._step():
+                while self._step(read):
                     pass
                 return
             except KeyboardInterrupt:
@@ -67,10 +93,10 @@ class Conversation:
                     click.echo(err=True)
                     _tell("(Ctrl-D or /exit leaves)", "（按 Ctrl-D 或输入 /exit 退出）")
 
-    def _step(self) -> bool:
-        """Read a line and carry it out; return whether the conversation goes on."""
+    def _step(self, read: Callable[[], str]) -> bool:
+        """Read what is typed and carry it out; return whether the conversation goes on."""
         try:
-            line = _read_line().strip()
+            line = read().strip()
             line.encode()  # bytes that are not UTF-8 may have come in disguise (PEP 383)
             return self.take(line)
         except EOFError:
@@ -84,25 +110,20 @@ class Conversation:
             return True
 
     def take(self, line: str) -> bool:
-        """Carry out one line; return whether the conversation goes on."""
-        name, _, rest = line.partition(" ")
-        rest = rest.strip().strip("'\"")
+        """Carry out what was typed; return whether the conversation goes on."""
         if not line:
             return True
+        name, *rest = line.split(maxsplit=1)
         if name in ("/exit", "/quit"):
             return False
-        if name == "/help":
-            _tell(HELP, HELP_ZH)
-        elif name == "/reset":
-            self._session.reset()
-            self._waiting, self._turns = [], []
-            _tell("A new conversation.", "已开始新的对话。")
-        elif name == "/image":
-            self._add_picture(rest)
-        elif name == "/video":
-            self._add_video(rest)
-        elif name == "/save":
-            self._save(rest)
+        if command := self._commands.get(name):
+            command(rest[0].strip() if rest else "")
+            return True
+        question, paths = find_files(line, PICTURE_SUFFIXES + VIDEO_SUFFIXES)
+        if paths:
+            self._show(*paths)
+            if question:
+                self._ask(question)
         elif name.startswith("/") and "/" not in name[1:]:
             _tell(
                 f"{name} is not a command; /help lists them.", f"没有 {name} 命令，请输入 /help。"
@@ -112,8 +133,6 @@ class Conversation:
         return True
 
     def _add_picture(self, path: str) -> None:
-        from edgevl.preprocess import load_image
-
         if not path:
             _tell("Name a picture: /image PATH", "请给出图片路径：/image 路径")
             return
@@ -126,8 +145,6 @@ class Conversation:
         )
 
     def _add_video(self, path: str) -> None:
-        from edgevl.preprocess import open_video
-
         if not path:
             _tell("Name a video: /video PATH", "请给出视频路径：/video 路径")
             return
@@ -139,64 +156,129 @@ class Conversation:
             f"{video.frame_count} 帧，{video.duration_s:.1f} 秒，将随下一个问题一起发送。",
         )
 
-    def _ask(self, question: str) -> None:
-        from edgevl.preprocess import Video
-
-        videos = [(name, shown) for name, shown in self._waiting if isinstance(shown, Video)]
-        images = [(name, shown) for name, shown in self._waiting if not isinstance(shown, Video)]
-        stream = self._session.stream(
-            question,
-            images=[picture for _, picture in images],
-            videos=[video for _, video in videos],
-            **self._sampling,
-        )
-        said: list[str] = []
+    def _show(self, *paths: str) -> None:
+        """Show pictures and videos with the next question; all of them or, on an error, none."""
+        before = list(self._waiting)
         try:
-            result = print_answer(stream, said).to_dict()
-        except KeyboardInterrupt:
-            stream.close()  # the session remembers what was said so far
-            click.echo()
-            if not said:  # it forgets a question without an answer: what is shown waits on
-                return
-            result = {"text": "".join(said), "finish_reason": "interrupted"}
-        turn: dict[str, Any] = {"question": question, "images": [name for name, _ in images]}
-        if videos:
-            turn["videos"] = [name for name, _ in videos]
-        self._turns.append(turn | result)
-        self._waiting = []
+            for path in paths:
+                is_video = path.lower().endswith(VIDEO_SUFFIXES)
+                (self._add_video if is_video else self._add_picture)(path)
+        except Exception:
+            self._waiting = before
+            raise
+
+    def _ask(self, question: str) -> None:
+        self._unanswered = question
+        said: list[str] = []
+        with keys_wait(sys.stdin):
+            stream = self._session.stream(
+                question,
+                images=[shown for _, shown in self._waiting if not isinstance(shown, Video)],
+                videos=[shown for _, shown in self._waiting if isinstance(shown, Video)],
+                **self._sampling,
+            )
+            try:
+                result = print_answer(stream, said, _printer()).to_dict()
+            except KeyboardInterrupt:
+                stream.close()  # the session remembers what was said so far
+                if not said:  # it forgets a question without an answer: what is shown waits on
+                    return
+                result = {"text": "".join(said), "finish_reason": "interrupted"}
+        self._turns.append(_Turn(question, self._waiting, result))
+        self._waiting, self._unanswered = [], ""
+
+    def _retry(self, _: str) -> None:
+        question = self._unanswered or self._take_back()
+        if question:
+            self._ask(question)
+
+    def _undo(self, _: str) -> None:
+        if question := self._take_back():
+            self._unanswered = ""
+            _tell(f"Forgotten: {question}", f"已撤回：{question}")
+
+    def _take_back(self) -> str:
+        """Forget the last turn and return its question; what it showed waits again."""
+        if not self._turns:
+            _tell("Nothing has been asked yet.", "还没有提过问题。")
+            return ""
+        turn = self._turns.pop()
+        self._session.undo()
+        self._waiting = [*turn.shown, *self._waiting]
+        return turn.question
+
+    def _set_system(self, text: str) -> None:
+        self._session.system = text or None
+        _tell("Goes with the next question.", "从下一个问题起生效。")
+
+    def _set(self, text: str) -> None:
+        from edgevl.generate import SamplingParams
+
+        name, *value = text.replace("=", " ").split(maxsplit=1)[:2] or [""]
+        name = name.lower().strip("-").replace("-", "_")
+        if name and name not in SETTINGS:
+            raise EdgeVLError(f"/set {name}: there is no such setting, but {', '.join(SETTINGS)}")
+        default = SamplingParams()
+        if name:
+            # Without a value, back to the default.
+            setting: dict[str, Any] = {name: _number(value[0]) if value else getattr(default, name)}
+            SamplingParams(**setting)
+            self._sampling |= setting
+        settings = {
+            name: self._sampling.get(name, getattr(default, name))
+            for name in ([name] if name else SETTINGS)
+        }
+        click.echo("\n".join(f"{name} {value}" for name, value in settings.items()), err=True)
+
+    def _reset(self, _: str) -> None:
+        self._session.reset()
+        self._waiting, self._turns, self._unanswered = [], [], ""
+        _tell("A new conversation.", "已开始新的对话。")
 
     def _save(self, name: str) -> None:
         if not name:
             _tell("Name a file: /save FILE", "请给出文件名：/save 文件")
             return
-        path = Path(name).expanduser()
-        transcript = {"model": self._model, "turns": self._turns}
+        path = Path(unquoted(name)).expanduser()
+        transcript = {"model": self._model, "turns": [turn.to_dict() for turn in self._turns]}
         with replacing(path) as file:
             file.write(json.dumps(transcript, ensure_ascii=False, indent=1).encode())
             file.write(b"\n")
         _tell(f"Saved to {path}.", f"已保存到 {path}。")
 
 
-def _path(path: str) -> str:
-    """Return what a picture or video is loaded from; ``~`` is the user's home."""
-    if path == "-":
+def _path(text: str) -> str:
+    """Return what a picture or video is loaded from; ``~`` is the user's home.
+
+    Raises:
+        EdgeVLError: it is standard input, which the conversation has.
+    """
+    if text == "-":
         raise EdgeVLError("standard input is the conversation; give the path of a file")
-    return path if path.startswith("data:") else str(Path(path).expanduser())
+    if text.startswith("data:"):
+        return text
+    path = Path(text).expanduser()
+    with contextlib.suppress(OSError, ValueError):
+        if path.exists():  # a name may have quotes and backslashes of its own
+            return str(path)
+    return str(Path(unquoted(text)).expanduser())
+
+
+def _number(text: str) -> float:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise EdgeVLError(f"/set: {text!r} is not a number")
+
+
+def _printer() -> Printer:
+    """Render Markdown where the terminal can; files and pipes get it as it is."""
+    if can_move(sys.stdout) and sys.stdout.encoding.lower().replace("-", "") == "utf8":
+        from edgevl.cli.markdown import MarkdownPrinter
+
+        return MarkdownPrinter()
+    return PlainPrinter()
 
 
 def _tell(english: str, chinese_text: str) -> None:
     click.echo(chinese_text if chinese() else english, err=True)
-
-
-def _enable_history() -> None:
-    """Give ``input`` line editing and history, where Python was built with it."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
-
-
-def _read_line() -> str:
-    """Read a line; the prompt goes to standard error where standard output is a file."""
-    if sys.stdout.isatty():
-        return input("> ")
-    click.echo("> ", nl=False, err=True)
-    return input()

@@ -29,6 +29,9 @@ NEEDED = {
     "click": "click",
     "tqdm": "tqdm",
     "psutil": "psutil",
+    "prompt_toolkit": "prompt_toolkit",
+    "rich": "rich.markdown",
+    "markdown-it-py": "markdown_it",
 }
 
 #: Extra -> its distributions and what it is for.

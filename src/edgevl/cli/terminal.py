@@ -62,6 +62,11 @@ def is_terminal(stream: IO[Any] | None) -> bool:
     return stream is not None and stream.isatty()
 
 
+def can_move(stream: IO[Any] | None) -> bool:
+    """Tell whether a standard stream is a terminal that can move its cursor."""
+    return is_terminal(stream) and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
 def harmless(text: str) -> str:
     """Leave out control characters, with which a picture could make a model steer the terminal."""
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")

@@ -87,6 +87,8 @@ class Session:
 
     Attributes:
         messages: the turns so far, without the system message; they may be edited.
+        system: system message, None for the chat template's own; it may be changed, and goes with
+            the next question then.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class Session:
         self.messages: list[Message] = []
         self._checkpoint = checkpoint
         self._generator = generator
-        self._system = [Message.system(system)] if system is not None else []
+        self.system = system
         self._thinking = thinking
         self._max_tiles = max_tiles
         self._tools = tuple(tools)
@@ -192,6 +194,11 @@ class Session:
         """Forget all turns; the system message stays."""
         self.messages.clear()
 
+    def undo(self) -> None:
+        """Forget the last turn: its question and its answer."""
+        while self.messages and self.messages.pop().role != "user":
+            pass
+
     def _pictures(self, images: Any) -> list[Picture]:
         config = self._checkpoint.config
         return [prepare_picture(source, config, self._max_tiles) for source in self._seen(images)]
@@ -222,10 +229,11 @@ class Session:
         """
         context = self._generator.max_context
         reserve = min(params.max_tokens, context // 2)
+        system = [Message.system(self.system)] if self.system is not None else []
         messages = [*self.messages, *asked]
         while True:
             prompt = self._generator.prompts.encode(
-                [*self._system, *messages], thinking=self._thinking, tools=self._tools
+                [*system, *messages], thinking=self._thinking, tools=self._tools
             )
             length = len(prompt.token_ids)
             if length + reserve <= context:

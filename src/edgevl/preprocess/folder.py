@@ -12,9 +12,9 @@ PICTURE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif",
 )  # fmt: skip
 
-#: How the names of video files end, in lower case.
+#: How the names of video files end, in lower case; ``.ts`` is TypeScript more often than MPEG.
 VIDEO_SUFFIXES = (
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts",
     ".flv", ".wmv", ".ogv", ".mxf", ".ivf",
 )  # fmt: skip
 

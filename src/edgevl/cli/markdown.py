@@ -1,0 +1,217 @@
+"""An answer's Markdown, rendered on a terminal while it comes."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import click
+from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
+from markdown_it.token import Token
+from rich.cells import cell_len, chop_cells
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import CodeBlock, Heading, Markdown, Paragraph
+from rich.syntax import Syntax
+from rich.text import Text
+
+from edgevl.cli.terminal import harmless
+
+#: Least seconds between two paintings, and the part of the time that they may take.
+MIN_INTERVAL_S, MAX_LOAD = 0.05, 0.1
+
+#: Formulas, which are left as they are: their backslashes and underscores are no Markdown.
+_FORMULA = re.compile(
+    r"\\\(.{1,2000}?\\\)|\\\[.{1,2000}?\\\]|\$\$.{1,2000}?\$\$|"
+    r"\$(?=\S)[^$\n]+?(?<=\S)\$(?!\d)",
+    re.DOTALL,
+)
+#: A last line that may yet become anything.
+_MARKS = re.compile(r"(?:^|\n)[ \t]*(?:[-+*_#>`~|=:]+|\d{1,9}[.)]?)[ \t]*\Z")
+#: What rich fills lines with, and its empty lines around lists and tables.
+_PADDING = re.compile(r" +((?:\x1b\[0m)?)$")
+_BLANK = re.compile(r"(?:\x1b\[[\d;]*m|\s)*")
+#: What is not parted at the end of a line: a wide character or a run of others, and the
+#: punctuation that must not begin a line.
+_WORD = re.compile(
+    r"\s*(?:[（《「『【“‘]*(?:[\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff01-\uff60]|"
+    r"[^\s\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff01-\uff60]+))"
+    r"[、。，．：；？！）》」』】”’…]*"
+)
+
+
+class MarkdownPrinter:
+    """Paints the blocks of an answer on standard output, a terminal.
+
+    Only the last block (paragraph, list, fence, table, …), which more may come to, is ever painted
+    again: from its first line that has changed on, and never lines that have left the window.
+    """
+
+    def __init__(self) -> None:
+        """Begin an answer at the beginning of a line."""
+        self._console = Console(file=sys.stdout, highlight=False)
+        self._parser = _parser()
+        self._source = ""  # of what is not finished
+        self._lines = [""]  # what is painted of it; the cursor is at the end of the last one
+        self._began = False
+        self._next_s = 0.0
+
+    def write(self, text: str) -> None:
+        """Add to the answer, without control characters, and paint it unless it just was."""
+        self._source += harmless(text)
+        started = time.monotonic()
+        if started >= self._next_s:
+            self._paint(final=False)
+            took = time.monotonic() - started
+            self._next_s = started + max(MIN_INTERVAL_S, took / MAX_LOAD)
+
+    def end(self) -> None:
+        """Paint what is left, and end the last line."""
+        self._paint(final=True)
+        click.echo()
+
+    def _paint(self, final: bool) -> None:
+        source = self._source if final else _MARKS.sub("", self._source)
+        tokens = self._parser.parse(source)
+        _clean(tokens)
+        starts = [i for i, token in enumerate(tokens) if token.level == 0 and token.nesting >= 0]
+        lines: list[str] = []
+        last = 0  # the first line of the last block
+        for start, stop in pairwise([*starts, len(tokens)]):
+            last = len(lines)
+            if self._began or start:
+                lines.append("")
+            lines += self._rendered(tokens[start:stop])
+        if not lines:
+            return
+        if not final and tokens[starts[-1]].type == "table_open":
+            # Columns widen as rows come: what has left the window could not follow.
+            lines = lines[: last + max(self._console.height - 1, 1)]
+        self._show(lines)
+        (first, _) = tokens[starts[-1]].map or (0, 0)
+        rest = self._source.split("\n")[first:]
+        if last and len(rest) > 1:  # a line that is not complete may yet join the block above
+            self._source = "\n".join(rest)
+            self._lines = self._lines[last:]
+            self._began = True
+
+    def _rendered(self, block: Sequence[Token]) -> list[str]:
+        """Render a block to lines that are narrower than the window, so that none is broken."""
+        with self._console.capture() as capture:
+            self._console.print(_Block(block), end="", width=max(self._console.width - 1, 20))
+        lines = [_PADDING.sub(r"\1", line) for line in capture.get().split("\n")]
+        filled = [i for i, line in enumerate(lines) if _BLANK.fullmatch(line) is None]
+        return lines[filled[0] : filled[-1] + 1] if filled else []
+
+    def _show(self, lines: list[str]) -> None:
+        """Change what is painted into ``lines``, where the window still has it."""
+        old = self._lines
+        pairs = enumerate(zip(old, lines, strict=False))
+        first = next((i for i, (a, b) in pairs if a != b), min(len(old), len(lines) - 1))
+        first = max(first, len(old) - max(self._console.height, 1))
+        new = lines[first:] or [""]
+        if first == len(old):
+            text = "\n" + "\n".join(new)
+        elif first == len(old) - 1 and new[0].startswith(old[first]):
+            text = "\n".join(new)[len(old[first]) :]
+        else:
+            up = len(old) - 1 - first
+            text = "\r" + (f"\x1b[{up}A" if up else "") + "\x1b[J" + "\n".join(new)
+        click.echo(text, nl=False)
+        self._lines = old[:first] + new
+
+
+class _Block(Markdown):
+    """Tokens of Markdown as rich renders them, with elements of our own."""
+
+    def __init__(self, tokens: Sequence[Token]) -> None:
+        super().__init__("", hyperlinks=False)  # links show where they lead
+        self.parsed = list(tokens)
+
+
+class _Paragraph(Paragraph):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _wrapped(self.text, options.max_width)
+
+
+class _Heading(Heading):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _wrapped(self.text, options.max_width)
+
+
+class _Code(CodeBlock):
+    """Code without margins and background, which would be copied with it."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        code = self.text.plain.rstrip()
+        yield Syntax(code, self.lexer_name, theme="ansi_dark", word_wrap=True)
+
+
+_Block.elements = Markdown.elements | {
+    "paragraph_open": _Paragraph,
+    "heading_open": _Heading,
+    "fence": _Code,
+    "code_block": _Code,
+}
+
+
+def _parser() -> MarkdownIt:
+    """Return a parser of what models write.
+
+    HTML is text (boxes are written so) and so are definitions of links; pictures are links. Dashes
+    below a paragraph make no heading of it, which it might be for a moment only.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+    parser.disable(["image", "lheading", "reference"])
+    parser.inline.ruler.before("escape", "formula", _formula)
+    return parser
+
+
+def _formula(state: StateInline, silent: bool) -> bool:
+    found = _FORMULA.match(state.src, state.pos)
+    if not found:
+        return False
+    if not silent:
+        state.push("text", "", 0).content = found[0]
+    state.pos = found.end()
+    return True
+
+
+def _clean(tokens: Iterable[Token]) -> None:
+    """Take out control characters that were written as entities, and keep line breaks."""
+    for token in tokens:
+        token.content = harmless(token.content)
+        token.info = harmless(token.info)
+        token.attrs = {
+            key: harmless(value) if isinstance(value, str) else value
+            for key, value in token.attrs.items()
+        }
+        if token.type == "softbreak":
+            token.type = "hardbreak"
+        _clean(token.children or ())
+
+
+def _wrapped(text: Text, width: int) -> Iterable[Text]:
+    """Break text into lines of at most ``width`` cells; Chinese between any two characters."""
+    text.expand_tabs(4)
+    for line in text.split("\n", allow_blank=True):
+        breaks: list[int] = []
+        used = 0
+        for match in _WORD.finditer(line.plain):
+            word, start = match[0], match.start()
+            if used and used + cell_len(word) > width:
+                start += len(word) - len(word.lstrip())
+                word = word.lstrip()
+                breaks.append(start)
+                used = 0
+            pieces = chop_cells(word, max(width, 2)) or [word]  # [] if it fills no cell
+            for piece in pieces[:-1]:
+                start += len(piece)
+                breaks.append(start)
+            used = cell_len(pieces[-1]) + (used if len(pieces) == 1 else 0)
+        for part in line.divide(breaks):
+            part.rstrip()
+            yield part
