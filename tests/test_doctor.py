@@ -165,13 +165,20 @@ def test_lists_are_those_of_pyproject():
     project = tomllib.loads(text)["project"]
 
     def names(requirements):
-        return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+        found = set()
+        for requirement in requirements:
+            if own := re.match(r"edgevl\[([\w,]+)\]", requirement):
+                for extra in own[1].split(","):
+                    found |= names(project["optional-dependencies"][extra])
+            else:
+                found.add(re.match(r"[\w-]+", requirement)[0])
+        return found
 
     assert set(doctor.NEEDED) == names(project["dependencies"])
     extras = {
         name: names(requirements)
         for name, requirements in project["optional-dependencies"].items()
-        if name != "dev"
+        if name not in ("all", "dev")
     }
     assert {name: set(packages) for name, (packages, _) in doctor.EXTRAS.items()} == extras
 

@@ -609,3 +609,24 @@ def test_vocabulary_and_merges_are_read_as_by_transformers(chat_layout, tmp_path
         ours = PromptEncoder(checkpoint).tokenizer
     for text in [*TEXTS, "<|im_end|> <img>x</img>", "e\u0301"]:
         assert ours.encode(text).ids == theirs(text)["input_ids"]
+
+
+def test_raw_text_has_special_tokens(encoder):
+    text = TURN.format("user", "Hello") + ASSISTANT
+    prompt = encoder.encode_text(text)
+    assert prompt.token_ids.tolist() == encoder.tokenizer.encode(text).ids
+    assert encoder.tokenizer.token_to_id("<|im_start|>") in prompt.token_ids
+    assert prompt.images == ()
+    assert encoder.encode_ids(prompt.token_ids.tolist()).token_ids.tolist() == list(
+        prompt.token_ids
+    )
+    for text, words in (
+        ("", "empty"),
+        ("x" * (MAX_TEXT_CHARS + 1), "limit"),
+        ("\ud800", "Unicode"),
+    ):
+        with pytest.raises(PromptError, match=words):
+            encoder.encode_text(text)
+    for ids, words in (([], "empty"), ([6000], "vocabulary"), ([-1], "vocabulary")):
+        with pytest.raises(PromptError, match=words):
+            encoder.encode_ids(ids)

@@ -19,6 +19,7 @@ COMMANDS = {
         "edgevl.cli.batch",
         "Ask about many pictures, into a file; goes on where it stopped.",
     ),
+    "serve": ("edgevl.cli.serve", "Serve programs that speak OpenAI's API."),
     "pull": ("edgevl.cli.pull", "Download a checkpoint from the Hub."),
     "quantize": ("edgevl.cli.quantize", "Make a smaller, faster checkpoint and say what it cost."),
     "compile": ("edgevl.cli.compile", "Compile for an Axera NPU, or for its emulator."),

@@ -39,7 +39,19 @@ EXTRAS = {
     "heic": (("pillow-heif",), "HEIC pictures"),
     "video": (("av",), "videos"),
     "constrained": (("llguidance",), "answers of a given form, such as JSON"),
-    "serve": (("httpx2",), "edgevl serve"),
+    "serve": (
+        (
+            "httpx2",
+            "anyio",
+            "fastapi",
+            "uvicorn",
+            "prometheus-client",
+            "pydantic",
+            "llguidance",
+            "av",
+        ),
+        "edgevl serve",
+    ),
     "board": (("cffi",), "boards with an NPU, and their emulator"),
     "axera": (
         ("onnx", "onnx-ir", "onnxslim", "onnxruntime", "pydantic", "json5"),

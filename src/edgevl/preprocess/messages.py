@@ -70,7 +70,7 @@ class Message:
             )
         for part in self.parts:
             if isinstance(part, str):
-                _check_unicode(part)
+                check_unicode(part)
             elif isinstance(part, GeneratedTokens | ToolCall):
                 if self.role != "assistant":
                     raise PromptError(
@@ -157,7 +157,12 @@ class Message:
         return cls("tool", (result,))
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
+    """Check that a text is Unicode.
+
+    Raises:
+        PromptError: It has a lone surrogate.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edgevl.errors import CheckpointError, PromptError
-from edgevl.preprocess.messages import GeneratedTokens, Markup, Message, Part
+from edgevl.preprocess.messages import GeneratedTokens, Markup, Message, Part, check_unicode
 from edgevl.preprocess.picture import Picture
 from edgevl.preprocess.protect import Sentinels, control_ids, cut_lookalikes
 from edgevl.preprocess.template import THINKING_SYSTEM_MESSAGE, load_template
@@ -116,11 +116,7 @@ class PromptEncoder:
         check_tools(tools)
         messages = _instructed(spell_out(messages), thinking, tools)
         texts = [part for message in messages for part in message.parts if isinstance(part, str)]
-        characters = sum(map(len, texts))
-        if characters > MAX_TEXT_CHARS:
-            raise PromptError(
-                f"{characters} characters of text exceed the limit of {MAX_TEXT_CHARS}; shorten it"
-            )
+        _check_length(texts)
         sentinels = Sentinels.absent_from([*texts, self._template.source])
         items = [p for message in messages for p in message.parts if isinstance(p, _Item)]
         self._check_items(items)
@@ -132,6 +128,38 @@ class PromptEncoder:
                 f"{self._path}: the chat template would turn text of the messages into special "
                 "tokens; leave them out of the text"
             )
+        return self._prompt(ids, images)
+
+    def encode_text(self, text: str) -> Prompt:
+        """Encode a text as it is, without a chat template, for the model to go on with.
+
+        Unlike in messages, what looks like a special token is one.
+
+        Raises:
+            PromptError: The text is too long, not Unicode, or comes to no token.
+            CheckpointError: The tokenizer is of another model.
+        """
+        _check_length([text])
+        check_unicode(text)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if ids[: len(self.start_ids)] != self.start_ids:
+            ids = self.start_ids + ids
+        if not ids:
+            raise PromptError("the prompt is empty; give a text")
+        return self._prompt(ids, [])
+
+    def encode_ids(self, token_ids: Sequence[int]) -> Prompt:
+        """Take token ids as they are for the model to go on with.
+
+        Raises:
+            PromptError: There are none, or one is not of this model's vocabulary.
+        """
+        if not token_ids:
+            raise PromptError("the prompt is empty; give token ids")
+        self._check_ids(token_ids)
+        return self._prompt(token_ids, [])
+
+    def _prompt(self, ids: Sequence[int], images: Sequence[ImageSpan]) -> Prompt:
         token_ids = np.array(ids, dtype=np.int64)
         if token_ids.max(initial=0) >= self._vocab_size:
             raise CheckpointError(
@@ -262,12 +290,14 @@ class PromptEncoder:
             if isinstance(item, Picture) and self._image_ids is None:
                 raise PromptError(f"{self._path}: this checkpoint has no vision; give no pictures")
             if isinstance(item, GeneratedTokens):
-                wrong = [i for i in item.token_ids if not 0 <= i < self._vocab_size]
-                if wrong:
-                    raise PromptError(
-                        f"generated token id {wrong[0]} is not of this model's vocabulary of "
-                        f"{self._vocab_size}"
-                    )
+                self._check_ids(item.token_ids)
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise PromptError(
+                    f"token id {token_id} is not of this model's vocabulary of {self._vocab_size}"
+                )
 
     def _find_image_ids(self, checkpoint: ModelDirectory) -> tuple[int, int, int] | None:
         if not checkpoint.has_vision:
@@ -336,6 +366,14 @@ def _instructed(
     for text in texts:
         parts += [*([Markup("\n\n")] if parts else []), *text]
     return [Message("system", tuple(parts)), *messages[len(system) :]]
+
+
+def _check_length(texts: Sequence[str]) -> None:
+    characters = sum(map(len, texts))
+    if characters > MAX_TEXT_CHARS:
+        raise PromptError(
+            f"{characters} characters of text exceed the limit of {MAX_TEXT_CHARS}; shorten it"
+        )
 
 
 def _blank(message: Message) -> Message:

@@ -1,1 +1,1 @@
-"""Models over HTTP."""
+"""An OpenAI-compatible HTTP server: one model, many clients."""

@@ -1,0 +1,164 @@
+"""``edgevl serve``: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgevl.cli.options import engine_options
+from edgevl.cli.terminal import chinese, note, show_notes
+from edgevl.optional import needs
+
+if TYPE_CHECKING:
+    from edgevl.generate import Model
+
+
+def _check_key(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not (value.isascii() and value.isprintable() and value.strip()):
+        raise click.BadParameter("must be printable ASCII, and not empty")
+    return value and value.strip()
+
+
+@click.command("serve")
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen at; 0 takes a free one.",
+)
+@click.option(
+    "--api-key",
+    envvar="EDGEVL_API_KEY",
+    metavar="KEY",
+    callback=_check_key,
+    help="What clients must present. Better given as EDGEVL_API_KEY in the environment: the "
+    "arguments of a process can be seen by others.",
+)
+@click.option(
+    "--served-name",
+    metavar="NAME",
+    help="What clients call the model.  [default: MODEL's last part]",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(1, 10_000),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Most requests that wait; more are told to come later.",
+)
+@click.option(
+    "--max-request-mb",
+    type=click.IntRange(1, 1024),
+    default=32,
+    show_default=True,
+    metavar="MB",
+    help="Largest request, pictures included.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="S",
+    help="Most seconds for a request, waiting included.",
+)
+@click.option(
+    "--grace",
+    "grace_s",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds that requests under way have when the server is stopped.",
+)
+@click.option(
+    "--allow-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A host from which pictures and videos are fetched. Repeatable.  [default: none]",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="An origin whose pages may call the server. Repeatable.  [default: none]",
+)
+@click.option("--no-ui", is_flag=True, help="Have no page at /.")
+@engine_options
+def command(
+    model: str,
+    host: str,
+    port: int,
+    api_key: str | None,
+    served_name: str | None,
+    max_queue: int,
+    max_request_mb: int,
+    timeout_s: float,
+    grace_s: float,
+    allowed_hosts: tuple[str, ...],
+    cors_origins: tuple[str, ...],
+    no_ui: bool,
+    **engine: Any,
+) -> int:
+    """Serve MODEL to programs that speak OpenAI's API, at http://HOST:PORT/v1.
+
+    \b
+    edgevl serve tiny
+    """  # noqa: D301
+    with needs("serve"):
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    from edgevl.serve.app import create_app
+    from edgevl.serve.run import Server, is_loopback, listen, run, url_of
+    from edgevl.serve.service import Service
+    from edgevl.serve.settings import Settings
+
+    sock = listen(host, port)
+    loopback = is_loopback(sock)
+    settings = Settings(
+        name=served_name or model.rstrip("/").rpartition("/")[2] or model,
+        api_key=api_key,
+        max_queue=max_queue,
+        max_request_bytes=max_request_mb * 10**6,
+        timeout_s=timeout_s,
+        grace_s=grace_s,
+        allowed_hosts=allowed_hosts,
+        cors_origins=cors_origins,
+        loopback=loopback,
+    )
+    url = url_of(sock)
+    if not loopback and api_key is None:
+        _say(
+            "warning: whoever reaches this machine can use the server: set EDGEVL_API_KEY",
+            "警告：能访问本机的人都可以使用此服务，请设置 EDGEVL_API_KEY",
+        )
+
+    def load() -> Model:
+        import edgevl
+
+        note(f"{'正在加载' if chinese() else 'loading'} {model} …")
+        loaded = edgevl.load(model, **engine)
+        show_notes(loaded.engine.notes)
+        return loaded
+
+    def on_ready() -> None:
+        _say(
+            f"{settings.name} is served at {url}/v1 (Ctrl-C stops it)",
+            f"{settings.name} 已在 {url}/v1 提供服务（按 Ctrl-C 停止）",
+        )
+
+    run(Server(create_app(Service(settings)), load, on_ready), sock)
+    return 0
+
+
+def _say(english: str, in_chinese: str) -> None:
+    click.echo(in_chinese if chinese() else english, err=True)

@@ -1,0 +1,110 @@
+"""The application: routes, and what stands before them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import PlainTextResponse, Response
+from fastapi.security import HTTPBearer
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+import edgevl
+from edgevl.serve import chat, completions
+from edgevl.serve.errors import add_error_handlers, error_responses, unavailable
+from edgevl.serve.logs import RequestLog
+from edgevl.serve.middleware import BodyLimit, HostCheck, KeyCheck
+from edgevl.serve.responses import ModelBody, ModelList, Status
+from edgevl.serve.service import Service, service_of
+
+router = APIRouter()
+state = APIRouter()
+
+
+@router.get("/v1/models", responses=error_responses(401))
+async def list_models(request: Request) -> ModelList:
+    """List the models: one."""
+    return ModelList(object="list", data=[_model(service_of(request))])
+
+
+# A path, since names may be given that have slashes.
+@router.get("/v1/models/{model:path}", responses=error_responses(401, 404))
+async def retrieve_model(model: str, request: Request) -> ModelBody:
+    """Describe a model."""
+    service = service_of(request)
+    service.check_name(model)
+    return _model(service)
+
+
+def _model(service: Service) -> ModelBody:
+    return ModelBody(
+        id=service.settings.name, object="model", created=service.created, owned_by="edgevl"
+    )
+
+
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses=error_responses(401),
+)
+async def metrics(request: Request) -> Response:
+    """Return the metrics in Prometheus' text format."""
+    return Response(service_of(request).metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+@state.get("/health", responses=error_responses())
+async def health() -> Status:
+    """Say that the process is alive."""
+    return Status(status="ok")
+
+
+@state.get("/ready", responses=error_responses(503))
+async def ready(request: Request) -> Status:
+    """Say whether requests are taken: not while the model is loaded, or the server stops."""
+    if not service_of(request).ready:
+        raise unavailable("the model is being loaded, or the server stops")
+    return Status(status="ok")
+
+
+async def index() -> PlainTextResponse:
+    """Say where to go on."""
+    return PlainTextResponse("EdgeVL. The API is at /v1, its description at /docs.\n")
+
+
+def create_app(service: Service, with_index: bool = True) -> FastAPI:
+    """Return the application.
+
+    Args:
+        service: what answers; it may start later.
+        with_index: have something at ``/``; without, something else can be mounted there.
+    """
+    settings = service.settings
+    app = FastAPI(title="EdgeVL", version=edgevl.__version__, redoc_url=None)
+    app.state.service = service
+    add_error_handlers(app)
+    guards: list[Any] = []
+    if settings.api_key is not None:
+        # For the document; `KeyCheck` is what asks.
+        guards = [Depends(HTTPBearer(auto_error=False))]
+    for part in (chat.router, completions.router, router):
+        app.include_router(part, dependencies=guards)
+    app.include_router(state)
+    if with_index:
+        app.add_api_route("/", index, include_in_schema=False)
+    # The last one added is the first one asked.
+    app.add_middleware(BodyLimit, settings=settings, paths=(chat.PATH, completions.PATH))
+    if settings.api_key is not None:
+        app.add_middleware(KeyCheck, api_key=settings.api_key)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    if settings.loopback:
+        app.add_middleware(HostCheck)
+    app.add_middleware(RequestLog, service=service)
+    return app

@@ -1,0 +1,97 @@
+"""Messages of a request to a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from edgevl.errors import CheckpointError, PromptError
+from edgevl.preprocess import Message, Prompt
+from edgevl.preprocess.messages import Part
+from edgevl.preprocess.video import DEFAULT_FRAMES
+from edgevl.serve.errors import blamed_on
+from edgevl.serve.requests import (
+    AssistantMessage,
+    ChatRequest,
+    ImagePart,
+    SystemMessage,
+    TextPart,
+    Texts,
+    UserMessage,
+    UserPart,
+)
+from edgevl.serve.sampling import check_length
+from edgevl.serve.service import Loaded
+
+
+async def encode(request: ChatRequest, loaded: Loaded, thinking: bool) -> Prompt:
+    """Load the pictures of a conversation and encode it.
+
+    Raises:
+        ApiError: a picture or video cannot be had, or the messages make no prompt.
+    """
+    loading = _Loading(request, loaded)
+    messages = [
+        await loading.message(message, f"messages[{number}]")
+        for number, message in enumerate(request.messages)
+    ]
+    with blamed_on("messages"):
+        try:
+            prompt = await asyncio.to_thread(loaded.prompts.encode, _one_system(messages), thinking)
+        except CheckpointError as error:
+            # Templates refuse sequences of roles that they were not written for.
+            raise PromptError(f"the chat template refuses the messages: {error}") from None
+        return check_length(prompt, loaded.scheduler.max_context)
+
+
+class _Loading:
+    """Turns the messages of one request into ours."""
+
+    def __init__(self, request: ChatRequest, loaded: Loaded) -> None:
+        self._frames = request.frames or DEFAULT_FRAMES
+        self._max_tiles = request.max_tiles
+        self._media = loaded.media
+        self._budget = loaded.media.budget()
+
+    async def message(
+        self, message: SystemMessage | UserMessage | AssistantMessage, where: str
+    ) -> Message:
+        with blamed_on(f"{where}.content"):
+            if isinstance(message, SystemMessage):
+                return Message.system(_text(message.content))
+            if isinstance(message, AssistantMessage):
+                return Message.assistant(_text(message.content or ""))
+            if isinstance(message.content, str):
+                return Message.user(message.content)
+        parts: list[Part] = []
+        for number, part in enumerate(message.content):
+            parts += await self._part(part, f"{where}.content[{number}]")
+        with blamed_on(f"{where}.content"):
+            return Message("user", tuple(parts))
+
+    async def _part(self, part: UserPart, where: str) -> list[Part]:
+        """Return a part as `Message.user` puts it: a line for each picture, and for each frame."""
+        if isinstance(part, TextPart):
+            return [part.text]
+        with blamed_on(f"{where}.{part.type}"):
+            if isinstance(part, ImagePart):
+                max_tiles = 1 if part.image_url.detail == "low" else self._max_tiles
+                url = part.image_url.url
+                return [await self._media.picture(url, max_tiles, self._budget), "\n"]
+            frames = await self._media.video(part.video_url.url, self._frames, self._budget)
+            return list(Message.user("", videos=[frames]).parts)
+
+
+def _text(content: Texts) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _one_system(messages: Sequence[Message]) -> Sequence[Message]:
+    """Join the system messages at the beginning: most templates know one."""
+    count = 0
+    while count < len(messages) and messages[count].role == "system":
+        count += 1
+    if count < 2:
+        return messages
+    text = "\n\n".join(str(part) for message in messages[:count] for part in message.parts)
+    return [Message.system(text), *messages[count:]]

@@ -1,0 +1,195 @@
+"""What stands before the routes: who may ask, what, and how much of it."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Collection
+
+import anyio
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from edgevl.serve.answers import Record
+from edgevl.serve.errors import ApiError, busy, timed_out
+from edgevl.serve.settings import BODIES_AT_ONCE, EXTRA_IN_FLIGHT, Settings
+
+#: Seconds for which the rest of a body that is too large is read, so that the client, which may
+#: read only once it has sent all, sees the error.
+_DRAIN_S = 5.0
+_RETRY_AFTER_S = 1.0
+#: What the API key is asked for.
+_WITH_KEY = ("/v1/", "/metrics")
+
+
+class HostCheck:
+    """Refuses requests for other names than this machine's.
+
+    A web page whose name is made to lead to this machine (DNS rebinding) could else read answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Stand before ``app``."""
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request, or refuse it."""
+        if scope["type"] == "http" and not _is_loopback(Headers(scope=scope).get("host", "")):
+            error = ApiError(
+                403,
+                "the Host header names another machine, and this server listens to its own only: "
+                "ask for localhost, or start it with --host",
+            )
+            await error.response()(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+def _is_loopback(host: str) -> bool:
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if name.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+class KeyCheck:
+    """Asks for the API key, for the API and the metrics."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        """Stand before ``app``."""
+        self.app = app
+        self._key = api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request, or refuse it."""
+        if scope["type"] == "http" and scope["path"].startswith(_WITH_KEY):
+            given = Headers(scope=scope).get("authorization", "")
+            scheme, _, key = given.partition(" ")
+            right = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
+            if scheme.lower() != "bearer" or not right:
+                error = ApiError(
+                    401,
+                    "Incorrect API key provided" if given else "You didn't provide an API key",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                await error.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """Reads the bodies of the API's requests, within limits, before anything is made of them."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, paths: Collection[str]) -> None:
+        """Stand before ``app``; ``paths`` are those that take bodies."""
+        self.app = app
+        self._paths = paths
+        self._settings = settings
+        self._requests = 0
+        self._bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request with its whole body, or refuse it."""
+        with_body = scope["type"] == "http" and scope["path"] in self._paths
+        if not with_body or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        body = _Body()
+        self._requests += 1
+        try:
+            self._check_head(Headers(scope=scope))
+            with anyio.move_on_after(self._settings.timeout_s) as in_time:
+                await self._read(body, receive)
+            if in_time.cancelled_caught:
+                raise timed_out(self._settings.timeout_s)
+            await self.app(scope, body.replayed(receive), send)
+        except _LeftError:
+            record: Record = scope["edgevl.record"]
+            record.aborted = "client"
+        except ApiError as error:
+            if error.status == 413 and not body.ended and "expect" not in Headers(scope=scope):
+                await self._drain(receive)
+            await error.response()(scope, receive, send)
+        finally:
+            self._requests -= 1
+            self._bytes -= body.size
+
+    def _check_head(self, headers: Headers) -> None:
+        # A page of another origin may send text/plain without asking first, but not JSON.
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the body must be JSON: set Content-Type to application/json")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "the body must not be compressed")
+        length = headers.get("content-length", "0")
+        if len(length) > 18 or int(length) > self._settings.max_request_bytes:
+            raise self._too_large()
+        if self._requests > self._settings.max_queue + EXTRA_IN_FLIGHT:
+            raise busy(_RETRY_AFTER_S)
+
+    async def _read(self, body: _Body, receive: Receive) -> None:
+        """Read the body; what all requests hold is bounded as well."""
+        while not body.ended:
+            with anyio.move_on_after(self._settings.stall_s) as scope:
+                message = await receive()
+            if scope.cancelled_caught:
+                raise ApiError(408, "the body of the request did not come")
+            if message["type"] == "http.disconnect":
+                raise _LeftError
+            body.add(chunk := message.get("body", b""))
+            body.ended = not message.get("more_body", False)
+            self._bytes += len(chunk)
+            if body.size > self._settings.max_request_bytes:
+                raise self._too_large()
+            if self._bytes > BODIES_AT_ONCE * self._settings.max_request_bytes:
+                raise busy(_RETRY_AFTER_S)
+
+    async def _drain(self, receive: Receive) -> None:
+        """Read on for a while, and throw it away."""
+        left = self._settings.max_request_bytes
+        with anyio.move_on_after(_DRAIN_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+
+    def _too_large(self) -> ApiError:
+        most = self._settings.max_request_bytes
+        return ApiError(
+            413,
+            f"the body is over the limit of {most} bytes: send fewer or smaller pictures",
+            code="request_too_large",
+        )
+
+
+class _Body:
+    """A body that has been read."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.ended = False
+        self._chunks: list[bytes] = []
+
+    def add(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+        self._chunks.append(chunk)
+
+    def replayed(self, receive: Receive) -> Receive:
+        """Return a ``receive`` that gives the body as one message, then what ``receive`` gives."""
+
+        async def replay() -> Message:
+            if self._chunks:
+                whole = b"".join(self._chunks)
+                self._chunks.clear()
+                return {"type": "http.request", "body": whole, "more_body": False}
+            return await receive()
+
+        return replay
+
+
+class _LeftError(Exception):
+    """The client has left before its request was whole."""

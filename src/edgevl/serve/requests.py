@@ -1,0 +1,199 @@
+"""Bodies of requests, as Pydantic checks them and the OpenAPI document describes them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+#: Answers to one request, at most.
+MAX_ANSWERS = 16
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+#: Token ids in one prompt, far above any context.
+MAX_PROMPT_IDS = 2**20
+
+ShortText = Annotated[str, Field(max_length=512)]
+StopText = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class Strict(BaseModel):
+    """An object of a request: no field but its own, no value of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """How to stream."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(None, description="Ignored: nothing is padded.")
+
+
+class Sampling(Strict):
+    """What both kinds of completion take."""
+
+    model: ShortText
+    temperature: float | None = Field(
+        None, ge=0, le=100, description="0, the default, always takes the likeliest token."
+    )
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=2**31, description="0 is all tokens.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    seed: int | None = Field(None, description="Counts up where `n` is more than 1.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    user: ShortText | None = Field(None, description="Ignored.")
+
+
+class TextPart(Strict):
+    """Text, taken literally."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Strict):
+    """Where a picture is."""
+
+    url: str = Field(description="`data:`, or `http(s):` of a host that the operator allows.")
+    detail: Literal["auto", "low", "high"] | None = Field(None, description="`low` is one tile.")
+
+
+class ImagePart(Strict):
+    """A picture."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class VideoUrl(Strict):
+    """Where a video is."""
+
+    url: str = Field(description="`data:`, or `http(s):` of a host that the operator allows.")
+
+
+class VideoPart(Strict):
+    """A video, shown as `frames` pictures."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
+Texts: TypeAlias = str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)]
+UserPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+
+
+class SystemMessage(Strict):
+    """What the model is told before the conversation."""
+
+    role: Literal["system", "developer"]
+    content: Texts
+    name: ShortText | None = Field(None, description="Ignored.")
+
+
+class UserMessage(Strict):
+    """What the user says and shows."""
+
+    role: Literal["user"]
+    content: str | Annotated[list[UserPart], Field(max_length=MAX_PARTS)]
+    name: ShortText | None = Field(None, description="Ignored.")
+
+
+class AssistantMessage(Strict):
+    """An earlier answer; fields that answers have besides their text may come along."""
+
+    role: Literal["assistant"]
+    content: Texts | None = None
+    reasoning_content: str | None = Field(None, description="Ignored, as models are trained.")
+    name: ShortText | None = Field(None, description="Ignored.")
+    refusal: None = None
+    audio: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class PlainFormat(Strict):
+    """Text, or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+
+class JsonSchema(Strict):
+    """A JSON schema and its name."""
+
+    name: ShortText
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="Ignored: answers are always of the schema.")
+
+
+class SchemaFormat(Strict):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class TemplateArguments(Strict):
+    """The variables of the chat template that may be set."""
+
+    enable_thinking: bool | None = None
+
+
+class ChatRequest(Sampling):
+    """A conversation to go on with."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=2**31, description="Default: all that the context holds."
+    )
+    max_tokens: int | None = Field(None, ge=1, le=2**31, description="The older name of it.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = (
+        None
+    )
+    enable_thinking: bool | None = Field(None, description="Think before answering.")
+    chat_template_kwargs: TemplateArguments | None = None
+    frames: int | None = Field(None, ge=1, le=256, description="Frames shown of each video.")
+    max_tiles: int | None = Field(None, ge=1, le=40, description="Most tiles of a picture.")
+    tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = Field(None, description="Ignored without tools.")
+    metadata: dict[str, str] | None = Field(None, description="Ignored.")
+    store: bool | None = Field(None, description="Ignored: nothing is stored.")
+    service_tier: ShortText | None = Field(None, description="Ignored.")
+    safety_identifier: ShortText | None = Field(None, description="Ignored.")
+    prompt_cache_key: ShortText | None = Field(None, description="Ignored: all share the cache.")
+
+
+PromptText = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS)]
+
+
+class CompletionRequest(Sampling):
+    """Text to go on with, without a chat template: special tokens in it are special tokens."""
+
+    prompt: (
+        PromptText
+        | TokenIds
+        | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_ANSWERS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_ANSWERS)]
+    )
+    max_tokens: int | None = Field(None, ge=1, le=2**31, description="Default: 16.")
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None

@@ -1,0 +1,127 @@
+"""What all requests share: the model, its scheduler, the threads for pictures, the metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from fastapi import Request
+from prometheus_client import CollectorRegistry
+
+from edgevl.generate.model import Model
+from edgevl.generate.scheduler import Scheduler
+from edgevl.preprocess import PromptEncoder
+from edgevl.serve.answers import Record
+from edgevl.serve.errors import ApiError, as_api_error, unavailable
+from edgevl.serve.fetch import Fetcher
+from edgevl.serve.logprobs import TokenTexts
+from edgevl.serve.media import Media
+from edgevl.serve.metrics import Metrics
+from edgevl.serve.settings import Settings
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What there is once the model is loaded."""
+
+    scheduler: Scheduler
+    prompts: PromptEncoder
+    media: Media
+    texts: TokenTexts
+
+
+class Service:
+    """What all requests share.
+
+    Attributes:
+        settings: What the operator decides.
+        created: Unix time in seconds of the server's start.
+        metrics: What Prometheus reads.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Be alive, but not ready: `start` comes with the model."""
+        self.settings = settings
+        self.created = int(time.time())
+        self.metrics = Metrics(CollectorRegistry())
+        self._loaded: Loaded | None = None
+        self._path = settings.name  # of the model, once it is known
+
+    def start(self, model: Model) -> None:
+        """Take a model and be ready. From any thread."""
+        scheduler = Scheduler(model, max_queue=self.settings.max_queue)
+        fetcher = Fetcher(self.settings.allowed_hosts)
+        self.metrics.watch(scheduler)
+        self._path = str(model.checkpoint.path)
+        self._loaded = Loaded(
+            scheduler,
+            scheduler.prompts,
+            Media(model.checkpoint, scheduler.max_context, fetcher),
+            TokenTexts(scheduler.prompts.tokenizer),
+        )
+
+    def close(self) -> None:
+        """Take no more requests; wait for those under way, up to ``grace_s``; cancel the rest."""
+        if self._loaded is not None:
+            self._loaded.scheduler.close(self.settings.grace_s)
+            self._loaded.media.close()
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """The scheduler, once the model is loaded."""
+        return self._loaded.scheduler if self._loaded else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._loaded is not None and self._loaded.scheduler.alive
+
+    def loaded(self, name: str) -> Loaded:
+        """Return what answers a request for the model ``name``.
+
+        Raises:
+            ApiError: there is no such model, or it is not ready.
+        """
+        self.check_name(name)
+        if self._loaded is None:
+            raise unavailable("the model is still being loaded: try again in a while")
+        if not self._loaded.scheduler.alive:
+            raise unavailable("the server stops: ask another one")
+        return self._loaded
+
+    def told(self, error: Exception) -> ApiError:
+        """Return what a client is told of ``error``: nothing of where the model is."""
+        told = as_api_error(error)
+        told.detail.message = told.detail.message.replace(self._path, self.settings.name)
+        return told
+
+    def check_name(self, name: str) -> None:
+        """Check that ``name`` is the model's.
+
+        Raises:
+            ApiError: it is not.
+        """
+        if name != self.settings.name:
+            raise ApiError(
+                404,
+                f"there is no model of this name here: give {self.settings.name!r}",
+                "model",
+                "model_not_found",
+            )
+
+
+def service_of(request: Request) -> Service:
+    """Return the service that a request is made to."""
+    service: Service = request.app.state.service
+    return service
+
+
+def record_of(request: Request) -> Record:
+    """Return the record of a request, which the log's middleware made."""
+    record: Record = request.scope["edgevl.record"]
+    return record
+
+
+def client_of(request: Request) -> str:
+    """Return who asks: clients take turns."""
+    return request.client.host if request.client else ""

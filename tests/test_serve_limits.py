@@ -1,0 +1,453 @@
+"""What goes wrong between client and server: broken requests, clients that leave, limits, ends."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx2
+import pytest
+
+import edgevl
+from edgevl import cli
+from edgevl.errors import CheckpointError, EdgeVLError, QueueFullError
+from serving import METER, ScriptedScheduler, picture, serving, text, user, wait_until
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return edgevl.load("tiny", threads=1)
+
+
+@pytest.fixture
+def scripted(model, monkeypatch):
+    """A function (**settings) -> a server whose answers the test gives, by `scheduler`."""
+    monkeypatch.setattr("edgevl.serve.service.Scheduler", ScriptedScheduler)
+    return lambda **settings: serving(lambda: model, **settings)
+
+
+@pytest.fixture
+def server(scripted):
+    with scripted() as running:
+        yield running
+
+
+def body(**more):
+    return {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], **more}
+
+
+class Asking:
+    """A request in a thread of its own."""
+
+    def __init__(self, running, path=CHAT, **more):
+        self.client = httpx2.Client(base_url=running.url, timeout=20)
+        self._thread = threading.Thread(target=self._ask, args=(path, body(**more)))
+        self._thread.start()
+
+    def _ask(self, path, body):
+        self._response = self.client.post(path, json=body)
+
+    def response(self):
+        self._thread.join(20)
+        return self._response
+
+    def events(self):
+        lines = [line for line in self.response().text.split("\n\n") if line]
+        assert all(line.startswith("data: ") for line in lines)
+        return [
+            line if line == "data: [DONE]" else json.loads(line.removeprefix("data: "))
+            for line in lines
+        ]
+
+
+def test_thinking_and_logprobs(server):
+    asking = Asking(server, logprobs=True, top_logprobs=2, enable_thinking=True)
+    job = server.service.scheduler.next()
+    assert job.top_logprobs == 2
+    assert "<think>" in server.service.scheduler.prompts.tokenizer.decode(
+        job.prompt.token_ids, skip_special_tokens=False
+    )
+    job.say("Hm", thinking=True, token_id=5)
+    job.say("Yes", token_id=7)
+    job.end("Yes", "Hm")
+    choice = asking.response().json()["choices"][0]
+    assert choice["message"]["content"] == "Yes"
+    assert choice["message"]["reasoning_content"] == "Hm"
+    first, second = choice["logprobs"]["content"]
+    assert first["logprob"] == -0.5
+    assert first["token"] == server.service.scheduler.prompts.tokenizer.decode([5])
+    assert bytes(first["bytes"]).decode() == first["token"]
+    assert [top["logprob"] for top in second["top_logprobs"]] == [-0.5, -9999.0]
+
+
+def test_thinking_and_logprobs_in_a_stream(server):
+    asking = Asking(server, stream=True, logprobs=True)
+    job = server.service.scheduler.next()
+    assert job.top_logprobs == 0
+    job.say("Hm", thinking=True)
+    job.say("")  # half a character
+    job.say("Yes")
+    job.end("Yes", "Hm")
+    *events, done = asking.events()
+    assert done == "data: [DONE]"
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert deltas[1:] == [{"reasoning_content": "Hm"}, {"content": ""}, {"content": "Yes"}, {}]
+    logprobs = [event["choices"][0]["logprobs"] for event in events]
+    assert [len(found["content"]) for found in logprobs[1:-1]] == [1, 1, 1]
+
+
+def test_completions_with_logprobs(server):
+    ids = server.service.scheduler.prompts.tokenizer.encode("ab", add_special_tokens=False).ids
+    with httpx2.Client(base_url=server.url, timeout=20) as client:
+        threading.Thread(target=lambda: answer(server.service.scheduler.next(), ids)).start()
+        request = {"model": "tiny", "prompt": "Hello", "logprobs": 1}
+        choice = client.post("/v1/completions", json=request).json()["choices"][0]
+    assert choice["text"] == "ab"
+    logprobs = choice["logprobs"]
+    tokens = logprobs["tokens"]
+    assert "".join(tokens) == "ab"
+    assert logprobs["text_offset"] == [len("".join(tokens[:i])) for i in range(len(ids))]
+    assert logprobs["token_logprobs"] == [-0.5] * len(ids)
+    assert logprobs["top_logprobs"][0] == {tokens[0]: -0.5}
+
+
+def answer(job, ids):
+    job.say("ab", token_id=ids[0])
+    for token_id in ids[1:]:
+        job.say("", token_id=token_id)
+    job.end("ab")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_stops_the_computation(server, stream, caplog):
+    """A raw connection, closed while the answer is under way."""
+    caplog.set_level(logging.INFO, "edgevl.serve")
+    data = json.dumps(body(stream=stream, n=2)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as client:
+        client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        jobs = [server.service.scheduler.next() for _ in range(2)]
+        jobs[0].say("I")
+        if stream:
+            assert b"200 OK" in client.recv(4096)
+        assert not any(job.cancelled for job in jobs)
+    started = time.monotonic()
+    wait_until(lambda: all(job.cancelled for job in jobs))
+    assert time.monotonic() - started < 2
+    wait_until(lambda: caplog.records)
+    line = caplog.records[-1].msg
+    assert line["aborted"] == "client"
+    assert line["status"] == (200 if stream else 499)
+
+
+def test_a_reader_that_takes_nothing_is_given_up_and_holds_nobody_up(scripted):
+    with scripted(stall_s=0.5) as running:
+        scheduler = running.service.scheduler
+        data = json.dumps(body(stream=True)).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(("127.0.0.1", int(running.url.rpartition(":")[2])))
+            slow.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+            job = scheduler.next()
+            for _ in range(100):  # 10 MB, more than any buffer of the system
+                job.say("x" * 100_000)
+            asking = Asking(running)
+            other = scheduler.next()
+            other.end("Hello")
+            assert asking.response().status_code == 200
+            wait_until(lambda: job.cancelled)
+
+
+def test_too_slow_an_answer(scripted):
+    with scripted(timeout_s=0.3) as running:
+        asking = Asking(running)
+        job = running.service.scheduler.next()
+        response = asking.response()
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "timeout"
+        assert job.cancelled
+        asking = Asking(running, stream=True)
+        job = running.service.scheduler.next()
+        job.say("I")
+        *_, event = asking.events()
+        assert event["error"]["code"] == "timeout"
+        assert job.cancelled
+
+
+def test_errors_of_the_engine(server, model, caplog):
+    caplog.set_level(logging.INFO, "edgevl.serve")
+    asking = Asking(server)
+    fault = EdgeVLError(f"{model.checkpoint.path}: the weights are damaged")
+    server.service.scheduler.next().deliver(fault)
+    assert asking.response().status_code == 500
+    assert asking.response().json()["error"] == {
+        "message": "tiny: the weights are damaged",
+        "type": "server_error",
+        "param": None,
+        "code": None,
+    }
+    asking = Asking(server)
+    server.service.scheduler.next().deliver(ZeroDivisionError("/secret/path"))
+    assert asking.response().status_code == 500
+    assert "secret" not in asking.response().text
+    assert asking.response().headers["x-request-id"]
+    wait_until(lambda: "ZeroDivisionError" in str(caplog.records[-1].msg.get("error")))
+    assert "secret" not in str(caplog.records[-1].msg)
+    asking = Asking(server, stream=True)
+    job = server.service.scheduler.next()
+    job.say("I")
+    job.deliver(fault)
+    *_, event = asking.events()
+    assert event["error"]["message"] == "tiny: the weights are damaged"
+    wait_until(lambda: caplog.records[-1].msg.get("error") == "tiny: the weights are damaged")
+    asking = Asking(server)
+    server.service.scheduler.next().end(finish_reason="cancelled")
+    assert asking.response().status_code == 503
+
+
+def test_the_official_client_raises_errors_within_a_stream(server):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+
+        def fail():
+            job = server.service.scheduler.next()
+            job.say("I")
+            job.deliver(EdgeVLError("the weights are damaged"))
+
+        threading.Thread(target=fail).start()
+        with pytest.raises(openai.APIError, match="the weights are damaged"):
+            list(client.chat.completions.create(**body(stream=True)))
+
+
+def test_a_full_queue(server):
+    server.service.scheduler.refusal = QueueFullError("too many requests wait", 2.5)
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    with client, pytest.raises(openai.RateLimitError) as error:
+        client.chat.completions.create(**body())
+    assert error.value.response.headers["retry-after"] == "3"
+    assert error.value.code == "rate_limit_exceeded"
+
+
+def test_more_answers_than_the_queue_takes_are_refused(scripted):
+    with scripted(max_queue=2) as running:
+        response = Asking(running, n=3).response()
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "n"
+
+
+def test_more_requests_than_are_taken_at_once(scripted, monkeypatch):
+    monkeypatch.setattr("edgevl.serve.middleware.EXTRA_IN_FLIGHT", 0)
+    with scripted(max_queue=1) as running:
+        first = Asking(running)
+        job = running.service.scheduler.next()
+        second = Asking(running).response()
+        assert second.status_code == 429
+        assert second.headers["retry-after"] == "1"
+        job.end("Hello")
+        assert first.response().status_code == 200
+        third = Asking(running)
+        running.service.scheduler.next().end("Hello")
+        assert third.response().status_code == 200
+
+
+def test_sizes_of_bodies(scripted):
+    with scripted(max_request_bytes=10_000) as running:
+        with httpx2.Client(base_url=running.url, timeout=20) as client:
+            large = json.dumps(body(user="x" * 10_000)).encode()
+            json_type = {"content-type": "application/json"}
+            chunks = (large[at : at + 1000] for at in range(0, len(large), 1000))
+            for content in (large, chunks):
+                response = client.post(CHAT, content=content, headers=json_type)
+                assert response.status_code == 413
+                assert response.json()["error"]["code"] == "request_too_large"
+            small = json.dumps(body(user="x" * 600)).encode()
+            response = client.post(CHAT, content=small, headers=json_type)
+            assert response.json()["error"]["param"] == "user"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("edgevl.serve.middleware.BODIES_AT_ONCE", 0)
+            assert Asking(running).response().status_code == 429
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "body"),
+        (b"{", "JSON"),
+        (b"[]", "body"),
+        (b'"text"', "body"),
+        (b"\xff\xfe", ""),
+        (b"[" * 100_000 + b"]" * 100_000, ""),
+        (b'{"model":' + b"9" * 10_000 + b"}", ""),
+        (b'{"model":"tiny","messages":[{"role":"user","content":"\\ud800"}]}', ""),
+        (b'{"model":"tiny","temperature":NaN,"messages":[{"role":"user","content":"a"}]}', ""),
+        (b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"seed":1e400}', "seed"),
+    ],
+)
+def test_broken_json(server, content, words):
+    response = httpx2.post(
+        f"{server.url}{CHAT}", content=content, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+
+
+def test_what_pages_of_others_may_not_do(scripted):
+    with scripted() as running, httpx2.Client(base_url=running.url) as client:
+        plain = client.post(CHAT, content=json.dumps(body()))
+        assert plain.status_code == 415
+        rebound = client.get("/v1/models", headers={"host": "evil.example:8000"})
+        assert rebound.status_code == 403
+        for name in ("localhost", "127.0.0.1:1", "[::1]:80", "LOCALHOST:8000"):
+            assert client.get("/v1/models", headers={"host": name}).status_code == 200
+        asked = client.get("/v1/models", headers={"origin": "https://page.example"})
+        assert "access-control-allow-origin" not in asked.headers
+    with scripted(cors_origins=("https://page.example",), api_key="key") as running:
+        for origin, allowed in (("https://page.example", True), ("https://x.example", False)):
+            ask = {"origin": origin, "access-control-request-method": "POST"}
+            ask["access-control-request-headers"] = "authorization, content-type"
+            response = httpx2.options(f"{running.url}{CHAT}", headers=ask)
+            assert (response.status_code == 200) is allowed
+            assert ("access-control-allow-origin" in response.headers) is allowed
+
+
+def test_addresses_without_anything(server):
+    with httpx2.Client(base_url=server.url) as client:
+        for method, path, status in (
+            ("GET", "/v1/nothing", 404),
+            ("POST", "/v1/nothing", 404),
+            ("GET", CHAT, 405),
+            ("DELETE", "/v1/models", 405),
+        ):
+            response = client.request(method, path, json={} if method == "POST" else None)
+            assert response.status_code == status
+            assert response.json()["error"]["type"] == "invalid_request_error"
+        assert "/docs" in client.get("/").text
+        assert client.get("/docs").status_code == 200
+
+
+def test_the_log_has_no_content(server, caplog):
+    caplog.set_level(logging.INFO, "edgevl.serve")
+    words = "Zanzibar"
+    messages = [user(text(words), picture(METER))]
+    asking = Asking(server, messages=messages, user=words)
+    job = server.service.scheduler.next()
+    assert job.client == "127.0.0.1"
+    job.say(words)
+    job.end(words)
+    asked = asking.response()
+    wait_until(lambda: caplog.records)
+    line = caplog.records[-1].msg
+    assert line["request_id"] == asked.headers["x-request-id"]
+    assert (line["route"], line["status"], line["client"]) == (CHAT, 200, "127.0.0.1")
+    assert line["completion_tokens"] == 1
+    assert line["duration_ms"] >= line["ttft_ms"] > 0
+    assert line["finish_reason"] == "stop"
+    assert "aborted" not in line
+    Asking(server, messages=[{"role": words, "content": words}], **{words: words}).response()
+    httpx2.get(f"{server.url}/v1/{words}")
+    assert words not in str([record.msg for record in caplog.records])
+
+
+def test_not_ready_while_the_model_is_loaded(model):
+    go = threading.Event()
+
+    def load():
+        go.wait(10)
+        return model
+
+    with serving(load, ready=False) as running:
+        try:
+            assert httpx2.get(f"{running.url}/health").status_code == 200
+            assert httpx2.get(f"{running.url}/ready").status_code == 503
+            response = httpx2.post(f"{running.url}{CHAT}", json=body())
+            assert response.status_code == 503
+            assert response.headers["retry-after"]
+        finally:
+            go.set()
+        wait_until(lambda: httpx2.get(f"{running.url}/ready").status_code == 200)
+        running.service.scheduler.close(0)
+        assert httpx2.get(f"{running.url}/ready").status_code == 503
+        assert httpx2.post(f"{running.url}{CHAT}", json=body()).status_code == 503
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server():
+    def load():
+        raise CheckpointError("no such model")
+
+    with serving(load, ready=False) as running:
+        wait_until(lambda: running.server.failure is not None)
+        assert running.server.should_exit
+
+
+def test_commands_that_cannot_be(capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", "tiny", "--port", str(port)]) == 1
+        error = capsys.readouterr().err
+        assert "Address already in use" in error
+        assert error.count("\n") == 1
+    assert cli.main(["serve", "tiny", "--host", "no.such.host.invalid", "--port", "0"]) == 1
+    monkeypatch.setenv("EDGEVL_API_KEY", "schlüssel")
+    assert cli.main(["serve", "tiny", "--port", "0"]) == 2
+    assert "ASCII" in capsys.readouterr().err
+
+
+def start(*options, **environment):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgevl", "serve", "tiny", "--port", "0", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"LC_ALL": "C.UTF-8", "EDGEVL_API_KEY": "key"} | environment,
+    )
+    lines = []
+    while not lines or "served" not in lines[-1]:
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines
+    url = lines[-1].split("served at ")[1].split("/v1")[0]
+    return SimpleNamespace(process=process, url=url, lines=lines)
+
+
+def test_sigterm_lets_an_answer_end():
+    started = start("--served-name", "other")
+    process = started.process
+    try:
+        request = body(model="other", n=4, stream=True)
+        headers = {"authorization": "Bearer key"}
+        url = f"{started.url}{CHAT}"
+        with httpx2.stream("POST", url, json=request, headers=headers, timeout=20) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(20) == 0
+        line = json.loads(process.stderr.read().splitlines()[-1])
+        assert (line["route"], line["status"]) == (CHAT, 200)
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_a_server_for_everyone_warns():
+    started = start("--host", "0.0.0.0", EDGEVL_API_KEY="")
+    try:
+        assert started.lines[0].startswith("warning: ")
+        started.process.send_signal(signal.SIGINT)
+        assert started.process.wait(20) == 0
+    finally:
+        started.process.kill()
+        started.process.stderr.close()

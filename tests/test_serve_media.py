@@ -1,0 +1,88 @@
+"""Where pictures and videos of requests may come from."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+import edgevl
+from edgevl.errors import ContextLengthError, ImageError, VideoError
+from edgevl.serve.media import FETCHES, Media
+from serving import EXAMPLES, METER
+
+
+class FakeFetcher:
+    def __init__(self):
+        self.asked = []
+        self.at_once = self.most_at_once = 0
+
+    async def get(self, url, max_bytes):
+        self.asked.append((url, max_bytes))
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        await asyncio.sleep(0.01)
+        self.at_once -= 1
+        return (EXAMPLES / "meter.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return edgevl.load("tiny", threads=1)
+
+
+@pytest.fixture
+def fetcher():
+    return FakeFetcher()
+
+
+@pytest.fixture
+def media(model, fetcher):
+    media = Media(model.checkpoint, 2048, fetcher)
+    yield media
+    media.close()
+
+
+def test_addresses_are_fetched(media, fetcher):
+    fetched = asyncio.run(media.picture("HTTPS://host.example/a.png", None, media.budget()))
+    assert fetched == asyncio.run(media.picture(METER, None, media.budget()))
+    assert fetcher.asked == [("HTTPS://host.example/a.png", 64 * 2**20)]
+
+
+def test_not_all_are_fetched_at_once(media, fetcher):
+    async def many():
+        url = "http://host.example/a.png"
+        await asyncio.gather(*(media.picture(url, None, media.budget()) for _ in range(20)))
+
+    asyncio.run(many())
+    assert len(fetcher.asked) == 20
+    assert fetcher.most_at_once <= FETCHES
+
+
+@pytest.mark.parametrize(
+    "url", ["", "a.png", "/etc/passwd", "file:///etc/passwd", "-", "ftp://a/b"]
+)
+def test_nothing_else_is(media, fetcher, url):
+    with pytest.raises(ImageError, match="give a data: URL"):
+        asyncio.run(media.picture(url, None, media.budget()))
+    with pytest.raises(VideoError, match="give a data: URL"):
+        asyncio.run(media.video(url, 1, media.budget()))
+    assert fetcher.asked == []
+
+
+def test_what_does_not_fit_is_not_loaded(media, fetcher, model):
+    budget = media.budget()
+    tiles = (2048 - 1) // model.checkpoint.config.image_tokens
+    budget.take(tiles)
+    with pytest.raises(ContextLengthError):
+        asyncio.run(media.picture("http://host.example/a.png", None, budget))
+    with pytest.raises(ContextLengthError):
+        asyncio.run(media.video("http://host.example/a.mp4", tiles + 1, media.budget()))
+    assert fetcher.asked == []
+
+
+def test_a_model_without_vision(model, fetcher):
+    blind = SimpleNamespace(config=model.checkpoint.config, has_vision=False)
+    media = Media(blind, 2048, fetcher)
+    with pytest.raises(ImageError, match="no vision"):
+        asyncio.run(media.picture(METER, None, media.budget()))
+    media.close()
