@@ -117,6 +117,9 @@ class ScriptedScheduler:
         self.jobs.put(job)
         return job
 
+    def prepare(self, constraint):
+        pass
+
     def next(self):
         return self.jobs.get(timeout=10)
 

@@ -216,12 +216,6 @@ def test_models(client):
         ([user(text("a"))], {"top_logprobs": 2}, "top_logprobs", "logprobs"),
         (
             [user(text("a"))],
-            {"tools": [{"type": "function", "function": {"name": "f"}}]},
-            "tools",
-            "not supported",
-        ),
-        (
-            [user(text("a"))],
             {
                 "response_format": {
                     "type": "json_schema",

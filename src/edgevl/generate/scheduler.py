@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from edgevl.errors import EdgeVLError, QueueFullError
 from edgevl.generate.answer import Answer
+from edgevl.generate.constraint import Constraint
 from edgevl.generate.fair_queue import FairQueue
 from edgevl.generate.generation import Chunk, Generation
 from edgevl.generate.model import Model
@@ -158,6 +159,15 @@ class Scheduler:
             self._queue.put(client, ticket)
             self._changed.notify()
         return ticket
+
+    def prepare(self, constraint: Constraint) -> None:
+        """Do what takes long the first time that answers are constrained, and check that one.
+
+        Raises:
+            PromptError: the constraint's grammar is malformed.
+            EdgeVLError: constraints cannot be followed here.
+        """
+        self._masks.start(constraint)
 
     def cancel(self, ticket: Ticket) -> None:
         """See `Ticket.cancel`."""

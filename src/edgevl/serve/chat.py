@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -14,23 +14,28 @@ from edgevl.generate.answer import Answer
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.generation import Chunk
 from edgevl.generate.logprobs import TokenLogprobs
+from edgevl.generate.tool_calls import ToolCallSplitter
+from edgevl.preprocess.tools import Tool, ToolCall
 from edgevl.serve.conversation import encode
 from edgevl.serve.errors import ApiError, blamed_on, error_responses
 from edgevl.serve.logprobs import TokenTexts
 from edgevl.serve.requests import ChatRequest, PlainFormat
 from edgevl.serve.respond import AnswerResponse, Plan
 from edgevl.serve.responses import (
+    CallReply,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
+    FunctionReply,
     ReplyMessage,
     TimingsBody,
     UsageBody,
 )
 from edgevl.serve.sampling import questions
 from edgevl.serve.service import service_of
+from edgevl.serve.tools import forced_calls, shown_tools
 
 router = APIRouter()
 
@@ -55,8 +60,11 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
     async def prepare() -> Plan:
         loaded = service.loaded(body.model)
-        constraint = await _constraint(body)
-        prompt = await encode(body, loaded, _thinking(body))
+        tools = shown_tools(body)
+        constraint = await asyncio.to_thread(_constraint, body, tools)
+        if constraint is not None:
+            await asyncio.to_thread(loaded.scheduler.prepare, constraint)
+        prompt = await encode(body, loaded, _thinking(body), tools)
         most = loaded.scheduler.max_context
         max_tokens = body.max_completion_tokens or body.max_tokens or most
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -65,7 +73,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             questions(body, [prompt], max_tokens, service.settings.max_queue, constraint),
             body.n or 1,
             top_logprobs,
-            _ChatWriter(body, loaded.texts),
+            _ChatWriter(body, loaded.texts, bool(tools)),
         )
 
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -82,36 +90,78 @@ def _check(body: ChatRequest) -> None:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     if body.stream_options and not body.stream:
         raise ApiError(400, "stream_options needs stream: true", "stream_options")
-    if _thinking(body) and body.response_format and body.response_format.type != "text":
+    formatted = body.response_format is not None and body.response_format.type != "text"
+    forced = body.tool_choice not in (None, "none", "auto")
+    if _thinking(body) and (formatted or forced):
+        param = "response_format" if formatted else "tool_choice"
+        raise ApiError(400, f"{param} cannot be kept while thinking: leave one out", param)
+    if formatted and body.tools and body.tool_choice != "none":
         raise ApiError(
-            400, "response_format cannot be kept while thinking: leave one out", "response_format"
+            400,
+            "response_format leaves no room for tool calls: leave it out, or set tool_choice to "
+            "none",
+            "response_format",
         )
 
 
-async def _constraint(body: ChatRequest) -> Constraint | None:
+def _constraint(body: ChatRequest, tools: Sequence[Tool]) -> Constraint | None:
+    """Return what the answer must be; it may take a moment."""
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
-        return None
+        return forced_calls(body, tools)
     with blamed_on("response_format"):
         if isinstance(wanted, PlainFormat):
-            return await asyncio.to_thread(Constraint.json_object)
+            return Constraint.json_object()
         schema = wanted.json_schema.schema_
-        if schema is None:
-            schema = {"type": "object"}
-        return await asyncio.to_thread(Constraint.json_schema, schema)
+        return Constraint.json_schema({"type": "object"} if schema is None else schema)
+
+
+class _Reply:
+    """What one answer has said: text, and calls of tools if there are any."""
+
+    def __init__(self, with_tools: bool) -> None:
+        self.text = ""
+        self.calls: list[ToolCall] = []
+        self._splitter = ToolCallSplitter() if with_tools else None
+
+    def add(self, text: str) -> Iterable[ReplyMessage]:
+        """Take text; return what is certain of it."""
+        return self._messages([text] if self._splitter is None else self._splitter.add(text))
+
+    def finish(self) -> Iterable[ReplyMessage]:
+        """Return what was held back."""
+        return self._messages(() if self._splitter is None else self._splitter.finish())
+
+    def _messages(self, parts: Iterable[str | ToolCall]) -> Iterable[ReplyMessage]:
+        for part in parts:
+            if isinstance(part, ToolCall):
+                yield ReplyMessage(tool_calls=[_call(part, len(self.calls))])
+                self.calls.append(part)
+            else:
+                yield ReplyMessage(content=part)
+                self.text += part
+
+
+def _call(call: ToolCall, index: int | None = None) -> CallReply:
+    function = FunctionReply(name=call.name, arguments=call.arguments)
+    reply = CallReply(id=call.id, type="function", function=function)
+    if index is not None:
+        reply.index = index
+    return reply
 
 
 class _ChatWriter:
     """Writes answers as chat completions."""
 
-    def __init__(self, body: ChatRequest, texts: TokenTexts) -> None:
+    def __init__(self, body: ChatRequest, texts: TokenTexts, with_tools: bool) -> None:
         self._model = body.model
         self._logprobs = bool(body.logprobs)
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
         self._texts = texts
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._begun: set[int] = set()
+        self._with_tools = with_tools
+        self._replies: dict[int, _Reply] = {}
         self._tokens: dict[int, list[TokenLogprobs]] = {}
         self._answers: dict[int, Answer] = {}
 
@@ -120,22 +170,24 @@ class _ChatWriter:
         if self._logprobs:
             self._tokens.setdefault(number, []).extend(chunk.logprobs)
         logprobs = self._texts.chat(chunk.logprobs) if self._logprobs else None
-        pieces = [piece for piece in chunk.pieces if piece]
-        for piece in pieces:
-            delta = (
-                ReplyMessage(reasoning_content=piece)
-                if piece.thinking
-                else ReplyMessage(content=piece)
-            )
+        deltas: list[ReplyMessage] = []
+        for piece in filter(None, chunk.pieces):
+            if piece.thinking:
+                deltas.append(ReplyMessage(reasoning_content=piece))
+            else:
+                deltas += self._replies[number].add(piece)
+        if not deltas and chunk.logprobs:
+            deltas = [ReplyMessage(content="")]
+        for delta in deltas:
             yield self._chunk(number, delta, logprobs)
             logprobs = ChatLogprobs(content=[]) if self._logprobs else None
-        if not pieces and chunk.logprobs:
-            yield self._chunk(number, ReplyMessage(content=""), logprobs)
 
     def end(self, number: int, answer: Answer) -> Iterable[ChatChunk]:
         yield from self._begin(number)
+        for delta in self._replies[number].finish():
+            yield self._chunk(number, delta, None)
         self._answers[number] = answer
-        yield self._chunk(number, ReplyMessage(), None, answer.finish_reason)
+        yield self._chunk(number, ReplyMessage(), None, self._finish_reason(number))
 
     def last(self, usage: UsageBody, timings: TimingsBody) -> ChatChunk:
         return ChatChunk(
@@ -161,7 +213,11 @@ class _ChatWriter:
 
     def _choice(self, number: int) -> ChatChoice:
         answer = self._answers[number]
-        message = ReplyMessage(role="assistant", content=answer.text, refusal=None)
+        reply = self._replies[number]
+        text = reply.text if reply.text or not reply.calls else None
+        message = ReplyMessage(role="assistant", content=text, refusal=None)
+        if reply.calls:
+            message.tool_calls = [_call(call) for call in reply.calls]
         if answer.thinking:
             message.reasoning_content = answer.thinking
         tokens = self._tokens.get(number, [])
@@ -169,13 +225,17 @@ class _ChatWriter:
             index=number,
             message=message,
             logprobs=self._texts.chat(tokens) if self._logprobs else None,
-            finish_reason=answer.finish_reason,
+            finish_reason=self._finish_reason(number),
         )
+
+    def _finish_reason(self, number: int) -> str:
+        reason = self._answers[number].finish_reason
+        return "tool_calls" if self._replies[number].calls and reason == "stop" else reason
 
     def _begin(self, number: int) -> Iterable[ChatChunk]:
         """Yield the first event of an answer, which says whose it is."""
-        if number not in self._begun:
-            self._begun.add(number)
+        if number not in self._replies:
+            self._replies[number] = _Reply(self._with_tools)
             yield self._chunk(number, ReplyMessage(role="assistant", content=""), None)
 
     def _chunk(

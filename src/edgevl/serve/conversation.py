@@ -8,24 +8,29 @@ from collections.abc import Sequence
 from edgevl.errors import CheckpointError, PromptError
 from edgevl.preprocess import Message, Prompt
 from edgevl.preprocess.messages import Part
+from edgevl.preprocess.tools import Tool
 from edgevl.preprocess.video import DEFAULT_FRAMES
 from edgevl.serve.errors import blamed_on
 from edgevl.serve.requests import (
+    AnyMessage,
     AssistantMessage,
     ChatRequest,
     ImagePart,
     SystemMessage,
     TextPart,
     Texts,
-    UserMessage,
+    ToolMessage,
     UserPart,
 )
 from edgevl.serve.sampling import check_length
 from edgevl.serve.service import Loaded
+from edgevl.serve.tools import calls_of, in_order_of_calls
 
 
-async def encode(request: ChatRequest, loaded: Loaded, thinking: bool) -> Prompt:
-    """Load the pictures of a conversation and encode it.
+async def encode(
+    request: ChatRequest, loaded: Loaded, thinking: bool, tools: Sequence[Tool]
+) -> Prompt:
+    """Load the pictures of a conversation and encode it, with the tools that are shown.
 
     Raises:
         ApiError: a picture or video cannot be had, or the messages make no prompt.
@@ -33,11 +38,13 @@ async def encode(request: ChatRequest, loaded: Loaded, thinking: bool) -> Prompt
     loading = _Loading(request, loaded)
     messages = [
         await loading.message(message, f"messages[{number}]")
-        for number, message in enumerate(request.messages)
+        for number, message in in_order_of_calls(request.messages)
     ]
     with blamed_on("messages"):
         try:
-            prompt = await asyncio.to_thread(loaded.prompts.encode, _one_system(messages), thinking)
+            prompt = await asyncio.to_thread(
+                loaded.prompts.encode, _one_system(messages), thinking, tools
+            )
         except CheckpointError as error:
             # Templates refuse sequences of roles that they were not written for.
             raise PromptError(f"the chat template refuses the messages: {error}") from None
@@ -53,21 +60,23 @@ class _Loading:
         self._media = loaded.media
         self._budget = loaded.media.budget()
 
-    async def message(
-        self, message: SystemMessage | UserMessage | AssistantMessage, where: str
-    ) -> Message:
+    async def message(self, message: AnyMessage, where: str) -> Message:
+        if isinstance(message, AssistantMessage):
+            with blamed_on(f"{where}.tool_calls"):
+                calls = calls_of(message)
+            with blamed_on(f"{where}.content"):
+                return Message.assistant(_text(message.content or ""), calls)
         with blamed_on(f"{where}.content"):
             if isinstance(message, SystemMessage):
                 return Message.system(_text(message.content))
-            if isinstance(message, AssistantMessage):
-                return Message.assistant(_text(message.content or ""))
             if isinstance(message.content, str):
-                return Message.user(message.content)
+                make = Message.tool if isinstance(message, ToolMessage) else Message.user
+                return make(message.content)
         parts: list[Part] = []
         for number, part in enumerate(message.content):
             parts += await self._part(part, f"{where}.content[{number}]")
         with blamed_on(f"{where}.content"):
-            return Message("user", tuple(parts))
+            return Message(message.role, tuple(parts))
 
     async def _part(self, part: UserPart, where: str) -> list[Part]:
         """Return a part as `Message.user` puts it: a line for each picture, and for each frame."""

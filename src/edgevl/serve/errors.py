@@ -29,8 +29,8 @@ REQUEST_ERRORS = (PromptError, ImageError, VideoError, FetchError)
 
 # Known to OpenAI, not offered here: these may only have the value that changes nothing.
 _NOT_OFFERED = frozenset(
-    "best_of echo frequency_penalty function_call functions logit_bias presence_penalty suffix "
-    "tool_calls tool_choice tools".split()
+    "best_of echo frequency_penalty function_call functions logit_bias presence_penalty "
+    "suffix".split()
 )
 
 

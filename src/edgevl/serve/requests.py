@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 MAX_ANSWERS = 16
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
+MAX_TOOLS = 128
 #: Token ids in one prompt, far above any context.
 MAX_PROMPT_IDS = 2**20
 
@@ -106,6 +107,21 @@ class UserMessage(Strict):
     name: ShortText | None = Field(None, description="Ignored.")
 
 
+class FunctionCall(Strict):
+    """What was called, with what."""
+
+    name: ShortText
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class CallBody(Strict):
+    """A call of a tool."""
+
+    id: ShortText
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class AssistantMessage(Strict):
     """An earlier answer; fields that answers have besides their text may come along."""
 
@@ -117,10 +133,20 @@ class AssistantMessage(Strict):
     audio: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOLS)] | None = None
 
 
-ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+class ToolMessage(Strict):
+    """The result of a tool call; pictures may be among it."""
+
+    role: Literal["tool"]
+    content: str | Annotated[list[UserPart], Field(max_length=MAX_PARTS)]
+    tool_call_id: ShortText
+    name: ShortText | None = Field(None, description="Ignored.")
+
+
+AnyMessage: TypeAlias = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+ChatMessage = Annotated[AnyMessage, Field(discriminator="role")]
 
 
 class PlainFormat(Strict):
@@ -143,6 +169,37 @@ class SchemaFormat(Strict):
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
+
+
+class FunctionDefinition(Strict):
+    """A function that the model may ask for."""
+
+    name: ShortText
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of an object.")
+    strict: bool | None = Field(
+        None, description="Ignored: calls that are forced are always of the schema."
+    )
+
+
+class ToolDefinition(Strict):
+    """A tool: a function."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(Strict):
+    """One of the functions."""
+
+    name: ShortText
+
+
+class NamedTool(Strict):
+    """One of the tools."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class TemplateArguments(Strict):
@@ -168,9 +225,13 @@ class ChatRequest(Sampling):
     chat_template_kwargs: TemplateArguments | None = None
     frames: int | None = Field(None, ge=1, le=256, description="Frames shown of each video.")
     max_tiles: int | None = Field(None, ge=1, le=40, description="Most tiles of a picture.")
-    tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = Field(None, description="Ignored without tools.")
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="`required` and a named one are valid calls by construction."
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="Whether `required` may be several calls; default: true."
+    )
     metadata: dict[str, str] | None = Field(None, description="Ignored.")
     store: bool | None = Field(None, description="Ignored: nothing is stored.")
     service_tier: ShortText | None = Field(None, description="Ignored.")

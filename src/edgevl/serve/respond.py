@@ -131,8 +131,7 @@ class AnswerResponse(Response):
             if failure.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 self._record.error = failure.detail.message
             with suppress(_StalledError):
-                await self._event(send, json.dumps(failure.body()))
-                await self._part(send, b"", more=False)
+                await self._event(send, json.dumps(failure.body()), more=False)
             if not isinstance(error, ApiError | EdgeVLError):
                 raise
 
@@ -146,8 +145,8 @@ class AnswerResponse(Response):
                 return
             async for model in models:
                 await self._event(send, _json(model))
-        await self._event(send, "[DONE]")
-        await self._part(send, b"", more=False)
+        # The end comes with it: a client that leaves on reading this has not left early.
+        await self._event(send, "[DONE]", more=False)
 
     async def _models(self) -> AsyncGenerator[BaseModel, None]:
         """Yield the events, or the whole response."""
@@ -175,8 +174,8 @@ class AnswerResponse(Response):
         elif self._include_usage:
             yield writer.last(usage, timings)
 
-    async def _event(self, send: Send, data: str) -> None:
-        await self._part(send, f"data: {data}\n\n".encode(), more=True)
+    async def _event(self, send: Send, data: str, more: bool = True) -> None:
+        await self._part(send, f"data: {data}\n\n".encode(), more)
 
     async def _part(self, send: Send, body: bytes, more: bool) -> None:
         """Send a part of the body, and the head before the first.

@@ -54,12 +54,29 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionReply(BaseModel):
+    """What is to be called, with a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class CallReply(BaseModel):
+    """A call that the model asks for; in a stream with its number."""
+
+    index: int | None = None
+    id: str
+    type: Literal["function"]
+    function: FunctionReply
+
+
 class ReplyMessage(BaseModel):
     """An answer, or a piece of one."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[CallReply] | None = None
     refusal: None = None
 
 

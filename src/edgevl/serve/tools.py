@@ -1,0 +1,114 @@
+"""Tools of a chat request: what the model is shown of them, what is forced, calls and results."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from edgevl.generate.constraint import Constraint
+from edgevl.preprocess.tools import Tool, ToolCall, check_tools
+from edgevl.serve.errors import ApiError, blamed_on
+from edgevl.serve.requests import (
+    AnyMessage,
+    AssistantMessage,
+    ChatRequest,
+    NamedTool,
+    ToolMessage,
+)
+
+
+def shown_tools(body: ChatRequest) -> list[Tool]:
+    """Return the tools that the model is told of.
+
+    Raises:
+        ApiError: one is malformed, or ``tool_choice`` asks for one that is not there.
+    """
+    tools = []
+    for number, given in enumerate(body.tools or ()):
+        with blamed_on(f"tools[{number}].function"):
+            function = given.function
+            tools.append(Tool(function.name, function.description or "", function.parameters))
+    with blamed_on("tools"):
+        check_tools(tools)
+    choice = body.tool_choice
+    if isinstance(choice, NamedTool) and choice.function.name not in [tool.name for tool in tools]:
+        raise ApiError(
+            400,
+            f"tool_choice: no tool is named {choice.function.name!r}: add it to tools",
+            "tool_choice",
+        )
+    if choice == "required" and not tools:
+        raise ApiError(400, "tool_choice: required needs tools", "tool_choice")
+    return [] if choice == "none" else tools
+
+
+def forced_calls(body: ChatRequest, tools: Sequence[Tool]) -> Constraint | None:
+    """Return the constraint to call tools, if ``tool_choice`` says so.
+
+    Raises:
+        ApiError: a tool's parameters use what cannot be followed.
+    """
+    choice = body.tool_choice
+    with blamed_on("tools"):
+        if isinstance(choice, NamedTool):
+            return Constraint.tool_calls([t for t in tools if t.name == choice.function.name])
+        if choice == "required":
+            return Constraint.tool_calls(tools, several=body.parallel_tool_calls is not False)
+    return None
+
+
+def calls_of(message: AssistantMessage) -> list[ToolCall]:
+    """Return the calls of an earlier answer.
+
+    Raises:
+        PromptError: one is malformed.
+    """
+    return [
+        ToolCall(call.function.name, call.function.arguments, call.id)
+        for call in message.tool_calls or ()
+    ]
+
+
+def in_order_of_calls(messages: Sequence[AnyMessage]) -> list[tuple[int, AnyMessage]]:
+    """Return messages with their numbers, results of tools in the order of their calls.
+
+    Models are not shown the ids: which result is of which call, they know by the order.
+
+    Raises:
+        ApiError: a result is of no call, or a call has no result or several.
+    """
+    ordered: list[tuple[int, AnyMessage]] = []
+    calls: list[str] = []  # whose results must come now
+    results: dict[str, tuple[int, AnyMessage]] = {}
+    for number, message in enumerate(messages):
+        if isinstance(message, ToolMessage):
+            call_id = message.tool_call_id
+            if call_id not in calls or call_id in results:
+                raise ApiError(
+                    400,
+                    f"messages[{number}].tool_call_id: {call_id!r} is not that of a call in the "
+                    "assistant message before, or has a result already",
+                    f"messages[{number}].tool_call_id",
+                )
+            results[call_id] = (number, message)
+            if len(results) == len(calls):
+                ordered += [results[call_id] for call_id in calls]
+                calls, results = [], {}
+            continue
+        if calls:
+            raise _missing(number, calls, results)
+        ordered.append((number, message))
+        if isinstance(message, AssistantMessage):
+            calls = [call.id for call in message.tool_calls or ()]
+    if calls:
+        raise _missing(len(messages), calls, results)
+    return ordered
+
+
+def _missing(number: int, calls: Sequence[str], results: Collection[str]) -> ApiError:
+    missing = next(call_id for call_id in calls if call_id not in results)
+    return ApiError(
+        400,
+        f"messages[{number}]: the result of the tool call {missing!r} must come before it, in a "
+        "message of the role tool",
+        "messages",
+    )
