@@ -9,6 +9,7 @@ NEEDED = {
     "edgevl/__init__.py",
     "edgevl/py.typed",
     "edgevl/quantize/report.html.jinja",
+    "edgevl/serve/page.css",
     f"{MODEL}config.json",
     f"{MODEL}tokenizer.json",
 }

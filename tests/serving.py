@@ -13,7 +13,8 @@ from edgevl.generate.generation import Chunk
 from edgevl.generate.logprobs import TokenLogprobs
 from edgevl.generate.text import Piece
 from edgevl.serve.app import create_app
-from edgevl.serve.run import Server, listen, url_of
+from edgevl.serve.listening import listen, url_of
+from edgevl.serve.run import Server
 from edgevl.serve.service import Service
 from edgevl.serve.settings import Settings
 

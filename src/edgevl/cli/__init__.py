@@ -15,6 +15,7 @@ from edgevl.cli.terminal import reason
 #: Subcommand -> (module with an object ``command``, one-line help).
 COMMANDS = {
     "chat": ("edgevl.cli.chat", "Ask a picture, once or in a conversation."),
+    "ui": ("edgevl.cli.ui", "Talk about pictures and videos in the browser."),
     "batch": (
         "edgevl.cli.batch",
         "Ask about many pictures, into a file; goes on where it stopped.",

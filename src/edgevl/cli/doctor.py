@@ -52,6 +52,7 @@ EXTRAS = {
         ),
         "edgevl serve",
     ),
+    "ui": (("gradio",), "edgevl ui"),
     "board": (("cffi",), "boards with an NPU, and their emulator"),
     "axera": (
         ("onnx", "onnx-ir", "onnxslim", "onnxruntime", "pydantic", "json5"),

@@ -118,7 +118,8 @@ def command(
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     from edgevl.serve.app import create_app
-    from edgevl.serve.run import Server, is_loopback, listen, run, url_of
+    from edgevl.serve.listening import is_loopback, listen, url_of
+    from edgevl.serve.run import Server, run
     from edgevl.serve.service import Service
     from edgevl.serve.settings import Settings
 

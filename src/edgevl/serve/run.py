@@ -1,9 +1,8 @@
-"""Listening: sockets, signals, loading beside it."""
+"""Serving: signals, and loading beside it."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import signal
 import socket
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from edgevl.errors import EdgeVLError
 from edgevl.generate.model import Model
 from edgevl.serve.logs import log_to_stderr
 from edgevl.serve.service import Service
@@ -83,37 +81,6 @@ class Server(uvicorn.Server):
         except Exception as error:
             self.failure = error
             self.should_exit = True
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; ``port`` 0 takes one that is free.
-
-    Raises:
-        EdgeVLError: the host is no address of this machine, or the port is taken.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # A name such as localhost may have both: most clients try IPv4, and some only that.
-        family, _, _, _, address = min(found, key=lambda place: place[0] != socket.AF_INET)
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except UnicodeError:
-        raise EdgeVLError(f"--host {host!r}: not the name of a host") from None
-    except OSError as error:
-        raise EdgeVLError(
-            f"cannot listen at {host}, port {port}: {error.strerror}; choose others with --host "
-            "and --port"
-        ) from None
-
-
-def is_loopback(sock: socket.socket) -> bool:
-    """Tell whether only this machine reaches a socket that listens."""
-    return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
-
-
-def url_of(sock: socket.socket) -> str:
-    """Return where a socket that listens is reached."""
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def run(server: Server, sock: socket.socket) -> None:

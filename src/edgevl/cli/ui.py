@@ -1,0 +1,123 @@
+"""``edgevl ui``: a conversation in the browser."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from edgevl.cli.options import as_unicode, engine_options
+from edgevl.cli.terminal import chinese, ends_like_ctrl_c, note, show_notes
+from edgevl.optional import needs
+from edgevl.serve.listening import is_loopback, listen, url_of
+
+if TYPE_CHECKING:
+    from edgevl.engine import KVCacheFormat, Precision
+
+#: What is under way when the page ends has so long to be broken off, seconds.
+FAREWELL_S = 2
+
+
+@click.command("ui")
+@click.argument("model")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Where to listen; 0.0.0.0 lets other machines in.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=7860,
+    show_default=True,
+    metavar="N",
+    help="0 takes any that is free.",
+)
+@click.option(
+    "--api-key",
+    envvar="EDGEVL_API_KEY",
+    metavar="KEY",
+    help="Password of the page.  [environment: EDGEVL_API_KEY, which others cannot see]",
+)
+@engine_options
+def command(
+    model: str,
+    host: str,
+    port: int,
+    api_key: str | None,
+    engine: str,
+    max_context: int | None,
+    precision: Precision,
+    kv_cache: KVCacheFormat,
+    threads: int | None,
+) -> None:
+    """Open a page in the browser that talks to MODEL about pictures and videos.
+
+    \b
+    edgevl ui tiny
+    EDGEVL_API_KEY=secret edgevl ui OpenGVLab/InternVL3_5-1B --host 0.0.0.0
+    """  # noqa: D301
+    with needs("ui"):
+        import uvicorn
+        from fastapi import FastAPI
+
+        from edgevl.serve.middleware import HostCheck
+        from edgevl.serve.page import create_page, mount_page
+
+    # What can fail at once fails before the model is loaded.
+    with contextlib.suppress(KeyboardInterrupt), ends_like_ctrl_c(), listen(host, port) as sock:
+        import edgevl
+
+        note(f"{'正在加载' if chinese() else 'loading'} {model} …")
+        loaded = edgevl.load(
+            model,
+            engine=engine,
+            max_context=max_context,
+            precision=precision,
+            threads=threads,
+            kv_cache=kv_cache,
+        )
+        show_notes(loaded.engine.notes)
+        config = loaded.checkpoint.config
+        page = create_page(
+            loaded.chat,
+            f"EdgeVL · {model}",
+            loaded.engine.max_context,
+            sees=loaded.checkpoint.has_vision,
+            max_tiles=config.max_tiles if config.dynamic_tiling else None,
+        )
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        mount_page(app, page, auth=_password(api_key) if api_key else None)
+        if is_loopback(sock):
+            app.add_middleware(HostCheck)
+        _announce(sock, bool(api_key))
+        # Its messages are about browsers that have left.
+        settings = uvicorn.Config(
+            app, log_level="critical", access_log=False, timeout_graceful_shutdown=FAREWELL_S
+        )
+        uvicorn.Server(settings).run(sockets=[sock])
+
+
+def _password(key: str) -> Callable[[str, str], bool]:
+    """Return a check of passwords whose time tells nothing; the name may be any."""
+    expected = as_unicode(key).encode()
+    return lambda name, password: hmac.compare_digest(password.encode(), expected)
+
+
+def _announce(sock: socket.socket, locked: bool) -> None:
+    url = url_of(sock)
+    click.echo(f"页面地址：{url}/（按 Ctrl-C 结束）" if chinese() else f"{url}/  (Ctrl-C ends it)")
+    if not locked and not is_loopback(sock):
+        click.echo(
+            "警告：未设密码，能访问本机的人都可以使用此页面；可用环境变量 EDGEVL_API_KEY 设置密码"
+            if chinese()
+            else "warning: there is no password: whoever reaches this machine can use the page; "
+            "set EDGEVL_API_KEY",
+            err=True,
+        )

@@ -1,0 +1,420 @@
+"""The web page: a conversation with pictures and videos, in a browser, with Gradio.
+
+Nothing is fetched from the internet, neither by the server nor by the browser.
+"""
+
+from __future__ import annotations
+
+import atexit
+import html
+import importlib.util
+import logging
+import mimetypes
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from edgevl.errors import EdgeVLError
+from edgevl.optional import needs
+from edgevl.preprocess.image import MAX_BYTES
+from edgevl.preprocess.picture import MAX_TILES
+from edgevl.preprocess.video import DEFAULT_FRAMES, MAX_SAMPLED
+from edgevl.preprocess.video_file import MAX_MEMORY_BYTES
+from edgevl.serve.page_conversation import Conversation, Conversations, NewSession, Settings, Turn
+from edgevl.serve.page_markup import LATEX_DELIMITERS, asked_at, chat_messages
+from edgevl.serve.page_texts import LABELS, failure, language, statistics, stopped, working
+
+with needs("ui"):
+    import gradio as gr
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+#: Answers at a time, and questions that wait for their turn; more are refused.
+MOST_ANSWERING, MOST_WAITING = 16, 64
+#: Uploads are deleted when they are this old, and it is looked so often, seconds.
+UPLOAD_AGE_S, UPLOAD_CHECK_S = 6 * 3600, 600
+
+# Browsers, and Python's table, do not know all of these by their kind.
+_PICTURES = ["image", ".heic", ".heif"]
+_VIDEOS = ["video", ".mkv", ".webm", ".ts", ".flv", ".wmv", ".mxf", ".ivf", ".ogv"]
+
+# A picture or link in an answer must not call out: what it names could tell what was said.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    "font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+_HEADERS = (
+    (b"content-security-policy", _POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+)
+
+_log = logging.getLogger(__name__)
+
+#: What a handler returns: the chat, the box, the line below.
+Shown: TypeAlias = tuple[Any, Any, Any]
+
+
+def create_page(
+    new_session: NewSession,
+    title: str,
+    context: int,
+    sees: bool = True,
+    max_tiles: int | None = None,
+) -> gr.Blocks:
+    """Build the page; `mount_page` puts it into an application.
+
+    Every tab has a conversation of its own. They are answered side by side, as far as the sessions
+    allow that.
+
+    Args:
+        new_session: makes a session: (system message, thinking, most tiles); such as
+            `edgevl.generate.Model.chat`.
+        title: the model's name.
+        context: most tokens of prompt and answer.
+        sees: whether the model takes pictures.
+        max_tiles: most tiles of a picture unless the user sets another number; None for the
+            model's own number, of which the page then says nothing.
+    """
+    uploads = _private_uploads()
+    conversations = Conversations(lambda: Conversation(new_session, uploads))
+    labels = gr.I18n(**_locales())
+    films = sees and importlib.util.find_spec("av") is not None
+    with gr.Blocks(
+        analytics_enabled=False,
+        title=title,
+        fill_height=True,
+        delete_cache=(UPLOAD_CHECK_S, UPLOAD_AGE_S),
+    ) as page:
+        gr.Markdown(html.escape(title), elem_id="title")
+        chat = gr.Chatbot(
+            show_label=False,
+            elem_id="chat",
+            scale=1,
+            height="100%",
+            latex_delimiters=LATEX_DELIMITERS,
+            allow_tags=False,
+            editable="user",
+            group_consecutive_messages=False,  # else only what stands alone can be edited
+            buttons=["copy"],
+            feedback_options=None,
+            layout="bubble",
+        )
+        status = gr.Markdown(elem_id="status")
+        box = gr.MultimodalTextbox(
+            show_label=False,
+            elem_id="box",
+            sources=["upload"] if sees else [],
+            file_types=_PICTURES * sees + _VIDEOS * films or None,
+            file_count="multiple",
+            placeholder=labels("ask_picture" if sees else "ask"),
+            max_plain_text_length=1 << 20,  # longer text would be made a file
+            autofocus=True,
+        )
+        with gr.Sidebar(labels("settings"), open=False, position="right", elem_id="settings"):
+            if sees:
+                with gr.Accordion(labels("camera"), open=False):
+                    camera = gr.Image(
+                        sources=["webcam"],
+                        type="filepath",
+                        format="jpeg",
+                        show_label=False,
+                        buttons=[],
+                        elem_id="camera",
+                    )
+            settings, read = _settings(labels, context, sees, films, max_tiles)
+
+        page.i18n_instance = labels
+        _connect(page, conversations, context, read, chat, status, box, settings)
+        if sees:
+            camera.change(
+                _add, [camera, box], [camera, box], api_visibility="private", show_progress="hidden"
+            )
+    _take_uploads_only(page, uploads)
+    page.queue(api_open=False, max_size=MOST_WAITING, default_concurrency_limit=MOST_ANSWERING)
+    return page
+
+
+def mount_page(
+    app: FastAPI,
+    page: gr.Blocks,
+    path: str = "/",
+    max_upload_bytes: int | None = None,
+    auth: Callable[[str, str], bool] | None = None,
+) -> None:
+    """Put the page into an application, with everything of Gradio turned off that it does not need.
+
+    Args:
+        app: the application; its responses get headers that keep the browser from calling out.
+        page: what `create_page` returned.
+        path: where the page is.
+        max_upload_bytes: largest file; default is that of pictures, or of videos if those are
+            taken.
+        auth: (name, password) -> whether they may enter.
+    """
+    if max_upload_bytes is None:
+        films = importlib.util.find_spec("av") is not None
+        max_upload_bytes = MAX_MEMORY_BYTES if films else MAX_BYTES
+    app.add_middleware(_Headers)
+    gr.mount_gradio_app(
+        app,
+        page,
+        path=path,
+        auth=auth,
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=max_upload_bytes,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        i18n=page.i18n_instance,
+        theme=gr.themes.Base(
+            primary_hue="blue",
+            neutral_hue="gray",
+            font=["system-ui", "Noto Sans", "Noto Sans SC", "sans-serif"],
+            font_mono=["ui-monospace", "Consolas", "monospace"],
+        ),
+        css_paths=Path(__file__).with_name("page.css"),
+    )
+
+
+class _Headers:
+    """Adds ``_HEADERS`` to every response."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        async def with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_HEADERS]
+            await send(message)
+
+        await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
+
+
+def _take_uploads_only(page: gr.Blocks, uploads: Path) -> None:
+    """Refuse files that were not uploaded.
+
+    Gradio would fetch an address that a client names in place of a file, and in an application
+    that it is mounted in, it would read any file of the server's.
+    """
+    preprocess, place = page.preprocess_data, uploads.resolve()
+
+    def foreign(value: Any) -> bool:
+        if isinstance(value, dict):
+            path = value.get("path")
+            if path and not Path(str(path)).resolve().is_relative_to(place):
+                return True
+            return any(map(foreign, value.values()))
+        return isinstance(value, list) and any(map(foreign, value))
+
+    async def checked(block_fn: Any, inputs: list[Any], *rest: Any, **more: Any) -> Any:
+        if foreign(inputs):
+            raise gr.Error("files must be uploaded", print_exception=False)
+        return await preprocess(block_fn, inputs, *rest, **more)
+
+    page.preprocess_data = checked
+
+
+def _private_uploads() -> Path:
+    """Give Gradio a directory that is this process's alone and ends with it."""
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        made = tempfile.mkdtemp(prefix="edgevl-page-")
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        os.environ["GRADIO_TEMP_DIR"] = made
+    return Path(os.environ["GRADIO_TEMP_DIR"])
+
+
+def _locales() -> dict[str, dict[str, str]]:
+    chinese = LABELS["zh"]
+    return {**LABELS, "zh-CN": chinese, "zh-TW": chinese}
+
+
+def _settings(
+    labels: gr.I18n, context: int, sees: bool, films: bool, max_tiles: int | None
+) -> tuple[list[gr.components.Component], Callable[..., Settings]]:
+    """Make the controls; return them, and what reads their values."""
+    controls: dict[str, gr.components.Component] = {
+        "system": gr.Textbox(label=labels("system"), lines=2, elem_id="system"),
+        "thinking": gr.Checkbox(label=labels("thinking")),
+        "max_tokens": gr.Slider(
+            1, context, min(512, context), step=1, label=labels("max_tokens"), elem_id="max_tokens"
+        ),
+        "temperature": gr.Slider(0, 2, 0, step=0.05, label=labels("temperature")),
+        "top_p": gr.Slider(0.05, 1, 1, step=0.05, label=labels("top_p")),
+        "top_k": gr.Slider(0, 200, 0, step=1, label=labels("top_k")),
+        "repetition_penalty": gr.Slider(1, 2, 1, step=0.05, label=labels("repetition_penalty")),
+        "seed": gr.Number(-1, precision=0, minimum=-1, label=labels("seed")),
+    }
+    if sees and max_tiles is not None:
+        most = max(MAX_TILES, max_tiles)
+        controls["max_tiles"] = gr.Slider(1, most, max_tiles, step=1, label=labels("max_tiles"))
+    if films:
+        controls["frames"] = gr.Slider(
+            1, MAX_SAMPLED, DEFAULT_FRAMES, step=1, label=labels("frames")
+        )
+    gr.Markdown(labels("next"))
+
+    def read(*values: Any) -> Settings:
+        given = dict(zip(controls, values, strict=True))
+        tiles, seed = given.pop("max_tiles", None), given.pop("seed")
+        return Settings(
+            system=given.pop("system").strip() or None,
+            thinking=bool(given.pop("thinking")),
+            max_tiles=None if tiles is None else int(tiles),
+            frames=int(given.pop("frames", DEFAULT_FRAMES)),
+            sampling=given
+            | {name: int(given[name]) for name in ("max_tokens", "top_k")}
+            | {"seed": None if seed is None or seed < 0 else seed},
+        )
+
+    return list(controls.values()), read
+
+
+def _connect(
+    page: gr.Blocks,
+    conversations: Conversations,
+    context: int,
+    read: Callable[..., Settings],
+    chat: gr.Chatbot,
+    status: gr.Markdown,
+    box: gr.MultimodalTextbox,
+    settings: list[gr.components.Component],
+) -> None:
+    """Say what happens when the user does something.
+
+    The conversation itself stays here; the browser has a copy to show. So nothing that a browser
+    sends can put words into the model's mouth.
+    """
+
+    def show(
+        conversation: Conversation,
+        turn: Turn,
+        given: Settings,
+        lang: str,
+        keep: list[Turn] | None = None,
+    ) -> Iterator[Shown]:
+        """Have ``turn`` answered, and show it as it grows."""
+        cleared = {"value": {"text": "", "files": []}} if keep is None else {}
+        yield gr.skip(), gr.update(submit_btn=False, stop_btn=True, **cleared), ""
+        started = time.monotonic()
+        for _ in conversation.ask(turn, given, keep):
+            begun = turn.reply or turn.thinking
+            line = gr.skip() if begun else working(time.monotonic() - started, lang)
+            yield chat_messages(conversation.turns, lang, growing=True), gr.skip(), line
+        line, restored = "", {}
+        if turn.answer:
+            line = statistics(turn.answer, context, lang)
+        elif turn.error:
+            line = failure(turn, lang)
+            gr.Warning(html.escape(line))
+            if not isinstance(turn.error, EdgeVLError):
+                _log.error("a question could not be answered", exc_info=turn.error)
+        else:
+            line = stopped(lang)
+        if turn not in conversation.turns and cleared:
+            restored = {"value": _typed(turn)}  # nothing came of it: to be mended and asked again
+        shown = chat_messages(conversation.turns, lang)
+        yield shown, gr.update(submit_btn=True, stop_btn=False, **restored), html.escape(line)
+
+    nothing: Shown = (gr.skip(), gr.skip(), gr.skip())
+
+    def ask(request: gr.Request, typed: dict[str, Any], *given: Any) -> Iterator[Shown]:
+        turn = _turn(typed)
+        if turn.text.strip() or turn.pictures or turn.videos:
+            conversation = conversations.of(_tab(request))
+            yield from show(conversation, turn, read(*given), _language(request))
+        else:
+            yield nothing
+
+    def retry(request: gr.Request, *given: Any) -> Iterator[Shown]:
+        conversation = conversations.of(_tab(request))
+        if turns := conversation.turns:
+            turn, keep = turns[-1].again(), turns[:-1]
+            yield from show(conversation, turn, read(*given), _language(request), keep)
+        else:
+            yield nothing
+
+    def edit(event: gr.EditData, request: gr.Request, *given: Any) -> Iterator[Shown]:
+        conversation = conversations.of(_tab(request))
+        index = event.index[0] if isinstance(event.index, list | tuple) else event.index
+        number = asked_at(conversation.turns, index)
+        if number is None or not isinstance(event.value, str):
+            yield chat_messages(conversation.turns, _language(request)), gr.skip(), gr.skip()
+            return
+        turns = conversation.turns
+        turn, keep = turns[number].again(event.value), turns[:number]
+        yield from show(conversation, turn, read(*given), _language(request), keep)
+
+    def undo(request: gr.Request) -> Shown:
+        conversation = conversations.of(_tab(request))
+        turn = conversation.undo()
+        typed = gr.update(value=_typed(turn)) if turn else gr.skip()
+        return chat_messages(conversation.turns, _language(request)), typed, ""
+
+    def clear(request: gr.Request) -> Shown:
+        conversations.of(_tab(request)).clear()
+        return [], gr.skip(), ""
+
+    def stop(request: gr.Request) -> None:
+        conversations.of(_tab(request)).stop()
+
+    def close(request: gr.Request) -> None:
+        conversations.close(_tab(request))
+
+    shown = [chat, box, status]
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    # One limit for all that has the model compute.
+    limit: dict[str, Any] = {"concurrency_limit": MOST_ANSWERING, "concurrency_id": "answers"}
+    box.submit(ask, [box, *settings], shown, **private, **limit)
+    chat.retry(retry, settings, shown, **private, **limit)
+    chat.edit(edit, settings, shown, **private, **limit)
+    chat.undo(undo, None, shown, **private)
+    chat.clear(clear, None, shown, **private)
+    box.stop(stop, None, None, queue=False, **private)
+    page.unload(close)
+
+
+def _language(request: gr.Request) -> str:
+    return language(request.headers.get("accept-language", ""))
+
+
+def _tab(request: gr.Request) -> str:
+    return str(request.session_hash)
+
+
+def _turn(typed: dict[str, Any]) -> Turn:
+    """Return what stands in the box as a turn."""
+    files = [Path(name) for name in typed.get("files") or ()]
+    videos = tuple(path for path in files if _is_video(path))
+    pictures = tuple(path for path in files if path not in videos)
+    return Turn(typed.get("text") or "", pictures, videos)
+
+
+def _typed(turn: Turn) -> dict[str, Any]:
+    """Return a turn as what stands in the box."""
+    files = [str(path) for path in (*turn.pictures, *turn.videos) if path.exists()]
+    return {"text": turn.text, "files": files}
+
+
+def _is_video(path: Path) -> bool:
+    kind = mimetypes.guess_type(path.name)[0] or ""
+    return kind.startswith("video/") or path.suffix.lower() in _VIDEOS
+
+
+def _add(photo: str | None, typed: dict[str, Any]) -> tuple[Any, Any]:
+    """Put a photo into the box, and make the camera ready for another."""
+    if photo is None:  # it has just been made ready
+        return gr.skip(), gr.skip()
+    return None, {"text": typed.get("text") or "", "files": [*(typed.get("files") or ()), photo]}
