@@ -14,6 +14,7 @@ from edgevl.generate.logprobs import TokenLogprobs
 from edgevl.generate.text import Piece
 from edgevl.serve.app import create_app
 from edgevl.serve.listening import listen, url_of
+from edgevl.serve.page_gate import PageGate
 from edgevl.serve.run import Server
 from edgevl.serve.service import Service
 from edgevl.serve.settings import Settings
@@ -55,11 +56,13 @@ class Running:
 
 
 @contextmanager
-def serving(load, ready=True, **settings):
-    """Run a server in a thread; ``load`` returns its model."""
+def serving(load, ready=True, make_page=None, **settings):
+    """Run a server in a thread; ``load`` returns its model, ``make_page`` its page."""
     service = Service(Settings(name="tiny", **settings))
     sock = listen("127.0.0.1", 0)
-    running = Running(url_of(sock), service, Server(create_app(service), load))
+    gate = PageGate() if make_page else None
+    server = Server(create_app(service, gate), load, gate=gate, make_page=make_page)
+    running = Running(url_of(sock), service, server)
     server = running.server
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()

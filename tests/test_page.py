@@ -29,7 +29,7 @@ pytest.importorskip("gradio", reason="needs edgevl[ui]")
 from edgevl.cli import ui
 from edgevl.serve import page, page_markup, page_texts
 from edgevl.serve.listening import listen
-from edgevl.serve.page import create_page
+from edgevl.serve.page import create_page, password_check
 from edgevl.serve.page_conversation import MAX_FILES, Conversation, Conversations, Settings, Turn
 
 METER, SHAPES = EXAMPLES / "meter.png", EXAMPLES / "shapes.png"
@@ -382,7 +382,7 @@ def submit(url, paths):
 
 def test_a_password_is_asked_for():
     built = create_page(Scripted(lambda text: ["yes"]).new, "x", 100)
-    with served(built, auth=ui._password("s3cret")) as url:
+    with served(built, auth=password_check("s3cret")) as url:
         with pytest.raises(urllib.error.HTTPError, match="401"):
             get(f"{url}config")
         for password, status in (("wrong", 400), ("s3cret", 200)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +12,12 @@ from edgevl.cli.terminal import chinese, note, show_notes
 from edgevl.optional import needs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastapi import FastAPI
+
     from edgevl.generate import Model
+    from edgevl.generate.scheduler import Scheduler
 
 
 def _check_key(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -119,6 +125,7 @@ def command(
         import uvicorn  # noqa: F401
     from edgevl.serve.app import create_app
     from edgevl.serve.listening import is_loopback, listen, url_of
+    from edgevl.serve.page_gate import PageGate
     from edgevl.serve.run import Server, run
     from edgevl.serve.service import Service
     from edgevl.serve.settings import Settings
@@ -157,8 +164,28 @@ def command(
             f"{settings.name} 已在 {url}/v1 提供服务（按 Ctrl-C 停止）",
         )
 
-    run(Server(create_app(Service(settings)), load, on_ready), sock)
+    gate = make_page = None
+    if not no_ui and importlib.util.find_spec("gradio") is not None:
+        gate, make_page = PageGate(), _page_maker(settings.name, api_key)
+    app = create_app(Service(settings), gate)
+    run(Server(app, load, on_ready, gate, make_page), sock)
     return 0
+
+
+def _page_maker(name: str, api_key: str | None) -> Callable[[Model, Scheduler], FastAPI]:
+    """Return what makes the page; its password is the API key."""
+
+    def make(model: Model, scheduler: Scheduler) -> FastAPI:
+        from fastapi import FastAPI
+
+        from edgevl.serve.page import mount_page, page_of, password_check
+
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        auth = None if api_key is None else password_check(api_key)
+        mount_page(app, page_of(model, scheduler, name), auth=auth)
+        return app
+
+    return make
 
 
 def _say(english: str, in_chinese: str) -> None:

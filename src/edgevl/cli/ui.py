@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import socket
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -68,11 +66,12 @@ def command(
         from fastapi import FastAPI
 
         from edgevl.serve.middleware import HostCheck
-        from edgevl.serve.page import create_page, mount_page
+        from edgevl.serve.page import mount_page, page_of, password_check
 
     # What can fail at once fails before the model is loaded.
     with contextlib.suppress(KeyboardInterrupt), ends_like_ctrl_c(), listen(host, port) as sock:
         import edgevl
+        from edgevl.generate.scheduler import Scheduler
 
         note(f"{'正在加载' if chinese() else 'loading'} {model} …")
         loaded = edgevl.load(
@@ -84,16 +83,10 @@ def command(
             kv_cache=kv_cache,
         )
         show_notes(loaded.engine.notes)
-        config = loaded.checkpoint.config
-        page = create_page(
-            loaded.chat,
-            f"EdgeVL · {model}",
-            loaded.engine.max_context,
-            sees=loaded.checkpoint.has_vision,
-            max_tiles=config.max_tiles if config.dynamic_tiling else None,
-        )
+        scheduler = Scheduler(loaded)
+        page = page_of(loaded, scheduler, model)
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        mount_page(app, page, auth=_password(api_key) if api_key else None)
+        mount_page(app, page, auth=password_check(as_unicode(api_key)) if api_key else None)
         if is_loopback(sock):
             app.add_middleware(HostCheck)
         _announce(sock, bool(api_key))
@@ -101,13 +94,10 @@ def command(
         settings = uvicorn.Config(
             app, log_level="critical", access_log=False, timeout_graceful_shutdown=FAREWELL_S
         )
-        uvicorn.Server(settings).run(sockets=[sock])
-
-
-def _password(key: str) -> Callable[[str, str], bool]:
-    """Return a check of passwords whose time tells nothing; the name may be any."""
-    expected = as_unicode(key).encode()
-    return lambda name, password: hmac.compare_digest(password.encode(), expected)
+        try:
+            uvicorn.Server(settings).run(sockets=[sock])
+        finally:
+            scheduler.close(0)
 
 
 def _announce(sock: socket.socket, locked: bool) -> None:

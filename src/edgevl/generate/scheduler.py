@@ -30,6 +30,8 @@ Event: TypeAlias = Chunk | Answer | Exception
 
 #: Weight of the latest request in the running mean of their durations.
 LATEST = 0.2
+#: Time between the empty pieces of `Scheduler.run`, in seconds.
+WAKE_S = 0.1
 #: Bounds of what a refused client is told to wait, in seconds.
 LEAST_WAIT_S, MOST_WAIT_S = 1.0, 60.0
 
@@ -182,13 +184,18 @@ class Scheduler:
     ) -> Generator[Piece, None, Answer]:
         """Yield the answer's text as it comes; return the answer. Closing the generator cancels.
 
+        While nothing comes there is an empty piece now and then, so that who waits can leave.
         ``started`` is not used: the time in which a request waits counts anyway.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         ticket = self.submit(prompt, params, events.put)
         try:
             while True:
-                event = events.get()
+                try:
+                    event = events.get(timeout=WAKE_S)
+                except queue.Empty:
+                    yield Piece("")
+                    continue
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, Answer):

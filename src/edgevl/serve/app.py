@@ -15,6 +15,7 @@ from edgevl.serve import chat, completions
 from edgevl.serve.errors import add_error_handlers, error_responses, unavailable
 from edgevl.serve.logs import RequestLog
 from edgevl.serve.middleware import BodyLimit, HostCheck, KeyCheck
+from edgevl.serve.page_gate import PageGate
 from edgevl.serve.responses import ModelBody, ModelList, Status
 from edgevl.serve.service import Service, service_of
 
@@ -72,12 +73,12 @@ async def index() -> PlainTextResponse:
     return PlainTextResponse("EdgeVL. The API is at /v1, its description at /docs.\n")
 
 
-def create_app(service: Service, with_index: bool = True) -> FastAPI:
+def create_app(service: Service, page: PageGate | None = None) -> FastAPI:
     """Return the application.
 
     Args:
         service: what answers; it may start later.
-        with_index: have something at ``/``; without, something else can be mounted there.
+        page: what is at ``/``, if there is a page.
     """
     settings = service.settings
     app = FastAPI(title="EdgeVL", version=edgevl.__version__, redoc_url=None)
@@ -90,8 +91,10 @@ def create_app(service: Service, with_index: bool = True) -> FastAPI:
     for part in (chat.router, completions.router, router):
         app.include_router(part, dependencies=guards)
     app.include_router(state)
-    if with_index:
+    if page is None:
         app.add_api_route("/", index, include_in_schema=False)
+    else:
+        app.mount("/", page)
     # The last one added is the first one asked.
     app.add_middleware(BodyLimit, settings=settings, paths=(chat.PATH, completions.PATH))
     if settings.api_key is not None:

@@ -60,9 +60,11 @@ class RequestLog:
             if not status:
                 await as_api_error(error).response()(scope, receive, tagged)
         finally:
-            route = getattr(scope.get("route"), "path", None) or "other"
+            page = "edgevl.page" in scope
+            route = "page" if page else getattr(scope.get("route"), "path", None) or "other"
             self._service.metrics.count(record, route, status or _CLIENT_LEFT)
-            logger.info(_line(scope, record, route, status or _CLIENT_LEFT))
+            if not page or record.error:
+                logger.info(_line(scope, record, route, status or _CLIENT_LEFT))
 
 
 def _where(error: Exception) -> str:

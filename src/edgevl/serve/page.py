@@ -6,6 +6,7 @@ Nothing is fetched from the internet, neither by the server nor by the browser.
 from __future__ import annotations
 
 import atexit
+import hmac
 import html
 import importlib.util
 import logging
@@ -14,22 +15,26 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgevl.errors import EdgeVLError
+from edgevl.generate.model import Model
+from edgevl.generate.session import Answerer, Session
 from edgevl.optional import needs
 from edgevl.preprocess.image import MAX_BYTES
 from edgevl.preprocess.picture import MAX_TILES
 from edgevl.preprocess.video import DEFAULT_FRAMES, MAX_SAMPLED
 from edgevl.preprocess.video_file import MAX_MEMORY_BYTES
 from edgevl.serve.page_conversation import Conversation, Conversations, NewSession, Settings, Turn
+from edgevl.serve.page_guard import PageGuard
 from edgevl.serve.page_markup import LATEX_DELIMITERS, asked_at, chat_messages
 from edgevl.serve.page_texts import LABELS, failure, language, statistics, stopped, working
 
 with needs("ui"):
     import gradio as gr
+    from starlette.routing import Mount
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -43,23 +48,29 @@ UPLOAD_AGE_S, UPLOAD_CHECK_S = 6 * 3600, 600
 _PICTURES = ["image", ".heic", ".heif"]
 _VIDEOS = ["video", ".mkv", ".webm", ".ts", ".flv", ".wmv", ".mxf", ".ivf", ".ogv"]
 
-# A picture or link in an answer must not call out: what it names could tell what was said.
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
-    "font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
-)
-_HEADERS = (
-    (b"content-security-policy", _POLICY.encode()),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff"),
-)
-
 _log = logging.getLogger(__name__)
 
 #: What a handler returns: the chat, the box, the line below.
 Shown: TypeAlias = tuple[Any, Any, Any]
+
+
+def page_of(model: Model, answerer: Answerer, name: str) -> gr.Blocks:
+    """Build the page of a model.
+
+    Args:
+        model: the model.
+        answerer: what answers, such as a `Scheduler` with that model.
+        name: what the model is called.
+    """
+    checkpoint = model.checkpoint
+    config = checkpoint.config
+    return create_page(
+        lambda *kind: Session(checkpoint, answerer, *kind),
+        f"EdgeVL · {name}",
+        answerer.max_context,
+        sees=checkpoint.has_vision,
+        max_tiles=config.max_tiles if config.dynamic_tiling else None,
+    )
 
 
 def create_page(
@@ -152,7 +163,7 @@ def mount_page(
     """Put the page into an application, with everything of Gradio turned off that it does not need.
 
     Args:
-        app: the application; its responses get headers that keep the browser from calling out.
+        app: the application.
         page: what `create_page` returned.
         path: where the page is.
         max_upload_bytes: largest file; default is that of pictures, or of videos if those are
@@ -162,7 +173,6 @@ def mount_page(
     if max_upload_bytes is None:
         films = importlib.util.find_spec("av") is not None
         max_upload_bytes = MAX_MEMORY_BYTES if films else MAX_BYTES
-    app.add_middleware(_Headers)
     gr.mount_gradio_app(
         app,
         page,
@@ -186,21 +196,15 @@ def mount_page(
         ),
         css_paths=Path(__file__).with_name("page.css"),
     )
+    mounted = app.routes[-1]
+    assert isinstance(mounted, Mount)
+    mounted.app = PageGuard(mounted.app)
 
 
-class _Headers:
-    """Adds ``_HEADERS`` to every response."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        async def with_headers(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *_HEADERS]
-            await send(message)
-
-        await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
+def password_check(key: str) -> Callable[[str, str], bool]:
+    """Return a check of name and password: the name may be any; its time tells nothing."""
+    expected = key.encode()
+    return lambda name, password: hmac.compare_digest(password.encode(), expected)
 
 
 def _take_uploads_only(page: gr.Blocks, uploads: Path) -> None:

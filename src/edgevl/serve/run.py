@@ -14,7 +14,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from edgevl.generate.model import Model
+from edgevl.generate.scheduler import Scheduler
 from edgevl.serve.logs import log_to_stderr
+from edgevl.serve.page_gate import PageGate
 from edgevl.serve.service import Service
 
 #: Seconds that responses have to be sent once all answers have ended or been cancelled.
@@ -34,6 +36,8 @@ class Server(uvicorn.Server):
         app: FastAPI,
         load: Callable[[], Model],
         on_ready: Callable[[], object] = lambda: None,
+        gate: PageGate | None = None,
+        make_page: Callable[[Model, Scheduler], FastAPI] | None = None,
     ) -> None:
         """Do nothing yet.
 
@@ -41,6 +45,8 @@ class Server(uvicorn.Server):
             app: of `create_app`.
             load: loads the model, in a thread of its own.
             on_ready: called from there when the model is ready.
+            gate: where the page goes, if there is one.
+            make_page: makes the page.
         """
         self._service: Service = app.state.service
         config = uvicorn.Config(
@@ -58,11 +64,15 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._load = load
         self._on_ready = on_ready
+        self._gate = gate
+        self._make_page = make_page
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.failure: Exception | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and begin to load."""
         await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
         # Daemons, so that an exit in haste need not wait for them.
         threading.Thread(target=self._start_service, daemon=True).start()
 
@@ -70,13 +80,25 @@ class Server(uvicorn.Server):
         """Take nothing more, let requests under way end within the grace, cancel the rest."""
         closing = threading.Thread(target=self._service.close, daemon=True)
         closing.start()
+
+        async def close_page() -> None:
+            while closing.is_alive() and not self.force_exit:
+                await asyncio.sleep(0.05)
+            if self._gate is not None:
+                self._gate.close()
+
+        page_closed = asyncio.create_task(close_page())
         await super().shutdown(sockets)
-        while closing.is_alive() and not self.force_exit:
-            await asyncio.sleep(0.05)
+        await page_closed
 
     def _start_service(self) -> None:
         try:
-            self._service.start(self._load())
+            model = self._load()
+            scheduler = self._service.start(model)
+            if self._gate is not None and self._make_page is not None:
+                assert self._loop is not None
+                opening = self._gate.open(self._make_page(model, scheduler))
+                asyncio.run_coroutine_threadsafe(opening, self._loop)
             self._on_ready()
         except Exception as error:
             self.failure = error

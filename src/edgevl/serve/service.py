@@ -47,8 +47,8 @@ class Service:
         self._loaded: Loaded | None = None
         self._path = settings.name  # of the model, once it is known
 
-    def start(self, model: Model) -> None:
-        """Take a model and be ready. From any thread."""
+    def start(self, model: Model) -> Scheduler:
+        """Take a model and be ready; return what answers with it. From any thread."""
         scheduler = Scheduler(model, max_queue=self.settings.max_queue)
         fetcher = Fetcher(self.settings.allowed_hosts)
         self.metrics.watch(scheduler)
@@ -59,6 +59,7 @@ class Service:
             Media(model.checkpoint, scheduler.max_context, fetcher),
             TokenTexts(scheduler.prompts.tokenizer),
         )
+        return scheduler
 
     def close(self) -> None:
         """Take no more requests; wait for those under way, up to ``grace_s``; cancel the rest."""
