@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgevl.errors import EdgeVLError, PromptError
-from edgevl.generate.sampling import Sampler, SamplingParams
+from edgevl.generate.sampling import Sampler, SamplingParams, _place
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
 
@@ -59,6 +59,14 @@ def test_filters_work_on_unsorted_logits():
 def test_top_k_takes_the_first_of_equals():
     logits = np.array([1, 3, 2, 3, 3, 0], np.float32)
     assert np.flatnonzero(frequencies(draws=200, logits=logits, top_k=2)).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, np.nextafter(1.0, 0)])
+def test_a_share_of_the_total_has_its_place(share):
+    weights = np.zeros(2000, np.float32)
+    weights[[3, 511, 512, 1300]] = 1
+    assert _place(weights, share) == (3, 511, 512, 1300)[int(share * 4)]
+    assert _place(weights[3:4], share) == 0
 
 
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 0.9])

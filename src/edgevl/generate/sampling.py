@@ -14,6 +14,9 @@ from edgevl.errors import EdgeVLError, PromptError
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.token_mask import TokenMask
 
+#: Weights that are summed at once: a running sum of all would take ten times as long.
+_BLOCK = 512
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -127,27 +130,45 @@ class Sampler:
         return token_id
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
-        """Draw from the filtered distribution. What takes long is sorted only where it must be."""
+        """Draw from the filtered distribution. Nothing is sorted that need not be."""
         params = self._params
         ids = _likeliest(logits, params.top_k) if params.top_k else None
         candidates = logits if ids is None else logits[ids]
+        temperature = max(np.float32(params.temperature), np.finfo(np.float32).tiny)
         with np.errstate(over="ignore"):  # -inf, probability 0, is the limit of low temperatures
-            scaled = (candidates - candidates.max()).astype(np.float64) / params.temperature
-        probabilities = np.exp(scaled)
-        probabilities /= probabilities.sum()
-        least = params.min_p * probabilities.max()
+            weights = np.exp((candidates - candidates.max()) / temperature)
         if params.top_p < 1:
+            total = weights.sum(dtype=np.float64)
             # All tokens less likely than this together are less than what is left out.
-            likely = np.flatnonzero(probabilities >= (1 - params.top_p) / len(probabilities))
-            order = likely[np.argsort(-probabilities[likely], kind="stable")]
-            reached_before = np.cumsum(probabilities[order]) - probabilities[order]
-            left_out = np.ones(len(probabilities), np.bool_)
-            left_out[order[reached_before < params.top_p]] = False
-            probabilities[left_out] = 0
-        probabilities[probabilities < least] = 0
-        reached = np.cumsum(probabilities)
-        place = np.searchsorted(reached, self._random.random() * reached[-1], side="right")
+            likely = np.flatnonzero(weights >= (1 - params.top_p) * total / len(weights))
+            order = likely[np.argsort(-weights[likely], kind="stable")]
+            reached = np.cumsum(weights[order], dtype=np.float64)
+            kept = np.zeros_like(weights)
+            nucleus = order[reached - weights[order] < params.top_p * total]
+            kept[nucleus] = weights[nucleus]
+            weights = kept
+        if params.min_p:
+            weights[weights < params.min_p] = 0  # the largest weight is 1
+        place = _place(weights, self._random.random())
         return int(place if ids is None else ids[place])
+
+
+def _place(weights: NDArray[np.float32], share: float) -> int:
+    """Return the index where the running sum of the weights exceeds a share of the total.
+
+    Args:
+        weights: [V], not negative, one of them positive.
+        share: from 0, to 1 exclusively.
+    """
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64)
+    reached = np.cumsum(sums)
+    target = share * reached[-1]
+    # Roundings must not lead to a weight of 0.
+    block = min(np.searchsorted(reached, target, side="right"), np.flatnonzero(sums)[-1])
+    inner = weights[block * _BLOCK : (block + 1) * _BLOCK]
+    rest = target - (reached[block] - sums[block])
+    place = np.searchsorted(np.cumsum(inner, dtype=np.float64), rest, side="right")
+    return int(block * _BLOCK + min(place, np.flatnonzero(inner)[-1]))
 
 
 def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
