@@ -95,6 +95,8 @@ class Sampler:
         self._mask = mask
         self._random = np.random.default_rng(params.seed)
         self._seen = set(prompt_ids) if params.repetition_penalty != 1 else None
+        # Kept, since memory that is new takes longer to touch than to compute with.
+        self._weights = np.empty(0, np.float32)
 
     @property
     def complete(self) -> bool:
@@ -135,8 +137,12 @@ class Sampler:
         ids = _likeliest(logits, params.top_k) if params.top_k else None
         candidates = logits if ids is None else logits[ids]
         temperature = max(np.float32(params.temperature), np.finfo(np.float32).tiny)
+        if len(self._weights) != len(candidates):
+            self._weights = np.empty_like(candidates)
+        weights = np.subtract(candidates, candidates.max(), out=self._weights)
         with np.errstate(over="ignore"):  # -inf, probability 0, is the limit of low temperatures
-            weights = np.exp((candidates - candidates.max()) / temperature)
+            weights /= temperature
+        np.exp(weights, out=weights)
         if params.top_p < 1:
             total = weights.sum(dtype=np.float64)
             # All tokens less likely than this together are less than what is left out.
