@@ -1,0 +1,61 @@
+"""Many clients, some of them broken or hostile, at a server in a process of its own."""
+
+import asyncio
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs edgevl[serve]")
+
+from server_storm import storm
+
+#: The server's limit.
+MAX_BODY = 10**6
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Start ``edgevl serve tiny``; yield its address and process."""
+    log = tmp_path / "log"
+    options = ["--port", "0", "--max-request-mb", "1", "--threads", "1", "--no-ui"]
+    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgevl", "serve", "tiny", *options],
+            stderr=subprocess.PIPE,
+            stdout=output,
+            env=environment,
+        )
+        try:
+            line = process.stderr.readline().decode()
+            address = re.search(r"http://[\d.]+:\d+", line).group()
+            # Read on, or the server would wait for the pipe.
+            with subprocess.Popen(["cat"], stdin=process.stderr, stdout=output):
+                yield address, process, log
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_storm(server):
+    address, process, log = server
+    # What 16 sequences and the caches of pictures take, they take once.
+    asyncio.run(storm(address, process.pid, 700, max_body=MAX_BODY, seed=1))
+    found = asyncio.run(storm(address, process.pid, 500, max_body=MAX_BODY))
+    assert found.wrong == []
+    assert sum(found.outcomes.values()) == 500
+    third = len(found.rss_bytes) // 3
+    before, after = (
+        statistics.median(part) for part in (found.rss_bytes[:third], found.rss_bytes[-third:])
+    )
+    assert after < 1.05 * before
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    logged = log.read_text()
+    assert "Traceback" not in logged
+    assert "plus" not in logged  # a word of the questions
