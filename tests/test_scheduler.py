@@ -202,6 +202,57 @@ def test_a_greedy_client_does_not_hold_up_another(scheduler, model):
         request.ticket.cancel()
 
 
+def slow_reader(directory):
+    """Start a scheduler whose first sequence reads eight tokens in 3 ms."""
+    scheduler = Scheduler(edgevl.load(directory, threads=1), max_sequences=4)
+    engine = scheduler.model.engine
+    engine.chunk, prefill = 8, engine.prefill
+
+    def slowly(embeddings, at):
+        time.sleep(0.003)
+        return prefill(embeddings, at)
+
+    engine.prefill = slowly
+    return scheduler
+
+
+def test_a_short_prompt_goes_between_the_chunks_of_a_long_one(directory, model):
+    scheduler = slow_reader(directory)
+    long = Request(scheduler, prompt_of(model, "word " * 300), max_tokens=1)
+    until(lambda: scheduler.running == 1)
+    short = [Request(scheduler, prompt_of(model, f"{n}"), max_tokens=1) for n in range(3)]
+    assert all(request.result().finish_reason for request in short)
+    assert long.events.empty()
+    assert long.result().finish_reason
+    # The same prompt is not computed twice at a time.
+    same = [Request(scheduler, prompt_of(model, "text " * 200), max_tokens=1) for _ in range(3)]
+    cached = [request.result().usage.cached_tokens for request in same]
+    assert cached[1] == cached[2] > cached[0]
+    scheduler.close(10)
+
+
+def test_a_long_prompt_is_read_though_short_ones_keep_coming(directory, model):
+    scheduler = slow_reader(directory)
+    long = Request(scheduler, prompt_of(model, "word " * 300), max_tokens=1)
+    until(lambda: scheduler.running == 1)
+    ended = []
+
+    def go_on(event):
+        if isinstance(event, Answer) and not ended:
+            ask_again(scheduler, model, go_on)
+
+    for _ in range(3):
+        ask_again(scheduler, model, go_on)
+    assert long.result().finish_reason
+    ended.append(True)
+    scheduler.close(10)
+
+
+def ask_again(scheduler, model, deliver):
+    words = str(np.random.default_rng().integers(10**9))
+    scheduler.submit(prompt_of(model, words), SamplingParams(max_tokens=1), deliver)
+
+
 # --- cancelling, errors, the end --------------------------------------------------------------
 
 

@@ -61,6 +61,11 @@ class Ticket:
         """Stop computing within a token or a tile; from any thread, and more than once."""
         self._scheduler.cancel(self)
 
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that have not been computed."""
+        return len(self.generation.prompt.token_ids) - (0 if self.slot is None else len(self.slot))
+
     def deliver(self, event: Event) -> None:
         """Pass an event on; who cannot take it is gone."""
         try:
@@ -74,7 +79,8 @@ class Scheduler:
     """Answers many requests with one model, in a thread of its own.
 
     A round computes one token of every answer under way, all of them together where the engine
-    can, and a tile or a chunk of one prompt. So answers go on while the next prompt is read.
+    can, and a tile or a chunk of one prompt. So answers go on while the next prompt is read. One
+    that is shorter than what is left of that prompt goes in between.
 
     Attributes:
         model: the model; nothing else may use it.
@@ -98,7 +104,8 @@ class Scheduler:
         self._masks = TokenMasks(model.prompts.tokenizer, model.prompts.stop_ids)
         self._slots = Slots(model.engine, max_sequences)
         self._queue: FairQueue[Ticket] = FairQueue()
-        self._prefilling: Ticket | None = None
+        self._prefilling: list[Ticket] = []  # each shorter than what was left of the one before
+        self._rounds = 0
         self._decoding: list[Ticket] = []
         self._mean_s = LEAST_WAIT_S
         self._closing = False
@@ -114,7 +121,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that are being computed."""
-        return len(self._decoding) + (self._prefilling is not None)
+        return len(self._decoding) + len(self._prefilling)
 
     @property
     def alive(self) -> bool:
@@ -227,8 +234,7 @@ class Scheduler:
 
     def _all(self) -> list[Ticket]:
         with self._changed:
-            first = [] if self._prefilling is None else [self._prefilling]
-            return [*first, *self._decoding, *self._queue]
+            return [*self._prefilling, *self._decoding, *self._queue]
 
     def _work(self) -> None:
         while True:
@@ -238,18 +244,18 @@ class Scheduler:
                         return
                     self._changed.wait()
             self._drop_cancelled()
-            if self._prefilling is None:
-                self._start_next()
-            if self._prefilling is not None:
-                self._prefill(self._prefilling)
+            self._start_next()
+            if self._prefilling:
+                # The latest is the shortest; the oldest gets every other round, however many come.
+                self._rounds += 1
+                self._prefill(self._prefilling[0 if self._rounds % 2 else -1])
             if self._decoding:
                 self._decode()
 
     def _drop_cancelled(self) -> None:
-        if self._prefilling is not None and self._prefilling.cancelled:
-            self._end(self._prefilling)
-        for ticket in [ticket for ticket in self._decoding if ticket.cancelled]:
-            self._end(ticket)
+        for ticket in [*self._prefilling, *self._decoding]:
+            if ticket.cancelled:
+                self._end(ticket)
 
     def _start_next(self) -> None:
         """Give the next request a slot, if there is one."""
@@ -258,13 +264,15 @@ class Scheduler:
                 return
             client, ticket = self._queue.get()
             generation = ticket.generation
-            slot = self._slots.take(generation.prompt, generation.most_tokens)
+            slot = None
+            if not self._prefilling or ticket.left < self._prefilling[-1].left:
+                slot = self._slots.take(generation.prompt, generation.most_tokens)
             if slot is None:
                 self._queue.put_back(client, ticket)
                 return
             ticket.slot = slot
             ticket.prefill = generation.prefill(slot, slot.engine.chunk)
-            self._prefilling = ticket
+            self._prefilling.append(ticket)
 
     def _prefill(self, ticket: Ticket) -> None:
         """Compute a tile or a chunk of a prompt."""
@@ -272,7 +280,7 @@ class Scheduler:
         try:
             next(ticket.prefill)
         except StopIteration as stop:
-            self._prefilling = None
+            self._prefilling.remove(ticket)
             self._decoding.append(ticket)
             self._pass_on(ticket, stop.value)
         except Exception as error:
@@ -314,10 +322,9 @@ class Scheduler:
 
     def _end(self, ticket: Ticket, error: Exception | None = None) -> None:
         """Give the slot back and deliver the last event."""
-        if self._prefilling is ticket:
-            self._prefilling = None
-        elif ticket in self._decoding:
-            self._decoding.remove(ticket)
+        for under_way in (self._prefilling, self._decoding):
+            if ticket in under_way:
+                under_way.remove(ticket)
         if ticket.prefill is not None:
             ticket.prefill.close()
         if ticket.slot is not None:
