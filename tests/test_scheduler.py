@@ -298,12 +298,134 @@ def test_a_failing_answer_is_the_only_one(scheduler, model, monkeypatch):
     assert isinstance(Request(scheduler, broken, max_tokens=2).result(), Answer)
 
 
-def test_who_cannot_be_told_is_gone(scheduler, model):
+def test_a_sequence_that_cannot_be_had_fails_its_request_only(scheduler, model, monkeypatch):
+    steady = Request(scheduler, prompt_of(model, "Go on"), **long_answer())
+    steady.next()
+
+    def fail(self):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edgevl.engine.cpu.CpuEngine.new_sequence", fail)
+        assert isinstance(Request(scheduler, prompt_of(model, "Hello")).result(), MemoryError)
+    assert isinstance(steady.next(), Chunk)
+    steady.ticket.cancel()
+    assert isinstance(Request(scheduler, prompt_of(model, "Hello"), max_tokens=2).result(), Answer)
+
+
+def test_answers_that_outgrow_the_memory_are_cut_off(scheduler, model, monkeypatch):
+    monkeypatch.setattr("edgevl.generate.slots.RESERVED_TOKENS", 4)
+    monkeypatch.setattr(scheduler.prompts, "stop_ids", frozenset())
+    monkeypatch.setattr("edgevl.generate.text.Detokenizer.finish", lambda self: "held back")
+    idle, prompt = prompt_of(model, "word " * 20), prompt_of(model, "Go on")
+    Request(scheduler, idle, max_tokens=1).result()
+    scheduler._slots._room = room = 4 * len(prompt.token_ids) + len(idle.token_ids)
+    requests = [Request(scheduler, prompt, **long_answer(seed=seed)) for seed in range(2)]
+    cut = requests[0].result()
+    assert cut.finish_reason == "length"
+    assert cut.text.endswith("held back")
+    assert cut.text == "".join(p for chunk in requests[0].chunks for p in chunk.pieces)
+    # What is idle has given way first, and the other answer has the room of the one cut off.
+    assert cut.usage.prompt_tokens + cut.usage.completion_tokens >= room / 2 - 2
+    last = requests[1].result()
+    assert sum(map(len, scheduler._slots._slots)) <= room + 2
+    assert last.usage.prompt_tokens + last.usage.completion_tokens >= room - 2
+
+
+def test_a_failure_of_all_together_is_told_to_all(scheduler, model, monkeypatch):
+    monkeypatch.setattr(scheduler.prompts, "stop_ids", frozenset())
+    requests = [Request(scheduler, prompt_of(model, "Go on"), **long_answer()) for _ in range(3)]
+    for request in requests:
+        request.next()
+
+    def fail(*_):
+        raise EdgeVLError("the weights are damaged")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edgevl.engine.cpu.CpuModel.decode", fail)
+        assert [str(request.result()) for request in requests] == ["the weights are damaged"] * 3
+    assert isinstance(Request(scheduler, prompt_of(model, "Go on"), max_tokens=2).result(), Answer)
+
+
+def test_a_failure_to_choose_is_told_to_one(scheduler, model, monkeypatch):
+    monkeypatch.setattr(scheduler.prompts, "stop_ids", frozenset())
+    first, second = (
+        Request(scheduler, prompt_of(model, "Go on"), **long_answer()) for _ in range(2)
+    )
+    for request in (first, second):
+        request.next()
+
+    def fail(*_):
+        raise EdgeVLError("constraint: it is too complex")
+
+    monkeypatch.setattr(first.ticket.generation, "take", fail)
+    assert isinstance(first.result(), EdgeVLError)
+    assert isinstance(second.result(), Answer)
+
+
+def test_an_answer_fills_the_context(scheduler, model, monkeypatch):
+    monkeypatch.setattr(scheduler.prompts, "stop_ids", frozenset())
+    answer = Request(scheduler, prompt_of(model, "Go on"), **long_answer()).result()
+    assert answer.finish_reason == "length"
+    assert answer.usage.prompt_tokens + answer.usage.completion_tokens == scheduler.max_context
+
+
+def test_answers_go_on_while_a_prompt_is_read(scheduler, model, monkeypatch):
+    monkeypatch.setattr(scheduler.prompts, "stop_ids", frozenset())
+    steady = Request(scheduler, prompt_of(model, "Go on"), **long_answer())
+    steady.next()
+    so_far, encode = [], scheduler.model.engine.__class__.encode_images
+
+    def counted(self, pixels):
+        so_far.append(len(steady.ticket.generation._token_ids))
+        return encode(self, pixels)
+
+    monkeypatch.setattr("edgevl.engine.cpu.CpuEngine.encode_images", counted)
+    pictures = [picture(model, seed) for seed in range(10, 13)]
+    Request(scheduler, prompt_of(model, "What?", *pictures), max_tokens=1).result()
+    steady.ticket.cancel()
+    assert len(so_far) >= 3
+    assert len(set(so_far)) == len(so_far)  # a token at least between two tiles
+
+
+def test_a_prompt_is_left_within_a_tile(scheduler, model, monkeypatch):
+    tiles, encode = [], scheduler.model.engine.__class__.encode_images
+
+    def cancelling(self, pixels):
+        tiles.append(pixels)
+        request.ticket.cancel()
+        return encode(self, pixels)
+
+    pictures = [picture(model, seed) for seed in range(20, 23)]
+    prompt = prompt_of(model, "What?", *pictures)
+    monkeypatch.setattr("edgevl.engine.cpu.CpuEngine.encode_images", cancelling)
+    with scheduler._changed:  # or it might begin before there is a request to cancel
+        request = Request(scheduler, prompt, max_tokens=1)
+    assert request.result().finish_reason == "cancelled"
+    assert len(tiles) == 1
+
+
+def test_who_waits_can_leave_at_once(scheduler, model, monkeypatch):
+    monkeypatch.setattr(scheduler.prompts, "stop_ids", frozenset())
+    prompt = prompt_of(model, "Go on")
+    running = [Request(scheduler, prompt, **long_answer()) for _ in range(4)]
+    until(lambda: scheduler.waiting == 0)
+    waiting = Request(scheduler, prompt)
+    waiting.ticket.cancel()
+    assert waiting.events.get_nowait().finish_reason == "cancelled"
+    assert scheduler.waiting == 0
+    for request in running:
+        request.ticket.cancel()
+
+
+def test_who_cannot_be_told_is_gone(scheduler, model, monkeypatch):
     def gone(event):
         raise RuntimeError("the loop is closed")
 
-    scheduler.submit(prompt_of(model, "Go on"), SamplingParams(**long_answer()), gone)
+    monkeypatch.setattr(scheduler.prompts, "stop_ids", frozenset())
+    ticket = scheduler.submit(prompt_of(model, "Go on"), SamplingParams(**long_answer()), gone)
     until(lambda: scheduler.running + scheduler.waiting == 0)
+    assert ticket.generation.answer(0).usage.completion_tokens <= 2
     assert scheduler.alive
 
 

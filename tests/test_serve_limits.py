@@ -1,5 +1,6 @@
 """What goes wrong between client and server: broken requests, clients that leave, limits, ends."""
 
+import gc
 import json
 import logging
 import os
@@ -13,10 +14,17 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
+from pydantic import ValidationError
 
 import edgevl
 from edgevl import cli
-from edgevl.errors import CheckpointError, EdgeVLError, QueueFullError
+from edgevl.errors import CheckpointError, EdgeVLError, ImageError, QueueFullError
+from edgevl.generate.logprobs import TokenLogprobs
+from edgevl.serve.logprobs import TokenTexts
+from edgevl.serve.logs import log_to_stderr
+from edgevl.serve.requests import ChatRequest, CompletionRequest
+from edgevl.serve.service import Service
+from edgevl.serve.settings import Settings
 from serving import METER, ScriptedScheduler, picture, serving, text, user, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -120,6 +128,22 @@ def test_completions_with_logprobs(server):
     assert logprobs["top_logprobs"][0] == {tokens[0]: -0.5}
 
 
+def test_offsets_of_tokens_that_are_parts_of_characters(model):
+    tokenizer = model.prompts.tokenizer
+    said = "a\U0001f642b\u9f98\U00013000c"
+    ids = tokenizer.encode(said, add_special_tokens=False).ids
+    hidden = tokenizer.token_to_id("<|im_start|>")
+    ids = [*ids[:1], hidden, *ids[1:]]
+    texts = TokenTexts(tokenizer)
+    found = texts.completion([TokenLogprobs(token_id, -0.5, ()) for token_id in ids], 10)
+    assert len(ids) > len(said) + 1  # some are parts
+    so_far = b""
+    for token_id, offset in zip(ids, found.text_offset, strict=True):
+        assert offset == 10 + len(so_far.decode(errors="ignore"))
+        so_far += b"" if token_id == hidden else texts.bytes(token_id)
+    assert so_far.decode() == said
+
+
 def answer(job, ids):
     job.say("ab", token_id=ids[0])
     for token_id in ids[1:]:
@@ -147,6 +171,43 @@ def test_who_leaves_stops_the_computation(server, stream, caplog):
     line = caplog.records[-1].msg
     assert line["aborted"] == "client"
     assert line["status"] == (200 if stream else 499)
+
+
+def test_who_leaves_while_an_answer_is_queued_stops_it(server, monkeypatch):
+    scheduler = server.service.scheduler
+    begun, go = threading.Event(), threading.Event()
+    submit = scheduler.submit
+
+    def slowly(*arguments):
+        begun.set()
+        go.wait(10)
+        return submit(*arguments)
+
+    monkeypatch.setattr(scheduler, "submit", slowly)
+    data = json.dumps(body()).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as client:
+        client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        assert begun.wait(10)
+        assert httpx2.get(f"{server.url}/health").status_code == 200  # nobody else waits
+    time.sleep(0.1)
+    go.set()
+    job = scheduler.next()
+    wait_until(lambda: job.cancelled)
+
+
+def test_a_refused_request_keeps_no_pictures(server):
+    server.service.scheduler.refusal = QueueFullError("too many requests wait", 2.5)
+    gc.collect()
+    gc.disable()  # nothing may hang on to itself: one picture may have a hundred megabytes
+    try:
+        asked = Asking(server, messages=[user(picture(), text("?"))])
+        assert asked.response().status_code == 429
+        held = server.service._loaded.media._held
+        assert len(held) == 1
+        wait_until(lambda: held[0]() is None, 2)
+    finally:
+        gc.enable()
 
 
 def test_a_reader_that_takes_nothing_is_given_up_and_holds_nobody_up(scripted):
@@ -279,6 +340,16 @@ def test_sizes_of_bodies(scripted):
             assert Asking(running).response().status_code == 429
 
 
+@pytest.mark.parametrize(("limit", "status"), [("stall_s", 408), ("timeout_s", 504)])
+def test_a_body_that_does_not_come(scripted, limit, status):
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with scripted(**{limit: 0.2}) as running, socket.socket() as client:
+        client.settimeout(10)
+        client.connect(("127.0.0.1", int(running.url.rpartition(":")[2])))
+        client.sendall(head.encode() + b"Content-Length: 100\r\n\r\n{")
+        assert f" {status} ".encode() in client.recv(4096)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -292,6 +363,7 @@ def test_sizes_of_bodies(scripted):
         (b'{"model":"tiny","messages":[{"role":"user","content":"\\ud800"}]}', ""),
         (b'{"model":"tiny","temperature":NaN,"messages":[{"role":"user","content":"a"}]}', ""),
         (b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"seed":1e400}', "seed"),
+        (b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"\\ud800":1}', "body"),
     ],
 )
 def test_broken_json(server, content, words):
@@ -304,6 +376,90 @@ def test_broken_json(server, content, words):
     assert error["type"] == "invalid_request_error"
     assert words in error["message"]
     assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        {f"field {number}": 1 for number in range(5000)},
+        {"metadata": {f"field {number}": 1 for number in range(5000)}},
+        {"messages": [{"role": "user", "content": "a", "b": 1, "c": 1}] * 4096},
+        {"messages": [{"role": "user", "content": [{"type": "text"}] * 1024}] * 5},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}] * 1024}] * 5},
+        {"messages": [{"role": "assistant", "tool_calls": [{}] * 128}] * 40},
+    ],
+)
+def test_faults_are_not_collected_without_end(faults):
+    with pytest.raises(ValidationError) as error:
+        ChatRequest.model_validate(body(**faults))
+    assert error.value.error_count() < 100
+
+
+def test_faults_in_token_ids_are_not_collected_without_end():
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest.model_validate({"model": "tiny", "prompt": [[-1] * 1000] * 10})
+    assert error.value.error_count() < 100
+
+
+def test_a_picture_under_way_when_the_server_stops(scripted, monkeypatch):
+    go, begun = threading.Event(), threading.Semaphore(0)
+
+    def slowly(*_):
+        begun.release()
+        go.wait(10)
+        raise ImageError("no picture")
+
+    monkeypatch.setattr("edgevl.serve.media.prepare_picture", slowly)
+    with scripted() as running:
+        messages = [user(picture(), text("?"))]
+        asked = [Asking(running, messages=messages) for _ in range(3)]  # one more than threads
+        for _ in range(2):
+            assert begun.acquire(timeout=10)
+        running.server.should_exit = True
+        wait_until(lambda: not running.service.scheduler.alive)
+        time.sleep(0.1)
+        go.set()
+        answers = [asking.response() for asking in asked]
+    assert {response.status_code for response in answers} <= {400, 503}
+    assert all(response.json()["error"]["message"] for response in answers)
+
+
+def test_what_other_parts_log_is_json_without_the_users_words(capsys):
+    names = ("edgevl", "uvicorn.error", "asyncio")
+    before = [
+        (log, log.handlers, log.level, log.propagate) for log in map(logging.getLogger, names)
+    ]
+    try:
+        log_to_stderr()
+        try:
+            raise ValueError("my secret")
+        except ValueError as error:
+            log = logging.getLogger("edgevl.generate.scheduler")
+            log.error("an answer failed", exc_info=error)
+    finally:
+        for log, log.handlers, level, log.propagate in before:
+            log.setLevel(level)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["message"] == "an answer failed"
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "told"),
+    [
+        (
+            "/srv/m",
+            "/srv/m/config.json: odd. Not /srv/model",
+            "tiny/config.json: odd. Not /srv/model",
+        ),
+        (".", "it is odd. Mend it.", "it is odd. Mend it."),
+        ("m", "m: some memory; m.", "tiny: some memory; tiny."),
+    ],
+)
+def test_the_place_of_the_model_is_not_told(path, said, told):
+    service = Service(Settings(name="tiny"))
+    service._path = path
+    assert service.told(EdgeVLError(said)).detail.message == told
 
 
 def test_what_pages_of_others_may_not_do(scripted):

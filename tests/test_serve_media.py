@@ -1,12 +1,14 @@
 """Where pictures and videos of requests may come from."""
 
 import asyncio
+import gc
 from types import SimpleNamespace
 
 import pytest
 
 import edgevl
 from edgevl.errors import ContextLengthError, ImageError, VideoError
+from edgevl.serve.errors import ApiError
 from edgevl.serve.media import FETCHES, Media
 from serving import EXAMPLES, METER
 
@@ -37,9 +39,7 @@ def fetcher():
 
 @pytest.fixture
 def media(model, fetcher):
-    media = Media(model.checkpoint, 2048, fetcher)
-    yield media
-    media.close()
+    return Media(model.checkpoint, 2048, fetcher)
 
 
 def test_addresses_are_fetched(media, fetcher):
@@ -80,9 +80,30 @@ def test_what_does_not_fit_is_not_loaded(media, fetcher, model):
     assert fetcher.asked == []
 
 
+def test_tiles_of_all_requests_are_bounded(media):
+    async def load(count):
+        return [await media.picture(METER, None, media.budget()) for _ in range(count)]
+
+    (first,) = asyncio.run(load(1))
+    media._most_bytes = 3 * first.pixels.nbytes
+    others = asyncio.run(load(2))
+    with pytest.raises(ApiError, match="too many requests") as error:
+        asyncio.run(load(1))
+    del first, others, error
+    gc.collect()
+    assert asyncio.run(load(3))
+
+
+def test_one_request_may_have_what_its_context_holds(media, model, fetcher):
+    config = model.checkpoint.config
+    tiles = 10**9 // config.image_tokens
+    assert Media(model.checkpoint, 10**9, fetcher)._most_bytes == tiles * (
+        3 * config.vision.image_size**2 * 4
+    )
+
+
 def test_a_model_without_vision(model, fetcher):
     blind = SimpleNamespace(config=model.checkpoint.config, has_vision=False)
     media = Media(blind, 2048, fetcher)
     with pytest.raises(ImageError, match="no vision"):
         asyncio.run(media.picture(METER, None, media.budget()))
-    media.close()

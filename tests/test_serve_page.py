@@ -74,6 +74,11 @@ def test_what_is_around_the_page():
             headers={"content-type": "application/json"},
         )
         assert large.status_code in (400, 413)
+        # What is the API's stays the API's.
+        for method, path, status in (("POST", "/v1/nothing", 404), ("PUT", "/v1/models", 405)):
+            response = httpx2.request(method, server.url + path)
+            assert response.status_code == status
+            assert response.json()["error"]["type"] == "invalid_request_error"
         named_otherwise = httpx2.get(server.url, headers={"host": "evil.example"})
         assert named_otherwise.status_code == 403
 

@@ -146,6 +146,11 @@ class Generation:
         self._decode_ms += elapsed_ms
         return self._take(logits[None], ())
 
+    def cut(self) -> Chunk:
+        """End the answer for want of room; return the text that was held back."""
+        self.finish_reason = "length"
+        return Chunk(tuple(self._text.finish()), (), ())
+
     def answer(self, load_ms: float) -> Answer:
         """Return the answer as far as it has come; ``load_ms`` is passed on."""
         decoded = max(self._chosen - 1, 0)

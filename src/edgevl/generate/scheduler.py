@@ -50,7 +50,7 @@ class Ticket:
         self.generation = generation
         self.client = client
         self.cancelled = False
-        self.begun = time.perf_counter()
+        self.begun = 0.0  # time: when it got its slot
         self.latest_token = 0.0  # time
         self.slot: Slot | None = None
         self.prefill: Generator[None, None, Chunk] | None = None
@@ -249,6 +249,8 @@ class Scheduler:
                 # The latest is the shortest; the oldest gets every other round, however many come.
                 self._rounds += 1
                 self._prefill(self._prefilling[0 if self._rounds % 2 else -1])
+            while self._decoding and self._slots.overgrown():
+                self._cut_one()
             if self._decoding:
                 self._decode()
 
@@ -266,10 +268,15 @@ class Scheduler:
             generation = ticket.generation
             slot = None
             if not self._prefilling or ticket.left < self._prefilling[-1].left:
-                slot = self._slots.take(generation.prompt, generation.most_tokens)
+                try:
+                    slot = self._slots.take(generation.prompt, generation.most_tokens)
+                except Exception as error:  # there is no memory for a sequence
+                    self._end(ticket, error)
+                    return
             if slot is None:
                 self._queue.put_back(client, ticket)
                 return
+            ticket.begun = time.perf_counter()
             ticket.slot = slot
             ticket.prefill = generation.prefill(slot, slot.engine.chunk)
             self._prefilling.append(ticket)
@@ -312,6 +319,11 @@ class Scheduler:
                 self._end(ticket, error)
             else:
                 self._pass_on(ticket, chunk)
+
+    def _cut_one(self) -> None:
+        """End the answer that has grown most beyond what was reserved for it."""
+        ticket = max(self._decoding, key=lambda each: len(_slot(each)) - _slot(each).reserved)
+        self._pass_on(ticket, ticket.generation.cut())
 
     def _pass_on(self, ticket: Ticket, chunk: Chunk) -> None:
         ticket.latest_token = time.perf_counter()

@@ -7,7 +7,8 @@ from edgevl.generate.prefix import FeatureCache, PrefixRunner, prompt_keys
 from edgevl.machine import this_machine
 from edgevl.preprocess import Prompt
 
-#: Tokens of an answer that room is kept for; one that grows beyond delays the next request instead.
+#: Tokens of an answer that room is kept for. One that grows beyond delays the next request instead,
+#: and is cut off where the memory does not suffice for those under way.
 RESERVED_TOKENS = 1024
 #: Share of the free memory that keys and values may take.
 MEMORY_SHARE = 0.5
@@ -56,7 +57,7 @@ class Slots:
         if not idle and len(self._slots) == self.most:
             return None
         needed = min(most_tokens, len(prompt.token_ids) + RESERVED_TOKENS)
-        taken = sum(max(slot.reserved, len(slot)) for slot in self._slots if slot.reserved)
+        taken = self._taken()
         if taken and taken + needed > self._room:
             return None
         keys = prompt_keys(prompt)
@@ -79,6 +80,16 @@ class Slots:
         """Make a slot idle; what it holds can be reused."""
         slot.reserved = 0
         self._mark(slot)
+
+    def overgrown(self) -> bool:
+        """Make room for what answers have grown by; tell whether they alone take too much."""
+        taken = self._taken()
+        self._evict(taken)
+        return taken > self._room
+
+    def _taken(self) -> int:
+        """Return the positions that answers hold, or have reserved."""
+        return sum(max(slot.reserved, len(slot)) for slot in self._slots if slot.reserved)
 
     def _emptiest(self, idle: list[Slot], source: Slot) -> Slot:
         """Return an idle slot with the least to lose, a new one if there may be more."""

@@ -21,17 +21,22 @@ MAX_REPLACEMENTS = 3
 MAX_WAITING, KEPT_WAITING = 24, 12
 
 
+def hidden_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the ids of tokens that are no text: special ones that do not speak."""
+    return frozenset(
+        token_id
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special and token.content not in SPOKEN_TOKENS
+    )
+
+
 class Detokenizer:
     """Turns tokens into text as they come, whole characters at a time."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Hide the special tokens that steer a conversation; keep those that speak."""
         self._tokenizer = tokenizer
-        self._hidden = {
-            token_id
-            for token_id, token in tokenizer.get_added_tokens_decoder().items()
-            if token.special and token.content not in SPOKEN_TOKENS
-        }
+        self._hidden = hidden_ids(tokenizer)
         # The last token given out, then those that are not; `_shown` characters of them are out.
         # One stays since decoding may depend on the token before (a leading space).
         self._ids: list[int] = []

@@ -7,6 +7,9 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+
+import anyio.to_thread
 
 from edgevl.generate.answer import Answer, Usage
 from edgevl.generate.generation import Chunk
@@ -82,11 +85,17 @@ async def answer_all(
         for number, question in enumerate(questions):
             if not scheduler.alive:
                 raise unavailable("the server stops: ask another one")
-            tickets.append(
-                scheduler.submit(
-                    question.prompt, question.params, deliver_to(number), client, top_logprobs
-                )
+            submit = partial(
+                scheduler.submit,
+                question.prompt,
+                question.params,
+                deliver_to(number),
+                client,
+                top_logprobs,
             )
+            # A constraint may take seconds to start. Who leaves meanwhile waits for the ticket, to
+            # cancel it.
+            tickets.append(await anyio.to_thread.run_sync(submit))
         under_way = len(tickets)
         while under_way:
             number, event = await events.get()

@@ -9,6 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import edgevl
 from edgevl.serve import chat, completions
@@ -73,6 +74,16 @@ async def index() -> PlainTextResponse:
     return PlainTextResponse("EdgeVL. The API is at /v1, its description at /docs.\n")
 
 
+def _elsewhere(page: PageGate, not_found: ASGIApp) -> ASGIApp:
+    """Return what takes requests for nothing of the API's: the page, outside of /v1."""
+
+    async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
+        inside = scope["path"].startswith("/v1/")
+        await (not_found if inside else page)(scope, receive, send)
+
+    return elsewhere
+
+
 def create_app(service: Service, page: PageGate | None = None) -> FastAPI:
     """Return the application.
 
@@ -94,7 +105,8 @@ def create_app(service: Service, page: PageGate | None = None) -> FastAPI:
     if page is None:
         app.add_api_route("/", index, include_in_schema=False)
     else:
-        app.mount("/", page)
+        # Not mounted, which would take whatever the API answers with 404 and 405.
+        app.router.default = _elsewhere(page, app.router.not_found)
     # The last one added is the first one asked.
     app.add_middleware(BodyLimit, settings=settings, paths=(chat.PATH, completions.PATH))
     if settings.api_key is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Iterable, Sequence
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -14,6 +14,7 @@ from edgevl.generate.answer import Answer
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.generation import Chunk
 from edgevl.generate.logprobs import TokenLogprobs
+from edgevl.generate.scheduler import Scheduler
 from edgevl.generate.tool_calls import ToolCallSplitter
 from edgevl.preprocess.tools import Tool, ToolCall
 from edgevl.serve.conversation import encode
@@ -41,6 +42,9 @@ router = APIRouter()
 
 PATH = "/v1/chat/completions"
 
+#: Schemas that are checked at the same time: some take seconds, and hold up only one another.
+_CONSTRAINTS = CapacityLimiter(2)
+
 EVENTS = {
     "description": "The answer; with `stream`, as events.",
     "content": {"text/event-stream": {}},
@@ -61,9 +65,9 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     async def prepare() -> Plan:
         loaded = service.loaded(body.model)
         tools = shown_tools(body)
-        constraint = await asyncio.to_thread(_constraint, body, tools)
-        if constraint is not None:
-            await asyncio.to_thread(loaded.scheduler.prepare, constraint)
+        constraint = await to_thread.run_sync(
+            _constraint, body, tools, loaded.scheduler, abandon_on_cancel=True, limiter=_CONSTRAINTS
+        )
         prompt = await encode(body, loaded, _thinking(body), tools)
         most = loaded.scheduler.max_context
         max_tokens = body.max_completion_tokens or body.max_tokens or most
@@ -104,8 +108,17 @@ def _check(body: ChatRequest) -> None:
         )
 
 
-def _constraint(body: ChatRequest, tools: Sequence[Tool]) -> Constraint | None:
-    """Return what the answer must be; it may take a moment."""
+def _constraint(
+    body: ChatRequest, tools: Sequence[Tool], scheduler: Scheduler
+) -> Constraint | None:
+    """Return what the answer must be, checked; it may take seconds."""
+    constraint = _wanted(body, tools)
+    if constraint is not None:
+        scheduler.prepare(constraint)
+    return constraint
+
+
+def _wanted(body: ChatRequest, tools: Sequence[Tool]) -> Constraint | None:
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return forced_calls(body, tools)

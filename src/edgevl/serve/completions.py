@@ -104,7 +104,8 @@ class _CompletionWriter:
         if self._logprobs:
             offset = self._token_chars.get(number, 0)
             logprobs = self._texts.completion(chunk.logprobs, offset)
-            self._token_chars[number] = offset + sum(map(len, logprobs.tokens))
+            characters = (self._texts.characters(token.token_id) for token in chunk.logprobs)
+            self._token_chars[number] = offset + sum(characters)
             self._tokens.setdefault(number, []).extend(chunk.logprobs)
         if text or chunk.logprobs:
             yield self._event([self._choice(number, text, logprobs, None)])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer, decoders
 
 from edgevl.generate.logprobs import TokenLogprobs
+from edgevl.generate.text import hidden_ids
 from edgevl.serve.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 #: In place of minus infinity, which JSON lacks.
@@ -20,6 +21,7 @@ class TokenTexts:
         """Take a tokenizer."""
         self._tokenizer = tokenizer
         self._added = tokenizer.get_added_tokens_decoder()
+        self._hidden = hidden_ids(tokenizer)
         byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._byte_of = _byte_of_character() if byte_level else {}
 
@@ -34,6 +36,13 @@ class TokenTexts:
         if token_id not in self._added and token and all(map(self._byte_of.__contains__, token)):
             return bytes(map(self._byte_of.__getitem__, token))
         return self.text(token_id).encode()
+
+    def characters(self, token_id: int) -> int:
+        """Return how many characters of the answer begin in a token."""
+        if token_id in self._hidden:
+            return 0
+        data = self.bytes(token_id)
+        return len(data) - _continues(data)
 
     def chat(self, tokens: Sequence[TokenLogprobs]) -> ChatLogprobs:
         """Return the log-probabilities of an answer's tokens for chat completions."""
@@ -52,12 +61,15 @@ class TokenTexts:
 
         Args:
             tokens: of a piece of the answer.
-            offset: characters of the answer before it.
+            offset: characters of the answer that begin before it.
         """
-        texts = [self.text(token.token_id) for token in tokens]
-        offsets = [offset + sum(map(len, texts[:position])) for position in range(len(texts))]
+        offsets = []
+        for token in tokens:
+            # A token in the middle of a character is where that begins.
+            offsets.append(max(offset - _continues(self.bytes(token.token_id)[:1]), 0))
+            offset += self.characters(token.token_id)
         return CompletionLogprobs(
-            tokens=texts,
+            tokens=[self.text(token.token_id) for token in tokens],
             token_logprobs=[max(token.logprob, LEAST) for token in tokens],
             top_logprobs=[
                 {self.text(token_id): max(logprob, LEAST) for token_id, logprob in token.top}
@@ -72,6 +84,11 @@ class TokenTexts:
             logprob=max(logprob, LEAST),
             bytes=list(self.bytes(token_id)),
         )
+
+
+def _continues(data: bytes) -> int:
+    """Return how many bytes go on with a character of UTF-8 that began before."""
+    return sum(byte & 0xC0 == 0x80 for byte in data)
 
 
 def _byte_of_character() -> dict[str, int]:

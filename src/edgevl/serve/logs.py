@@ -114,7 +114,7 @@ def log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     for name, level in (
-        ("edgevl.serve", logging.INFO),
+        ("edgevl", logging.INFO),
         ("uvicorn.error", logging.WARNING),
         ("asyncio", logging.ERROR),  # it warns of every client that leaves in mid-sentence
     ):

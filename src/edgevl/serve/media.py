@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TypeVar
 
-from edgevl.checkpoint import ModelDirectory
+import numpy as np
+
+from edgevl.checkpoint import ModelConfig, ModelDirectory
 from edgevl.errors import ContextLengthError, EdgeVLError, ImageError, VideoError
+from edgevl.machine import this_machine
 from edgevl.preprocess import Picture, prepare_picture, prepare_video
 from edgevl.preprocess.image import MAX_BYTES
 from edgevl.preprocess.sources import data_url, short_name
+from edgevl.serve.errors import busy
 from edgevl.serve.fetch import Fetcher
 
 Result = TypeVar("Result")
@@ -23,6 +28,10 @@ THREADS = 2
 FETCHES = 8
 #: Most bytes of a video fetched; one in a ``data:`` URL is bounded by the size of requests.
 MAX_VIDEO_BYTES = 64 * 2**20
+#: Share of the free memory that the tiles of all requests under way may take: a picture of a few
+#: kilobytes may come to a hundred megabytes of them.
+MEMORY_SHARE = 0.25
+_RETRY_AFTER_S = 1.0
 
 
 class Media:
@@ -42,10 +51,10 @@ class Media:
         self._fetcher = fetcher
         self._fetches = asyncio.Semaphore(FETCHES)
         self._pool = ThreadPoolExecutor(THREADS, "edgevl-media")
-
-    def close(self) -> None:
-        """Let go of the threads; what they have begun they end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        one_request = max_context // self._config.image_tokens * _tile_bytes(self._config)
+        share = int(MEMORY_SHARE * this_machine().available_bytes)
+        self._most_bytes = max(share, one_request)
+        self._held: list[weakref.ref[Picture]] = []  # some are gone by now
 
     async def picture(self, url: str, max_tiles: int | None, budget: TileBudget) -> Picture:
         """Load a picture.
@@ -59,12 +68,14 @@ class Media:
             ImageError: the URL is of another kind, or what it holds no picture that can be read.
             FetchError: the URL may not be fetched.
             ContextLengthError: the request's pictures have more tiles than the context holds.
+            ApiError: those of all requests take too much memory.
         """
         budget.check(1)
         async with self._loading(url):
             data = await self._bytes(url, MAX_BYTES, ImageError)
             picture = await self._run(lambda: prepare_picture(data, self._config, max_tiles))
         budget.take(len(picture.pixels))
+        self._hold([picture])
         return picture
 
     async def video(self, url: str, frames: int, budget: TileBudget) -> list[Picture]:
@@ -74,11 +85,21 @@ class Media:
             VideoError: the URL is of another kind, or what it holds no video that can be read.
             FetchError: the URL may not be fetched.
             ContextLengthError: the request's pictures have more tiles than the context holds.
+            ApiError: those of all requests take too much memory.
         """
         budget.take(frames)
         async with self._loading(url):
             data = await self._bytes(url, MAX_VIDEO_BYTES, VideoError)
-            return await self._run(lambda: prepare_video(data, self._config, frames))
+            pictures = await self._run(lambda: prepare_video(data, self._config, frames))
+        self._hold(pictures)
+        return pictures
+
+    def _hold(self, pictures: Sequence[Picture]) -> None:
+        """Count pictures for as long as anything uses them."""
+        held = [*pictures, *(picture for ref in self._held if (picture := ref()) is not None)]
+        if sum(picture.pixels.nbytes for picture in held) > self._most_bytes:
+            raise busy(_RETRY_AFTER_S)
+        self._held = list(map(weakref.ref, held))
 
     def budget(self) -> TileBudget:
         """Return the budget of a new request."""
@@ -100,6 +121,10 @@ class Media:
         if scheme.startswith(("http://", "https://")):
             return await self._fetcher.get(url, max_bytes)
         raise error_type(f"{short_name(url)}: give a data: URL, or one of http or https")
+
+
+def _tile_bytes(config: ModelConfig) -> int:
+    return 3 * config.vision.image_size**2 * np.dtype(np.float32).itemsize
 
 
 class TileBudget:

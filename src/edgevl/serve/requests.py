@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 #: Answers to one request, at most.
 MAX_ANSWERS = 16
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_TOOLS = 128
+#: Fields of one object, known or not, far above those that there are.
+MAX_FIELDS = 64
+#: Pairs in ``metadata``, as in OpenAI's API.
+MAX_PAIRS = 16
 #: Token ids in one prompt, far above any context.
 MAX_PROMPT_IDS = 2**20
 
@@ -22,6 +27,15 @@ class Strict(BaseModel):
     """An object of a request: no field but its own, no value of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    # Pydantic collects all errors, which may take a hundred times the memory of the request. So
+    # fields are counted before they are looked at, and long lists end at their first error.
+    @model_validator(mode="before")
+    @classmethod
+    def _check_count(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"it has more than {MAX_FIELDS} fields")
+        return value
 
 
 class StreamOptions(Strict):
@@ -49,7 +63,7 @@ class Sampling(Strict):
     stream_options: StreamOptions | None = None
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     presence_penalty: float | None = Field(None, ge=0, le=0)
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0, fail_fast=True)] | None = None
     user: ShortText | None = Field(None, description="Ignored.")
 
 
@@ -87,7 +101,7 @@ class VideoPart(Strict):
     video_url: VideoUrl
 
 
-Texts: TypeAlias = str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)]
+Texts: TypeAlias = str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 UserPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
@@ -103,7 +117,7 @@ class UserMessage(Strict):
     """What the user says and shows."""
 
     role: Literal["user"]
-    content: str | Annotated[list[UserPart], Field(max_length=MAX_PARTS)]
+    content: str | Annotated[list[UserPart], Field(max_length=MAX_PARTS, fail_fast=True)]
     name: ShortText | None = Field(None, description="Ignored.")
 
 
@@ -133,14 +147,14 @@ class AssistantMessage(Strict):
     audio: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
-    tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
 
 
 class ToolMessage(Strict):
     """The result of a tool call; pictures may be among it."""
 
     role: Literal["tool"]
-    content: str | Annotated[list[UserPart], Field(max_length=MAX_PARTS)]
+    content: str | Annotated[list[UserPart], Field(max_length=MAX_PARTS, fail_fast=True)]
     tool_call_id: ShortText
     name: ShortText | None = Field(None, description="Ignored.")
 
@@ -211,7 +225,9 @@ class TemplateArguments(Strict):
 class ChatRequest(Sampling):
     """A conversation to go on with."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: int | None = Field(
         None, ge=1, le=2**31, description="Default: all that the context holds."
     )
@@ -232,7 +248,9 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = Field(
         None, description="Whether `required` may be several calls; default: true."
     )
-    metadata: dict[str, str] | None = Field(None, description="Ignored.")
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_PAIRS, fail_fast=True)] | None = Field(
+        None, description="Ignored."
+    )
     store: bool | None = Field(None, description="Ignored: nothing is stored.")
     service_tier: ShortText | None = Field(None, description="Ignored.")
     safety_identifier: ShortText | None = Field(None, description="Ignored.")
@@ -241,7 +259,9 @@ class ChatRequest(Sampling):
 
 PromptText = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS)]
+TokenIds: TypeAlias = Annotated[
+    list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)
+]
 
 
 class CompletionRequest(Sampling):

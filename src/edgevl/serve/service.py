@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -65,7 +66,6 @@ class Service:
         """Take no more requests; wait for those under way, up to ``grace_s``; cancel the rest."""
         if self._loaded is not None:
             self._loaded.scheduler.close(self.settings.grace_s)
-            self._loaded.media.close()
 
     @property
     def scheduler(self) -> Scheduler | None:
@@ -93,7 +93,8 @@ class Service:
     def told(self, error: Exception) -> ApiError:
         """Return what a client is told of ``error``: nothing of where the model is."""
         told = as_api_error(error)
-        told.detail.message = told.detail.message.replace(self._path, self.settings.name)
+        path = rf"(?<![\w./-]){re.escape(self._path)}(?![\w-])"  # nothing that only contains it
+        told.detail.message = re.sub(path, lambda _: self.settings.name, told.detail.message)
         return told
 
     def check_name(self, name: str) -> None:
