@@ -75,6 +75,12 @@ class Screen:
     def text(self) -> str:
         return "\n".join(self.lines)
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the terminal shows what is typed, and takes it line by line."""
+        flags = termios.tcgetattr(self._terminal)[3]
+        return bool(flags & termios.ECHO and flags & termios.ICANON)
+
     def styled(self, text: str) -> pyte.screens.Char:
         """Return the first character of ``text`` on the screen, with its attributes."""
         for row, line in enumerate(self._screen.display):

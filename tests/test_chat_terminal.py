@@ -1,5 +1,6 @@
 """A conversation on a real pseudo-terminal: typing, pasting, stopping, history."""
 
+import signal
 import stat
 import textwrap
 from pathlib import Path
@@ -105,6 +106,18 @@ def test_what_is_typed_during_an_answer_waits(talk):
         assert "next" not in screen.text  # it would be drawn into the answer
         screen.wait_for("Asked 'next' of 0.")
         assert "line19\n" in screen.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("typed", ["slow 600\r", "typed"])
+def test_the_terminal_is_put_in_order_when_the_program_is_ended(talk, number, typed):
+    with talk() as screen:
+        screen.type(typed)
+        screen.wait_for("line3" if "slow" in typed else "> typed")
+        assert not screen.in_order
+        screen.process.send_signal(number)
+        assert screen.leave() == 128 + number
+        assert screen.in_order
 
 
 def test_history_is_kept_private(talk, tmp_path):

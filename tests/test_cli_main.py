@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgevl import cli
-from edgevl.cli.options import ENGINES
+from edgevl.cli.options import ENGINES, model_name
 from edgevl.cli.terminal import replacing
 from edgevl.errors import CheckpointError
 
@@ -48,6 +48,25 @@ def test_help_of_a_command_needs_no_numpy(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"edgevl {name}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("tiny", "tiny"),
+        ("OpenGVLab/InternVL3_5-1B", "InternVL3_5-1B"),
+        ("/srv/secret/models/mine/", "mine"),
+        (".", "mine"),
+        ("..", "models"),
+        ("a\udcff\n", "a\\udcff?"),
+        ("/", "/"),
+    ],
+)
+def test_a_model_is_called_by_its_last_part(tmp_path, monkeypatch, model, name):
+    place = tmp_path / "models" / "mine"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    assert model_name(model) == name
 
 
 def test_engine_choices_are_those_of_the_registry():

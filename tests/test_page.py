@@ -20,7 +20,8 @@ from PIL import Image
 import edgevl
 from edgevl import cli
 from edgevl.errors import ContextLengthError, ImageError
-from edgevl.generate import Answer, Piece, Stream, Timings, Usage
+from edgevl.generate import Answer, Piece, Session, Stream, Timings, Usage
+from edgevl.generate.scheduler import Scheduler
 from edgevl.preprocess import Message
 from page_browser import CHROMIUM, EXAMPLES, answered, ask, attach, chromium, open_page, served
 
@@ -300,6 +301,23 @@ def test_failures_in_the_users_language(tmp_path):
     assert "secret" not in page_texts.failure(turn, "en")
 
 
+def test_refusals_in_chinese(tmp_path, monkeypatch):
+    scheduler = Scheduler(model := edgevl.load("tiny"))
+    conversation = Conversation(lambda *kind: Session(model.checkpoint, scheduler), tmp_path)
+
+    def said(text="?", pictures=()):
+        for _ in conversation.ask(turn := Turn(text, pictures), Settings()):
+            pass
+        return page_texts.failure(turn, "zh")
+
+    assert said("x" * 1_048_577) == "问题超过 1048576 个字符，请缩短"
+    assert said(pictures=(METER,) * 33) == "一个问题最多 32 个文件，请分几次提问"
+    monkeypatch.setattr(Scheduler, "waiting", 64)
+    assert said() == "已有 64 个问题在等待，请稍后再试"
+    scheduler.close(0)
+    assert said() == "服务正在关闭，请稍后再试"
+
+
 def test_statistics():
     answer = Answer("7", "", (1,), "length", Usage(54, 36, 4, 10), Timings(0, 1, 2, 70, 10, 100))
     assert page_texts.statistics(answer, 2048, "en") == (
@@ -425,19 +443,25 @@ def test_other_machines_let_in_without_a_password(capsys, monkeypatch, host, loc
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_serves_until_ctrl_c(number, tmp_path):
-    command = [sys.executable, "-m", "edgevl", "ui", "tiny", "--port", "0"]
+    path = EXAMPLES.parent / "models" / "tiny"
+    command = [sys.executable, "-m", "edgevl", "ui", str(path), "--port", "0"]
     environment = os.environ | {"LC_ALL": "zh_CN.UTF-8", "TMPDIR": str(tmp_path)}
     environment.pop("GRADIO_TEMP_DIR", None)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        line = process.stdout.readline()
-        url = re.fullmatch(r"页面地址：(http://\S+/)（按 Ctrl-C 结束）\n", line)[1]
-        assert b"gradio" in get(url)[0]
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            get(url, host="rebound.example.com")
-        process.send_signal(number)
-        assert process.communicate(timeout=20) == ("", "")
+        try:
+            line = process.stdout.readline()
+            url = re.fullmatch(r"页面地址：(http://\S+/)（按 Ctrl-C 结束）\n", line)[1]
+            config = get(f"{url}config")[0].decode()
+            assert json.loads(config)["title"] == "EdgeVL · tiny"
+            assert str(path) not in config  # it is nobody's business
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                get(url, host="rebound.example.com")
+            process.send_signal(number)
+            assert process.communicate(timeout=20) == ("", "")
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert list(tmp_path.glob("edgevl-page-*")) == []
 
@@ -512,7 +536,9 @@ def test_files_that_are_refused(browser, tiny_page, tmp_path):
     tab = open_page(browser, tiny_page, locale="zh-CN")
     assert tab.get_attribute("#box textarea", "placeholder") == "输入问题，图片可拖入或粘贴到这里"
     tab.set_input_files("#box input[type=file]", tmp_path / "large.png")
-    tab.wait_for_selector(".toast-body.error")
+    lines = tab.inner_text(".toast-body.error").splitlines()
+    assert lines[0] == "错误"
+    assert lines[-1] == '文件超过 976.6 Kb 的大小上限："large.png"'
     assert tab.locator("#box .thumbnail-item").count() == 0
     attach(tab, tmp_path / "broken.png")
     ask(tab, "这是什么？")
@@ -543,6 +569,7 @@ def test_a_phone_and_the_dark(browser, tiny_page):
         "[document.documentElement.scrollWidth, document.documentElement.scrollHeight]"
     )
     assert (width, height) == (375, 667)
+    assert tab.locator("#chat").bounding_box()["width"] > 340  # little margin
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, re.findall(r"\d+", background)[:3])) < 64
     tab.context.close()
@@ -578,6 +605,14 @@ def test_stop_thinking_formulas_and_scripts(browser):
         words = script.words
         time.sleep(0.2)
         assert script.words == words
+        ask(tab, "count")
+        while script.words < words + 5:
+            time.sleep(0.02)
+        tab.click("#chat [aria-label=Clear]")
+        answered(tab)
+        tab.wait_for_selector("#chat .message", state="detached")
+        assert tab.inner_text("#status") == tab.input_value("#box textarea") == ""
+        words = script.words
         ask(tab, "count")
         while script.words < words + 5:
             time.sleep(0.02)

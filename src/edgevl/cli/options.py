@@ -45,6 +45,14 @@ def as_unicode(text: str | None) -> str | None:
         raise click.UsageError("a text on the command line is not valid UTF-8") from None
 
 
+def model_name(model: str) -> str:
+    """Return what MODEL is called where its path is nobody's business: its last part."""
+    from edgevl.preprocess.sources import short_name
+
+    name = Path(model).name
+    return short_name(name if name.strip(".") else Path(model).resolve().name or model)
+
+
 def engine_options(function: Function) -> Function:
     """Add what every command that runs a model takes, by the names that ``edgevl.load`` has for it.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.options import engine_options
+from edgevl.cli.options import engine_options, model_name
 from edgevl.cli.terminal import chinese, note, show_notes
 from edgevl.optional import needs
 
@@ -133,7 +133,7 @@ def command(
     sock = listen(host, port)
     loopback = is_loopback(sock)
     settings = Settings(
-        name=served_name or model.rstrip("/").rpartition("/")[2] or model,
+        name=served_name or model_name(model),
         api_key=api_key,
         max_queue=max_queue,
         max_request_bytes=max_request_mb * 10**6,

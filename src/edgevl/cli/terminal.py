@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 import click
@@ -46,15 +47,35 @@ def ends_like_ctrl_c() -> Iterator[None]:
     Else they would end this process alone, and leave those that it has started. What the caller
     has this process ignore (``nohup``) stays ignored.
     """
+    with _ended_by(signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def leaves_in_order() -> Iterator[None]:
+    """Let SIGTERM, and the end of the terminal, leave the block with SystemExit.
+
+    Else they would leave a terminal behind that does not echo, or takes keys one by one.
+    """
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    with _ended_by(leave):
+        yield
+
+
+@contextmanager
+def _ended_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+    for number, old in before.items():
+        if old != signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def is_terminal(stream: IO[Any] | None) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgevl.cli.options import as_unicode, engine_options
+from edgevl.cli.options import as_unicode, engine_options, model_name
 from edgevl.cli.terminal import chinese, ends_like_ctrl_c, note, show_notes
 from edgevl.optional import needs
 from edgevl.serve.listening import is_loopback, listen, url_of
@@ -84,7 +84,7 @@ def command(
         )
         show_notes(loaded.engine.notes)
         scheduler = Scheduler(loaded)
-        page = page_of(loaded, scheduler, model)
+        page = page_of(loaded, scheduler, model_name(model))
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         mount_page(app, page, auth=password_check(as_unicode(api_key)) if api_key else None)
         if is_loopback(sock):

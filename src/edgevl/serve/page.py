@@ -195,6 +195,7 @@ def mount_page(
             font_mono=["ui-monospace", "Consolas", "monospace"],
         ),
         css_paths=Path(__file__).with_name("page.css"),
+        head=f"<script>{Path(__file__).with_name('page.js').read_text('utf-8')}</script>",
     )
     mounted = app.routes[-1]
     assert isinstance(mounted, Mount)
@@ -302,6 +303,9 @@ def _connect(
     sends can put words into the model's mouth.
     """
 
+    def ready(**typed: Any) -> dict[str, Any]:
+        return gr.update(submit_btn=True, stop_btn=False, **typed)
+
     def show(
         conversation: Conversation,
         turn: Turn,
@@ -317,6 +321,10 @@ def _connect(
             begun = turn.reply or turn.thinking
             line = gr.skip() if begun else working(time.monotonic() - started, lang)
             yield chat_messages(conversation.turns, lang, growing=True), gr.skip(), line
+        if conversation.asked is not turn:  # cleared, taken back or asked anew meanwhile
+            growing = conversation.asked is not None
+            yield chat_messages(conversation.turns, lang, growing), gr.skip(), gr.skip()
+            return
         line, restored = "", {}
         if turn.answer:
             line = statistics(turn.answer, context, lang)
@@ -330,7 +338,7 @@ def _connect(
         if turn not in conversation.turns and cleared:
             restored = {"value": _typed(turn)}  # nothing came of it: to be mended and asked again
         shown = chat_messages(conversation.turns, lang)
-        yield shown, gr.update(submit_btn=True, stop_btn=False, **restored), html.escape(line)
+        yield shown, ready(**restored), html.escape(line)
 
     nothing: Shown = (gr.skip(), gr.skip(), gr.skip())
 
@@ -364,12 +372,12 @@ def _connect(
     def undo(request: gr.Request) -> Shown:
         conversation = conversations.of(_tab(request))
         turn = conversation.undo()
-        typed = gr.update(value=_typed(turn)) if turn else gr.skip()
-        return chat_messages(conversation.turns, _language(request)), typed, ""
+        typed = {"value": _typed(turn)} if turn else {}
+        return chat_messages(conversation.turns, _language(request)), ready(**typed), ""
 
     def clear(request: gr.Request) -> Shown:
         conversations.of(_tab(request)).clear()
-        return [], gr.skip(), ""
+        return [], ready(), ""
 
     def stop(request: gr.Request) -> None:
         conversations.of(_tab(request)).stop()

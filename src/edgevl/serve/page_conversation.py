@@ -89,6 +89,7 @@ class Conversation:
 
     Attributes:
         turns: the turns, oldest first; the last one may still be growing.
+        asked: what was asked last, if it was not taken back.
     """
 
     def __init__(self, new_session: NewSession, drawings: Path) -> None:
@@ -99,6 +100,7 @@ class Conversation:
             drawings: directory for pictures with boxes.
         """
         self.turns: list[Turn] = []
+        self.asked: Turn | None = None
         self._new_session = new_session
         self._drawings = drawings
         self._session: Session | None = None
@@ -122,6 +124,7 @@ class Conversation:
         """
         with self._lock:
             self._stop()
+            self.asked = turn
             before = list(self.turns)
             self.turns = [*(before if keep is None else keep), turn]
             self._reading = reading = _Reading(lambda: self._answer(turn, settings, before))
@@ -139,6 +142,7 @@ class Conversation:
         """Forget the last turn and return it."""
         with self._lock:
             self._stop()
+            self.asked = None
             forgotten = self.turns.pop() if self.turns else None
             if self._session:
                 self._session.messages[:] = _remembered(self.turns)
@@ -148,6 +152,7 @@ class Conversation:
         """Forget everything."""
         with self._lock:
             self._stop()
+            self.asked = None
             self.turns = []
             self._session = self._kind = None
 

@@ -73,6 +73,21 @@ _CHINESE_ERRORS = [
         r"the text has (?P<markers>\d+) <image> markers but (?P<count>\d+)",
         "文字中有 {markers} 个 <image> 标记，但图片有 {count} 张：请让数量一致，或不写标记",
     ),
+    (rf"{_NAME}HEIC needs a decoder", "{name}：这里不能读取 HEIC，请改用 JPEG 或 PNG"),
+    (rf"{_NAME}a picture of .* has nothing to see", "{name}：图片太小"),
+    (
+        rf"{_NAME}over the limit of (?P<limit>\d+) frames",
+        "{name}：超过 {limit} 帧的上限，请截取需要的部分",
+    ),
+    (rf"{_NAME}FFmpeg has no decoder", "{name}：无法解码，请先转换为 H.264"),
+    (rf"{_NAME}the size of its frames", "{name}：画面尺寸未知或过大，请先缩小"),
+    (r"the question exceeds (?P<limit>\d+) characters", "问题超过 {limit} 个字符，请缩短"),
+    (
+        r"the question has more than (?P<limit>\d+) files",
+        "一个问题最多 {limit} 个文件，请分几次提问",
+    ),
+    (r"(?P<waiting>\d+) requests wait already", "已有 {waiting} 个问题在等待，请稍后再试"),
+    (r"the server is shutting down", "服务正在关闭，请稍后再试"),
     (r".* has no vision weights", "这个模型没有视觉部分，只能回答文字问题"),
 ]
 
