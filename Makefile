@@ -26,7 +26,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
 UV := $(shell command -v uv 2>/dev/null)
 
 ifneq ($(UV),)
-CREATE = uv venv --quiet --python '$(or $(PYTHON),>=3.10,<3.14)' $(VENV)
+# With pip, which installs the extras.
+CREATE = uv venv --quiet --seed --python '$(or $(PYTHON),>=3.10,<3.14)' $(VENV)
 INSTALL = uv pip install --quiet --python $(BIN)/python
 WHEEL = uv build --quiet --wheel --out-dir dist .
 else

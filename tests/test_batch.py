@@ -355,6 +355,7 @@ def test_all_failed_is_status_1_and_the_rows_are_there(pictures, tmp_path):
         ("empty", ["-q", "x"], 1, "empty: has no pictures or videos (.jpg"),
         ("blank.jsonl", [], 1, "blank.jsonl: has no questions"),
         ("pictures", [], 1, "needs a question"),
+        ("pictures/meter.png", ["-q", "x"], 1, "meter.png: is a picture or video; give"),
         ("pictures", ["-q", " "], 1, "question is empty"),
         ("pictures", ["-q", "x", "--max-tokens", "0"], 2, "--max-tokens"),
         ("pictures", ["-q", "x", "--max-tiles", "99"], 1, "max_tiles must be 1 to 40"),

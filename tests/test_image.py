@@ -345,12 +345,26 @@ def test_empty_file_and_closed_picture(tmp_path, photo):
         load_image(image)
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\0\0\0\x18ftypisom\0\0\2\0isom", "a video, not a picture; give it as one (-v"),
+        (b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81\x01", "a video, not a picture; give it as one (-v"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif", "not a picture that can be read; give JPEG"),
+    ],
+)
+def test_a_video_is_told_from_other_files(data, message):
+    # An AVIF without a picture: that it is no video is what counts.
+    with pytest.raises(ImageError, match=re.escape(message)):
+        load_image(data)
+
+
 HEIC_HEADER = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 
 
 def test_heic_without_its_decoder_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(ImageError, match=re.escape("pip install edgevl[heic]")):
+    with pytest.raises(ImageError, match=re.escape("pip install 'edgevl[heic]'")):
         load_image(HEIC_HEADER)
 
 

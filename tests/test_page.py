@@ -1,5 +1,6 @@
 """The web page: its conversation and markup, its server, and all of it in a real Chromium."""
 
+import errno
 import http.client
 import importlib.util
 import json
@@ -417,8 +418,17 @@ def test_port_in_use(capsys):
         port = taken.getsockname()[1]
         assert cli.main(["ui", "tiny", "--port", str(port)]) == 1
     message = capsys.readouterr().err
-    assert message.startswith(f"edgevl: error: cannot listen at 127.0.0.1, port {port}: Address")
-    assert message.count("\n") == 1
+    assert message == (
+        f"edgevl: error: cannot listen at 127.0.0.1, port {port}: {os.strerror(errno.EADDRINUSE)}; "
+        "choose others with --host and --port\n"
+    )
+
+
+@pytest.mark.parametrize("password", ["", " "])
+def test_an_empty_password_is_refused(password, capsys):
+    assert cli.main(["ui", "tiny", "--api-key", password]) == 2
+    assert "--api-key" in (err := capsys.readouterr().err)
+    assert "must not be empty" in err
 
 
 def test_gradio_missing(monkeypatch, capsys):

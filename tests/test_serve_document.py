@@ -3,7 +3,7 @@
 import pytest
 
 import edgevl
-from serving import EagerScheduler, serving
+from running_server import EagerScheduler, serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 from hypothesis import HealthCheck, given, settings  # noqa: E402

@@ -25,7 +25,7 @@ from edgevl.serve.logs import log_to_stderr
 from edgevl.serve.requests import ChatRequest, CompletionRequest
 from edgevl.serve.service import Service
 from edgevl.serve.settings import Settings
-from serving import METER, ScriptedScheduler, picture, serving, text, user, wait_until
+from running_server import METER, ScriptedScheduler, picture, serving, text, user, wait_until
 
 CHAT = "/v1/chat/completions"
 
@@ -483,17 +483,39 @@ def test_what_pages_of_others_may_not_do(scripted):
 
 def test_addresses_without_anything(server):
     with httpx2.Client(base_url=server.url) as client:
-        for method, path, status in (
-            ("GET", "/v1/nothing", 404),
-            ("POST", "/v1/nothing", 404),
-            ("GET", CHAT, 405),
-            ("DELETE", "/v1/models", 405),
+        for method, path, status, words in (
+            ("GET", "/v1/nothing", 404, "nothing is at /v1/nothing: the API is at /v1"),
+            ("POST", "/v1/nothing", 404, "nothing is at /v1/nothing: the API is at /v1"),
+            ("POST", "/chat/completions", 404, "nothing is at /chat/completions: the API is at"),
+            ("GET", CHAT, 405, f"GET is not for {CHAT}: use POST"),
+            ("DELETE", "/v1/models", 405, "DELETE is not for /v1/models: use GET"),
         ):
             response = client.request(method, path, json={} if method == "POST" else None)
             assert response.status_code == status
-            assert response.json()["error"]["type"] == "invalid_request_error"
+            error = response.json()["error"]
+            assert error["type"] == "invalid_request_error"
+            assert error["message"].startswith(words)
         assert "/docs" in client.get("/").text
         assert client.get("/docs").status_code == 200
+
+
+def test_where_a_body_is_no_json(server):
+    response = httpx2.post(
+        f"{server.url}{CHAT}",
+        content='{"model": tiny}',
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_json"
+    assert response.json()["error"]["message"].endswith("Expecting value, at character 10")
+
+
+@pytest.mark.parametrize(
+    "origin", ["page.example", "https://page.example/", "https://Page.example", "https://*/x"]
+)
+def test_what_is_no_origin(origin, capsys):
+    assert cli.main(["serve", "tiny", "--cors-origin", origin]) == 2
+    assert f"{origin!r} is no origin; write it like https://" in capsys.readouterr().err
 
 
 def test_the_log_has_no_content(server, caplog):

@@ -10,7 +10,7 @@ import edgevl
 from edgevl.errors import ContextLengthError, ImageError, VideoError
 from edgevl.serve.errors import ApiError
 from edgevl.serve.media import FETCHES, Media
-from serving import EXAMPLES, METER
+from running_server import EXAMPLES, METER
 
 
 class FakeFetcher:

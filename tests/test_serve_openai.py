@@ -8,7 +8,7 @@ from PIL import Image
 
 import edgevl
 from clips import write_clip
-from serving import EXAMPLES, data_url, picture, serving, text, user
+from running_server import EXAMPLES, data_url, picture, serving, text, user
 
 openai = pytest.importorskip("openai", reason="the official client is not installed")
 
@@ -215,6 +215,12 @@ def test_models(client):
         ([user(text("a"))], {"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ([user(text("a"))], {"top_logprobs": 2}, "top_logprobs", "logprobs"),
         (
+            [user({"type": "image_url", "image_url": "data:,"})],
+            {},
+            "messages[0].content[0].image_url",
+            "should be an object, {…}",
+        ),
+        (
             [user(text("a"))],
             {
                 "response_format": {
@@ -275,6 +281,7 @@ def test_errors_of_the_client(server, client):
     with pytest.raises(openai.AuthenticationError) as error:
         ask(client.with_options(api_key="wrong"), user(text("a")))
     assert error.value.code == "invalid_api_key"
+    assert "Authorization: Bearer KEY" in error.value.message
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(model="gpt-4o", messages=[user(text("a"))])
     assert (error.value.code, error.value.param) == ("model_not_found", "model")

@@ -7,7 +7,7 @@ import pytest
 
 import edgevl
 from page_browser import CHROMIUM, EXAMPLES, answered, ask, attach, chromium, open_page
-from serving import serving, wait_until
+from running_server import serving, wait_until
 
 pytest.importorskip("gradio", reason="the page needs Gradio")
 
@@ -75,10 +75,18 @@ def test_what_is_around_the_page():
         )
         assert large.status_code in (400, 413)
         # What is the API's stays the API's.
-        for method, path, status in (("POST", "/v1/nothing", 404), ("PUT", "/v1/models", 405)):
-            response = httpx2.request(method, server.url + path)
+        for method, path, status in (
+            ("GET", "/v1", 404),
+            ("POST", "/v1/responses", 404),
+            ("PUT", "/v1/models", 405),
+            ("POST", "/chat/completions", 404),  # the client's base URL lacks /v1
+            ("GET", "/v1/chat/completions", 405),
+        ):
+            response = httpx2.request(method, f"{server.url}{path}", json={})
             assert response.status_code == status
-            assert response.json()["error"]["type"] == "invalid_request_error"
+            error = response.json()["error"]
+            assert error["type"] == "invalid_request_error"
+            assert path in error["message"]
         named_otherwise = httpx2.get(server.url, headers={"host": "evil.example"})
         assert named_otherwise.status_code == 403
 

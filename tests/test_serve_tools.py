@@ -6,7 +6,7 @@ import threading
 import pytest
 
 import edgevl
-from serving import METER, ScriptedScheduler, picture, serving, text, user
+from running_server import METER, ScriptedScheduler, picture, serving, text, user
 
 openai = pytest.importorskip("openai", reason="the official client is not installed")
 

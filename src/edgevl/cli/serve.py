@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +25,17 @@ def _check_key(_: click.Context, __: click.Parameter, value: str | None) -> str 
     if value is not None and not (value.isascii() and value.isprintable() and value.strip()):
         raise click.BadParameter("must be printable ASCII, and not empty")
     return value and value.strip()
+
+
+def _check_origins(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> Any:
+    for origin in value:
+        # As browsers write it in the header Origin, which is compared to the letter.
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
+            raise click.BadParameter(
+                f"{origin!r} is no origin; write it like https://example.org or "
+                "http://localhost:3000, without a path, or * for any"
+            )
+    return value
 
 
 @click.command("serve")
@@ -95,6 +107,7 @@ def _check_key(_: click.Context, __: click.Parameter, value: str | None) -> str 
     "cors_origins",
     multiple=True,
     metavar="ORIGIN",
+    callback=_check_origins,
     help="An origin whose pages may call the server. Repeatable.  [default: none]",
 )
 @click.option("--no-ui", is_flag=True, help="Have no page at /.")

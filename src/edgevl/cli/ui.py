@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 FAREWELL_S = 2
 
 
+def _check_password(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    # A variable that is not set (--api-key "$KEY") must not open the page to everyone.
+    if value is not None and not value.strip():
+        raise click.BadParameter("must not be empty")
+    return as_unicode(value)
+
+
 @click.command("ui")
 @click.argument("model")
 @click.option(
@@ -41,6 +48,7 @@ FAREWELL_S = 2
     "--api-key",
     envvar="EDGEVL_API_KEY",
     metavar="KEY",
+    callback=_check_password,
     help="Password of the page.  [environment: EDGEVL_API_KEY, which others cannot see]",
 )
 @engine_options
@@ -86,7 +94,7 @@ def command(
         scheduler = Scheduler(loaded)
         page = page_of(loaded, scheduler, model_name(model))
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        mount_page(app, page, auth=password_check(as_unicode(api_key)) if api_key else None)
+        mount_page(app, page, auth=password_check(api_key) if api_key else None)
         if is_loopback(sock):
             app.add_middleware(HostCheck)
         _announce(sock, bool(api_key))

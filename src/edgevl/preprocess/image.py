@@ -27,6 +27,7 @@ MAX_PIXELS = 2**30 // 4 // 3
 
 # Only decoders of plain raster files: no EPS (Ghostscript), no WMF, no rarely used parsers.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_AVIF_BRANDS = (b"avif", b"avis")  # of the same container as MP4
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 _ORIENTATION_TAG = 0x0112
@@ -122,6 +123,10 @@ def _decode(data: bytes, name: str) -> Image.Image:
             f"{name}: more pixels than the limit of {MAX_PIXELS}; shrink the picture"
         ) from None
     except UnidentifiedImageError:
+        if _is_video(data):
+            raise ImageError(
+                f"{name}: a video, not a picture; give it as one (-v, /video, videos, video_url)"
+            ) from None
         raise ImageError(
             f"{name}: not a picture that can be read; give JPEG, PNG, WebP, BMP, GIF, TIFF or HEIC"
         ) from None
@@ -131,11 +136,17 @@ def _decode(data: bytes, name: str) -> Image.Image:
         return _finish(image, name)
 
 
+def _is_video(data: bytes) -> bool:
+    """Tell the commonest videos, MP4 and MOV, Matroska and WebM, by their first bytes."""
+    is_mp4 = data[4:8] == b"ftyp" and data[8:12] not in _AVIF_BRANDS
+    return is_mp4 or data.startswith(b"\x1a\x45\xdf\xa3")
+
+
 def _decode_heic(data: bytes, name: str) -> Image.Image:
     try:
         import pillow_heif
     except ImportError:
-        raise ImageError(f"{name}: HEIC needs a decoder; pip install edgevl[heic]") from None
+        raise ImageError(f"{name}: HEIC needs a decoder; pip install 'edgevl[heic]'") from None
     try:
         heif = pillow_heif.open_heif(data)  # reads the header only
         _check_size(heif.size, name)

@@ -20,6 +20,8 @@ from edgevl.serve.page_gate import PageGate
 from edgevl.serve.responses import ModelBody, ModelList, Status
 from edgevl.serve.service import Service, service_of
 
+_API = (chat.PATH, completions.PATH, "/v1/models")
+
 router = APIRouter()
 state = APIRouter()
 
@@ -75,10 +77,14 @@ async def index() -> PlainTextResponse:
 
 
 def _elsewhere(page: PageGate, not_found: ASGIApp) -> ASGIApp:
-    """Return what takes requests for nothing of the API's: the page, outside of /v1."""
+    """Return what takes requests for nothing of the API's: the page.
+
+    What is wrong there is said in the API's way, also where a client's base URL lacks ``/v1``.
+    """
 
     async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
-        inside = scope["path"].startswith("/v1/")
+        path = scope["path"].rstrip("/")
+        inside = f"{path}/".startswith("/v1/") or f"/v1{path}" in _API
         await (not_found if inside else page)(scope, receive, send)
 
     return elsewhere

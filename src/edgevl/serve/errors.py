@@ -23,6 +23,7 @@ from edgevl.errors import (
     QueueFullError,
     VideoError,
 )
+from edgevl.preprocess.sources import short_name
 
 #: Errors of EdgeVL that are the request's fault.
 REQUEST_ERRORS = (PromptError, ImageError, VideoError, FetchError)
@@ -152,7 +153,12 @@ def as_invalid(error: RequestValidationError) -> ApiError:
     )
     kind, message = fault["type"], fault["msg"]
     if kind == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {message}", code="invalid_json")
+        reason, position = fault["ctx"]["error"], fault["loc"][-1]
+        return ApiError(
+            400,
+            f"the body is not valid JSON: {reason}, at character {position}",
+            code="invalid_json",
+        )
     param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:] or None
     if kind == "extra_forbidden":
         return ApiError(
@@ -169,6 +175,8 @@ def as_invalid(error: RequestValidationError) -> ApiError:
             param,
             "missing_required_parameter",
         )
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = "Input should be an object, {…}"  # Pydantic speaks of Python's types
     return ApiError(400, f"{param or 'the body'}: {message}", param, "invalid_value")
 
 
@@ -197,9 +205,15 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return as_invalid(error).response()
 
-    async def plain(_: Request, error: Exception) -> JSONResponse:
+    async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+        message = str(error.detail)
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            message = f"nothing is at {short_name(request.url.path)}: the API is at /v1, see /docs"
+        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message = f"{request.method} is not for {short_name(request.url.path)}: use {allowed}"
+        return ApiError(error.status_code, message, headers=error.headers).response()
 
     app.add_exception_handler(ApiError, own)
     app.add_exception_handler(EdgeVLError, own)

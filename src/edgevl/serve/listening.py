@@ -22,9 +22,10 @@ def listen(host: str, port: int) -> socket.socket:
     except UnicodeError:
         raise EdgeVLError(f"--host {host!r}: not the name of a host") from None
     except OSError as error:
+        # Python adds the address to what the system says.
+        reason = str(error.strerror).partition(" (while")[0]
         raise EdgeVLError(
-            f"cannot listen at {host}, port {port}: {error.strerror}; choose others with --host "
-            "and --port"
+            f"cannot listen at {host}, port {port}: {reason}; choose others with --host and --port"
         ) from None
 
 

@@ -38,7 +38,7 @@ class HostCheck:
             error = ApiError(
                 403,
                 "the Host header names another machine, and this server listens to its own only: "
-                "ask for localhost, or start it with --host",
+                "ask for localhost, have a proxy do so, or start the server with --host",
             )
             await error.response()(scope, receive, send)
             return
@@ -70,9 +70,10 @@ class KeyCheck:
             scheme, _, key = given.partition(" ")
             right = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
             if scheme.lower() != "bearer" or not right:
+                what = "Incorrect API key provided" if given else "You didn't provide an API key"
                 error = ApiError(
                     401,
-                    "Incorrect API key provided" if given else "You didn't provide an API key",
+                    f"{what}: send the header Authorization: Bearer KEY",
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )

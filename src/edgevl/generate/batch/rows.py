@@ -94,6 +94,11 @@ def open_batch(path: str | Path, question: str | None = None) -> BatchInput:
     try:
         if path.is_dir():
             return _Directory(path, question)
+        if path.name.lower().endswith(PICTURE_SUFFIXES + VIDEO_SUFFIXES) and path.is_file():
+            raise BatchError(
+                f"{path}: is a picture or video; give the directory it is in, or a file of JSON "
+                "lines (edgevl chat asks about one)"
+            )
         if path.is_file():
             return _Lines(path, question)
     except OSError as error:
