@@ -229,7 +229,10 @@ def test_tiny_keeps_its_answers(tmp_path, capsys):
     assert vqa["questions"] == 560
     assert vqa["original"] > 0.97
     assert vqa["quantized"] >= vqa["original"] - 0.01
-    assert report["perplexity"]["quantized"] > report["perplexity"]["original"]
+    # On so few held-out tokens, and with so small a loss, either may come out the larger.
+    perplexity = report["perplexity"]
+    assert perplexity["quantized"] != perplexity["original"]
+    assert perplexity["quantized"] == pytest.approx(perplexity["original"], rel=0.05)
     assert report["sizes"]["quantized_bytes"] < 0.75 * report["sizes"]["original_bytes"]
     # What comes out goes in nowhere again.
     assert main(["quantize", str(output), "-o", str(tmp_path / "again")]) == 1
