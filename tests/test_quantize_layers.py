@@ -229,7 +229,7 @@ def test_once_a_layer_is_done_other_settings_are_refused(tmp_path, done):
         begin(output, {"samples": "8"}, "calibration.safetensors")
     with pytest.raises(StoppedError):
         begin(output, {"samples": "16"}, done)
-    with pytest.raises(QuantizationError, match=r"another samples \('16', now '8'\).*remove it"):
+    with pytest.raises(QuantizationError, match=r"another samples \(16, now 8\).*remove it"):
         begin(output, {"samples": "8"})
     with pytest.raises(StoppedError):
         begin(output, {"samples": "16"})
