@@ -9,7 +9,8 @@ NEEDED = {
     "edgevl/__init__.py",
     "edgevl/py.typed",
     "edgevl/quantize/report.html.jinja",
-    "edgevl/serve/page.css",
+    "edgevl/page/page.css",
+    "edgevl/page/page.js",
     f"{MODEL}config.json",
     f"{MODEL}tokenizer.json",
 }

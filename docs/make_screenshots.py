@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 import edgevl
-from edgevl.serve.page import create_page
+from edgevl.page import create_page
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

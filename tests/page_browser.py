@@ -31,7 +31,7 @@ def served(page: Any, **options: Any) -> Iterator[str]:
     import uvicorn
     from fastapi import FastAPI
 
-    from edgevl.serve.page import mount_page
+    from edgevl.page import mount_page
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     mount_page(app, page, **options)

@@ -29,10 +29,9 @@ from page_browser import CHROMIUM, EXAMPLES, answered, ask, attach, chromium, op
 pytest.importorskip("gradio", reason="needs edgevl[ui]")
 
 from edgevl.cli import ui
-from edgevl.serve import page, page_markup, page_texts
+from edgevl.page import blocks, create_page, markup, password_check, texts
+from edgevl.page.conversation import MAX_FILES, Conversation, Conversations, Settings, Turn
 from edgevl.serve.listening import listen
-from edgevl.serve.page import create_page, password_check
-from edgevl.serve.page_conversation import MAX_FILES, Conversation, Conversations, Settings, Turn
 
 METER, SHAPES = EXAMPLES / "meter.png", EXAMPLES / "shapes.png"
 QUESTION = "What number is on the display?"
@@ -82,7 +81,7 @@ def talk(conversation, text, keep=None, **settings):
     return turn
 
 
-def texts(messages):
+def texts_of(messages):
     return [part for message in messages for part in message.parts]
 
 
@@ -105,8 +104,8 @@ def test_turns_follow_one_another(echo):
     assert first.answer.text == "ONE"
     assert echo.script.calls[0] == {"text": "one", "images": [], "frames": 8, "seed": 4}
     assert len(echo.script.made) == 1
-    assert texts(echo.script.made[0][1].messages) == ["one", "ONE", "two", "TWO"]
-    assert texts(second.messages) == ["two", "TWO"]
+    assert texts_of(echo.script.made[0][1].messages) == ["one", "ONE", "two", "TWO"]
+    assert texts_of(second.messages) == ["two", "TWO"]
 
 
 def test_an_edited_question_replaces_all_that_followed(echo):
@@ -114,7 +113,7 @@ def test_an_edited_question_replaces_all_that_followed(echo):
     talk(echo, "three")
     talk(echo, second.again("TWO?").text, keep=[first])
     assert [turn.text for turn in echo.turns] == ["one", "TWO?"]
-    assert texts(echo.script.made[0][1].messages) == ["one", "ONE", "TWO?", "TWO?"]
+    assert texts_of(echo.script.made[0][1].messages) == ["one", "ONE", "TWO?", "TWO?"]
 
 
 def test_undo_and_clear(echo):
@@ -122,18 +121,18 @@ def test_undo_and_clear(echo):
     talk(echo, "one")
     talk(echo, "two")
     assert echo.undo().text == "two"
-    assert texts(echo.script.made[0][1].messages) == ["one", "ONE"]
+    assert texts_of(echo.script.made[0][1].messages) == ["one", "ONE"]
     echo.clear()
     assert echo.turns == []
     talk(echo, "three")
-    assert texts(echo.script.made[1][1].messages) == ["three", "THREE"]
+    assert texts_of(echo.script.made[1][1].messages) == ["three", "THREE"]
 
 
 def test_a_new_session_takes_the_turns_along(echo):
     talk(echo, "one")
     talk(echo, "two", system="Be brief.", thinking=True, max_tiles=2)
     assert [kind for kind, _ in echo.script.made] == [(None, False, None), ("Be brief.", True, 2)]
-    assert texts(echo.script.made[1][1].messages) == ["one", "ONE", "two", "TWO"]
+    assert texts_of(echo.script.made[1][1].messages) == ["one", "ONE", "two", "TWO"]
 
 
 def test_an_error_leaves_everything_as_it_was(tmp_path):
@@ -143,7 +142,7 @@ def test_an_error_leaves_everything_as_it_was(tmp_path):
     turn = talk(conversation, "bad", keep=[])
     assert str(turn.error) == "broken"
     assert [turn.text for turn in conversation.turns] == ["good"]
-    assert texts(script.made[0][1].messages) == ["good", "fine"]
+    assert texts_of(script.made[0][1].messages) == ["good", "fine"]
     too_many = Turn("many", tuple(METER for _ in range(MAX_FILES + 1)))
     list(conversation.ask(too_many, Settings()))
     assert "more than 32 files" in str(too_many.error)
@@ -158,7 +157,7 @@ def test_what_the_session_has_left_out_is_forgotten(echo):
     say, session.say = session.say, lambda text: session.messages.clear() or say(text)
     third = talk(echo, "three")
     assert first.messages == second.messages == []
-    assert texts(third.messages) == ["three", "THREE"]
+    assert texts_of(third.messages) == ["three", "THREE"]
 
 
 def test_stopping_keeps_what_was_said(tmp_path):
@@ -173,7 +172,7 @@ def test_stopping_keeps_what_was_said(tmp_path):
         pass
     assert turn.answer is None
     assert conversation.turns == [turn]
-    assert texts(turn.messages) == ["count", turn.reply]
+    assert texts_of(turn.messages) == ["count", turn.reply]
     # Closing the iterator, as Gradio does when the tab is closed, stops as well.
     again = conversation.ask(turn.again(), Settings())
     next(again)
@@ -253,20 +252,20 @@ def test_a_closed_tab_lingers_for_a_while(tmp_path, monkeypatch):
     ],
 )
 def test_markdown(text, shown):
-    assert page_markup.markdown(text) == shown
+    assert markup.markdown(text) == shown
 
 
 def test_messages_of_a_growing_answer():
     turns = [Turn("a", reply="b"), Turn("what?", (METER,), thinking="hm"), Turn("")]
-    messages = page_markup.chat_messages(turns[:2], "zh", growing=True)
+    messages = markup.chat_messages(turns[:2], "zh", growing=True)
     roles = [message["role"] for message in messages]
     assert roles == ["user", "assistant", "user", "user", "assistant"]
     assert messages[-1]["metadata"] == {"title": "思考过程", "status": "pending"}
     turns[1].reply = "7305"
-    messages = page_markup.chat_messages(turns, "en")
+    messages = markup.chat_messages(turns, "en")
     assert messages[-2]["metadata"] == {"title": "Thinking", "status": "done"}
     assert messages[-1]["content"]["text"] == "7305"
-    numbers = [page_markup.asked_at(turns, index) for index in range(-1, len(messages) + 1)]
+    numbers = [markup.asked_at(turns, index) for index in range(-1, len(messages) + 1)]
     assert numbers == [None, 0, None, None, 1, None, None, None]
 
 
@@ -275,11 +274,11 @@ def test_messages_of_a_growing_answer():
     [("zh-CN,zh;q=0.9,en;q=0.8", "zh"), ("en-US,en;q=0.9,zh;q=0.8", "en"), ("", "en")],
 )
 def test_language_of_a_browser(header, lang):
-    assert page_texts.language(header) == lang
+    assert texts.language(header) == lang
 
 
 def test_labels_are_there_in_both_languages():
-    assert page_texts.LABELS["en"].keys() == page_texts.LABELS["zh"].keys()
+    assert texts.LABELS["en"].keys() == texts.LABELS["zh"].keys()
 
 
 def test_failures_in_the_users_language(tmp_path):
@@ -291,15 +290,13 @@ def test_failures_in_the_users_language(tmp_path):
     for _ in Conversation(model.chat, tmp_path).ask(turn, Settings()):
         pass
     assert isinstance(turn.error, ImageError)
-    assert page_texts.failure(turn, "en").startswith("photo.png: not a picture")
-    assert page_texts.failure(turn, "zh").startswith("photo.png：不是可读取的图片")
+    assert texts.failure(turn, "en").startswith("photo.png: not a picture")
+    assert texts.failure(turn, "zh").startswith("photo.png：不是可读取的图片")
     turn = talk(Conversation(model.chat, tmp_path), "word " * 5000)
     assert isinstance(turn.error, ContextLengthError)
-    assert re.match(
-        r"这条消息需要 \d+ 个词元，而上下文只能容纳 2048 个", page_texts.failure(turn, "zh")
-    )
+    assert re.match(r"这条消息需要 \d+ 个词元，而上下文只能容纳 2048 个", texts.failure(turn, "zh"))
     turn.error = KeyError("secret")
-    assert "secret" not in page_texts.failure(turn, "en")
+    assert "secret" not in texts.failure(turn, "en")
 
 
 def test_refusals_in_chinese(tmp_path, monkeypatch):
@@ -309,7 +306,7 @@ def test_refusals_in_chinese(tmp_path, monkeypatch):
     def said(text="?", pictures=()):
         for _ in conversation.ask(turn := Turn(text, pictures), Settings()):
             pass
-        return page_texts.failure(turn, "zh")
+        return texts.failure(turn, "zh")
 
     assert said("x" * 1_048_577) == "问题超过 1048576 个字符，请缩短"
     assert said(pictures=(METER,) * 33) == "一个问题最多 32 个文件，请分几次提问"
@@ -321,11 +318,11 @@ def test_refusals_in_chinese(tmp_path, monkeypatch):
 
 def test_statistics():
     answer = Answer("7", "", (1,), "length", Usage(54, 36, 4, 10), Timings(0, 1, 2, 70, 10, 100))
-    assert page_texts.statistics(answer, 2048, "en") == (
+    assert texts.statistics(answer, 2048, "en") == (
         "first token 0.07 s · 100.0 tokens/s · 4 tokens · prompt 54 (36 of pictures, 10 from the "
         "cache) · context 58 of 2048 · cut off at the token limit"
     )
-    assert page_texts.statistics(answer, 2048, "zh") == (
+    assert texts.statistics(answer, 2048, "zh") == (
         "首字 0.07 秒 · 100.0 词元/秒 · 回答 4 词元 · 提示 54 词元（图像 36，缓存命中 10） · "
         "上下文 58 / 2048 · 已达长度上限"
     )
@@ -333,7 +330,7 @@ def test_statistics():
 
 def test_files_are_told_apart():
     names = ["a.PNG", "b.mp4", "c.heic", "d.mkv", "e.gif"]
-    turn = page._turn({"text": "?", "files": names})
+    turn = blocks._turn({"text": "?", "files": names})
     assert [path.name for path in turn.pictures] == ["a.PNG", "c.heic", "e.gif"]
     assert [path.name for path in turn.videos] == ["b.mp4", "d.mkv"]
 
@@ -433,7 +430,8 @@ def test_an_empty_password_is_refused(password, capsys):
 
 def test_gradio_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "edgevl.serve.page")
+    for name in ("edgevl.page", "edgevl.page.blocks"):
+        monkeypatch.delitem(sys.modules, name)
     assert cli.main(["ui", "tiny"]) == 1
     assert "gradio is missing: pip install 'edgevl[ui]'" in capsys.readouterr().err
 

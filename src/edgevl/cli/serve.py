@@ -191,7 +191,7 @@ def _page_maker(name: str, api_key: str | None) -> Callable[[Model, Scheduler], 
     def make(model: Model, scheduler: Scheduler) -> FastAPI:
         from fastapi import FastAPI
 
-        from edgevl.serve.page import mount_page, page_of, password_check
+        from edgevl.page import mount_page, page_of, password_check
 
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         auth = None if api_key is None else password_check(api_key)

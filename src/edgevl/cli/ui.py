@@ -73,8 +73,8 @@ def command(
         import uvicorn
         from fastapi import FastAPI
 
+        from edgevl.page import mount_page, page_of, password_check
         from edgevl.serve.middleware import HostCheck
-        from edgevl.serve.page import mount_page, page_of, password_check
 
     # What can fail at once fails before the model is loaded.
     with contextlib.suppress(KeyboardInterrupt), ends_like_ctrl_c(), listen(host, port) as sock:

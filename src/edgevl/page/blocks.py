@@ -23,14 +23,14 @@ from edgevl.errors import EdgeVLError
 from edgevl.generate.model import Model
 from edgevl.generate.session import Answerer, Session
 from edgevl.optional import needs
+from edgevl.page.conversation import Conversation, Conversations, NewSession, Settings, Turn
+from edgevl.page.guard import PageGuard
+from edgevl.page.markup import LATEX_DELIMITERS, asked_at, chat_messages
+from edgevl.page.texts import LABELS, failure, language, statistics, stopped, working
 from edgevl.preprocess.image import MAX_BYTES
 from edgevl.preprocess.picture import MAX_TILES
 from edgevl.preprocess.video import DEFAULT_FRAMES, MAX_SAMPLED
 from edgevl.preprocess.video_file import MAX_MEMORY_BYTES
-from edgevl.serve.page_conversation import Conversation, Conversations, NewSession, Settings, Turn
-from edgevl.serve.page_guard import PageGuard
-from edgevl.serve.page_markup import LATEX_DELIMITERS, asked_at, chat_messages
-from edgevl.serve.page_texts import LABELS, failure, language, statistics, stopped, working
 
 with needs("ui"):
     import gradio as gr

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgevl.serve.page_conversation import Turn
+from edgevl.page.conversation import Turn
 
 #: What is set as a formula. ``$…$`` becomes ``\\(…\\)`` beforehand, where it is no price.
 LATEX_DELIMITERS: list[dict[str, str | bool]] = [

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from edgevl.errors import EdgeVLError
 from edgevl.generate import Answer
+from edgevl.page.conversation import Turn
 from edgevl.preprocess.sources import short_name
-from edgevl.serve.page_conversation import Turn
 
 #: Labels, translated in the browser.
 LABELS = {
