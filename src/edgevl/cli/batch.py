@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgevl.cli.loading import load_model
 from edgevl.cli.options import answer_options, as_unicode, engine_options, read_constraint
 from edgevl.cli.terminal import (
     chinese,
     ends_like_ctrl_c,
-    note,
     print_json,
     progress_bar,
-    show_notes,
 )
 
 if TYPE_CHECKING:
@@ -87,17 +86,13 @@ def command(
         check_output(output)
     sampling["constraint"] = read_constraint(json_object, json_schema, think)
     questions = open_batch(source, question)
-    import edgevl
-
-    note(f"{'正在加载' if chinese() else 'loading'} {model} …")
     loading: dict[str, Any] = {
         "engine": engine,
         "max_context": max_context,
         "precision": precision,
         "kv_cache": kv_cache,
     }
-    loaded = edgevl.load(model, threads=threads, **loading)
-    show_notes(loaded.engine.notes)
+    loaded = load_model(model, threads=threads, **loading)
     options = {
         "system": system,
         "thinking": think,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevl.cli.answer import print_answer
+from edgevl.cli.loading import load_model
 from edgevl.cli.options import answer_options, as_unicode, engine_options, read_constraint
-from edgevl.cli.terminal import chinese, is_terminal, note, print_json, replacing, show_notes
+from edgevl.cli.terminal import is_terminal, print_json, replacing
 from edgevl.errors import EdgeVLError
 
 if TYPE_CHECKING:
@@ -102,10 +103,7 @@ def command(
 
         pictures = [load_image(image) for image in images]
         clips: list[Any] = [open_video(video) for video in videos]
-        import edgevl
-
-        note(f"{'正在加载' if chinese() else 'loading'} {model} …")
-        loaded = edgevl.load(
+        loaded = load_model(
             model,
             engine=engine,
             max_context=max_context,
@@ -113,7 +111,6 @@ def command(
             threads=threads,
             kv_cache=kv_cache,
         )
-        show_notes(loaded.engine.notes)
         if question is None:
             from edgevl.cli.conversation import Conversation
 

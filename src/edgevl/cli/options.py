@@ -94,6 +94,48 @@ def engine_options(function: Function) -> Function:
     )(function)
 
 
+def listen_options(port: int) -> Callable[[Function], Function]:
+    """Add where to listen and whom to let in: ``host``, ``port``, ``api_key``.
+
+    Args:
+        port: default of the port.
+    """
+
+    def add(function: Function) -> Function:
+        function = click.option(
+            "--api-key",
+            envvar="EDGEVL_API_KEY",
+            metavar="KEY",
+            callback=_check_key,
+            help="What clients must present, and the page's password. Better given as "
+            "EDGEVL_API_KEY in the environment: others can see a process's arguments.",
+        )(function)
+        function = click.option(
+            "--port",
+            type=click.IntRange(0, 65535),
+            default=port,
+            show_default=True,
+            metavar="N",
+            help="Port to listen at; 0 takes a free one.",
+        )(function)
+        return click.option(
+            "--host",
+            default="127.0.0.1",
+            show_default=True,
+            metavar="ADDRESS",
+            help="Address to listen at; 0.0.0.0 lets other machines in.",
+        )(function)
+
+    return add
+
+
+def _check_key(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    # A variable that is not set (--api-key "$KEY") must not let everyone in.
+    if value is not None and not (value.isascii() and value.isprintable() and value.strip()):
+        raise click.BadParameter("must be printable ASCII, and not empty")
+    return value and value.strip()
+
+
 def answer_options(function: Function) -> Function:
     """Add what a question may ask for.
 

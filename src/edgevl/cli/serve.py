@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.options import engine_options, model_name
-from edgevl.cli.terminal import chinese, note, show_notes
+from edgevl.cli.loading import load_model
+from edgevl.cli.options import engine_options, listen_options, model_name
+from edgevl.cli.terminal import chinese
 from edgevl.optional import needs
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 
     from edgevl.generate import Model
     from edgevl.generate.scheduler import Scheduler
-
-
-def _check_key(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value is not None and not (value.isascii() and value.isprintable() and value.strip()):
-        raise click.BadParameter("must be printable ASCII, and not empty")
-    return value and value.strip()
 
 
 def _check_origins(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> Any:
@@ -40,22 +35,7 @@ def _check_origins(_: click.Context, __: click.Parameter, value: tuple[str, ...]
 
 @click.command("serve")
 @click.argument("model")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="Port to listen at; 0 takes a free one.",
-)
-@click.option(
-    "--api-key",
-    envvar="EDGEVL_API_KEY",
-    metavar="KEY",
-    callback=_check_key,
-    help="What clients must present. Better given as EDGEVL_API_KEY in the environment: the "
-    "arguments of a process can be seen by others.",
-)
+@listen_options(port=8000)
 @click.option(
     "--served-name",
     metavar="NAME",
@@ -163,14 +143,6 @@ def command(
             "警告：能访问本机的人都可以使用此服务，请设置 EDGEVL_API_KEY",
         )
 
-    def load() -> Model:
-        import edgevl
-
-        note(f"{'正在加载' if chinese() else 'loading'} {model} …")
-        loaded = edgevl.load(model, **engine)
-        show_notes(loaded.engine.notes)
-        return loaded
-
     def on_ready() -> None:
         _say(
             f"{settings.name} is served at {url}/v1 (Ctrl-C stops it)",
@@ -181,7 +153,7 @@ def command(
     if not no_ui and importlib.util.find_spec("gradio") is not None:
         gate, make_page = PageGate(), _page_maker(settings.name, api_key)
     app = create_app(Service(settings), gate)
-    run(Server(app, load, on_ready, gate, make_page), sock)
+    run(Server(app, lambda: load_model(model, **engine), on_ready, gate, make_page), sock)
     return 0
 
 
