@@ -1,11 +1,16 @@
 """Fixtures that all tests share: small checkpoints with random weights."""
 
+import signal
 from dataclasses import replace
 
 import pytest
 
 from edgevl.checkpoint.presets import PRESETS
 from edgevl.checkpoint.synth import write_checkpoint
+
+# A shell's background job, or nohup, has them ignored; the programs that tests start would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # One for each kind of text model and of vision encoder.
 MINI_PRESETS = [name for name in PRESETS if name.startswith("mini-")]
