@@ -8,7 +8,7 @@ import pytest
 from edgevl.checkpoint.presets import PRESETS
 from edgevl.checkpoint.synth import write_checkpoint
 
-# A shell's background job, or nohup, has them ignored; the programs that tests start would inherit it.
+# A shell's background job, or nohup, has them ignored, and what tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

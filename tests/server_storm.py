@@ -191,6 +191,19 @@ async def send(
     return response.status_code, ""
 
 
+async def fill(url: str, tokens: int, clients: int = 16) -> None:
+    """Have ``clients`` told as much as the context holds, so that all caches have been filled."""
+    async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        body = {"model": model, "max_tokens": tokens, "temperature": 50}
+        asked = [
+            client.post("/v1/completions", json={**body, "prompt": f"{n} times", "seed": n})
+            for n in range(clients)
+        ]
+        for response in await asyncio.gather(*asked):
+            response.raise_for_status()
+
+
 async def storm(
     url: str, pid: int, requests: int = 500, clients: int = 16, max_body: int = 2**20, seed: int = 0
 ) -> Storm:

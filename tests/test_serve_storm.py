@@ -12,10 +12,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs edgevl[serve]")
 
-from server_storm import storm
+from server_storm import fill, storm
 
 #: The server's limit.
 MAX_BODY = 10**6
+CONTEXT = 512
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ def server(tmp_path):
     """Start ``edgevl serve tiny``; yield its address and process."""
     log = tmp_path / "log"
     options = ["--port", "0", "--max-request-mb", "1", "--threads", "1", "--no-ui"]
+    options += ["--context", str(CONTEXT)]
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -45,7 +47,8 @@ def server(tmp_path):
 def test_a_storm(server):
     address, process, log = server
     # What 16 sequences and the caches of pictures take, they take once.
-    asyncio.run(storm(address, process.pid, 700, max_body=MAX_BODY, seed=1))
+    asyncio.run(fill(address, CONTEXT))
+    asyncio.run(storm(address, process.pid, 500, max_body=MAX_BODY, seed=1))
     found = asyncio.run(storm(address, process.pid, 500, max_body=MAX_BODY))
     assert found.wrong == []
     assert sum(found.outcomes.values()) == 500

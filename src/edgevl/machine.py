@@ -30,6 +30,9 @@ FEATURES = {
     "sve": "SVE",
 }
 
+#: Of ``mallopt`` (malloc.h of glibc).
+_M_ARENA_MAX = -8
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -193,6 +196,17 @@ def _read(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def share_heap() -> None:
+    """Let all threads that come use two heaps, where that can be said (glibc).
+
+    By default there are up to eight a core, and each keeps the most that a thread has ever needed:
+    under load a server of ``tiny`` grew to 183 MB instead of 149.
+    """
+    options = getattr(ctypes.CDLL(None), "mallopt", None)
+    if options is not None and not os.environ.get("MALLOC_ARENA_MAX"):  # who sets it knows better
+        options(_M_ARENA_MAX, 2)
 
 
 def trim_heap() -> None:

@@ -11,6 +11,7 @@ import click
 from edgevl.cli.loading import load_model
 from edgevl.cli.options import engine_options, listen_options, model_name
 from edgevl.cli.terminal import chinese
+from edgevl.machine import share_heap
 from edgevl.optional import needs
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def command(
     from edgevl.serve.service import Service
     from edgevl.serve.settings import Settings
 
+    share_heap()
     sock = listen(host, port)
     loopback = is_loopback(sock)
     settings = Settings(

@@ -11,6 +11,7 @@ import click
 from edgevl.cli.loading import load_model
 from edgevl.cli.options import engine_options, listen_options, model_name
 from edgevl.cli.terminal import chinese, ends_like_ctrl_c
+from edgevl.machine import share_heap
 from edgevl.optional import needs
 from edgevl.serve.listening import is_loopback, listen, url_of
 
@@ -42,6 +43,7 @@ def command(
         from edgevl.page import mount_page, page_of, password_check
         from edgevl.serve.middleware import HostCheck
 
+    share_heap()
     # What can fail at once fails before the model is loaded.
     with contextlib.suppress(KeyboardInterrupt), ends_like_ctrl_c(), listen(host, port) as sock:
         from edgevl.generate.scheduler import Scheduler
