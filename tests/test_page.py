@@ -1,5 +1,6 @@
 """The web page: its conversation and markup, its server, and all of it in a real Chromium."""
 
+import asyncio
 import errno
 import http.client
 import importlib.util
@@ -29,7 +30,7 @@ from page_browser import CHROMIUM, EXAMPLES, answered, ask, attach, chromium, op
 pytest.importorskip("gradio", reason="needs edgevl[ui]")
 
 from edgevl.cli import ui
-from edgevl.page import blocks, create_page, markup, password_check, texts
+from edgevl.page import blocks, create_page, guard, markup, password_check, texts
 from edgevl.page.conversation import MAX_FILES, Conversation, Conversations, Settings, Turn
 from edgevl.serve.listening import listen
 
@@ -236,6 +237,75 @@ def test_a_closed_tab_lingers_for_a_while(tmp_path, monkeypatch):
     assert conversations.of("b") is b
 
 
+@pytest.mark.parametrize("how", ["the tab is closed", "others make room", "another question"])
+def test_what_nobody_waits_for_any_more_is_stopped(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(Conversations, "MOST", 1)
+    script = Scripted(lambda text: (f"{number} " for number in range(10_000)), pause_s=0.01)
+    conversations = Conversations(lambda: Conversation(script.new, tmp_path))
+    conversation = conversations.of("a")
+    turn = Turn("count")
+    asked = conversation.ask(turn, Settings())
+    while not turn.reply:
+        next(asked)
+    reading = conversation._reading
+    if how == "the tab is closed":
+        conversations.close("a")
+    elif how == "others make room":
+        conversations.of("b")
+    else:
+        next(another := conversation.ask(Turn("count"), Settings()))
+        assert not reading.is_alive()  # one session answers one question at a time
+        another.close()
+    reading.join(5)
+    assert not reading.is_alive()
+    assert script.words < 500
+
+
+def test_what_is_cleared_or_taken_back_is_stopped_first(tmp_path):
+    script = Scripted(lambda text: (f"{number} " for number in range(10_000)), pause_s=0.01)
+    conversation = Conversation(script.new, tmp_path)
+    for forget in (conversation.clear, conversation.undo):
+        turn = Turn("count")
+        asked = conversation.ask(turn, Settings())
+        while not turn.reply:
+            next(asked)
+        forget()
+        assert not conversation._reading.is_alive()
+        assert conversation.turns == []
+        asked.close()
+
+
+def test_who_comes_back_is_not_forgotten_for_having_been_away(tmp_path, monkeypatch):
+    conversations = Conversations(lambda: Conversation(Scripted(lambda text: ["x"]).new, tmp_path))
+    a = conversations.of("a")
+    conversations.close("a")
+    conversations.of("a")
+    monkeypatch.setattr(Conversations, "LINGER_S", -1.0)
+    conversations.of("b")
+    assert conversations.of("a") is a
+
+
+def test_drawings_are_of_the_latest_picture_and_not_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr("edgevl.page.conversation.DRAWING_SIDE", 32)
+    script = Scripted(lambda text: ["<box>[[610, 100, 860, 430]]</box>"])
+    conversation = Conversation(script.new, tmp_path)
+    tall, wide = tmp_path / "tall.png", tmp_path / "wide.png"
+    Image.new("RGB", (40, 80)).save(tall)
+    Image.new("RGB", (80, 40)).save(wide)
+    for path in (tall, wide):
+        list(conversation.ask(turn := Turn("where?", (path,)), Settings()))
+    with Image.open(turn.drawing) as drawn:
+        assert drawn.size == (32, 16)
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    wide.unlink()  # as old uploads are
+    turn = talk(conversation, "and now?")
+    conversation._reading.join(5)
+    assert turn.answer
+    assert turn.drawing is None
+    assert failed == []
+
+
 # -- what is shown
 
 
@@ -335,7 +405,79 @@ def test_files_are_told_apart():
     assert [path.name for path in turn.videos] == ["b.mp4", "d.mkv"]
 
 
+def test_what_comes_back_into_the_box_is_still_there(tmp_path):
+    turn = Turn("?", (METER, tmp_path / "deleted.png"))
+    assert blocks._typed(turn) == {"text": "?", "files": [str(METER)]}
+
+
 # -- the server
+
+
+def guarded(path, *chunks):
+    """Send a request with a body of ``chunks`` through the guard; return what comes back."""
+    sent, parts = [], [{"body": chunk, "more_body": True} for chunk in chunks] + [{"body": b""}]
+
+    async def app(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+        await send({"type": "http.response.body", "body": b"taken"})
+
+    async def receive():
+        return {"type": "http.request", **parts.pop(0)}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guard.PageGuard(app)({"type": "http", "path": path}, receive, send))
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "status"),
+    [
+        ("/gradio_api/queue/join", 0, 200),
+        ("/gradio_api/queue/join", 1, 413),
+        ("/gradio_api/upload", 1, 200),  # Gradio bounds those
+        ("/gradio_api/upload/../queue/join", 1, 413),
+    ],
+)
+def test_what_stands_before_the_page(path, more, status):
+    half = bytes(guard.MAX_BODY_BYTES // 2)
+    start, body = guarded(path, half, half + bytes(more))
+    assert start["status"] == status
+    assert body["body"] == (b"taken" if status == 200 else b"")
+    headers = dict(start["headers"])
+    assert (b"a" in headers) == (status == 200)
+    assert headers[b"x-content-type-options"] == b"nosniff"
+    assert headers[b"referrer-policy"] == b"no-referrer"
+    assert b"default-src 'self'" in headers[b"content-security-policy"]
+
+
+def test_only_the_password_is_the_password():
+    check = password_check("s3cret")
+    assert check("me", "s3cret")
+    for wrong in ("", "s3", "s3cret ", "S3CRET", "s3cr\u00e9t"):
+        assert not check("me", wrong)
+
+
+def test_what_a_page_takes_is_bounded():
+    built = create_page(Scripted(lambda text: ["yes"]).new, "<b>", 100)
+    assert built.delete_cache == (blocks.UPLOAD_CHECK_S, blocks.UPLOAD_AGE_S)
+    assert built._queue.max_size == blocks.MOST_WAITING
+    assert {"en", "zh", "zh-CN", "zh-TW"} <= set(built.i18n_instance.translations)
+    title = next(part for part in built.blocks.values() if part.elem_id == "title")
+    assert title.value == "&lt;b&gt;"
+
+
+def test_an_internal_error_is_logged(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    script = Scripted(lambda text: [KeyError("inside")])
+    with served(create_page(script.new, "x", 100)) as url:
+        told = submit(url, [])
+    assert "inside" not in str(told)
+    (logged,) = [found for found in caplog.records if found.name == "edgevl.page.blocks"]
+    assert isinstance(logged.exc_info[1], KeyError)
 
 
 def get(url, **headers):

@@ -19,7 +19,10 @@ from pydantic import ValidationError
 import edgevl
 from edgevl import cli
 from edgevl.errors import CheckpointError, EdgeVLError, ImageError, QueueFullError
+from edgevl.generate.answer import Answer, Timings, Usage
+from edgevl.generate.constraint import Constraint
 from edgevl.generate.logprobs import TokenLogprobs
+from edgevl.generate.sampling import SamplingParams
 from edgevl.serve.logprobs import TokenTexts
 from edgevl.serve.logs import log_to_stderr
 from edgevl.serve.requests import ChatRequest, CompletionRequest
@@ -227,6 +230,8 @@ def test_a_reader_that_takes_nothing_is_given_up_and_holds_nobody_up(scripted):
             other.end("Hello")
             assert asking.response().status_code == 200
             wait_until(lambda: job.cancelled)
+            stalled = 'edgevl_requests_aborted_total{reason="stalled"} 1.0'
+            wait_until(lambda: stalled in httpx2.get(f"{running.url}/metrics").text)
 
 
 def test_too_slow_an_answer(scripted):
@@ -415,6 +420,8 @@ def test_a_picture_under_way_when_the_server_stops(scripted, monkeypatch):
         asked = [Asking(running, messages=messages) for _ in range(3)]  # one more than threads
         for _ in range(2):
             assert begun.acquire(timeout=10)
+        media = running.service._loaded.media
+        wait_until(lambda: media._pool._work_queue.qsize())  # the third has come
         running.server.should_exit = True
         wait_until(lambda: not running.service.scheduler.alive)
         time.sleep(0.1)
@@ -583,6 +590,347 @@ def test_commands_that_cannot_be(capsys, monkeypatch):
     monkeypatch.setenv("EDGEVL_API_KEY", "schlüssel")
     assert cli.main(["serve", "tiny", "--port", "0"]) == 2
     assert "ASCII" in capsys.readouterr().err
+
+
+# -- what is counted and logged
+
+
+def numbers_of(running):
+    lines = httpx2.get(f"{running.url}/metrics").text.splitlines()
+    return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if x[0] != "#")}
+
+
+def test_a_prompt_is_counted_once_however_many_answers(server):
+    asking = Asking(server, n=2, messages=[user(picture(), text("?"))])
+    jobs = [server.service.scheduler.next() for _ in range(2)]
+    prompt = len(jobs[0].prompt.token_ids)
+    for ttft_ms, job in zip((4.0, 9.0), jobs, strict=True):
+        job.say("Yes")
+        timings = Timings(1.0, 2.0, 3.0, ttft_ms, 5.0, 200.0)
+        job.deliver(Answer("Yes", "", (5,), "stop", Usage(prompt, 0, 1, 2), timings))
+    usage = asking.response().json()["usage"]
+    assert usage["prompt_tokens"] == prompt
+    assert usage["completion_tokens"] == 2
+    assert usage["total_tokens"] == prompt + 2
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 2
+    assert asking.response().json()["timings"]["ttft_ms"] == 4.0  # the first's
+    assert asking.response().headers["cache-control"] == "no-store"
+
+
+def test_what_is_counted(server, caplog):
+    caplog.set_level(logging.INFO, "edgevl.serve")
+    scheduler = server.service.scheduler
+    asking = Asking(server)
+    job = scheduler.next()
+    job.say("Yes")
+    time.sleep(0.2)
+    job.say("Yes")
+    job.end("YesYes")
+    assert asking.response().status_code == 200
+    wait_until(lambda: caplog.records)
+    line = caplog.records[-1].msg
+    assert line["ttft_ms"] < line["duration_ms"] - 150  # it is the first token's time
+    assert (line["prompt_tokens"], line["image_tokens"]) == (len(job.prompt.token_ids), 0)
+    assert (line["cached_tokens"], line["completion_tokens"]) == (2, 2)
+    assert Asking(server, model="other").response().status_code == 404
+    scheduler.waiting, scheduler.running = 3, 2
+    wait_until(lambda: len(caplog.records) == 2)
+    numbers = numbers_of(server)
+    assert (numbers["edgevl_waiting"], numbers["edgevl_running"]) == (3, 2)
+    for status in (200, 404):
+        assert numbers[f'edgevl_requests_total{{route="{CHAT}",status="{status}"}}'] == 1
+    first = numbers["edgevl_time_to_first_token_seconds_sum"]
+    assert first == pytest.approx(line["ttft_ms"] / 1000, abs=0.001)
+    assert numbers["edgevl_time_per_output_token_seconds_sum"] == pytest.approx(0.005)
+    tokens = {"prompt": len(job.prompt.token_ids), "cached": 2, "image": 0, "completion": 2}
+    for kind, number in tokens.items():
+        assert numbers[f'edgevl_tokens_total{{kind="{kind}"}}'] == number
+
+
+def test_an_internal_error_within_a_stream(server, caplog, capfd, monkeypatch):
+    monkeypatch.delenv("EDGEVL_DEBUG", raising=False)
+    caplog.set_level(logging.INFO, "edgevl.serve")
+    asking = Asking(server, stream=True)
+    job = server.service.scheduler.next()
+    job.say("I")
+    job.deliver(ZeroDivisionError("my secret"))
+    *_, event = asking.events()
+    assert "secret" not in str(event["error"])
+    wait_until(lambda: caplog.records)
+    assert "ZeroDivisionError at " in caplog.records[-1].msg["error"]
+    assert caplog.records[-1].msg["aborted"] == event["error"]["type"]
+    assert "secret" not in str(caplog.records[-1].msg) + capfd.readouterr().err
+
+
+def test_a_stream_out_of_time_is_no_failure_of_the_server(scripted, caplog):
+    caplog.set_level(logging.INFO, "edgevl.serve")
+    with scripted(timeout_s=0.2) as running:
+        asking = Asking(running, stream=True)
+        running.service.scheduler.next().say("I")
+        assert asking.events()[-1]["error"]["code"] == "timeout"
+        wait_until(lambda: caplog.records)
+        line = caplog.records[-1].msg
+        assert (line["status"], line["aborted"]) == (200, "timeout")
+        assert "error" not in line
+        assert numbers_of(running)['edgevl_requests_aborted_total{reason="timeout"}'] == 1
+
+
+def test_the_end_of_the_server_is_logged(scripted, caplog, monkeypatch):
+    monkeypatch.setattr("edgevl.serve.run._LAST_SECONDS", 0)
+    caplog.set_level(logging.INFO, "edgevl.serve")
+    with scripted(grace_s=0) as running:
+        data = json.dumps(body()).encode()
+        with connected(running) as client:
+            client.sendall(head(len(data)) + data)
+            job = running.service.scheduler.next()
+            running.server.should_exit = True
+            wait_until(lambda: job.cancelled, 4)
+    (line,) = [found.msg for found in caplog.records if found.name == "edgevl.serve"]
+    assert (line["status"], line["aborted"]) == (499, "shutdown")
+
+
+# -- bodies
+
+
+def head(length, *more):
+    lines = [
+        f"POST {CHAT} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+        *more,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def connected(running):
+    client = socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])))
+    client.settimeout(10)
+    return client
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_largest_body(scripted, chunked):
+    fault = json.dumps(body(n=0)).encode()
+    with scripted(max_request_bytes=1000) as running:
+        for size, status in ((1000, 400), (1001, 413)):
+            content = fault.ljust(size)
+            response = httpx2.post(
+                f"{running.url}{CHAT}",
+                content=iter([content[:600], content[600:]]) if chunked else content,
+                headers={"content-type": "application/json; charset=utf-8"},
+            )
+            assert response.status_code == status
+
+
+def test_compressed_bodies_are_refused(server):
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = httpx2.post(f"{server.url}{CHAT}", content=b"{}", headers=headers)
+    assert response.status_code == 415
+    assert "compressed" in response.json()["error"]["message"]
+
+
+def test_who_asks_first_is_told_at_once_that_it_is_too_much(scripted):
+    with scripted(max_request_bytes=1000) as running, connected(running) as client:
+        client.settimeout(2)
+        client.sendall(head(2000, "Expect: 100-continue"))
+        assert b" 413 " in client.recv(4096)
+
+
+def test_bodies_are_counted_as_long_as_their_requests_last(scripted, monkeypatch):
+    monkeypatch.setattr("edgevl.serve.middleware.BODIES_AT_ONCE", 1)
+    half = "x" * 500  # two bodies are more than one may be
+    with scripted(max_request_bytes=1000) as running:
+        first = Asking(running, messages=[user(text(half))])
+        job = running.service.scheduler.next()
+        refused = Asking(running, messages=[user(text(half))]).response()
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        job.end("Hello")
+        assert first.response().status_code == 200
+        for _ in range(2):
+            asking = Asking(running, messages=[user(text(half))])
+            running.service.scheduler.next().end("Hello")
+            assert asking.response().status_code == 200
+
+
+def test_who_leaves_in_mid_request(server, caplog):
+    caplog.set_level(logging.INFO, "edgevl.serve")
+    with connected(server) as client:
+        client.sendall(head(100) + b"{")
+    wait_until(lambda: caplog.records)
+    line = caplog.records[-1].msg
+    assert (line["status"], line["aborted"]) == (499, "client")
+
+
+# -- who may ask
+
+
+@pytest.mark.parametrize(
+    "name", ["localhost.evil.example", "10.0.0.1", "127.0.0.1.evil.example", "[fe80::1]:80", "x"]
+)
+def test_names_of_other_machines(server, name):
+    assert httpx2.get(f"{server.url}/v1/models", headers={"host": name}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "Bearer", "Bearer ke", "Bearer keys", "Basic key", "key", "Bearer k\u00e9y"],
+)
+def test_only_the_key_is_the_key(scripted, given):
+    with scripted(api_key="key") as running, httpx2.Client(base_url=running.url) as client:
+        response = client.get("/v1/models", headers={"authorization": given.encode("latin-1")})
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == "Bearer"
+        right = {"authorization": "bearer key"}
+        assert client.get("/v1/models", headers=right).status_code == 200
+
+
+# -- what reaches the engine
+
+
+def test_what_the_operator_decides_reaches_who_needs_it(model, monkeypatch):
+    made = []
+
+    def scheduler(model, max_queue):
+        made.append(max_queue)
+        return ScriptedScheduler(model)
+
+    monkeypatch.setattr("edgevl.serve.service.Scheduler", scheduler)
+    monkeypatch.setattr("edgevl.serve.service.Fetcher", made.append)
+    Service(Settings("tiny", max_queue=3, allowed_hosts=("a.example",))).start(model)
+    assert made == [3, ("a.example",)]
+
+
+def test_the_parameters_of_an_answer(server):
+    sampling = {"temperature": 0.5, "top_k": 7, "top_p": 0.25, "min_p": 0.125, "seed": 3}
+    sampling["repetition_penalty"] = 1.5
+    asking = Asking(server, **sampling, max_completion_tokens=5, max_tokens=6, stop="end")
+    job = server.service.scheduler.next()
+    job.end("Hello")
+    assert asking.response().status_code == 200
+    assert job.params == SamplingParams(max_tokens=5, stop=("end",), **sampling)
+
+
+def test_the_usual_parameters(server):
+    for path, more, most in (
+        (CHAT, {}, server.service.scheduler.max_context),
+        ("/v1/completions", {"prompt": "Hello"}, 16),
+    ):
+        asked = {"model": "tiny", **more} if more else body()
+        address = f"{server.url}{path}"
+        thread = threading.Thread(target=httpx2.post, args=(address,), kwargs={"json": asked})
+        thread.start()
+        job = server.service.scheduler.next()
+        job.end("Hello")
+        thread.join(10)
+        assert job.params == SamplingParams(max_tokens=most)
+
+
+def test_thinking_may_be_asked_for_as_of_other_servers(server):
+    asking = Asking(server, chat_template_kwargs={"enable_thinking": True})
+    job = server.service.scheduler.next()
+    job.end("Yes")
+    assert asking.response().status_code == 200
+    decode = server.service.scheduler.prompts.tokenizer.decode
+    assert "<think>" in decode(job.prompt.token_ids, skip_special_tokens=False)
+
+
+def test_slow_schemas_hold_up_only_one_another(server, monkeypatch):
+    scheduler = server.service.scheduler
+    begun, go = threading.Semaphore(0), threading.Event()
+
+    def slowly(constraint):
+        begun.release()
+        go.wait(10)
+
+    monkeypatch.setattr(scheduler, "prepare", slowly)
+    asked = [Asking(server, response_format={"type": "json_object"}) for _ in range(3)]
+    for _ in range(2):
+        assert begun.acquire(timeout=10)
+    assert not begun.acquire(timeout=0.2)
+    other = Asking(server)
+    scheduler.next().end("Hello")
+    assert other.response().status_code == 200
+    go.set()
+    for _ in asked:
+        job = scheduler.next()
+        assert job.params.constraint == Constraint.json_object()
+        job.end("{}")
+    assert [asking.response().status_code for asking in asked] == [200] * 3
+
+
+def test_who_leaves_during_a_slow_schema_is_not_waited_for(server, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "edgevl.serve")
+    begun, go = threading.Event(), threading.Event()
+
+    def slowly(constraint):
+        begun.set()
+        go.wait(10)
+
+    monkeypatch.setattr(server.service.scheduler, "prepare", slowly)
+    data = json.dumps(body(response_format={"type": "json_object"})).encode()
+    try:
+        with connected(server) as client:
+            client.sendall(head(len(data)) + data)
+            assert begun.wait(10)
+        wait_until(lambda: caplog.records, 2)
+    finally:
+        go.set()
+    assert caplog.records[-1].msg["aborted"] == "client"
+
+
+# -- completions, and the usage in a stream
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_the_usage_in_a_stream(server, path):
+    asked = {"prompt": "Hello"} if path != CHAT else {"messages": body()["messages"]}
+    asked |= {"model": "tiny", "stream": True, "stream_options": {"include_usage": True}}
+    job = []
+
+    def answered():
+        job.append(server.service.scheduler.next())
+        job[0].say("Yes")
+        job[0].end("Yes")
+
+    threading.Thread(target=answered).start()
+    lines = httpx2.post(f"{server.url}{path}", json=asked).text.split("\n\n")
+    *events, last = (json.loads(line.removeprefix("data: ")) for line in lines[:-2])
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert len(events) >= 2
+    assert [event["usage"] for event in events] == [None] * len(events)  # said, not left out
+    assert last["choices"] == []
+    assert last["usage"]["prompt_tokens"] == len(job[0].prompt.token_ids)
+    refused = httpx2.post(f"{server.url}{path}", json=asked | {"stream": False})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "stream_options"
+
+
+def test_offsets_go_on_through_a_stream(server):
+    asked = {"model": "tiny", "prompt": "Hello", "logprobs": 0, "stream": True}
+    scheduler = server.service.scheduler
+    ids = scheduler.prompts.tokenizer.encode("abab", add_special_tokens=False).ids
+    threading.Thread(target=lambda: answer(scheduler.next(), ids)).start()
+    lines = httpx2.post(f"{server.url}/v1/completions", json=asked).text.split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    logprobs = [event["choices"][0]["logprobs"] for event in events[:-1]]
+    tokens = [token for found in logprobs for token in found["tokens"]]
+    assert "".join(tokens) == "abab"
+    assert len(tokens) > 1
+    offsets = [offset for found in logprobs for offset in found["text_offset"]]
+    assert offsets == [len("".join(tokens[:number])) for number in range(len(tokens))]
+
+
+def test_prompts_of_completions_that_are_too_many_or_too_long(server):
+    def fault(prompt, **more):
+        asked = {"model": "tiny", "prompt": prompt, **more}
+        response = httpx2.post(f"{server.url}/v1/completions", json=asked)
+        assert response.status_code == 400
+        return response.json()["error"]
+
+    assert fault(["Hello"] * 9, n=2)["param"] == "n"
+    error = fault([5] * server.service.scheduler.max_context)
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
 
 
 def start(*options, **environment):

@@ -8,8 +8,9 @@ import pytest
 
 import edgevl
 from edgevl.errors import ContextLengthError, ImageError, VideoError
+from edgevl.preprocess import prepare_picture
 from edgevl.serve.errors import ApiError
-from edgevl.serve.media import FETCHES, Media
+from edgevl.serve.media import FETCHES, Media, TileBudget
 from running_server import EXAMPLES, METER
 
 
@@ -107,3 +108,42 @@ def test_a_model_without_vision(model, fetcher):
     media = Media(blind, 2048, fetcher)
     with pytest.raises(ImageError, match="no vision"):
         asyncio.run(media.picture(METER, None, media.budget()))
+
+
+def test_pictures_that_came_with_the_request_wait_for_no_fetch(model):
+    async def load():
+        go = asyncio.Event()
+
+        async def get(url, max_bytes):
+            await go.wait()
+            return (EXAMPLES / "meter.png").read_bytes()
+
+        media = Media(model.checkpoint, 2048, SimpleNamespace(get=get))
+        url = "http://host.example/a.png"
+        fetching = [
+            asyncio.ensure_future(media.picture(url, None, media.budget())) for _ in range(FETCHES)
+        ]
+        await asyncio.sleep(0)
+        await asyncio.wait_for(media.picture(METER, None, media.budget()), 5)
+        go.set()
+        await asyncio.gather(*fetching)
+
+    asyncio.run(load())
+
+
+def test_the_tiles_of_a_request_leave_room_for_an_answer():
+    budget = TileBudget(72, 36)
+    budget.take(1)
+    with pytest.raises(ContextLengthError, match="72 tokens"):
+        budget.check(1)  # the context would be full
+    TileBudget(73, 36).take(2)
+
+
+def test_frames_of_videos_are_counted_as_well(media, model, monkeypatch):
+    frame = prepare_picture((EXAMPLES / "meter.png").read_bytes(), model.checkpoint.config, 1)
+    monkeypatch.setattr("edgevl.serve.media.prepare_video", lambda *_: [frame, frame])
+    url = "http://host.example/a.mp4"
+    assert asyncio.run(media.video(url, 2, media.budget())) == [frame, frame]
+    media._most_bytes = 2 * frame.pixels.nbytes - 1
+    with pytest.raises(ApiError, match="too many requests"):
+        asyncio.run(media.video(url, 2, media.budget()))

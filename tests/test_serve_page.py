@@ -1,9 +1,13 @@
 """The page of a server: at ``/``, beside the API, with its model, queue and key."""
 
+import asyncio
+import logging
 import time
 
 import httpx2
 import pytest
+from fastapi import FastAPI
+from starlette.responses import StreamingResponse
 
 import edgevl
 from page_browser import CHROMIUM, EXAMPLES, answered, ask, attach, chromium, open_page
@@ -91,7 +95,8 @@ def test_what_is_around_the_page():
         assert named_otherwise.status_code == 403
 
 
-def test_before_the_model_is_there():
+def test_before_the_model_is_there(caplog):
+    caplog.set_level(logging.INFO, "edgevl.serve")
     released = []
 
     def slowly():
@@ -103,3 +108,31 @@ def test_before_the_model_is_there():
         released.append(True)
         opened(server.url)
         assert httpx2.get(server.url).status_code == 200
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+        wait_until(lambda: caplog.records)
+        # What a page asks for would fill the log.
+        assert [record.msg["route"] for record in caplog.records] == ["/health"]
+
+
+def test_what_browsers_keep_open_ends_with_the_server():
+    page = FastAPI()
+
+    @page.get("/")
+    async def endless():
+        async def drops():
+            while True:
+                yield b"."
+                await asyncio.sleep(0.02)
+
+        return StreamingResponse(drops())
+
+    with serving(load, make_page=lambda *_: page) as server:
+        opened(f"{server.url}/nothing")
+        with httpx2.stream("GET", server.url, timeout=5) as stream:
+            drops = stream.iter_raw()
+            next(drops)
+            server.server.should_exit = True
+            begun = time.monotonic()
+            with pytest.raises(httpx2.RemoteProtocolError):
+                list(drops)
+        assert time.monotonic() - begun < 5

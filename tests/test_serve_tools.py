@@ -6,6 +6,8 @@ import threading
 import pytest
 
 import edgevl
+from edgevl.generate.constraint import Constraint
+from edgevl.preprocess.tools import Tool
 from running_server import METER, ScriptedScheduler, picture, serving, text, user
 
 openai = pytest.importorskip("openai", reason="the official client is not installed")
@@ -266,3 +268,28 @@ def test_an_answer_cut_off_in_a_call_is_text(scripted):
     assert choice.finish_reason == "length"
     assert choice.message.content == '<tool_call>\n{"name": "now", "argu'
     assert not choice.message.tool_calls
+
+
+def test_an_answer_cut_off_after_a_call_says_so(scripted):
+    client, scheduler = scripted
+    thread, results = in_background(lambda: ask(client, user(text("Hello")), tools=TOOLS))
+    job = scheduler.next()
+    job.say('<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n')
+    job.end(finish_reason="length")
+    thread.join(10)
+    (choice,) = results[0].choices
+    assert choice.message.tool_calls
+    assert choice.finish_reason == "length"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_one_call_or_several(scripted, several):
+    client, scheduler = scripted
+    forced = {"tool_choice": "required", "parallel_tool_calls": several}
+    thread, _ = in_background(lambda: ask(client, user(text("Hi")), tools=[tool("now")], **forced))
+    job = scheduler.next()
+    job.end()
+    thread.join(10)
+    now = Tool("now", "Does now.", None)
+    assert job.params.constraint == Constraint.tool_calls([now], several=several)
+    assert job.params.constraint != Constraint.tool_calls([now], several=not several)

@@ -65,9 +65,16 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     async def prepare() -> Plan:
         loaded = service.loaded(body.model)
         tools = shown_tools(body)
-        constraint = await to_thread.run_sync(
-            _constraint, body, tools, loaded.scheduler, abandon_on_cancel=True, limiter=_CONSTRAINTS
-        )
+        constraint = None
+        if _formatted(body) or _forced(body):
+            constraint = await to_thread.run_sync(
+                _constraint,
+                body,
+                tools,
+                loaded.scheduler,
+                abandon_on_cancel=True,
+                limiter=_CONSTRAINTS,
+            )
         prompt = await encode(body, loaded, _thinking(body), tools)
         most = loaded.scheduler.max_context
         max_tokens = body.max_completion_tokens or body.max_tokens or most
@@ -89,14 +96,21 @@ def _thinking(body: ChatRequest) -> bool:
     return bool(body.enable_thinking or (arguments and arguments.enable_thinking))
 
 
+def _formatted(body: ChatRequest) -> bool:
+    return body.response_format is not None and body.response_format.type != "text"
+
+
+def _forced(body: ChatRequest) -> bool:
+    return body.tool_choice not in (None, "none", "auto")
+
+
 def _check(body: ChatRequest) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     if body.stream_options and not body.stream:
         raise ApiError(400, "stream_options needs stream: true", "stream_options")
-    formatted = body.response_format is not None and body.response_format.type != "text"
-    forced = body.tool_choice not in (None, "none", "auto")
-    if _thinking(body) and (formatted or forced):
+    formatted = _formatted(body)
+    if _thinking(body) and (formatted or _forced(body)):
         param = "response_format" if formatted else "tool_choice"
         raise ApiError(400, f"{param} cannot be kept while thinking: leave one out", param)
     if formatted and body.tools and body.tool_choice != "none":
