@@ -14,9 +14,6 @@ from edgevl.serve.answers import Record
 from edgevl.serve.errors import ApiError, busy, timed_out
 from edgevl.serve.settings import BODIES_AT_ONCE, EXTRA_IN_FLIGHT, Settings
 
-#: Seconds for which the rest of a body that is too large is read, so that the client, which may
-#: read only once it has sent all, sees the error.
-_DRAIN_S = 5.0
 _RETRY_AFTER_S = 1.0
 #: What the API key is asked for.
 _WITH_KEY = ("/v1/", "/metrics")
@@ -112,8 +109,6 @@ class BodyLimit:
             record: Record = scope["edgevl.record"]
             record.aborted = "client"
         except ApiError as error:
-            if error.status == 413 and not body.ended and "expect" not in Headers(scope=scope):
-                await self._drain(receive)
             await error.response()(scope, receive, send)
         finally:
             self._requests -= 1
@@ -147,16 +142,6 @@ class BodyLimit:
                 raise self._too_large()
             if self._bytes > BODIES_AT_ONCE * self._settings.max_request_bytes:
                 raise busy(_RETRY_AFTER_S)
-
-    async def _drain(self, receive: Receive) -> None:
-        """Read on for a while, and throw it away."""
-        left = self._settings.max_request_bytes
-        with anyio.move_on_after(_DRAIN_S):
-            while left > 0:
-                message = await receive()
-                left -= len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
 
     def _too_large(self) -> ApiError:
         most = self._settings.max_request_bytes
