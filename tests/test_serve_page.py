@@ -21,9 +21,9 @@ def load():
 
 
 def page_maker(key=None):
-    from edgevl.cli.serve import _page_maker
+    from edgevl.cli.serve import page_maker as maker
 
-    return _page_maker("tiny", key)
+    return maker("tiny", key)
 
 
 def opened(url):

@@ -16,7 +16,7 @@ from edgevl.cli.answer import PlainPrinter, Printer, print_answer
 from edgevl.cli.commands import COMMANDS, help_text
 from edgevl.cli.dropped import find_files, unquoted
 from edgevl.cli.prompt import keys_wait, line_reader
-from edgevl.cli.terminal import can_move, chinese, leaves_in_order, reason, replacing
+from edgevl.cli.terminal import can_move, leaves_in_order, reason, replacing, tell
 from edgevl.errors import EdgeVLError
 from edgevl.preprocess import Video, load_image, open_video
 from edgevl.preprocess.folder import PICTURE_SUFFIXES, VIDEO_SUFFIXES
@@ -82,7 +82,7 @@ class Conversation:
         """Talk until the user leaves; ``shown`` (name, what) goes with the first question."""
         self._waiting = shown
         read = line_reader(COMMANDS, SETTINGS, PICTURE_SUFFIXES + VIDEO_SUFFIXES)
-        _tell(*WELCOME)
+        tell(*WELCOME)
         with leaves_in_order():
             while True:
                 try:
@@ -92,7 +92,7 @@ class Conversation:
                 except KeyboardInterrupt:
                     with contextlib.suppress(KeyboardInterrupt):  # pressed twice
                         click.echo(err=True)
-                        _tell("(Ctrl-D or /exit leaves)", "（按 Ctrl-D 或输入 /exit 退出）")
+                        tell("(Ctrl-D or /exit leaves)", "（按 Ctrl-D 或输入 /exit 退出）")
 
     def _step(self, read: Callable[[], str]) -> bool:
         """Read what is typed and carry it out; return whether the conversation goes on."""
@@ -126,33 +126,31 @@ class Conversation:
             if question:
                 self._ask(question)
         elif name.startswith("/") and "/" not in name[1:]:
-            _tell(
-                f"{name} is not a command; /help lists them.", f"没有 {name} 命令，请输入 /help。"
-            )
+            tell(f"{name} is not a command; /help lists them.", f"没有 {name} 命令，请输入 /help。")
         else:
             self._ask(line)
         return True
 
     def _add_picture(self, path: str) -> None:
         if not path:
-            _tell("Name a picture: /image PATH", "请给出图片路径：/image 路径")
+            tell("Name a picture: /image PATH", "请给出图片路径：/image 路径")
             return
         path = _path(path)
         picture = load_image(path)
         self._waiting.append((path, picture))
-        _tell(
+        tell(
             f"{picture.width} x {picture.height}, goes with the next question.",
             f"{picture.width} x {picture.height}，将随下一个问题一起发送。",
         )
 
     def _add_video(self, path: str) -> None:
         if not path:
-            _tell("Name a video: /video PATH", "请给出视频路径：/video 路径")
+            tell("Name a video: /video PATH", "请给出视频路径：/video 路径")
             return
         path = _path(path)
         video = open_video(path)
         self._waiting.append((path, video))
-        _tell(
+        tell(
             f"{video.frame_count} frames, {video.duration_s:.1f} s, goes with the next question.",
             f"{video.frame_count} 帧，{video.duration_s:.1f} 秒，将随下一个问题一起发送。",
         )
@@ -196,12 +194,12 @@ class Conversation:
     def _undo(self, _: str) -> None:
         if question := self._take_back():
             self._unanswered = ""
-            _tell(f"Forgotten: {question}", f"已撤回：{question}")
+            tell(f"Forgotten: {question}", f"已撤回：{question}")
 
     def _take_back(self) -> str:
         """Forget the last turn and return its question; what it showed waits again."""
         if not self._turns:
-            _tell("Nothing has been asked yet.", "还没有提过问题。")
+            tell("Nothing has been asked yet.", "还没有提过问题。")
             return ""
         turn = self._turns.pop()
         self._session.undo()
@@ -210,7 +208,7 @@ class Conversation:
 
     def _set_system(self, text: str) -> None:
         self._session.system = text or None
-        _tell("Goes with the next question.", "从下一个问题起生效。")
+        tell("Goes with the next question.", "从下一个问题起生效。")
 
     def _set(self, text: str) -> None:
         from edgevl.generate import SamplingParams
@@ -234,18 +232,18 @@ class Conversation:
     def _reset(self, _: str) -> None:
         self._session.reset()
         self._waiting, self._turns, self._unanswered = [], [], ""
-        _tell("A new conversation.", "已开始新的对话。")
+        tell("A new conversation.", "已开始新的对话。")
 
     def _save(self, name: str) -> None:
         if not name:
-            _tell("Name a file: /save FILE", "请给出文件名：/save 文件")
+            tell("Name a file: /save FILE", "请给出文件名：/save 文件")
             return
         path = Path(unquoted(name)).expanduser()
         transcript = {"model": self._model, "turns": [turn.to_dict() for turn in self._turns]}
         with replacing(path) as file:
             file.write(json.dumps(transcript, ensure_ascii=False, indent=1).encode())
             file.write(b"\n")
-        _tell(f"Saved to {path}.", f"已保存到 {path}。")
+        tell(f"Saved to {path}.", f"已保存到 {path}。")
 
 
 def _path(text: str) -> str:
@@ -279,7 +277,3 @@ def _printer() -> Printer:
 
         return MarkdownPrinter()
     return PlainPrinter()
-
-
-def _tell(english: str, chinese_text: str) -> None:
-    click.echo(chinese_text if chinese() else english, err=True)

@@ -10,7 +10,7 @@ import click
 
 from edgevl.cli.loading import load_model
 from edgevl.cli.options import engine_options, listen_options, model_name
-from edgevl.cli.terminal import chinese
+from edgevl.cli.terminal import tell
 from edgevl.machine import share_heap
 from edgevl.optional import needs
 
@@ -140,40 +140,31 @@ def command(
     )
     url = url_of(sock)
     if not loopback and api_key is None:
-        _say(
+        tell(
             "warning: whoever reaches this machine can use the server: set EDGEVL_API_KEY",
             "警告：能访问本机的人都可以使用此服务，请设置 EDGEVL_API_KEY",
         )
 
     def on_ready() -> None:
-        _say(
+        tell(
             f"{settings.name} is served at {url}/v1 (Ctrl-C stops it)",
             f"{settings.name} 已在 {url}/v1 提供服务（按 Ctrl-C 停止）",
         )
 
     gate = make_page = None
     if not no_ui and importlib.util.find_spec("gradio") is not None:
-        gate, make_page = PageGate(), _page_maker(settings.name, api_key)
+        gate, make_page = PageGate(), page_maker(settings.name, api_key)
     app = create_app(Service(settings), gate)
     run(Server(app, lambda: load_model(model, **engine), on_ready, gate, make_page), sock)
     return 0
 
 
-def _page_maker(name: str, api_key: str | None) -> Callable[[Model, Scheduler], FastAPI]:
-    """Return what makes the page; its password is the API key."""
+def page_maker(name: str, api_key: str | None) -> Callable[[Model, Scheduler], FastAPI]:
+    """Return what makes the page once the model is loaded; Gradio is imported no sooner."""
 
     def make(model: Model, scheduler: Scheduler) -> FastAPI:
-        from fastapi import FastAPI
+        from edgevl.page import page_app
 
-        from edgevl.page import mount_page, page_of, password_check
-
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        auth = None if api_key is None else password_check(api_key)
-        mount_page(app, page_of(model, scheduler, name), auth=auth)
-        return app
+        return page_app(model, scheduler, name, api_key)
 
     return make
-
-
-def _say(english: str, in_chinese: str) -> None:
-    click.echo(in_chinese if chinese() else english, err=True)

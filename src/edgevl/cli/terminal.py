@@ -123,6 +123,11 @@ def reason(error: Exception) -> str:
     return " ".join(text.split())
 
 
+def tell(english: str, in_chinese: str) -> None:
+    """Write a line to standard error, in the user's language."""
+    click.echo(in_chinese if chinese() else english, err=True)
+
+
 @contextmanager
 def progress_bar(name: str) -> Iterator[Callable[[int, int], object]]:
     """Show a bar with an estimate while a stretch of work is done."""

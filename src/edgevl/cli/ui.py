@@ -10,7 +10,7 @@ import click
 
 from edgevl.cli.loading import load_model
 from edgevl.cli.options import engine_options, listen_options, model_name
-from edgevl.cli.terminal import chinese, ends_like_ctrl_c
+from edgevl.cli.terminal import chinese, ends_like_ctrl_c, tell
 from edgevl.machine import share_heap
 from edgevl.optional import needs
 from edgevl.serve.listening import is_loopback, listen, url_of
@@ -38,9 +38,8 @@ def command(
     """  # noqa: D301
     with needs("ui"):
         import uvicorn
-        from fastapi import FastAPI
 
-        from edgevl.page import mount_page, page_of, password_check
+        from edgevl.page import page_app
         from edgevl.serve.middleware import HostCheck
 
     share_heap()
@@ -50,9 +49,7 @@ def command(
 
         loaded = load_model(model, **engine)
         scheduler = Scheduler(loaded)
-        page = page_of(loaded, scheduler, model_name(model))
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        mount_page(app, page, auth=password_check(api_key) if api_key else None)
+        app = page_app(loaded, scheduler, model_name(model), api_key)
         if is_loopback(sock):
             app.add_middleware(HostCheck)
         _announce(sock, bool(api_key))
@@ -70,10 +67,8 @@ def _announce(sock: socket.socket, locked: bool) -> None:
     url = url_of(sock)
     click.echo(f"页面地址：{url}/（按 Ctrl-C 结束）" if chinese() else f"{url}/  (Ctrl-C ends it)")
     if not locked and not is_loopback(sock):
-        click.echo(
-            "警告：未设密码，能访问本机的人都可以使用此页面；可用环境变量 EDGEVL_API_KEY 设置密码"
-            if chinese()
-            else "warning: there is no password: whoever reaches this machine can use the page; "
+        tell(
+            "warning: there is no password: whoever reaches this machine can use the page; "
             "set EDGEVL_API_KEY",
-            err=True,
+            "警告：未设密码，能访问本机的人都可以使用此页面；可用环境变量 EDGEVL_API_KEY 设置密码",
         )

@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.engine.base import BatchedEngine, Engine, EngineTimings, Floats
+from edgevl.engine.base import BatchedEngine, Engine, Floats
 from edgevl.preprocess import Picture, Prompt
 
 #: Features of this many tiles are kept, so that a picture is encoded once (1 MiB a tile for 1B).
@@ -124,10 +124,6 @@ class PrefixRunner:
         """Become the first ``length`` positions of another sequence of a `BatchedEngine`."""
         _batched(self).share(_batched(other), length)
         self._cached = other._cached[:length]
-
-    def timings(self) -> EngineTimings:
-        """Return the sequence's totals so far."""
-        return self.engine.timings()
 
     def _embed(self, prompt: Prompt, start: int) -> Generator[None, None, Floats]:
         """Embed the positions from ``start`` on: float32 [T - start, H]; yields between tiles."""

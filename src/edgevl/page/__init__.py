@@ -1,5 +1,5 @@
 """The web page: conversations with pictures and videos in a browser."""
 
-from edgevl.page.blocks import create_page, mount_page, page_of, password_check
+from edgevl.page.blocks import create_page, mount_page, page_app, password_check
 
-__all__ = ["create_page", "mount_page", "page_of", "password_check"]
+__all__ = ["create_page", "mount_page", "page_app", "password_check"]

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from edgevl.errors import EdgeVLError
 from edgevl.generate.model import Model
@@ -34,10 +34,8 @@ from edgevl.preprocess.video_file import MAX_MEMORY_BYTES
 
 with needs("ui"):
     import gradio as gr
-    from starlette.routing import Mount
-
-if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.routing import Mount
 
 #: Answers at a time, and questions that wait for their turn; more are refused.
 MOST_ANSWERING, MOST_WAITING = 16, 64
@@ -52,25 +50,6 @@ _log = logging.getLogger(__name__)
 
 #: What a handler returns: the chat, the box, the line below.
 Shown: TypeAlias = tuple[Any, Any, Any]
-
-
-def page_of(model: Model, answerer: Answerer, name: str) -> gr.Blocks:
-    """Build the page of a model.
-
-    Args:
-        model: the model.
-        answerer: what answers, such as a `Scheduler` with that model.
-        name: what the model is called.
-    """
-    checkpoint = model.checkpoint
-    config = checkpoint.config
-    return create_page(
-        lambda *kind: Session(checkpoint, answerer, *kind),
-        f"EdgeVL · {name}",
-        answerer.max_context,
-        sees=checkpoint.has_vision,
-        max_tiles=config.max_tiles if config.dynamic_tiling else None,
-    )
 
 
 def create_page(
@@ -200,6 +179,29 @@ def mount_page(
     mounted = app.routes[-1]
     assert isinstance(mounted, Mount)
     mounted.app = PageGuard(mounted.app)
+
+
+def page_app(model: Model, answerer: Answerer, name: str, api_key: str | None) -> FastAPI:
+    """Return an application that is the page of a model and nothing else.
+
+    Args:
+        model: the model.
+        answerer: what answers, such as a `Scheduler` with that model.
+        name: what the model is called.
+        api_key: the page's password, with any name; None lets everyone in.
+    """
+    checkpoint = model.checkpoint
+    config = checkpoint.config
+    page = create_page(
+        lambda *kind: Session(checkpoint, answerer, *kind),
+        f"EdgeVL · {name}",
+        answerer.max_context,
+        sees=checkpoint.has_vision,
+        max_tiles=config.max_tiles if config.dynamic_tiling else None,
+    )
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    mount_page(app, page, auth=None if api_key is None else password_check(api_key))
+    return app
 
 
 def password_check(key: str) -> Callable[[str, str], bool]:
