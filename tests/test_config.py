@@ -1,6 +1,6 @@
 import pytest
 
-from edgevl.checkpoint import expected_tensors, parse_config
+from edgevl.checkpoint import GPTQConfig, expected_tensors, parse_config
 from edgevl.checkpoint.config import INTERNVIT_300M
 from edgevl.errors import CheckpointError
 from storage import CHAT, CONFIGS, HF, TEXT, changed
@@ -188,11 +188,14 @@ def test_gptq_from_each_place():
         (changed(CHAT, "llm_config.quantization_config", GPTQ), {}),
         (CHAT, {"quantize": GPTQ}),
     ):
-        quantization = parse(config, **files).quantization
-        assert (quantization.bits, quantization.group_size) == (4, 128)
-        assert quantization.checkpoint_format == "gptq"
+        assert parse(config, **files).quantization == (GPTQConfig(4, 128, "gptq"),)
     newer = {**GPTQ, "format": "gptq_v2"}
-    assert parse(CHAT, quantize=newer).quantization.checkpoint_format == "gptq_v2"
+    assert parse(CHAT, quantize=newer).quantization == (GPTQConfig(4, 128, "gptq_v2"),)
+    rules = {"+:.*down": {"bits": 8}, "-:.*up": {}, ".*": {"group_size": 64}, "x": {"bits": 8}}
+    assert parse(CHAT, quantize={**GPTQ, "dynamic": rules}).quantization == tuple(
+        GPTQConfig(bits, size, "gptq") for bits, size in ((4, 128), (8, 128), (4, 64))
+    )
+    assert parse(CHAT).quantization == ()
     layout, config = parse_config({**TEXT, "quantization_config": GPTQ}, "config.json")
     assert layout == "gptq_text"
     assert config.vision == INTERNVIT_300M
@@ -268,13 +271,17 @@ def test_what_vision_cannot_keep(keep, words):
         ("ps_version", "v3", ["ps_version", "v1, v2"]),
         ("max_dynamic_patch", 10**6, ["max_dynamic_patch"]),
         ("min_dynamic_patch", 7, ["min_dynamic_patch", "7", "6"]),
-        ("template", "\ud800", ["template", "Unicode"]),
         ("quantization_config", {"quant_method": "awq", "bits": 4}, ["awq", "gptq"]),
         ("quantization_config", {"quant_method": "bitsandbytes"}, ["bitsandbytes"]),
-        ("quantization_config", {**GPTQ, "bits": 3}, ["bits", "3", "4, 8"]),
-        ("quantization_config", {**GPTQ, "group_size": 0}, ["group_size"]),
+        ("quantization_config", "gptq", ["quantization_config", "'gptq'", "an object"]),
         ("quantization_config", {**GPTQ, "checkpoint_format": "marlin"}, ["marlin"]),
         ("eos_token_id", "</s>", ["eos_token_id"]),
+        ("eos_token_id", [7, 7.5], ["eos_token_id", "7.5"]),
+        ("eos_token_id", True, ["eos_token_id", "True"]),
+        ("flash_mode", True, ["flash_mode", "InternVL3.5-Flash is not supported yet"]),
+        ("flash_relative_threshold", 0.5, ["flash_relative_threshold", "InternVL3.5-Flash"]),
+        ("flash_absolute_threshold", 0, ["flash_absolute_threshold", "InternVL3.5-Flash"]),
+        ("model_type", "internvl_flash", ["model_type", "InternVL3.5-Flash"]),
     ],
 )
 def test_refused_with_the_field_and_the_value(path, value, words):

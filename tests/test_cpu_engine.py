@@ -303,7 +303,7 @@ def test_pieces_of_a_long_prefill(qwen3, monkeypatch):
 
 @pytest.mark.parametrize("group_size", [-1, 16, 64, 128])
 def test_gptq_agrees_with_the_reference(tmp_path, team, group_size):
-    config = GPTQConfig(4, group_size, True, False, "gptq")
+    config = GPTQConfig(4, group_size, "gptq")
     sizes = {"hidden_size": 160, "intermediate_size": 136, "vocab_size": 120}
     with gptq_checkpoint(tmp_path, config, **sizes) as checkpoint:
         assert not checkpoint.has_vision

@@ -192,7 +192,7 @@ def test_every_kind_of_text_model(board, mini_checkpoint, preset, tmp_path):
 
 def test_gptq_weights_of_a_text_model_alone(board, tmp_path):
     shape = BoardShape(context=31, chunk=8, max_prefill=8)
-    config = GPTQConfig(bits=4, group_size=32, sym=True, desc_act=False, checkpoint_format="gptq")
+    config = GPTQConfig(bits=4, group_size=32, checkpoint_format="gptq")
     with gptq_checkpoint(tmp_path / "gptq", config) as checkpoint:
         directory = tmp_path / "emulated"
         directory.mkdir()

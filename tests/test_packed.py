@@ -100,7 +100,7 @@ def test_stored_types_give_the_same(dtype, team):
     ("group_size", "hidden"), [(-1, 160), (16, 160), (32, 160), (64, 160), (128, 160), (256, 520)]
 )
 def test_gptq_is_packed_exactly(tmp_path, team, group_size, hidden):
-    config = GPTQConfig(4, group_size, True, False, "gptq")
+    config = GPTQConfig(4, group_size, "gptq")
     sizes = {"hidden_size": hidden, "intermediate_size": 136, "num_hidden_layers": 1}
     with gptq_checkpoint(tmp_path, config, **sizes) as checkpoint:
         plan = make_plan(checkpoint)
@@ -116,7 +116,7 @@ def test_gptq_is_packed_exactly(tmp_path, team, group_size, hidden):
 
 
 def test_gptq_of_one_matrix_by_hand(team):
-    stored, weight = quantized(24, 48, GPTQConfig(4, 16, True, False, "gptq"))
+    stored, weight = quantized(24, 48, GPTQConfig(4, 16, "gptq"))
     out = packing.aligned_zeros(native.packed_bytes("int4", 24, 48, 16))
     scales = stored["scales"].astype(np.float16)
     native.pack_gptq(stored["qweight"], scales, 16, out, 0, 1, team)

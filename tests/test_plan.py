@@ -20,8 +20,8 @@ def checkpoint(mini_checkpoint, preset):
         yield opened
 
 
-def gptq_checkpoint(directory, config, **changes):
-    """Write and open a text model alone, with GPTQ weights."""
+def gptq_checkpoint(directory, config, desc_act=False, dynamic=None, rule=None, **changes):
+    """Write and open a text model alone, with GPTQ weights as `config`, or as `rule` has a name."""
     text = {**TEXT, **changes}
     shapes = dataclasses.replace(
         PRESETS["mini-qwen3"].config,
@@ -36,14 +36,14 @@ def gptq_checkpoint(directory, config, **changes):
             head_dim=text["head_dim"],
         ),
     )
-    stored, _ = gptq_tensors(shapes, config, "")
+    stored, _ = gptq_tensors(shapes, rule or config, "", desc_act=desc_act)
     settings = {
         "quant_method": "gptq",
         "bits": config.bits,
         "group_size": config.group_size,
-        "sym": config.sym,
-        "desc_act": config.desc_act,
+        "desc_act": desc_act,
         "checkpoint_format": config.checkpoint_format,
+        "dynamic": dynamic,
     }
     directory = write_directory(directory, {**text, "quantization_config": settings}, stored, "F16")
     return Checkpoint.open(directory)
@@ -136,22 +136,22 @@ def test_an_unknown_precision_names_the_known(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("config", "inputs", "group"),
+    ("config", "inputs", "group", "how"),
     [
-        (GPTQConfig(4, 128, True, False, "gptq"), 256, 128),
-        (GPTQConfig(4, 256, True, False, "gptq"), 512, 128),
-        (GPTQConfig(4, -1, True, False, "gptq_v2"), 256, 128),
-        (GPTQConfig(4, -1, True, False, "gptq"), 48, 48),
-        (GPTQConfig(4, 32, True, False, "gptq"), 48, 32),
-        (GPTQConfig(4, 16, True, False, "gptq"), 48, 16),
-        (GPTQConfig(4, 12, True, False, "gptq"), 48, None),  # no whole line
-        (GPTQConfig(8, 16, True, False, "gptq"), 48, None),
-        (GPTQConfig(4, 16, False, False, "gptq"), 48, None),
-        (GPTQConfig(4, 16, True, True, "gptq"), 48, None),
+        (GPTQConfig(4, 128, "gptq"), 256, 128, {}),
+        (GPTQConfig(4, 256, "gptq"), 512, 128, {}),
+        (GPTQConfig(4, -1, "gptq_v2"), 256, 128, {}),
+        (GPTQConfig(4, -1, "gptq"), 48, 48, {}),
+        (GPTQConfig(4, 32, "gptq"), 48, 32, {}),
+        (GPTQConfig(4, 16, "gptq"), 48, 16, {}),
+        (GPTQConfig(4, 12, "gptq"), 48, None, {}),  # no whole line
+        (GPTQConfig(8, 16, "gptq"), 48, None, {}),
+        (GPTQConfig(4, 16, "gptq"), 48, None, {"sym": False}),
+        (GPTQConfig(4, 16, "gptq"), 48, None, {"desc_act": True}),
     ],
 )
-def test_what_int4_can_hold(config, inputs, group):
-    stored, _ = quantized(16, inputs, config)
+def test_what_int4_can_hold(config, inputs, group, how):
+    stored, _ = quantized(16, inputs, config, **how)
     packed = GPTQWeight(
         StoredTensor("I32", stored["qweight"]),
         StoredTensor("I32", stored["qzeros"]),
@@ -163,7 +163,7 @@ def test_what_int4_can_hold(config, inputs, group):
 
 
 def test_scales_that_float16_does_not_hold():
-    config = GPTQConfig(4, 16, True, False, "gptq")
+    config = GPTQConfig(4, 16, "gptq")
     stored, _ = quantized(16, 48, config)
     for scale, group in ((0.5, 16), (1 / 3, None), (1e6, None)):
         packed = GPTQWeight(
@@ -180,7 +180,7 @@ def test_scales_that_float16_does_not_hold():
     ("precision", "text"), [("auto", "int4"), ("int4", "int4"), ("int8", "int8"), ("bf16", "bf16")]
 )
 def test_gptq_is_taken_as_it_is(tmp_path, precision, text):
-    with gptq_checkpoint(tmp_path, GPTQConfig(4, 16, True, False, "gptq")) as checkpoint:
+    with gptq_checkpoint(tmp_path, GPTQConfig(4, 16, "gptq")) as checkpoint:
         plan = make_plan(checkpoint, precision)
         assert plan.notes == ()
         assert [matrix.name for matrix in plan.matrices][-1] == "text.head"
@@ -191,7 +191,7 @@ def test_gptq_is_taken_as_it_is(tmp_path, precision, text):
 
 
 def test_gptq_with_act_order_is_rounded_and_said(tmp_path):
-    with gptq_checkpoint(tmp_path, GPTQConfig(4, 16, True, True, "gptq")) as checkpoint:
+    with gptq_checkpoint(tmp_path, GPTQConfig(4, 16, "gptq"), desc_act=True) as checkpoint:
         plan = make_plan(checkpoint)
         assert {m.format for m in plan.matrices} == {"int8", "int4"}  # int4: the head
         assert not any(matrix.gptq for matrix in plan.matrices)

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.checkpoint.config import ModelConfig
+from edgevl.checkpoint.config import GPTQConfig, ModelConfig
 from edgevl.checkpoint.directory import ModelDirectory, is_directory, read_config
-from edgevl.checkpoint.gptq import GPTQWeight, packed_shapes
-from edgevl.checkpoint.layouts import LM_HEAD, TEXT, StoredNames, expected_tensors
+from edgevl.checkpoint.gptq import GPTQWeight, packed_shapes, stored_config
+from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, TEXT, StoredNames, expected_tensors
 from edgevl.checkpoint.safetensors import FLOAT_TYPES, FilePlace, StoredTensor, Weights
+from edgevl.checkpoint.surplus import refuse_other_kinds, refuse_surplus
 from edgevl.errors import CheckpointError
 
 #: Blocks of a weight file that its fingerprint takes, and their size in bytes.
@@ -45,8 +46,14 @@ class Checkpoint(ModelDirectory):
         self._weights = weights
         self._stored_names = names
         self._shapes = expected_tensors(config, vision=self.has_vision)
+        #: What the names of a quantized weight's tensors begin with, and how they are stored.
+        self._packed: dict[str, tuple[str, GPTQConfig]] = {}
         for name, shape in self._shapes.items():
             self._check(name, shape)
+        refuse_surplus(
+            weights,
+            {stored: shape for name, shape in self._shapes.items() for stored in names(name)},
+        )
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -62,14 +69,19 @@ class Checkpoint(ModelDirectory):
                 f"{path}: not a directory; give the one that holds config.json and "
                 "model.safetensors"
             )
-        layout, config = read_config(path)
+        if not (path / "config.json").exists():
+            raise CheckpointError(
+                f"{path / 'config.json'}: there is no such file; is this a checkpoint?"
+            )
         weights = Weights(path)
         try:
+            refuse_other_kinds(weights)
             names = StoredNames(weights)
+            layout, config = read_config(path, names.has_vision)
             if names.has_head:
                 config = replace(config, text=replace(config.text, tie_word_embeddings=False))
             if not names.has_vision:
-                if config.quantization is None:
+                if not config.quantization:
                     raise CheckpointError(
                         f"{path}: the weights have no vision encoder; get the whole checkpoint"
                     )
@@ -196,7 +208,7 @@ class Checkpoint(ModelDirectory):
         """
         self._require(name)
         names = self._stored_names(name)
-        if len(names) > 1 or self._quantized_base(name) is not None:
+        if len(names) > 1 or name in self._packed:
             return None
         return self._weights.place(names[0])
 
@@ -207,15 +219,15 @@ class Checkpoint(ModelDirectory):
             CheckpointError: there is no such tensor.
         """
         self._require(name)
-        base = self._quantized_base(name)
-        if base is None or self.config.quantization is None:
+        if name not in self._packed:
             return None
+        base, config = self._packed[name]
         return GPTQWeight(
             qweight=self._weights[base + "qweight"],
             qzeros=self._weights[base + "qzeros"],
             scales=self._weights[base + "scales"],
             g_idx=self._weights.get(base + "g_idx"),
-            config=self.config.quantization,
+            config=config,
         )
 
     def _require(self, name: str) -> None:
@@ -229,43 +241,59 @@ class Checkpoint(ModelDirectory):
             )
         raise CheckpointError(f"{self.path}: the model has no tensor {name!r}")
 
-    def _quantized_base(self, name: str) -> str | None:
-        """Return what the names of a quantized weight's tensors begin with, or None."""
-        if self.config.quantization is None or not name.endswith(".weight"):
-            return None
-        stored = self._stored_names(name)[0]
-        base = stored.removesuffix("weight")
-        # A plain weight beside is what a tool left dequantized; the packed one is the model.
-        return base if base + "qweight" in self._weights else None
-
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise unless a tensor is there with its shape and a type that can be converted."""
-        base = self._quantized_base(name)
-        if base is not None and self.config.quantization is not None:
-            try:
-                packed = packed_shapes(shape[0], shape[1], self.config.quantization)
-            except (CheckpointError, IndexError) as error:
-                raise CheckpointError(f"{self.path}: tensor {name!r}: {error}") from None
-            for part, part_shape in packed.items():
-                if part == "g_idx" and base + part not in self._weights:
-                    continue
-                types = FLOAT_TYPES if part == "scales" else ("I32",)
-                self._check_stored(base + part, part_shape, types)
-            return
         parts = self._stored_names(name)
+        base = parts[0].removesuffix("weight")
+        # A plain weight beside is what a tool left dequantized; the packed one is the model.
+        if base + "qweight" in self._weights:
+            self._check_packed(name, base, shape)
+            return
         for part in parts:
-            self._check_stored(part, (shape[0] // len(parts), *shape[1:]), FLOAT_TYPES)
+            self._check_stored(part, FLOAT_TYPES, (shape[0] // len(parts), *shape[1:]))
 
-    def _check_stored(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> None:
-        """Raise unless a tensor on disk has a shape and one of some types."""
+    def _check_packed(self, name: str, base: str, shape: tuple[int, ...]) -> None:
+        """Find out how a GPTQ weight is stored, and raise unless it is there and well-formed."""
+        tensors = {
+            "qweight": ("I32",),
+            "qzeros": ("I32",),
+            "scales": FLOAT_TYPES,
+            "g_idx": ("I32",),
+        }
+        if base + "g_idx" not in self._weights:
+            del tensors["g_idx"]
+        for part, types in tensors.items():
+            self._check_stored(base + part, types)
+        try:
+            if name == EMBEDDING or len(self._stored_names(name)) > 1 or len(shape) != 2:
+                raise CheckpointError("is quantized, which is supported of linear layers only")
+            config = stored_config(
+                shape[1],
+                self._weights.shape(base + "qweight")[0],
+                self._weights.shape(base + "scales")[0],
+                self.config.quantization,
+                "g_idx" in tensors,
+            )
+            shapes = packed_shapes(shape[0], shape[1], config)
+        except (CheckpointError, IndexError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r} {error}") from None
+        for part, types in tensors.items():
+            self._check_stored(base + part, types, shapes[part])
+        self._packed[name] = base, config
+
+    def _check_stored(
+        self, name: str, types: tuple[str, ...], shape: tuple[int, ...] | None = None
+    ) -> None:
+        """Raise unless a tensor on disk has one of some types, and a shape if one is given."""
         weights = self._weights
         if name not in weights:
             where = weights.paths[0] if len(weights.paths) == 1 else self.path
+            of_shape = f" of shape {list(shape)}" if shape else ""
             raise CheckpointError(
-                f"{where}: tensor {name!r} of shape {list(shape)} is missing; config.json and the "
-                "weights do not belong together, or the download is incomplete"
+                f"{where}: tensor {name!r}{of_shape} is missing; config.json and the weights do "
+                "not belong together, or the download is incomplete"
             )
-        if weights.shape(name) != shape:
+        if shape is not None and weights.shape(name) != shape:
             raise CheckpointError(
                 f"{weights.path(name)}: tensor {name!r} has shape {list(weights.shape(name))}, "
                 f"config.json says {list(shape)}"

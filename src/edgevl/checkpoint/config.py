@@ -1,13 +1,14 @@
 """Model configuration: ``config.json`` of either layout, parsed and checked.
 
-Unknown fields are ignored: the files carry hundreds of defaults of the library that wrote them.
-Missing fields take the defaults of transformers' configuration classes where there are such, and
-are errors otherwise. Every size has a bound, so that nothing computed from a configuration (the
-table of expected tensors, the cache) can explode.
+Fields that change nothing here are not looked at: the files carry hundreds of defaults of the
+library that wrote them. Missing fields take the defaults of transformers' configuration classes
+where there are such, and are errors otherwise. Every size has a bound, so that nothing computed
+from a configuration (the table of expected tensors, the cache) can explode.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +36,12 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 SYSTEM_MESSAGE = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
     "多模态大语言模型。"
+)
+
+#: Why InternVL3.5-Flash is refused, and the mend.
+FLASH_REFUSED = (
+    "InternVL3.5-Flash is not supported yet; take the model of the same size without Flash, such "
+    "as OpenGVLab/InternVL3_5-1B"
 )
 
 NormType = Literal["layer_norm", "rms_norm"]
@@ -117,16 +124,15 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class GPTQConfig:
-    """How the linear layers of a GPTQ checkpoint are stored.
+    """How a linear layer of a GPTQ checkpoint is stored.
 
     ``group_size`` is -1 for one group over all input channels. ``checkpoint_format`` "gptq" stores
-    zero points minus one, "gptq_v2" stores them as they are.
+    zero points minus one, "gptq_v2" stores them as they are. Whether zero points are all the same,
+    and groups follow each other, is told by the tensors.
     """
 
-    bits: Literal[4, 8]
+    bits: int
     group_size: int
-    sym: bool
-    desc_act: bool
     checkpoint_format: GPTQFormat
 
 
@@ -134,9 +140,10 @@ class GPTQConfig:
 class ModelConfig:
     """Everything a checkpoint says about itself, the same for all layouts.
 
-    ``quantization`` is how weights are stored; ``vision_keep`` are the linear weights of the vision
-    encoder and the projector, by canonical name, that `edgevl quantize` found to lose too much in
-    INT8.
+    ``quantization`` are the ways in which the files say that GPTQ weights are stored, the one for
+    all layers first, then those for some; it is empty where nothing is quantized. ``vision_keep``
+    are the linear weights of the vision encoder and the projector, by canonical name, that `edgevl
+    quantize` found to lose too much in INT8.
     """
 
     vision: VisionConfig
@@ -144,7 +151,6 @@ class ModelConfig:
     downsample_ratio: float = 0.5
     ps_version: Literal["v1", "v2"] = "v2"
     select_layer: int = -1
-    projector_act: Literal["gelu"] = "gelu"
     min_tiles: int = 1
     max_tiles: int = 12
     use_thumbnail: bool = True
@@ -154,7 +160,7 @@ class ModelConfig:
     template: str = "internvl2_5"
     system_message: str = SYSTEM_MESSAGE
     eos_token_ids: tuple[int, ...] = ()
-    quantization: GPTQConfig | None = None
+    quantization: tuple[GPTQConfig, ...] = ()
     vision_keep: tuple[str, ...] = ()
 
     @property
@@ -175,6 +181,7 @@ def parse_config(
     preprocessor: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
     quantize: Mapping[str, Any] | None = None,
+    vision: bool = True,
 ) -> tuple[str, ModelConfig]:
     """Parse ``config.json`` and the files beside it.
 
@@ -184,6 +191,8 @@ def parse_config(
         preprocessor: content of ``preprocessor_config.json`` or ``processor_config.json``.
         generation: content of ``generation_config.json``.
         quantize: content of ``quantize_config.json``.
+        vision: whether there is a vision encoder; what is said of one that is not there is not
+            looked at.
 
     Returns:
         The layout that the file describes ("internvl_chat", "internvl", or "gptq_text" for the
@@ -195,6 +204,7 @@ def parse_config(
     """
     top = Fields(config, where)
     model_type = top.text("model_type", "")
+    _refuse_flash(top, model_type)
     if model_type == "internvl_chat":
         text = top.fields("llm_config")
     elif model_type == "internvl":
@@ -207,18 +217,63 @@ def parse_config(
             "a GPTQ text model (qwen3, qwen2, llama)"
         )
     quantization = _parse_quantization(top, text, quantize)
-    if text is top and quantization is None:
+    if text is top and not quantization:
         raise CheckpointError(
             f"{where}: model_type {shown(model_type)} is a text model alone, not an InternVL; only "
             "a GPTQ one (with quantization_config) is expected like this"
         )
+    seen: dict[str, Any] = {"vision": INTERNVIT_300M}
+    if text is not top and vision:
+        seen = _parse_pictures(top, Fields(preprocessor or {}, f"{where}: image processor"))
+    # The HF layout says it at the top, the others with the text model. A checkpoint that stores
+    # a head uses it whatever these say, so the more permissive of the two is taken.
+    tied = top.flag("tie_word_embeddings", model_type == "internvl")
+    parsed = ModelConfig(
+        text=_parse_text(text, tied),
+        template=_text_or(top, "template", "internvl2_5"),
+        system_message=_text_or(top, "system_message", SYSTEM_MESSAGE),
+        eos_token_ids=_parse_eos(top, text, Fields(generation or {}, "generation_config.json")),
+        quantization=quantization,
+        **seen,
+    )
+    return ("gptq_text" if text is top else model_type), parsed
 
-    if text is top:
-        vision = INTERNVIT_300M
-    else:
-        defaults = _CHAT_VISION if model_type == "internvl_chat" else _HF_VISION
-        vision = _parse_vision(top.fields("vision_config"), defaults)
-    if top.has("force_image_size"):
+
+def _refuse_flash(top: Fields, model_type: str) -> None:
+    """Refuse InternVL3.5-Flash, whose router leaves some tiles a quarter of their tokens.
+
+    Its ``modeling_internvl_chat.py`` looks at ``flash_mode``; conversions to the HF layout have a
+    name of their own.
+    """
+    name = top.first("flash_mode", "flash_relative_threshold", "flash_absolute_threshold")
+    value = top.values.get(name)
+    if model_type.startswith("internvl_flash"):
+        raise top.error("model_type", f"is {shown(model_type)}: {FLASH_REFUSED}")
+    if value is not None and value is not False:
+        raise top.error(name, f"is {shown(value)}: {FLASH_REFUSED}")
+
+
+def _text_or(fields: Fields, name: str, default: str) -> str:
+    """Return a text of which whoever uses it looks whether it is one."""
+    try:
+        return fields.text(name, default)
+    except CheckpointError:
+        return default
+
+
+def _parse_pictures(top: Fields, processor: Fields) -> dict[str, Any]:
+    """Return what ``ModelConfig`` has of vision encoder, projector and tiles."""
+    hf = top.text("model_type") == "internvl"
+    fields = top.fields("vision_config", {})
+    vision = _parse_vision(fields, _HF_VISION if hf else _CHAT_VISION)
+    if hf:
+        top.choice("vision_feature_select_strategy", ("default",), "default")
+        top.choice("projector_hidden_act", ("gelu",), "gelu")
+        # Without mean pooling transformers adds a LayerNorm after the encoder, as no InternVL has.
+        for name in ("use_absolute_position_embeddings", "use_mean_pooling"):
+            if not fields.flag(name, True):
+                raise fields.error(name, "is false, which is not supported")
+    elif top.values.get("force_image_size"):
         forced = top.square("force_image_size", 1, MAX_IMAGE_SIZE)
         if forced != vision.image_size:
             raise top.error(
@@ -235,34 +290,18 @@ def parse_config(
             f"is {ratio:g}; it must be 1/n where n divides the {grid} patches along a side",
         )
     layers = vision.num_hidden_layers
-    layer_field = "vision_feature_layer" if model_type == "internvl" else "select_layer"
-    # The HF layout says it at the top, the others with the text model. A checkpoint that stores
-    # a head uses it whatever these say, so the more permissive of the two is taken.
-    tied = top.flag("tie_word_embeddings", model_type == "internvl")
-    tiles = _parse_tiles(top, Fields(preprocessor or {}, f"{where}: image processor"), vision)
-    if model_type == "internvl":
-        top.choice("vision_feature_select_strategy", ("default",), "default")
-    parsed = ModelConfig(
-        vision=vision,
-        text=_parse_text(text, tied),
-        downsample_ratio=1 / shuffle,
-        ps_version=_parse_pixel_shuffle(top) if model_type == "internvl_chat" else "v2",
-        select_layer=top.integer(layer_field, -layers - 1, layers, -1),
-        projector_act=top.choice("projector_hidden_act", ("gelu",), "gelu"),
-        template=top.text("template", "internvl2_5"),
-        system_message=top.text("system_message", SYSTEM_MESSAGE),
-        eos_token_ids=_parse_eos(top, text, Fields(generation or {}, "generation_config.json")),
-        quantization=quantization,
-        vision_keep=_parse_vision_keep(top, layers),
-        **tiles,
-    )
-    return ("gptq_text" if text is top else model_type), parsed
-
-
-def _parse_pixel_shuffle(top: Fields) -> Literal["v1", "v2"]:
-    """Return the version of the pixel shuffle; transformers' InternVL has but v2."""
     versions: tuple[Literal["v1", "v2"], ...] = ("v1", "v2")
-    return top.choice("ps_version", versions, "v1")
+    return {
+        "vision": vision,
+        "downsample_ratio": 1 / shuffle,
+        # transformers' InternVL has but v2.
+        "ps_version": "v2" if hf else top.choice("ps_version", versions, "v1"),
+        "select_layer": top.integer(
+            "vision_feature_layer" if hf else "select_layer", -layers - 1, layers, -1
+        ),
+        "vision_keep": _parse_vision_keep(top, layers),
+        **_parse_tiles(top, processor, vision.image_size if hf else None),
+    }
 
 
 #: Defaults of ``InternVisionConfig`` (internvl_chat), which are InternViT-6B's.
@@ -290,13 +329,6 @@ _HF_VISION: dict[str, Any] = {
 def _parse_vision(fields: Fields, default: Mapping[str, Any]) -> VisionConfig:
     """Parse ``vision_config``."""
     fields.choice("hidden_act", ("gelu",), "gelu")
-    if fields.integer("num_channels", 1, 64, 3) != 3:
-        raise fields.error("num_channels", f"is {fields.values['num_channels']}, expected 3")
-    if not fields.flag("use_absolute_position_embeddings", True):
-        raise fields.error("use_absolute_position_embeddings", "is false, which is not supported")
-    if not fields.flag("use_mean_pooling", True):
-        # transformers then adds a LayerNorm after the encoder, which no InternVL has.
-        raise fields.error("use_mean_pooling", "is false, which is not supported")
     vision = VisionConfig(
         hidden_size=fields.integer("hidden_size", 1, MAX_HIDDEN_SIZE, default["hidden_size"]),
         intermediate_size=fields.integer(
@@ -313,9 +345,9 @@ def _parse_vision(fields: Fields, default: Mapping[str, Any]) -> VisionConfig:
         norm_type=fields.choice("norm_type", ("layer_norm", "rms_norm"), default["norm_type"]),
         layer_norm_eps=fields.number("layer_norm_eps", 0, 1, 1e-6),
         # The layouts differ in two names.
-        qkv_bias=fields.flag("qkv_bias", fields.flag("attention_bias", False)),
+        qkv_bias=fields.flag(fields.first("qkv_bias", "attention_bias"), False),
         use_qk_norm=fields.flag(
-            "qk_normalization", fields.flag("use_qk_norm", default["use_qk_norm"])
+            fields.first("qk_normalization", "use_qk_norm"), default["use_qk_norm"]
         ),
     )
     if vision.hidden_size % vision.num_attention_heads:
@@ -352,7 +384,7 @@ def _parse_text(fields: Fields, tied: bool) -> TextConfig:
             f"is {shown(name)}; supported text models: {', '.join(TEXT_MODELS)} (no mixture of "
             "experts, no InternLM2)",
         )
-    fields.choice("hidden_act", ("silu",), "silu")
+    fields.choice("hidden_act", ("silu", "swish"), "silu")  # the same in transformers
     llama = model_type == "llama"
     # Defaults are those of transformers' configuration classes, which agree in most.
     hidden_size = fields.integer("hidden_size", 1, MAX_HIDDEN_SIZE, 4096)
@@ -374,10 +406,11 @@ def _parse_text(fields: Fields, tied: bool) -> TextConfig:
         raise fields.error("head_dim", f"is {head_dim}; rotary embeddings need an even number")
     if heads * head_dim > MAX_HIDDEN_SIZE:
         raise fields.error("head_dim", f"is {head_dim}, with {heads} heads too large")
-    _refuse_sliding_window(fields, layers)
     positions = fields.integer(
         "max_position_embeddings", 1, MAX_POSITIONS, 2048 if llama else 32768
     )
+    if not llama:
+        _refuse_sliding_window(fields, layers, positions)
     rope_theta, rope_scaling = _parse_rope(fields, positions)
     bias = False if model_type == "qwen2" else fields.flag("attention_bias", False)
     return TextConfig(
@@ -403,15 +436,16 @@ def _parse_text(fields: Fields, tied: bool) -> TextConfig:
     )
 
 
-def _refuse_sliding_window(fields: Fields, layers: int) -> None:
+def _refuse_sliding_window(fields: Fields, layers: int, positions: int) -> None:
     """Refuse attention windows; Qwen configurations name them without using them."""
     types = fields.values.get("layer_types")
     if types is not None:
-        if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
+        if not isinstance(types, list) or any(kind != "full_attention" for kind in types[:layers]):
             raise fields.error("layer_types", "has layers other than full_attention: not supported")
     elif (
         fields.flag("use_sliding_window", False)
         and fields.has("sliding_window")
+        and fields.number("sliding_window", 0, float("inf")) < positions
         and fields.integer("max_window_layers", 0, MAX_POSITIONS, 28) < layers
     ):
         raise fields.error("use_sliding_window", "is true, which is not supported")
@@ -419,14 +453,12 @@ def _refuse_sliding_window(fields: Fields, layers: int) -> None:
 
 def _parse_rope(fields: Fields, positions: int) -> tuple[float, dict[str, Any] | None]:
     """Return theta and scaling, from ``rope_parameters`` (transformers 5) or the older fields."""
-    name = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
-    rope = fields.fields(name, {})
-    theta = rope.number("rope_theta", 1, 1e12, fields.number("rope_theta", 1, 1e12, 10_000.0))
+    rope = fields.fields(fields.first("rope_scaling", "rope_parameters"), {})
+    theta = (rope if rope.has("rope_theta") else fields).number("rope_theta", 1, 1e12, 10_000.0)
     if rope.number("partial_rotary_factor", 0, 1, 1.0) != 1.0:
         raise rope.error("partial_rotary_factor", "is not 1, which is not supported")
-    kind = rope.choice(
-        "rope_type", ("default", "linear", "llama3", "dynamic"), rope.text("type", "default")
-    )
+    kinds = ("default", "linear", "llama3", "dynamic")
+    kind = rope.choice(rope.first("rope_type", "type"), kinds, "default")
     if kind == "linear":
         return theta, {"rope_type": kind, "factor": rope.number("factor", 1, 1e6)}
     if kind == "llama3":
@@ -450,7 +482,7 @@ def _parse_rope(fields: Fields, positions: int) -> tuple[float, dict[str, Any] |
 
 def _parse_quantization(
     top: Fields, text: Fields, quantize: Mapping[str, Any] | None
-) -> GPTQConfig | None:
+) -> tuple[GPTQConfig, ...]:
     """Return how weights are quantized, from whichever place says so."""
     if top.has("quantization_config"):
         fields = top.fields("quantization_config")
@@ -459,30 +491,56 @@ def _parse_quantization(
     elif quantize is not None:
         fields = Fields(quantize, "quantize_config.json")
     else:
-        return None
-    method = fields.text("quant_method", "gptq")
-    if method != "gptq":
+        return ()
+    method = fields.text("quant_method", "gptq").lower()
+    if method in ("auto-round", "auto_round", "intel/auto-round"):
+        # What AutoRound calls auto_gptq stores zero points minus one, the others do not.
+        kinds: dict[str, GPTQFormat] = {
+            "auto_round:auto_gptq": "gptq",
+            "auto_round": "gptq_v2",
+            "auto_round:gptqmodel": "gptq_v2",
+        }
+        stored = kinds[fields.choice("packing_format", tuple(kinds))]
+    elif method == "gptq":
+        # GPTQModel also writes `format`, the newer name of the field.
+        formats: tuple[GPTQFormat, ...] = ("gptq", "gptq_v2")
+        stored = fields.choice(fields.first("checkpoint_format", "format"), formats, "gptq")
+    else:
         raise fields.error(
             "quant_method",
-            f"is {shown(method)}; supported: gptq (or take the checkpoint that is not quantized)",
+            f"is {shown(method)}; supported: gptq, auto-round in GPTQ's format (or take the "
+            "checkpoint that is not quantized, and make INT4 of it with `edgevl quantize`)",
         )
-    bits = fields.integer("bits", 1, 32)
-    if bits not in (4, 8):
-        raise fields.error("bits", f"is {bits}; supported: 4, 8")
-    group_size = fields.integer("group_size", -1, MAX_INTERMEDIATE_SIZE)
-    if group_size == 0:
-        raise fields.error("group_size", "is 0, expected -1 or a positive number")
-    # GPTQModel also writes `format`, the newer name of the field.
-    formats: tuple[GPTQFormat, ...] = ("gptq", "gptq_v2")
-    stored = fields.choice("checkpoint_format", formats, fields.text("format", "gptq"))
-    fields.choice("pack_dtype", ("int32",), "int32")
-    return GPTQConfig(
-        bits=4 if bits == 4 else 8,
-        group_size=group_size,
-        sym=fields.flag("sym", True),
-        desc_act=fields.flag("desc_act", False),
-        checkpoint_format=stored,
-    )
+    for name in ("rotation", "rotation_config"):
+        if fields.values.get(name):  # activations would be rotated too, as nothing stored tells
+            raise fields.error(name, f"is {shown(fields.values[name])}: not supported")
+    return _named_settings(fields, stored)
+
+
+def _named_settings(fields: Fields, stored: GPTQFormat) -> tuple[GPTQConfig, ...]:
+    """Return the settings for all layers, then those that GPTQModel or AutoRound have for some.
+
+    Which layers, they say with regular expressions. Those are not evaluated: they come with the
+    file, Python's have no limit of time, and what they chose shows in the tensors' shapes. So a
+    setting is looked at where there is a layer that has it.
+    """
+
+    def setting(values: Fields, bits: int, group_size: int) -> GPTQConfig:
+        return GPTQConfig(
+            values.integer("bits", 1, 32, bits),
+            values.integer("group_size", -1, MAX_INTERMEDIATE_SIZE, group_size),
+            stored,
+        )
+
+    top = setting(fields, 4, 128)  # the defaults of GPTQModel
+    named = {top: None}
+    for name in ("dynamic", "extra_config"):
+        rules = fields.values.get(name)
+        for rule in rules.values() if isinstance(rules, dict) else ():
+            if isinstance(rule, dict):
+                with contextlib.suppress(CheckpointError):
+                    named[setting(Fields(rule, ""), top.bits, top.group_size)] = None
+    return tuple(named)
 
 
 def _parse_vision_keep(top: Fields, layers: int) -> tuple[str, ...]:
@@ -506,32 +564,40 @@ def _parse_vision_keep(top: Fields, layers: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _parse_tiles(top: Fields, processor: Fields, vision: VisionConfig) -> dict[str, Any]:
+def _parse_tiles(top: Fields, processor: Fields, processed_size: int | None) -> dict[str, Any]:
     """Return the image settings of ``ModelConfig``.
 
     ``config.json`` of the internvl_chat layout has them; the HF layout keeps them with the image
     processor, in transformers 5 inside ``image_processor``.
+
+    Args:
+        top: ``config.json``.
+        processor: the image processor.
+        processed_size: the side that the processor has to scale tiles to, or None where what it
+            says of that is not used.
     """
     if processor.has("image_processor"):
         processor = processor.fields("image_processor")
+
     # `crop_to_patches` is not looked at: transformers' InternVLProcessor sets it whatever the
     # file says, and the published files say false.
-    minimum = top.integer(
-        "min_dynamic_patch", 1, MAX_TILES, processor.integer("min_patches", 1, MAX_TILES, 1)
-    )
-    maximum = top.integer(
-        "max_dynamic_patch", 1, MAX_TILES, processor.integer("max_patches", 1, MAX_TILES, 12)
-    )
+    def tiles(name: str, processor_name: str, default: int) -> int:
+        if top.has(name):
+            return top.integer(name, 1, MAX_TILES)
+        return processor.integer(processor_name, 1, MAX_TILES, default)
+
+    minimum = tiles("min_dynamic_patch", "min_patches", 1)
+    maximum = tiles("max_dynamic_patch", "max_patches", 12)
     if minimum > maximum:
         raise top.error("min_dynamic_patch", f"is {minimum}, more than the maximum {maximum}")
     size = processor.values.get("size")
-    if isinstance(size, dict) and "height" in size:
+    if processed_size is not None and isinstance(size, dict) and "height" in size:
         sizes = processor.fields("size")
         for side in ("height", "width"):
             value = sizes.integer(side, 1, MAX_IMAGE_SIZE)
-            if value != vision.image_size:
+            if value != processed_size:
                 raise sizes.error(
-                    side, f"is {value} but vision_config has image_size {vision.image_size}"
+                    side, f"is {value} but vision_config has image_size {processed_size}"
                 )
     return {
         "min_tiles": minimum,

@@ -48,31 +48,30 @@ class ModelDirectory:
         return _read_json(self.path, filename, MAX_JSON_BYTES)
 
 
-def read_config(path: Path) -> tuple[str, ModelConfig]:
-    """Parse ``config.json`` of a directory and the files beside it: see `parse_config`.
+def read_config(path: Path, vision: bool = True) -> tuple[str, ModelConfig]:
+    """Parse ``config.json`` of a directory and, of the files beside it, those that are needed.
+
+    Args:
+        path: the directory.
+        vision: see `parse_config`.
 
     Raises:
-        CheckpointError: it is missing, malformed, or describes a model that is not supported.
+        CheckpointError: it is malformed, or describes a model that is not supported.
     """
-    config_path = path / "config.json"
-    files = {
-        name: _read_json(path, name + ".json", MAX_CONFIG_BYTES)
-        for name in (
-            "config",
-            "preprocessor_config",
-            "processor_config",
-            "generation_config",
-            "quantize_config",
-        )
-    }
-    if files["config"] is None:
-        raise CheckpointError(f"{config_path}: there is no such file; is this a checkpoint?")
+
+    def read(name: str) -> dict[str, Any] | None:
+        return _read_json(path, name, MAX_CONFIG_BYTES)
+
+    config = read("config.json") or {}
+    parts = [config, *(config.get(name) for name in ("llm_config", "text_config"))]
+    quantized = any(isinstance(part, dict) and part.get("quantization_config") for part in parts)
     return parse_config(
-        files["config"],
-        str(config_path),
-        preprocessor=files["preprocessor_config"] or files["processor_config"],
-        generation=files["generation_config"],
-        quantize=files["quantize_config"],
+        config,
+        str(path / "config.json"),
+        preprocessor=read("preprocessor_config.json") or read("processor_config.json"),
+        generation=read("generation_config.json"),
+        quantize=None if quantized else read("quantize_config.json"),
+        vision=vision,
     )
 
 

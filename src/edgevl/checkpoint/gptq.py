@@ -12,6 +12,7 @@ The layout of AutoGPTQ and GPTQModel (https://github.com/ModelCloud/GPTQModel).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +87,55 @@ class GPTQWeight:
 
 def group_length(inputs: int, config: GPTQConfig) -> int:
     """Return how many input channels share a scale."""
-    return inputs if config.group_size == -1 else config.group_size
+    return inputs if config.group_size < 0 else config.group_size
+
+
+def stored_config(
+    inputs: int, words: int, groups: int, named: Sequence[GPTQConfig], has_g_idx: bool
+) -> GPTQConfig:
+    """Return how a layer is stored: that of the settings of ``config.json`` which its shapes have.
+
+    Args:
+        inputs: its input channels.
+        words: rows of ``qweight``.
+        groups: rows of ``scales``.
+        named: the settings.
+        has_g_idx: whether ``g_idx`` is stored, and so the group of every channel.
+
+    Raises:
+        CheckpointError: its bits are not supported, or none or several of the settings fit.
+    """
+    bits, rest = divmod(32 * words, inputs)
+    if rest:
+        raise CheckpointError(
+            f"has qweight in {words} rows, no whole number of bits for {inputs} inputs; config.json "
+            "and the weights do not belong together"
+        )
+    if bits not in (4, 8):
+        raise CheckpointError(
+            f"is stored with {bits} bits; supported: 4, 8 (take another quantization, or the "
+            "original checkpoint)"
+        )
+    fits = [
+        config
+        for config in named
+        if config.bits == bits
+        and config.group_size
+        and -(-inputs // group_length(inputs, config)) == groups
+    ]
+    if not fits:
+        known = ", ".join(
+            f"{config.bits} bits in groups of {config.group_size}" for config in named
+        )
+        raise CheckpointError(
+            f"is stored with {bits} bits and {groups} groups of its {inputs} inputs, but "
+            f"quantization_config, its `dynamic` included, has {known[:200] or 'no such setting'}; "
+            "the files do not belong together"
+        )
+    lengths = {min(group_length(inputs, config), inputs) for config in fits}
+    if len(lengths) > 1 and not has_g_idx:
+        raise CheckpointError(f"has no g_idx, and its groups may be of {sorted(lengths)} inputs")
+    return fits[0]
 
 
 def fields_per_word(outputs: int, inputs: int, bits: int) -> int:

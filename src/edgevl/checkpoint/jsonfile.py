@@ -1,4 +1,8 @@
-"""Strict, bounded JSON: everything that a checkpoint says about itself comes through here."""
+"""Bounded JSON: everything that a checkpoint says about itself comes through here.
+
+What is in a file beside the fields that are asked for is not judged: tools write NaN, keys twice,
+and 1000000000000000019884624838656 for "no limit". A field that is used is checked as it is read.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from edgevl.errors import CheckpointError
 
 #: Largest JSON or text side file that is read, in bytes (tokenizer.json of InternVL3.5 has 11 MB).
 MAX_TEXT_BYTES = 64 << 20
-#: No size or count in a checkpoint needs more digits; longer integers are refused before parsing.
-MAX_INTEGER_DIGITS = 20
+#: Integers of more digits are taken as infinite: parsing takes time with the square of the length.
+MAX_INTEGER_DIGITS = 300
 
 _Choice = TypeVar("_Choice", bound=str)
 #: Marks a field that has no default.
@@ -46,41 +50,28 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: no NaN, no duplicate keys, no integers of absurd length.
+    """Parse a JSON object; of a key that occurs twice, the last counts.
 
     Raises:
         CheckpointError: not JSON, not an object, nested too deep; ``where`` leads the message.
     """
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            seen: set[str] = set()
-            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{where}: the key {shown(twice)} occurs twice")
-        return result
-
-    def constant(name: str) -> Any:
-        raise CheckpointError(f"{where}: {name} is not valid JSON; replace it by a number or null")
-
-    def integer(digits: str) -> int:
-        if len(digits) > MAX_INTEGER_DIGITS:
-            raise CheckpointError(f"{where}: the integer {digits[:12]}… has {len(digits)} digits")
-        return int(digits)
-
     try:
-        value = json.loads(
-            text, object_pairs_hook=pairs, parse_constant=constant, parse_int=integer
-        )
+        value = json.loads(text, parse_int=_integer)
     except RecursionError:
         raise CheckpointError(f"{where}: JSON nested too deep") from None
     except UnicodeDecodeError:
         raise CheckpointError(f"{where}: not UTF-8 text") from None
     except ValueError as error:
-        raise CheckpointError(f"{where}: not valid JSON ({error}); the file is damaged") from None
+        raise CheckpointError(
+            f"{where}: not valid JSON ({error}); the file is damaged, download it again"
+        ) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: a JSON object is expected, not {kind(value)}")
     return value
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MAX_INTEGER_DIGITS else float(digits)
 
 
 def shown(value: object) -> str:
@@ -127,13 +118,19 @@ class Fields:
         """Whether the field is there and not null."""
         return self.values.get(name) is not None
 
+    def first(self, *names: str) -> str:
+        """Return the first of the names of one field that is there, or else the last of them."""
+        return next(filter(self.has, names), names[-1])
+
     def integer(self, name: str, low: int, high: int, default: Any = REQUIRED) -> int:
-        """Return an integer in ``low … high``."""
+        """Return an integer in ``low … high``; 448.0 is one."""
         value = self._get(name, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(name, f"is {shown(value)}, expected an integer")
         if not low <= value <= high:
-            raise self.error(name, f"is {value}, expected {low} to {high}")
+            raise self.error(name, f"is {shown(value)}, expected {low} to {high}")
         return value
 
     def number(self, name: str, low: float, high: float, default: Any = REQUIRED) -> float:
@@ -142,15 +139,15 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(name, f"is {shown(value)}, expected a number")
         if not (math.isfinite(value) and low <= value <= high):
-            raise self.error(name, f"is {value}, expected {low:g} to {high:g}")
+            raise self.error(name, f"is {shown(value)}, expected {low:g} to {high:g}")
         return float(value)
 
     def flag(self, name: str, default: Any = REQUIRED) -> bool:
-        """Return a boolean."""
+        """Return a boolean, which may be stored as 0 or 1."""
         value = self._get(name, default)
-        if not isinstance(value, bool):
+        if value not in (0, 1):
             raise self.error(name, f"is {shown(value)}, expected true or false")
-        return value
+        return bool(value)
 
     def text(self, name: str, default: Any = REQUIRED) -> str:
         """Return a string of at most 64 Ki characters."""
@@ -185,6 +182,6 @@ class Fields:
         value = self._get(name, default)
         if isinstance(value, list):
             if len(value) != 2 or value[0] != value[1]:
-                raise self.error(name, f"is {value[:4]}, expected one size or two equal sizes")
+                raise self.error(name, f"is {shown(value)}, expected one size or two equal sizes")
             value = value[0]
         return Fields({name: value}, self.where).integer(name, low, high)

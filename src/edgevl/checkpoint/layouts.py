@@ -193,10 +193,13 @@ class StoredNames:
     """
 
     def __init__(self, stored: Collection[str]) -> None:
+        def there(weight: str) -> bool:  # plain, or the integers of GPTQ
+            return weight in stored or weight.removesuffix("weight") + "qweight" in stored
+
         self._text = _first(
-            _TEXT_PREFIXES, lambda prefix: prefix + "embed_tokens.weight" in stored, TEXT
+            _TEXT_PREFIXES, lambda prefix: there(prefix + "embed_tokens.weight"), TEXT
         )
-        self._head = _first(_LM_HEADS, lambda name: name in stored or _packed(name) in stored, "")
+        self._head = _first(_LM_HEADS, there, "")
         #: Whether the output projection is stored, and so not tied to the embedding.
         self.has_head = bool(self._head)
         chat = _first(
@@ -220,11 +223,6 @@ class StoredNames:
         if not self.hf_vision:
             return (self._lead + name,)
         return tuple(self._lead + stored for stored in hf_names(name))
-
-
-def _packed(weight: str) -> str:
-    """Return the name of a GPTQ weight's integers."""
-    return weight.removesuffix("weight") + "qweight"
 
 
 def _first(candidates: Iterable[_T], matches: Callable[[_T], bool], default: _T | _D) -> _T | _D:

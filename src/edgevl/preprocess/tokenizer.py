@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from edgevl.checkpoint.config import MAX_VOCAB_SIZE
+from edgevl.checkpoint.jsonfile import parse_object
 from edgevl.checkpoint.qwen_bpe import qwen_bpe
 from edgevl.errors import CheckpointError
 
@@ -14,6 +19,13 @@ if TYPE_CHECKING:
 
 _QWEN2_CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+#: What ``tokenizer.json`` consists of.
+_PARTS = (
+    "version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
+    "post_processor", "decoder", "model",
+)  # fmt: skip
+#: Levels of JSON that the tokenizers library reads, less some.
+_LEVELS = 100
 
 
 def load_tokenizer(checkpoint: ModelDirectory) -> Tokenizer:
@@ -30,22 +42,71 @@ def load_tokenizer(checkpoint: ModelDirectory) -> Tokenizer:
     text = checkpoint.read_text("tokenizer.json")
     try:
         if text is not None:
-            tokenizer = Tokenizer.from_str(text)
+            tokenizer = _from_json(text, str(source))
         else:
             source = checkpoint.path / "vocab.json"
             tokenizer = _qwen2(checkpoint, config.get("tokenizer_class"))
     except CheckpointError:
         raise
     except BaseException as error:
-        # The library reports malformed files as bare Exception, some as a Rust panic, which
-        # derives from BaseException.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        _raise_unless_malformed(error)
         raise CheckpointError(f"{source}: malformed tokenizer ({_first_line(error)})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _add_tokens(tokenizer, checkpoint, config)
     return tokenizer
+
+
+def _from_json(text: str, where: str) -> Tokenizer:
+    """Parse ``tokenizer.json``.
+
+    The library refuses NaN, keys twice, numbers beyond its types and unknown fields at the top,
+    whether it needs them or not: where it does, it is given the file without.
+    """
+    try:
+        return Tokenizer.from_str(text)
+    except BaseException as error:
+        _raise_unless_malformed(error)
+    parts = {name: part for name, part in parse_object(text, where).items() if name in _PARTS}
+    return Tokenizer.from_str(json.dumps(_plain(parts)))
+
+
+def _plain(value: Any, levels: int = _LEVELS) -> Any:
+    """Return JSON without what other parsers refuse: null in its place."""
+    if isinstance(value, dict | list) and not levels:
+        return None
+    if isinstance(value, dict):
+        return {_unicode(key): _plain(item, levels - 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, levels - 1) for item in value]
+    if isinstance(value, str):
+        return _unicode(value)
+    if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < 1 << 63):
+        return None
+    return value
+
+
+def _unicode(text: str) -> str:
+    """Return text without lone surrogates."""
+    return text.encode(errors="replace").decode()
+
+
+def _raise_unless_malformed(error: BaseException) -> None:
+    """Raise what is no report of the tokenizers library on a malformed file.
+
+    Those are bare Exceptions, or Rust's panics, which derive from BaseException.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _token_ids(values: Mapping[str, Any]) -> dict[str, int]:
+    """Return the entries of a vocabulary that are a token and its id."""
+    return {
+        token: number
+        for token, number in values.items()
+        if type(number) is int and 0 <= number < MAX_VOCAB_SIZE and _unicode(token) == token
+    }
 
 
 def _qwen2(checkpoint: ModelDirectory, tokenizer_class: object) -> Tokenizer:
@@ -68,7 +129,10 @@ def _qwen2(checkpoint: ModelDirectory, tokenizer_class: object) -> Tokenizer:
     for line in lines:
         left, _, right = line.rstrip("\r").partition(" ")
         pairs.append((left, right))
-    return qwen_bpe(vocabulary, pairs)
+    ids = _token_ids(vocabulary)
+    if not ids:
+        raise CheckpointError(f"{checkpoint.path / 'vocab.json'}: names no token with an id")
+    return qwen_bpe(ids, pairs)
 
 
 def _add_tokens(tokenizer: Tokenizer, checkpoint: ModelDirectory, config: dict[str, Any]) -> None:
@@ -76,17 +140,20 @@ def _add_tokens(tokenizer: Tokenizer, checkpoint: ModelDirectory, config: dict[s
     source = checkpoint.path / "tokenizer_config.json"
     wanted: dict[int, AddedToken] = {}
     try:
-        for token_id, entry in config.get("added_tokens_decoder", {}).items():
+        for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
+            if not token_id.isdecimal():
+                continue
             flags = {flag: bool(entry[flag]) for flag in _TOKEN_FLAGS if flag in entry}
             wanted[int(token_id)] = AddedToken(entry["content"], **flags)
         if not wanted:
             source = checkpoint.path / "added_tokens.json"
             added = checkpoint.read_json("added_tokens.json") or {}
-            for content, token_id in added.items():
+            listed = _special_contents(config)
+            for content, number in _token_ids(added).items():
                 # Without flags, transformers takes tokens of this file as special if the
                 # configuration lists them, and never normalises them.
-                special = content in _special_contents(config)
-                wanted[int(token_id)] = AddedToken(content, normalized=False, special=special)
+                special = content in listed
+                wanted[number] = AddedToken(content, normalized=False, special=special)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: malformed added token ({_first_line(error)})") from None
     present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -101,9 +168,11 @@ def _add_tokens(tokenizer: Tokenizer, checkpoint: ModelDirectory, config: dict[s
 
 
 def _special_contents(config: dict[str, Any]) -> set[str]:
-    values = list(config.get("additional_special_tokens") or ())
-    values += [value for key, value in config.items() if key.endswith("_token")]
-    return {value["content"] if isinstance(value, dict) else str(value) for value in values}
+    listed = config.get("additional_special_tokens")
+    values = listed if isinstance(listed, list) else []
+    values = [*values, *(value for key, value in config.items() if key.endswith("_token"))]
+    contents = (value.get("content") if isinstance(value, dict) else value for value in values)
+    return {content for content in contents if isinstance(content, str)}
 
 
 def _first_line(error: BaseException) -> str:

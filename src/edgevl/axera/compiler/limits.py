@@ -127,9 +127,9 @@ def check_memory(checkpoint: Checkpoint, settings: CompileSettings, target: Targ
 
 def weight_bits(checkpoint: Checkpoint, settings: CompileSettings) -> int:
     """Return the bits of the decoder's weights on the board."""
-    if checkpoint.config.quantization is not None:
-        return checkpoint.config.quantization.bits
-    return 4 if settings.weight_type == "s4" else 8
+    quantized = (checkpoint.gptq(name) for name in checkpoint.names())
+    bits = max((weight.config.bits for weight in quantized if weight is not None), default=8)
+    return 4 if settings.weight_type == "s4" else bits
 
 
 def vision_bytes(checkpoint: Checkpoint) -> int:

@@ -88,26 +88,26 @@ def check_weights(checkpoint: Checkpoint) -> GPTQConfig | None:
     Raises:
         BoardError: names the field or the weight, and the mend.
     """
-    config = checkpoint.config.quantization
-    linears = _linears(checkpoint)
-    quantized = [name for name in linears if checkpoint.gptq(name) is not None]
-    if config is None or not quantized:
+    config = _config_of_linears(checkpoint)
+    if config is None:
         return None
-    expected: dict[str, Any] = {
-        "group_size": GROUP_SIZE,
-        "sym": True,
-        "desc_act": False,
-        "checkpoint_format": "gptq",
-    }
+    expected = {"group_size": GROUP_SIZE, "checkpoint_format": "gptq"}
     for field, value in expected.items():
         if (found := getattr(config, field)) != value:
             raise BoardError(
                 f"{checkpoint.path}: {field} of its GPTQ weights is {json.dumps(found)}, but "
                 f"Pulsar2 takes {json.dumps(value)}: {_MEND}"
             )
+    linears = _linears(checkpoint)
     for name in [*linears, EMBEDDING, *(n for n in checkpoint.names() if n == LM_HEAD)]:
-        _check_weight(checkpoint, name, name in linears)
+        _check_weight(checkpoint, name, config if name in linears else None)
     return config
+
+
+def _config_of_linears(checkpoint: Checkpoint) -> GPTQConfig | None:
+    """Return how the first linear layer of the decoder that is quantized is stored, or None."""
+    weights = map(checkpoint.gptq, _linears(checkpoint))
+    return next((weight.config for weight in weights if weight is not None), None)
 
 
 def _linears(checkpoint: Checkpoint) -> list[str]:
@@ -119,11 +119,13 @@ def _linears(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _check_weight(checkpoint: Checkpoint, name: str, linear: bool) -> None:
-    """Refuse a weight that is not as the configuration has it."""
+def _check_weight(checkpoint: Checkpoint, name: str, config: GPTQConfig | None) -> None:
+    """Refuse a weight that is not quantized as the first one is, or is although it is no linear."""
     weight = checkpoint.gptq(name)
-    if (weight is not None) != linear:
-        state = "is not quantized, others are" if linear else "is quantized"
+    if (weight and weight.config) != config:
+        state = "is quantized"
+        if config is not None:
+            state = f"{state} otherwise than others" if weight else "is not quantized, others are"
         raise BoardError(f"{checkpoint.path}: {name} {state}, which Pulsar2 does not take: {_MEND}")
     if weight is None:
         return
@@ -170,16 +172,14 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if inner.get(name) is not None:
             fields[name] = inner[name]
-    config = checkpoint.config.quantization
-    if config is not None and any(
-        checkpoint.gptq(name) is not None for name in _linears(checkpoint)
-    ):
+    config = _config_of_linears(checkpoint)
+    if config is not None:
         fields["quantization_config"] = {
             "quant_method": "gptq",
             "bits": config.bits,
             "group_size": config.group_size,
-            "sym": config.sym,
-            "desc_act": config.desc_act,
+            "sym": True,  # as `check_weights` has seen
+            "desc_act": False,
             "checkpoint_format": config.checkpoint_format,
             "pack_dtype": "int32",
             "lm_head": False,

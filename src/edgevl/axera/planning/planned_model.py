@@ -59,8 +59,8 @@ def planned_model(model: str) -> PlannedModel:
     with closing(open_model(locate(model))) as opened:
         prompt = PromptEncoder(opened).encode([Message.user("x")])
         board = Fields(opened.read_json(BOARD_FILE) or {}, str(opened.path / BOARD_FILE))
-    quantization = opened.config.quantization
-    weights = board.text("weights", f"gptq-{quantization.bits}" if quantization else "s8")
+    bits = max((setting.bits for setting in opened.config.quantization), default=8)
+    weights = board.text("weights", f"gptq-{bits}")
     return PlannedModel(
         opened.config,
         opened.has_vision,
