@@ -22,8 +22,13 @@ QUANTIZATION = {
 }
 
 
-def write_gptq(directory, preset="mini-qwen3", layout="internvl_chat", bits=4, group_size=128):
-    """Write a random checkpoint with GPTQ text; every size of its text is a multiple of 128."""
+def write_gptq(
+    directory, preset="mini-qwen3", layout="internvl_chat", bits=4, group_size=128, rule=None
+):
+    """Write a random checkpoint with GPTQ text; every size of its text is a multiple of 128.
+
+    `rule` gives bits (None: not quantized) and group size of a weight by its name.
+    """
     config = PRESETS[preset].config
     text = replace(
         config.text,
@@ -42,11 +47,12 @@ def write_gptq(directory, preset="mini-qwen3", layout="internvl_chat", bits=4, g
     directory.mkdir()
     quantization = QUANTIZATION | {"bits": bits, "group_size": group_size}
     with Checkpoint.open(plain) as checkpoint:
-        packed = {
-            name: _pack(checkpoint.tensor(name), bits, group_size)
-            for name in checkpoint.names()
-            if name.startswith(f"{TEXT}layers.") and len(checkpoint.shape(name)) == 2
-        }
+        packed = {}
+        for name in checkpoint.names():
+            if name.startswith(f"{TEXT}layers.") and len(checkpoint.shape(name)) == 2:
+                how = rule(name) if rule else (bits, group_size)
+                if how[0] is not None:
+                    packed[name] = _pack(checkpoint.tensor(name), *how)
         fields = {"quantization_config": quantization}
         write_checkpoint(checkpoint, directory, packed, {}, fields)
     return directory

@@ -98,18 +98,45 @@ def test_stored_bytes_stay_in_shards_too(mini_checkpoint, tmp_path, layout):
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_other_gptq_is_refused(tmp_path):
+    directory = write_gptq(tmp_path / "gptq")
+    change_quantization(directory, checkpoint_format="gptq_v2")
+    message = 'checkpoint_format of its GPTQ weights is "gptq_v2"'
+    with Checkpoint.open(directory) as checkpoint, pytest.raises(BoardError, match=message):
+        check_weights(checkpoint)
+
+
+def test_what_shows_in_the_weights_is_not_asked_of_the_configuration(tmp_path):
+    directory = write_gptq(tmp_path / "gptq")
+    change_quantization(directory, sym=False, desc_act=True)  # neither of which they are
+    with Checkpoint.open(directory) as checkpoint:
+        assert check_weights(checkpoint).bits == 4
+        out = written(checkpoint, tmp_path / "text")
+    written_config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (written_config["sym"], written_config["desc_act"]) == (True, False)
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("bits", "group_size", "state"),
     [
-        ("desc_act", True, "desc_act of its GPTQ weights is true, but Pulsar2 takes false"),
-        ("sym", False, "sym of its GPTQ weights is false"),
-        ("checkpoint_format", "gptq_v2", 'checkpoint_format of its GPTQ weights is "gptq_v2"'),
+        (8, 128, "quantized otherwise than others"),
+        (4, 32, "quantized otherwise than others"),
+        (None, 128, "is not quantized, others are"),
     ],
 )
-def test_other_gptq_is_refused(tmp_path, field, value, message):
-    directory = write_gptq(tmp_path / "gptq")
-    change_quantization(directory, **{field: value})
-    with Checkpoint.open(directory) as checkpoint, pytest.raises(BoardError, match=message):
+def test_layers_of_several_kinds_are_refused_by_name(tmp_path, bits, group_size, state):
+    """`dynamic` of GPTQModel: Pulsar2 takes one setting for all layers."""
+
+    def rule(name):
+        return (bits, group_size) if "down_proj" in name else (4, 128)
+
+    directory = write_gptq(tmp_path / "gptq", rule=rule)
+    dynamic = {".*down_proj": {"bits": bits, "group_size": group_size}}
+    change_quantization(directory, dynamic=dynamic)
+    with (
+        Checkpoint.open(directory) as checkpoint,
+        pytest.raises(BoardError, match=rf"layers\.0\.mlp\.down_proj\.weight .*{state}"),
+    ):
         check_weights(checkpoint)
 
 

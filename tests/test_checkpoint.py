@@ -169,10 +169,79 @@ def test_tensors_that_do_not_fit(tmp_path, change, words):
     assert "\n" not in str(error.value)
 
 
-def test_more_tensors_are_ignored(tmp_path):
-    more = {"language_model.model.rotary_emb.inv_freq": np.ones(8, np.float32)}
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.model.rotary_emb.inv_freq",
+        "language_model.model.layers.1.self_attn.rotary_emb.inv_freq",
+        "language_model.model.layers.1.self_attn.rotary_emb.cos_cached",
+        "vision_model.embeddings.position_ids",
+        "vision_model.embeddings.mask_token",
+        "v_head.summary.weight",
+    ],
+)
+def test_tensors_that_nothing_is_computed_with(tmp_path, name):
+    more = {name: np.ones(8, np.float32)}
     with Checkpoint.open(write_directory(tmp_path, CHAT, TENSORS | more)) as checkpoint:
         same(checkpoint)
+
+
+LAYER = "language_model.model.layers."
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        # Of OpenGVLab/InternVL3_5-*-Flash, and of what converts it for transformers.
+        (["mlp2.0.weight", "gating.block1.0.weight"], ["InternVL3.5-Flash is not supported yet"]),
+        (["gating.gate.1.weight"], ["InternVL3.5-Flash is not supported yet"]),
+        (["pooling_before_gating.query_token"], ["InternVL3.5-Flash is not supported yet"]),
+        (["model.mlp2.dense1.weight"], ["InternVL3.5-Flash is not supported yet"]),
+        ([LAYER + "0.self_attn.q_proj.lora_A.weight"], ["LoRA", "merge"]),
+        (["base_model.model." + LAYER + "0.mlp.up_proj.lora_B.weight"], ["LoRA", "merge"]),
+        ([LAYER + "1.mlp.up_proj.base_layer.weight"], ["LoRA", "merge"]),
+        # A configuration that has been cut, or of other weights.
+        ([LAYER + "2.mlp.up_proj.weight", LAYER + "2.mlp.down_proj.weight"], ["and 1 more"]),
+        (["vision_model.encoder.layers.1.ls1"], []),
+        (["vision_model.encoder.layers.0.attn.q_norm.weight"], []),
+        (["vision_model.post_layernorm.weight"], []),
+        (["vision_tower.layernorm.weight"], []),
+        (["vision_model.embeddings.rel_pos"], []),
+        (["mlp1.4.weight"], []),
+        ([LAYER + "0.self_attn.q_proj.bias"], []),
+        ([LAYER + "0.input_layernorm.bias"], []),
+        ([LAYER + "0.mlp.experts.0.up_proj.weight"], []),
+        (["qformer.query_tokens"], []),
+    ],
+)
+def test_tensors_of_another_kind_are_refused_by_name(tmp_path, names, words):
+    more = {name: np.ones(8, np.float32) for name in names}
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.open(write_directory(tmp_path, CHAT, TENSORS | more))
+    assert "\n" not in str(error.value)
+    for word in (str(tmp_path / "model.safetensors"), names[0], *words):
+        assert word in str(error.value)
+
+
+def test_biases_of_zeros_do_no_harm_but_that_of_a_norm(tmp_path):
+    linear = {LAYER + "0.self_attn.o_proj.bias": np.zeros(32, np.float32)}
+    with Checkpoint.open(write_directory(tmp_path, CHAT, TENSORS | linear)) as checkpoint:
+        same(checkpoint)
+    norm = {LAYER + "0.input_layernorm.bias": np.zeros(32, np.float32)}  # a LayerNorm is another
+    with pytest.raises(CheckpointError, match=r"input_layernorm\.bias"):
+        Checkpoint.open(write_directory(tmp_path, CHAT, TENSORS | norm))
+
+
+def test_a_lora_adapter_beside_the_weights(tmp_path):
+    """transformers applies it; so would who asks the model expect."""
+    write_directory(tmp_path, CHAT, TENSORS)
+    name = "base_model.model.language_model.model.layers.0.mlp.up_proj.lora_A.weight"
+    write_tensors(tmp_path / "adapter_model.safetensors", {name: np.ones((4, 32), np.float32)})
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: .*merge it"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: .*merge it"):
+        Checkpoint.open(tmp_path)
 
 
 def test_no_such_tensor(tmp_path):
@@ -194,7 +263,7 @@ def test_not_a_checkpoint(tmp_path):
         Checkpoint.open(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b'{"a": NaN}', b" " * (3 << 20)])
+@pytest.mark.parametrize("content", [b"{", b"", b"[]", b"null", b"\xff\xfe", b" " * (3 << 20)])
 def test_a_bad_config_file(tmp_path, content):
     write_directory(tmp_path, CHAT, TENSORS)
     (tmp_path / "config.json").write_bytes(content)
@@ -204,9 +273,33 @@ def test_a_bad_config_file(tmp_path, content):
 
 def test_a_bad_file_beside_is_named(tmp_path):
     write_directory(tmp_path, CHAT, TENSORS)
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+    for content in ("{", "", "[1]"):
+        (tmp_path / "generation_config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+            Checkpoint.open(tmp_path)
+
+
+def test_files_that_are_not_needed_are_not_read(tmp_path):
+    """The second of two that say the same, and what is said of parts that are not there."""
+    damaged = ["trainer_state.json", "special_tokens_map.json", "adapter_config.json"]
+    write_directory(tmp_path, CHAT, TENSORS, preprocessor_config={"image_mean": [0, 0, 0]})
+    for name in [*damaged, "processor_config.json"]:
+        (tmp_path / name).write_text("{")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert checkpoint.config.image_mean == (0, 0, 0)
+    (tmp_path / "quantize_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="quantize_config"):
         Checkpoint.open(tmp_path)
+    quantized = changed(CHAT, "llm_config.quantization_config", {"bits": 4})
+    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    Checkpoint.open(tmp_path).close()
+    # The text model alone: nothing that its configuration says of pictures is used.
+    text = {name: values for name, values in TENSORS.items() if name.startswith("language_model")}
+    without = {"vision_config": "junk", "downsample_ratio": 7, "select_layer": [], "ps_version": 5}
+    directory = write_directory(tmp_path / "text", quantized | without, text)
+    with Checkpoint.open(directory) as checkpoint:
+        assert not checkpoint.has_vision
+        same(checkpoint, text)
 
 
 def test_settings_from_the_files_beside(tmp_path):

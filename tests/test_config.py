@@ -167,6 +167,8 @@ def test_ends_of_turns():
     generation = {"eos_token_id": [11, 7], "pad_token_id": 3}
     config = parse(CHAT, generation=generation)
     assert config.eos_token_ids == (11, 7)
+    no_token = {"eos_token_id": [-1, 11.0, int(1e30), 11]}
+    assert parse(CHAT, generation=no_token).eos_token_ids == (11, 7)
 
 
 def test_pixel_shuffle_version():

@@ -301,15 +301,26 @@ def test_pieces_of_a_long_prefill(qwen3, monkeypatch):
     np.testing.assert_array_equal(prefill(CpuModel(qwen3, threads=1, chunk=8).engine(), ids), whole)
 
 
-@pytest.mark.parametrize("group_size", [-1, 16, 64, 128])
+def gptq_by_layer(name):
+    """Settings that differ by layer, also among those that are joined in one matrix."""
+    if "k_proj" in name or "layers.1.mlp.up" in name:
+        return GPTQConfig(8, 32, "gptq")
+    return None if "v_proj" in name else GPTQConfig(4, 8 if "o_proj" in name else 16, "gptq")
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 64, 128, "by layer"])
 def test_gptq_agrees_with_the_reference(tmp_path, team, group_size):
+    how = {"hidden_size": 160, "intermediate_size": 136, "vocab_size": 120}
+    if group_size == "by layer":
+        dynamic = {"k": {"bits": 8, "group_size": 32}, "o": {"group_size": 8}, "-:v": {}}
+        how |= {"rule": gptq_by_layer, "dynamic": dynamic}
+        group_size = 16
     config = GPTQConfig(4, group_size, "gptq")
-    sizes = {"hidden_size": 160, "intermediate_size": 136, "vocab_size": 120}
-    with gptq_checkpoint(tmp_path, config, **sizes) as checkpoint:
+    with gptq_checkpoint(tmp_path, config, **how) as checkpoint:
         assert not checkpoint.has_vision
         engine = load_engine(checkpoint, "cpu", threads=2)
         # The weights are the checkpoint's own, so the reference reads them by itself.
-        for name in ("self_attn.q_proj", "mlp.down_proj"):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
             weight = f"language_model.model.layers.1.{name}.weight"
             packed = Dequantized(checkpoint, "auto", team).tensor(weight)
             np.testing.assert_array_equal(packed, checkpoint.tensor(weight))

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import shutil
 import tempfile
 import tracemalloc
 from contextlib import contextmanager
@@ -11,10 +13,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from edgevl.checkpoint import Checkpoint, expected_tensors, parse_config
+import edgevl
+from edgevl.checkpoint import Checkpoint, expected_tensors, locate, parse_config
 from edgevl.checkpoint.jsonfile import parse_object
 from edgevl.checkpoint.safetensors import SafetensorsFile, Weights
 from edgevl.errors import CheckpointError
+from edgevl.preprocess import Message, PromptEncoder
 from storage import CONFIGS, hf_names, random_tensors, safetensors_bytes, write_directory
 
 #: Most memory that reading the small files here may take, in bytes. The table of tensors of the
@@ -251,3 +255,122 @@ def test_flipped_and_cut_files(tmp_path, layout):
     check()
     assert opened < 150
     Checkpoint.open(tmp_path).close()
+
+
+LONG = "9" * 5000  # digits; Python's int() takes 4300
+#: Members of an object, as JSON text, that nobody needs.
+JUNK = {
+    "no limit": '"junk": 1000000000000000019884624838656',  # transformers' model_max_length
+    "long": f'"junk": {LONG}, "less": -{LONG}, "fraction": 0.{LONG}, "exponent": 1e{LONG}',
+    "too large": '"junk": 1e999, "less": -1e999, "small": 1e-999, "zero": -0.0',
+    "not finite": '"junk": NaN, "more": Infinity, "less": -Infinity',
+    "plain": '"junk": null, "yes": true, "list": [], "object": {"a": [{}]}, "text": "x"',
+    "deep": f'"junk": {"[" * 200}{"]" * 200}, "object": {"{" + chr(34) + "a" + chr(34) + ":"}1}}',
+    "deeper": f'"junk": {"[" * 400}{"]" * 400}',
+    "text": f'"junk": "{"x" * 100_000}", "control": "\\u0000", "pair": "\\ud83d\\ude00"',
+    "surrogates": '"junk": "\\ud800", "\\udfff": "\\udc00\\ud800"',
+    "keys": '"": 1, " ": 2, "\\u0000": 3, "__class__": 4, "a.b": 5',
+    "twice": '"junk": 1, "junk": {"a": 1, "a": [2]}, "junk": 3',
+}
+#: Objects of which every entry means something by its key.
+MAPS = ("vocab", "pattern", "weight_map")
+
+
+def with_junk(text, junk, maps=MAPS):
+    """JSON text with members put first and last into every object, and a key of it given twice."""
+
+    def placed(value):
+        if isinstance(value, list):
+            return [placed(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        first = {f"JUNK{next(iter(value), '')}": 0}
+        inner = {k: v if k in maps else placed(v) for k, v in value.items()}
+        return {**first, **inner, "JUNK": 0}
+
+    text = json.dumps(placed(json.loads(text)))
+    text = re.sub(r'"JUNK([^"]+)": 0', lambda key: f'{junk}, "{key[1]}": "junk"', text)
+    return text.replace('"JUNK": 0', junk)
+
+
+def copied(source, directory):
+    directory.mkdir()
+    for path in source.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, directory / path.name)
+    return directory
+
+
+def prompt_of(directory):
+    """All that a checkpoint's side files make: configuration and the ids of a prompt."""
+    with Checkpoint.open(directory) as checkpoint:
+        encoder = PromptEncoder(checkpoint)
+        return checkpoint.config, encoder.encode([Message.user("Hi <img> 你好")]).token_ids.tolist()
+
+
+def test_junk_is_put_where_it_belongs():
+    text = with_junk('{"a": {"b": [{"c": 1}]}, "vocab": {"d": 2}}', '"junk": NaN')
+    assert text == (
+        '{"junk": NaN, "a": "junk", "a": {"junk": NaN, "b": "junk", "b": [{"junk": NaN, '
+        '"c": "junk", "c": 1, "junk": NaN}], "junk": NaN}, "vocab": {"d": 2}, "junk": NaN}'
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [path.name for path in sorted(locate("tiny").iterdir()) if path.suffix == ".json"]
+)
+@pytest.mark.parametrize("kind", JUNK)
+def test_junk_in_any_file_of_a_checkpoint(tmp_path, name, kind):
+    directory = copied(locate("tiny"), tmp_path / "tiny")
+    expected = prompt_of(directory)
+    text = (directory / name).read_text()
+    (directory / name).write_text(with_junk(text, JUNK[kind]))
+    assert prompt_of(directory) == expected
+
+
+def test_junk_everywhere_changes_no_answer(tmp_path):
+    directory = copied(locate("tiny"), tmp_path / "tiny")
+    question, picture = "What number is on the display?", "examples/meter.png"
+    expected = edgevl.load(directory, threads=1).ask(question, [picture]).text
+    for path in directory.glob("*.json"):
+        path.write_text(with_junk(path.read_text(), ", ".join(JUNK.values())))
+    answer = edgevl.load(directory, threads=1).ask(question, [picture])
+    assert answer.text == expected == "7305"
+
+
+@pytest.mark.parametrize("kind", JUNK)
+def test_junk_in_the_files_that_others_have(tmp_path, kind):
+    """Files of Qwen's tokenizer, of shards, of the HF layout's processor and of AutoGPTQ."""
+    directory = copied(locate("tiny"), tmp_path / "tiny")
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").unlink()
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    del config["added_tokens_decoder"]
+    merges = [
+        pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]
+    ]
+    (directory / "merges.txt").write_text("\n".join(merges))
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    (directory / "preprocessor_config.json").unlink()
+    files = {
+        "tokenizer_config.json": config,
+        "vocab.json": tokenizer["model"]["vocab"],
+        "added_tokens.json": {t["content"]: t["id"] for t in tokenizer["added_tokens"]},
+        "model.safetensors.index.json": {"metadata": {}, "weight_map": {"x": "a.safetensors"}},
+        "processor_config.json": {"image_processor": {"image_std": [1, 1, 1], "size": {}}},
+        "quantize_config.json": {"bits": 4, "group_size": 64, "dynamic": {"x": {"bits": 8}}},
+    }
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content))
+    expected = prompt_of(directory)
+    assert expected[0].image_std == (1, 1, 1)
+    assert len(expected[0].quantization) == 2
+    for name in files:
+        text = (directory / name).read_text()
+        whole = name not in ("vocab.json", "added_tokens.json")
+        if whole or kind in ("no limit", "long", "too large", "not finite", "surrogates"):
+            junk = JUNK[kind] if whole else JUNK[kind].partition(", ")[0]
+            (directory / name).write_text(
+                with_junk(text, junk) if whole else f"{{{junk}, {text[1:]}"
+            )
+    assert prompt_of(directory) == expected

@@ -406,7 +406,7 @@ def test_packed_weights_that_nothing_describes(tmp_path):
     stored, expected = gptq_tensors(PLAIN, QUANTIZATION, "language_model.")
     shapes = expected_tensors(PLAIN)
     stored |= random_tensors({n: s for n, s in shapes.items() if n not in expected})
-    refused(tmp_path, CHAT, stored, "q_proj", "no such setting")
+    refused(tmp_path, CHAT, stored, "q_proj", "no quantization_config says how")
 
 
 def test_packed_integers_of_other_words(tmp_path):

@@ -190,6 +190,33 @@ def test_gptq_is_taken_as_it_is(tmp_path, precision, text):
             assert matrix.group == (16 if matrix.gptq else min(128, matrix.cols))
 
 
+def test_gptq_whose_layers_differ(tmp_path):
+    """Parts that are joined in one matrix stay as they are only if they have the same groups."""
+    eight, finer = GPTQConfig(8, 16, "gptq"), GPTQConfig(4, 8, "gptq")
+
+    def rule(name):
+        if "k_proj" in name or "layers.1.mlp.gate" in name:
+            return eight
+        if "layers.0.mlp.gate" in name or "layers.0.mlp.up" in name:
+            return finer
+        return None if "down_proj" in name else GPTQConfig(4, 16, "gptq")
+
+    dynamic = {".*k_proj": {"bits": 8}, ".*gate": {"group_size": 8}, "-:.*down": {}}
+    config = GPTQConfig(4, 16, "gptq")
+    with gptq_checkpoint(tmp_path, config, dynamic=dynamic, rule=rule) as checkpoint:
+        plan = make_plan(checkpoint)
+        formats = {matrix.name: (matrix.format, matrix.gptq) for matrix in plan.matrices}
+        for layer in "01":
+            assert formats[f"text.layers.{layer}.qkv"] == ("int8", False)  # one of the three
+            assert formats[f"text.layers.{layer}.o"] == ("int4", True)
+            assert formats[f"text.layers.{layer}.down"] == ("int8", False)
+        assert formats["text.layers.0.gate_up"] == ("int4", True)
+        assert formats["text.layers.1.gate_up"] == ("int8", False)
+        [gate_up] = [m for m in plan.matrices if m.name == "text.layers.0.gate_up"]
+        assert gate_up.group == 8
+        assert plan.notes[0].startswith("3 GPTQ matrices are not")
+
+
 def test_gptq_with_act_order_is_rounded_and_said(tmp_path):
     with gptq_checkpoint(tmp_path, GPTQConfig(4, 16, "gptq"), desc_act=True) as checkpoint:
         plan = make_plan(checkpoint)

@@ -9,6 +9,7 @@ from a configuration (the table of expected tensors, the cache) can explode.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -445,7 +446,7 @@ def _refuse_sliding_window(fields: Fields, layers: int, positions: int) -> None:
     elif (
         fields.flag("use_sliding_window", False)
         and fields.has("sliding_window")
-        and fields.number("sliding_window", 0, float("inf")) < positions
+        and fields.number("sliding_window", 0, math.inf) < positions
         and fields.integer("max_window_layers", 0, MAX_POSITIONS, 28) < layers
     ):
         raise fields.error("use_sliding_window", "is true, which is not supported")
@@ -625,7 +626,10 @@ def _parse_statistics(
 
 
 def _parse_eos(top: Fields, text: Fields, generation: Fields) -> tuple[int, ...]:
-    """Return every ``eos_token_id`` of the three places, in order, each once."""
+    """Return every ``eos_token_id`` of the three places, in order, each once.
+
+    Those that no token can have, such as -1, mean none.
+    """
     found: list[int] = []
     for fields in (generation, top, text):
         value = fields.values.get("eos_token_id")
@@ -634,5 +638,5 @@ def _parse_eos(top: Fields, text: Fields, generation: Fields) -> tuple[int, ...]
             raise fields.error("eos_token_id", f"lists {len(values)} ids, expected at most 256")
         for item in values:
             token = Fields({"eos_token_id": item}, fields.where)
-            found.append(token.integer("eos_token_id", 0, MAX_VOCAB_SIZE))
-    return tuple(dict.fromkeys(found))
+            found.append(token.integer("eos_token_id", -math.inf, math.inf))
+    return tuple(dict.fromkeys(item for item in found if 0 <= item < MAX_VOCAB_SIZE))

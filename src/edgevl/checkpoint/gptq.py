@@ -105,11 +105,13 @@ def stored_config(
     Raises:
         CheckpointError: its bits are not supported, or none or several of the settings fit.
     """
+    if not named:
+        raise CheckpointError("is quantized, but no quantization_config says how")
     bits, rest = divmod(32 * words, inputs)
     if rest:
         raise CheckpointError(
-            f"has qweight in {words} rows, no whole number of bits for {inputs} inputs; config.json "
-            "and the weights do not belong together"
+            f"has qweight in {words} rows, no whole number of bits for {inputs} inputs; "
+            "config.json and the weights do not belong together"
         )
     if bits not in (4, 8):
         raise CheckpointError(
@@ -129,8 +131,8 @@ def stored_config(
         )
         raise CheckpointError(
             f"is stored with {bits} bits and {groups} groups of its {inputs} inputs, but "
-            f"quantization_config, its `dynamic` included, has {known[:200] or 'no such setting'}; "
-            "the files do not belong together"
+            f"quantization_config, its `dynamic` included, has {known[:200]}; the files do not "
+            "belong together"
         )
     lengths = {min(group_length(inputs, config), inputs) for config in fits}
     if len(lengths) > 1 and not has_g_idx:

@@ -74,12 +74,12 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= MAX_INTEGER_DIGITS else float(digits)
 
 
-def shown(value: object) -> str:
+def shown(value: object, limit: int = 60) -> str:
     """``repr`` of a value from a file, short enough for an error of one line."""
     if isinstance(value, (dict, list)):
         return f"{kind(value)} of {len(value)}"
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…" + text[-1]
+    return text if len(text) <= limit else text[: limit - 3] + "…" + text[-1]
 
 
 def kind(value: object) -> str:
@@ -122,7 +122,7 @@ class Fields:
         """Return the first of the names of one field that is there, or else the last of them."""
         return next(filter(self.has, names), names[-1])
 
-    def integer(self, name: str, low: int, high: int, default: Any = REQUIRED) -> int:
+    def integer(self, name: str, low: float, high: float, default: Any = REQUIRED) -> int:
         """Return an integer in ``low … high``; 448.0 is one."""
         value = self._get(name, default)
         if isinstance(value, float) and value.is_integer():

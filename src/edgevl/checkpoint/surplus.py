@@ -41,7 +41,7 @@ def refuse_other_kinds(weights: Weights) -> None:
     for kind, reason in _OTHER_KINDS:
         name = next(filter(kind.match, weights), None)
         if name is not None:
-            raise CheckpointError(f"{weights.path(name)}: has {shown(name)}: {reason}")
+            raise CheckpointError(f"{weights.path(name)}: has {shown(name, 150)}: {reason}")
 
 
 def refuse_surplus(weights: Weights, known: Mapping[str, tuple[int, ...]]) -> None:
@@ -69,9 +69,10 @@ def refuse_surplus(weights: Weights, known: Mapping[str, tuple[int, ...]]) -> No
     if surplus:
         more = f" and {len(surplus) - 1} more tensors" if len(surplus) > 1 else ""
         raise CheckpointError(
-            f"{weights.path(surplus[0])}: has {shown(surplus[0])}{more} beside those of the model "
-            "that config.json describes; left out, it would answer as another model: get the "
-            "config.json that belongs to the weights, if their kind is one that is supported"
+            f"{weights.path(surplus[0])}: has {shown(surplus[0], 150)}{more}, which the model that "
+            "config.json describes does not have; without them it would answer as another model: "
+            "get the config.json that belongs to the weights, or a model of a kind that is "
+            "supported"
         )
 
 

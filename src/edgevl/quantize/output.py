@@ -56,7 +56,7 @@ def write_checkpoint(
     write_safetensors(directory, specs, pieces, progress=running_total(specs, progress))
     copy_side_files(checkpoint.path, directory)
     fields = {**(checkpoint.read_json("config.json") or {}), **config}
-    text = json.dumps(fields, indent=2, ensure_ascii=False)
+    text = json.dumps(fields, indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -67,7 +67,7 @@ def write_text_checkpoint(
 
     write_safetensors(directory, specs, pieces, shard_bytes, running_total(specs, progress))
     copy_side_files(checkpoint.path, directory, TOKENIZER_FILES)
-    text = json.dumps(_config(checkpoint), indent=2, ensure_ascii=False)
+    text = json.dumps(_config(checkpoint), indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
