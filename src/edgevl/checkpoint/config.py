@@ -223,9 +223,9 @@ def parse_config(
             f"{where}: model_type {shown(model_type)} is a text model alone, not an InternVL; only "
             "a GPTQ one (with quantization_config) is expected like this"
         )
-    seen: dict[str, Any] = {"vision": INTERNVIT_300M}
-    if text is not top and vision:
-        seen = _parse_pictures(top, Fields(preprocessor or {}, f"{where}: image processor"))
+    pictures: dict[str, Any] = {"vision": INTERNVIT_300M}
+    if vision:
+        pictures = _parse_pictures(top, Fields(preprocessor or {}, f"{where}: image processor"))
     # The HF layout says it at the top, the others with the text model. A checkpoint that stores
     # a head uses it whatever these say, so the more permissive of the two is taken.
     tied = top.flag("tie_word_embeddings", model_type == "internvl")
@@ -235,7 +235,7 @@ def parse_config(
         system_message=_text_or(top, "system_message", SYSTEM_MESSAGE),
         eos_token_ids=_parse_eos(top, text, Fields(generation or {}, "generation_config.json")),
         quantization=quantization,
-        **seen,
+        **pictures,
     )
     return ("gptq_text" if text is top else model_type), parsed
 
@@ -264,9 +264,12 @@ def _text_or(fields: Fields, name: str, default: str) -> str:
 
 def _parse_pictures(top: Fields, processor: Fields) -> dict[str, Any]:
     """Return what ``ModelConfig`` has of vision encoder, projector and tiles."""
-    hf = top.text("model_type") == "internvl"
+    model_type = top.text("model_type", "")
+    hf = model_type == "internvl"
     fields = top.fields("vision_config", {})
-    vision = _parse_vision(fields, _HF_VISION if hf else _CHAT_VISION)
+    vision = INTERNVIT_300M
+    if model_type in _VISION_DEFAULTS:
+        vision = _parse_vision(fields, _VISION_DEFAULTS[model_type])
     if hf:
         top.choice("vision_feature_select_strategy", ("default",), "default")
         top.choice("projector_hidden_act", ("gelu",), "gelu")
@@ -305,25 +308,27 @@ def _parse_pictures(top: Fields, processor: Fields) -> dict[str, Any]:
     }
 
 
-#: Defaults of ``InternVisionConfig`` (internvl_chat), which are InternViT-6B's.
-_CHAT_VISION: dict[str, Any] = {
-    "hidden_size": 3200,
-    "intermediate_size": 12800,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 25,
-    "image_size": 224,
-    "norm_type": "rms_norm",
-    "use_qk_norm": True,
-}
-#: Defaults of transformers' ``InternVLVisionConfig`` (HF layout).
-_HF_VISION: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 448,
-    "norm_type": "layer_norm",
-    "use_qk_norm": False,
+#: Defaults of ``InternVisionConfig`` (internvl_chat), which are InternViT-6B's, and of
+#: transformers' ``InternVLVisionConfig``.
+_VISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "internvl_chat": {
+        "hidden_size": 3200,
+        "intermediate_size": 12800,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 25,
+        "image_size": 224,
+        "norm_type": "rms_norm",
+        "use_qk_norm": True,
+    },
+    "internvl": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 448,
+        "norm_type": "layer_norm",
+        "use_qk_norm": False,
+    },
 }
 
 
