@@ -55,7 +55,7 @@ def command(
     question: str | None,
     output: Path,
     system: str | None,
-    think: bool,
+    think: bool | None,
     max_tiles: int | None,
     frames: int,
     json_object: bool,

@@ -57,7 +57,7 @@ def command(
     videos: tuple[str, ...],
     frames: int,
     system: str | None,
-    think: bool,
+    think: bool | None,
     max_tiles: int | None,
     json_object: bool,
     json_schema: Path | None,

@@ -147,14 +147,16 @@ def answer_options(function: Function) -> Function:
     return function
 
 
-def read_constraint(json_object: bool, json_schema: Path | None, think: bool) -> Constraint | None:
+def read_constraint(
+    json_object: bool, json_schema: Path | None, think: bool | None
+) -> Constraint | None:
     """Return what ``--json-object`` and ``--json-schema`` ask an answer to be.
 
     Raises:
         click.UsageError: they are given together, or with ``--think``.
         EdgeVLError: the file has no schema that can be met, or ``llguidance`` is not installed.
     """
-    if json_object + bool(json_schema) + think > 1:
+    if json_object + bool(json_schema) + bool(think) > 1:
         raise click.UsageError("--json-object, --json-schema and --think: give one of them")
     if json_object + bool(json_schema) == 0:
         return None
@@ -185,7 +187,11 @@ _OPTIONS = (
         callback=_as_unicode,
         help="System message.  [default: the checkpoint's]",
     ),
-    click.option("--think", is_flag=True, help="Let the model think first."),
+    click.option(
+        "--think/--no-think",
+        default=None,
+        help="Let the model think first, or tell it not to; default: as its template has it.",
+    ),
     click.option(
         "--max-tiles",
         type=click.IntRange(min=1),

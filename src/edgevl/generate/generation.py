@@ -77,7 +77,7 @@ class Generation:
         self.finish_reason = ""
         mask = masks.start(params.constraint) if params.constraint else None
         self._sampler = Sampler(params, token_ids, mask)
-        self._text = AnswerText(prompts.tokenizer, params.stop)
+        self._text = AnswerText(prompts.tokenizer, params.stop, prompt.thinking)
         self._stop_ids = prompts.stop_ids
         self._room = min(params.max_tokens, max_context - len(token_ids))
         self._greedy = params.temperature == 0

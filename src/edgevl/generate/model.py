@@ -86,7 +86,7 @@ class Model:
         text: str,
         images: Any = (),
         system: str | None = None,
-        thinking: bool = False,
+        thinking: bool | None = None,
         max_tiles: int | None = None,
         videos: Any = (),
         frames: int = DEFAULT_FRAMES,
@@ -102,7 +102,7 @@ class Model:
         text: str,
         images: Any = (),
         system: str | None = None,
-        thinking: bool = False,
+        thinking: bool | None = None,
         max_tiles: int | None = None,
         videos: Any = (),
         frames: int = DEFAULT_FRAMES,
@@ -116,7 +116,7 @@ class Model:
     def chat(
         self,
         system: str | None = None,
-        thinking: bool = False,
+        thinking: bool | None = None,
         max_tiles: int | None = None,
         tools: Sequence[Tool] = (),
     ) -> Session:
@@ -124,7 +124,8 @@ class Model:
 
         Args:
             system: system message; default is the chat template's own.
-            thinking: ask the model to think before it answers.
+            thinking: True asks the model to think before it answers, False tells its template that
+                it should not; None leaves it to the template.
             max_tiles: most tiles a picture is cut into; default is the checkpoint's.
             tools: what the model may call; `edgevl.split_tool_calls` finds the calls in an answer.
         """

@@ -11,7 +11,7 @@ from edgevl.checkpoint import ModelDirectory
 from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError, PromptError
 from edgevl.generate.answer import Answer
 from edgevl.generate.sampling import SamplingParams
-from edgevl.generate.text import Piece
+from edgevl.generate.text import Piece, spoken_text
 from edgevl.generate.tool_calls import split_tool_calls
 from edgevl.preprocess import (
     GeneratedTokens,
@@ -96,7 +96,7 @@ class Session:
         checkpoint: ModelDirectory,
         generator: Answerer,
         system: str | None = None,
-        thinking: bool = False,
+        thinking: bool | None = None,
         max_tiles: int | None = None,
         tools: Sequence[Tool] = (),
     ) -> None:
@@ -106,7 +106,8 @@ class Session:
             checkpoint: says how pictures are prepared.
             generator: answers prompts.
             system: system message; default is the chat template's own.
-            thinking: ask the model to think before it answers.
+            thinking: True asks the model to think before it answers, False tells its template that
+                it should not; None leaves it to the template.
             max_tiles: most tiles a picture is cut into; default is the checkpoint's.
             tools: what the model may call.
         """
@@ -258,6 +259,7 @@ class Session:
     ) -> Generator[Piece, None, Answer]:
         """Answer ``prompt`` and record the turn, also one that is broken off in mid-answer."""
         said: list[str] = []
+        thoughts = ""
         reply: GeneratedTokens | str | None = None
         try:
             # Closed here and not when it is collected: it holds the engine until then.
@@ -272,18 +274,19 @@ class Session:
                         said.append(piece)
                     yield piece
             # The very tokens, so that the next prompt continues the cache; but not those of
-            # thinking, which models are trained to find left out, nor of a cut-off stop string.
-            maybe_cut = bool(params.stop) and answer.finish_reason == "stop"
-            exact = not answer.thinking and not maybe_cut
+            # thinking, which is the template's to place, nor of a cut-off stop string.
+            tokenizer = self._generator.prompts.tokenizer
+            exact = spoken_text(tokenizer, answer.token_ids) == answer.text
             reply = GeneratedTokens(answer.token_ids) if exact else answer.text
+            thoughts = answer.thinking
             return answer
         except (GeneratorExit, KeyboardInterrupt):
             reply = "".join(said) or None
             raise
         finally:
             if reply is not None:
-                parts = split_tool_calls(reply) if isinstance(reply, str) else (reply,)
-                self.messages[:] = [*messages, Message.assistant(*parts)]
+                text, calls = split_tool_calls(reply) if isinstance(reply, str) else (reply, [])
+                self.messages[:] = [*messages, Message.assistant(text, calls, thoughts)]
 
 
 def without_oldest_turn(history: Sequence[Message]) -> list[Message]:

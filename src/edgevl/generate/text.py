@@ -6,12 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tokenizers import Tokenizer
 
-#: Special tokens that are part of what the model says: grounding, thinking, tool calls.
-SPOKEN_TOKENS = frozenset(
-    f"<{slash}{name}>"
-    for name in ("ref", "box", "quad", "think", "tool_call")
-    for slash in ("", "/")
-)
+from edgevl.preprocess.protect import SPOKEN_TOKENS
 
 #: What an incomplete UTF-8 sequence decodes to: once, or once for each of its up to 3 bytes.
 REPLACEMENT = "\ufffd"
@@ -70,6 +65,12 @@ class Detokenizer:
         return text
 
 
+def spoken_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """Return the text of tokens as an answer shows it, with its thinking."""
+    detokenizer = Detokenizer(tokenizer)
+    return "".join([*map(detokenizer.add, token_ids), detokenizer.finish()])
+
+
 class StopStrings:
     """Cuts a stream of text at the first of several strings."""
 
@@ -108,14 +109,24 @@ def partial_suffix(text: str, target: str) -> int:
 
 
 class ThinkingSplitter:
-    """Tells the thinking part, ``<think>…</think>`` at the start of an answer, from the answer."""
+    """Tells the thinking part, ``<think>…</think>`` at the start of an answer, from the answer.
+
+    White space around the thoughts belongs to neither.
+    """
 
     OPEN, CLOSE = "<think>", "</think>"
 
-    def __init__(self) -> None:
-        """Start before the first character of an answer."""
+    def __init__(self, opened: bool = False) -> None:
+        """Start before the first character of an answer.
+
+        Args:
+            opened: the prompt ends with the opening tag, so that the answer begins with thoughts.
+                A model may repeat the tag.
+        """
+        self._opened = opened
         self._held = ""
         self._state = "undecided"  # then "thinking" (or straight on), "gap", "answer"
+        self._begun = False  # the thoughts are
 
     def add(self, text: str) -> Iterator[tuple[bool, str]]:
         """Take more text; yield (is thinking, text) pieces. The tags are in neither."""
@@ -127,16 +138,20 @@ class ThinkingSplitter:
             elif self.OPEN.startswith(start):
                 return  # may still become the tag
             else:
-                self._state = "answer"
+                self._state = "thinking" if self._opened else "answer"
         if self._state == "thinking":
             thought, tag, rest = self._held.partition(self.CLOSE)
+            if not self._begun:
+                thought = thought.lstrip()
+            certain = len(thought) if tag else len(thought) - partial_suffix(thought, self.CLOSE)
+            kept = thought[:certain].rstrip()
             if tag:
                 self._state, self._held = "gap", rest
             else:
-                keep = partial_suffix(thought, self.CLOSE)
-                thought, self._held = thought[: len(thought) - keep], thought[len(thought) - keep :]
-            if thought:
-                yield True, thought
+                self._held = thought[len(kept) :]
+            if kept:
+                self._begun = True
+                yield True, kept
         if self._state == "gap":  # blank lines between the two belong to neither
             self._held = self._held.lstrip()
             if self._held:
@@ -147,9 +162,11 @@ class ThinkingSplitter:
 
     def finish(self) -> Iterator[tuple[bool, str]]:
         """Yield what was held back."""
-        if self._held:
-            yield self._state == "thinking", self._held
-            self._held = ""
+        thinking = self._state == "thinking" or (self._state == "undecided" and self._opened)
+        piece = self._held.rstrip() if thinking else self._held
+        self._held = ""
+        if piece:
+            yield thinking, piece
 
 
 class Piece(str):
@@ -168,11 +185,14 @@ class Piece(str):
 class AnswerText:
     """Collects the text of an answer from its tokens and passes it on in pieces."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        """Start an empty answer that ends before any of the strings ``stop``."""
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], thinking: bool = False) -> None:
+        """Start an empty answer that ends before any of the strings ``stop``.
+
+        With ``thinking`` the prompt has opened the thinking part.
+        """
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(stop)
-        self._splitter = ThinkingSplitter()
+        self._splitter = ThinkingSplitter(thinking)
         self._parts: dict[bool, list[str]] = {False: [], True: []}
 
     @property
@@ -188,7 +208,7 @@ class AnswerText:
     @property
     def thinking(self) -> str:
         """The thinking so far."""
-        return "".join(self._parts[True]).strip()
+        return "".join(self._parts[True])
 
     def add(self, token_id: int) -> Iterator[Piece]:
         """Take a token; yield the text that is now certain."""

@@ -278,7 +278,7 @@ def _settings(
         tiles, seed = given.pop("max_tiles", None), given.pop("seed")
         return Settings(
             system=given.pop("system").strip() or None,
-            thinking=bool(given.pop("thinking")),
+            thinking=given.pop("thinking") or None,
             max_tiles=None if tiles is None else int(tiles),
             frames=int(given.pop("frames", DEFAULT_FRAMES)),
             sampling=given

@@ -22,7 +22,7 @@ from edgevl.preprocess import Message, load_image
 from edgevl.preprocess.video import DEFAULT_FRAMES
 
 #: Makes a session: system message, thinking, most tiles. `edgevl.generate.Model.chat` is one.
-NewSession: TypeAlias = Callable[[str | None, bool, int | None], Session]
+NewSession: TypeAlias = Callable[[str | None, bool | None, int | None], Session]
 
 #: Longest question, characters: what is tokenized must be bounded.
 MAX_QUESTION = 1 << 20
@@ -40,14 +40,14 @@ class Settings:
 
     Attributes:
         system: system message; None for the chat template's own.
-        thinking: let the model think first.
+        thinking: let the model think first; None leaves it to its template.
         max_tiles: most tiles of a picture; None for the model's own number.
         frames: taken of each video.
         sampling: fields of `edgevl.generate.SamplingParams`.
     """
 
     system: str | None = None
-    thinking: bool = False
+    thinking: bool | None = None
     max_tiles: int | None = None
     frames: int = DEFAULT_FRAMES
     sampling: dict[str, Any] = field(default_factory=dict)

@@ -48,8 +48,10 @@ class Message:
     Attributes:
         role: ``"system"``, ``"user"``, ``"assistant"``, or ``"tool"`` for what one call gave. The
             results of several calls follow one another in the order of the calls.
-        parts: The pieces, in order. All text is taken literally: special tokens and ``<image>``
-            in it stay text. Generated tokens contain the calls that are among them.
+        parts: The pieces, in order. Text is taken literally: it forges no turn, and ``<image>``
+            in it stays text. Generated tokens contain the calls that are among them.
+        thinking: What the assistant thought before it said this. Templates that know of thoughts
+            drop them where models are trained to find them dropped; others have no place for them.
 
     Raises:
         PromptError: Another role, a part of another type, generated tokens or calls of another
@@ -58,6 +60,7 @@ class Message:
 
     role: str
     parts: tuple[Part, ...]
+    thinking: str = ""
 
     def __post_init__(self) -> None:
         if self.role not in _ROLES:
@@ -68,6 +71,9 @@ class Message:
             raise PromptError(
                 f"the parts of a message come in a tuple, not a {type(self.parts).__name__}"
             )
+        if self.thinking and self.role != "assistant":
+            raise PromptError(f"thoughts belong to the assistant, not the {self.role}")
+        check_unicode(self.thinking)
         for part in self.parts:
             if isinstance(part, str):
                 check_unicode(part)
@@ -146,10 +152,13 @@ class Message:
 
     @classmethod
     def assistant(
-        cls, reply: str | GeneratedTokens, tool_calls: Sequence[ToolCall] = ()
+        cls,
+        reply: str | GeneratedTokens,
+        tool_calls: Sequence[ToolCall] = (),
+        thinking: str = "",
     ) -> Message:
         """Return a reply of the assistant: ids where they are known, else text and calls."""
-        return cls("assistant", (reply, *tool_calls))
+        return cls("assistant", (reply, *tool_calls), thinking)
 
     @classmethod
     def tool(cls, result: str) -> Message:

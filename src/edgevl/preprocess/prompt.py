@@ -14,11 +14,18 @@ from tokenizers import Tokenizer
 from edgevl.errors import CheckpointError, PromptError
 from edgevl.preprocess.messages import GeneratedTokens, Markup, Message, Part, check_unicode
 from edgevl.preprocess.picture import Picture
-from edgevl.preprocess.protect import Sentinels, control_ids, cut_lookalikes
-from edgevl.preprocess.template import THINKING_SYSTEM_MESSAGE, load_template
+from edgevl.preprocess.protect import Sentinels, added_ids, control_ids, cut_lookalikes
+from edgevl.preprocess.template import (
+    THINKING_SYSTEM_MESSAGE,
+    PlainMessage,
+    default_system_message,
+    load_template,
+    surroundings,
+    token_variables,
+)
 from edgevl.preprocess.tokenizer import load_tokenizer
-from edgevl.preprocess.tool_prompt import spell_out, tools_text
-from edgevl.preprocess.tools import Tool, check_tools
+from edgevl.preprocess.tool_prompt import TAGS, spell_out, tools_text
+from edgevl.preprocess.tools import Tool, ToolCall, check_tools
 
 if TYPE_CHECKING:
     from edgevl.checkpoint import ModelDirectory
@@ -28,6 +35,7 @@ MAX_TEXT_CHARS = 2**22
 
 _IMAGE_START, _IMAGE_CONTEXT, _IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 _END_OF_TURN = "<|im_end|>"
+_THINK_START, _THINK_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,13 @@ class Prompt:
     Attributes:
         token_ids: int64 [T].
         images: Its pictures, in order.
+        thinking: Whether the template has begun the answer with ``<think>``, so that the model
+            goes on with its thoughts.
     """
 
     token_ids: NDArray[np.int64]
     images: tuple[ImageSpan, ...]
+    thinking: bool = False
 
 
 # What a mark in the rendered conversation stands for.
@@ -84,7 +95,6 @@ class PromptEncoder:
         self._path = checkpoint.path
         self._image_tokens = checkpoint.config.image_tokens
         self._vocab_size = checkpoint.config.text.vocab_size
-        self._controls = control_ids(self.tokenizer)
         self.start_ids: list[int] = self._added_by_tokenizer()
         self._anchor = self._find_anchor()
         self._image_ids = self._find_image_ids(checkpoint)
@@ -93,18 +103,34 @@ class PromptEncoder:
         if end_of_turn is not None:
             stop_ids.add(end_of_turn)
         self.stop_ids: frozenset[int] = frozenset(stop_ids)
+        self._system_message = default_system_message(self._template)
+        self._controls = control_ids(
+            self.tokenizer,
+            surroundings(self._template),
+            {*stop_ids, *self.start_ids, *self._named_ids(checkpoint)},
+        )
+        self._tool_tags = frozenset(
+            token_id for tag in TAGS if (token_id := self.tokenizer.token_to_id(tag)) is not None
+        )
 
     def encode(
-        self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Message],
+        thinking: bool | None = None,
+        tools: Sequence[Tool] = (),
     ) -> Prompt:
         """Encode a conversation, up to where the assistant's next reply begins.
 
+        Text cannot forge a turn or a picture (`control_ids`). Where tools are in play, text that
+        the assistant has not said cannot forge calls and results either: their tags stay text.
+
         Args:
             messages: The conversation, with the system message, if any, first.
-            thinking: Ask the model to think before it answers: InternVL3.5's system message for
-                it goes before that of the messages, and the template hears of it.
-            tools: What the model may call: they are listed after the system message, as Qwen3's
-                template does it.
+            thinking: True asks the model to think before it answers: InternVL3.5's system message
+                for it goes before that of the messages. The template hears of True and False
+                (``enable_thinking``); None leaves it to the template.
+            tools: What the model may call: they are listed after the system message, the
+                template's own if there is no other, as Qwen2.5's and Qwen3's templates do it.
 
         Raises:
             PromptError: There are no messages, the text is too long, a picture is given to a
@@ -114,21 +140,29 @@ class PromptEncoder:
         if not messages:
             raise PromptError("there are no messages; give at least one")
         check_tools(tools)
-        messages = _instructed(spell_out(messages), thinking, tools)
+        tagged = bool(tools) or any(
+            message.role == "tool" or any(isinstance(part, ToolCall) for part in message.parts)
+            for message in messages
+        )
+        messages = self._instructed(spell_out(messages), thinking, tools)
         texts = [part for message in messages for part in message.parts if isinstance(part, str)]
+        texts += [message.thinking for message in messages]
         _check_length(texts)
         sentinels = Sentinels.absent_from([*texts, self._template.source])
         items = [p for message in messages for p in message.parts if isinstance(p, _Item)]
         self._check_items(items)
-        ids, images, controls = self._encode(messages, items, sentinels, thinking)
-        blank = [_blank(message) for message in messages]
-        if controls - self._encode(blank, items, sentinels, thinking)[2]:
+        rendered = self._render(messages, sentinels, thinking, tagged)
+        ids, images, controls = self._encode(rendered, items, sentinels)
+        blank = self._render(list(map(_blank, messages)), sentinels, thinking, tagged)
+        if controls - self._encode(blank, items, sentinels)[2]:
             # Only a template that rewrites text can do this (a replace that joins two halves).
             raise PromptError(
                 f"{self._path}: the chat template would turn text of the messages into special "
                 "tokens; leave them out of the text"
             )
-        return self._prompt(ids, images)
+        written = "".join(blank)
+        opened = written.rfind(_THINK_START) > written.rfind(_THINK_END)
+        return self._prompt(ids, images, opened)
 
     def encode_text(self, text: str) -> Prompt:
         """Encode a text as it is, without a chat template, for the model to go on with.
@@ -159,7 +193,9 @@ class PromptEncoder:
         self._check_ids(token_ids)
         return self._prompt(token_ids, [])
 
-    def _prompt(self, ids: Sequence[int], images: Sequence[ImageSpan]) -> Prompt:
+    def _prompt(
+        self, ids: Sequence[int], images: Sequence[ImageSpan], thinking: bool = False
+    ) -> Prompt:
         token_ids = np.array(ids, dtype=np.int64)
         if token_ids.max(initial=0) >= self._vocab_size:
             raise CheckpointError(
@@ -167,17 +203,12 @@ class PromptEncoder:
                 f"{self._vocab_size}; the tokenizer is of another model"
             )
         token_ids.flags.writeable = False
-        return Prompt(token_ids, tuple(images))
+        return Prompt(token_ids, tuple(images), thinking)
 
     def _encode(
-        self,
-        messages: Sequence[Message],
-        items: Sequence[_Item],
-        sentinels: Sentinels,
-        thinking: bool,
+        self, rendered: Sequence[str], items: Sequence[_Item], sentinels: Sentinels
     ) -> tuple[list[int], list[ImageSpan], Counter[int]]:
         """Return ids, pictures, and how often each control id came from text."""
-        rendered = self._render(messages, sentinels, thinking)
         texts, numbers = rendered[::2], rendered[1::2]
         if numbers != [str(number) for number in range(len(items))]:
             raise CheckpointError(
@@ -260,30 +291,67 @@ class PromptEncoder:
             )
 
     def _render(
-        self, messages: Sequence[Message], sentinels: Sentinels, thinking: bool
+        self,
+        messages: Sequence[Message],
+        sentinels: Sentinels,
+        thinking: bool | None,
+        tagged: bool,
     ) -> list[str]:
-        plain: list[dict[str, str]] = []
+        """Render and split at the marks: text, number, text, …, text.
+
+        ``tagged``: the tags of tools are tokens in what the assistant said only.
+        """
+        plain: list[PlainMessage] = []
         number = 0
         for message in messages:
+            foreign = tagged and message.role != "assistant"
+            controls = self._controls | self._tool_tags if foreign else self._controls
             content, text = "", ""
             # Adjacent texts are one text: a lookalike may not be put together from halves.
             for part in message.parts:
                 if isinstance(part, str):
                     text += part
                     continue
-                content += self._protect(text, sentinels)
+                content += self._protect(text, controls, sentinels)
                 text = ""
                 if isinstance(part, Markup):
                     content += part.text
                 else:
                     content += sentinels.mark(number)
                     number += 1
-            content += self._protect(text, sentinels)
-            plain.append({"role": message.role, "content": content})
+            content += self._protect(text, controls, sentinels)
+            said = {"role": message.role, "content": content}
+            if message.thinking:
+                thoughts = self._protect(message.thinking, controls, sentinels)
+                said["reasoning_content"] = thoughts
+            plain.append(said)
         return sentinels.split(self._template.render(plain, thinking))
 
-    def _protect(self, text: str, sentinels: Sentinels) -> str:
-        return cut_lookalikes(text, self.tokenizer, self._controls, sentinels.cut) if text else ""
+    def _protect(self, text: str, controls: frozenset[int], sentinels: Sentinels) -> str:
+        return cut_lookalikes(text, self.tokenizer, controls, sentinels.cut) if text else ""
+
+    def _instructed(
+        self, messages: Sequence[Message], thinking: bool | None, tools: Sequence[Tool]
+    ) -> Sequence[Message]:
+        """Put what is asked of the model beside the system message: thinking before, tools after.
+
+        InternVL's instruction to think takes the place of the template's own system message; the
+        list of tools follows it, as in Qwen2.5's template.
+        """
+        if not thinking and not tools:
+            return messages
+        given = messages[0].role == "system"
+        texts: list[tuple[Part, ...]] = [messages[0].parts] if given else []
+        if thinking:
+            texts.insert(0, (Markup(THINKING_SYSTEM_MESSAGE),))
+        elif not given and self._system_message:
+            texts.append((Markup(self._system_message),))
+        if tools:
+            texts.append(tools_text(tools))
+        parts: list[Part] = []
+        for text in texts:
+            parts += [*([Markup("\n\n")] if parts else []), *text]
+        return [Message("system", tuple(parts)), *messages[1 if given else 0 :]]
 
     def _check_items(self, items: Sequence[_Item]) -> None:
         for item in items:
@@ -305,7 +373,7 @@ class PromptEncoder:
         ids = []
         for token in (_IMAGE_START, _IMAGE_CONTEXT, _IMAGE_END):
             token_id = self.tokenizer.token_to_id(token)
-            if token_id is None or token_id not in self._controls:
+            if token_id is None or token_id not in added_ids(self.tokenizer):
                 raise CheckpointError(
                     f"{self._path}: the tokenizer has no token {token}; it is not InternVL's"
                 )
@@ -322,6 +390,13 @@ class PromptEncoder:
                 f"{ids[1]} in the tokenizer; the files do not belong together"
             )
         return ids[0], ids[1], ids[2]
+
+    def _named_ids(self, checkpoint: ModelDirectory) -> list[int]:
+        """Return the ids that begin, end or fill a sequence, as the tokenizer's files name them."""
+        named = token_variables(checkpoint.read_json("tokenizer_config.json") or {})
+        contents = [named.get(name) for name in ("bos_token", "eos_token", "pad_token")]
+        ids = [self.tokenizer.token_to_id(content) for content in contents if content is not None]
+        return [token_id for token_id in ids if token_id is not None]
 
     def _find_anchor(self) -> str:
         """Return what to put before a string that is not the first, so that it is not taken so.
@@ -350,24 +425,6 @@ class PromptEncoder:
         return []
 
 
-def _instructed(
-    messages: Sequence[Message], thinking: bool, tools: Sequence[Tool]
-) -> Sequence[Message]:
-    """Put what is asked of the model beside the system message: thinking before it, tools after."""
-    if not thinking and not tools:
-        return messages
-    system = list(messages[:1]) if messages[0].role == "system" else []
-    texts = [message.parts for message in system]
-    if thinking:
-        texts.insert(0, (Markup(THINKING_SYSTEM_MESSAGE),))
-    if tools:
-        texts.append(tools_text(tools))
-    parts: list[Part] = []
-    for text in texts:
-        parts += [*([Markup("\n\n")] if parts else []), *text]
-    return [Message("system", tuple(parts)), *messages[len(system) :]]
-
-
 def _check_length(texts: Sequence[str]) -> None:
     characters = sum(map(len, texts))
     if characters > MAX_TEXT_CHARS:
@@ -381,4 +438,5 @@ def _blank(message: Message) -> Message:
     return Message(
         message.role,
         tuple("x" if isinstance(part, str) and part.strip() else part for part in message.parts),
+        "x" if message.thinking.strip() else "",
     )

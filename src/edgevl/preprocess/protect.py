@@ -1,19 +1,32 @@
 """Keep what people type apart from what the template writes.
 
 A chat template works on strings, so pictures and generated tokens pass through it as marks made
-of Unicode noncharacters, which mean nothing and are not whitespace. Text that looks like a special
-token is cut in its middle with another noncharacter, so that no piece of it can match.
+of Unicode noncharacters, which mean nothing and are not whitespace. Text that looks like a token of
+a turn or a picture is cut in its middle with another noncharacter, so that no piece of it can match.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 from edgevl.errors import PromptError
+
+#: Tokens that are part of what models say: grounding, thinking, tool calls. Some are special.
+SPOKEN_TOKENS = frozenset(
+    f"<{slash}{name}>"
+    for name in ("ref", "box", "quad", "think", "tool_call")
+    for slash in ("", "/")
+)
+
+#: Turns of ChatML; pictures and videos of InternVL, and of Qwen, whose tokenizers it has.
+_ALWAYS = re.compile(
+    r"<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|</?img>|<IMG_CONTEXT>|<image>|<video>"
+    r"|<\|(vision|image|video)_\w+\|>"
+)
 
 # Never assigned to characters (Unicode 15, section 23.7), free for internal use.
 _NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
@@ -52,15 +65,37 @@ class Sentinels:
         return re.split(f"{self.opening}([0-9]+){self.closing}", rendered)
 
 
-def control_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the ids of the added tokens that text must not forge.
+def added_ids(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the added tokens that text could name, special or not: id -> content.
 
-    All added tokens, special or not, but those of one character: they cannot be cut, and are
-    pieces of text (a run of spaces, say) rather than controls.
+    Those of one character are left out: they cannot be cut, and are pieces of text (a run of
+    spaces, say) rather than controls.
     """
     added = tokenizer.get_added_tokens_decoder()
+    return {i: token.content for i, token in added.items() if len(token.content.strip()) > 1}
+
+
+def control_ids(tokenizer: Tokenizer, turns: str, known: Collection[int]) -> frozenset[int]:
+    """Return the ids of the added tokens with which text could forge a turn or a picture.
+
+    A turn is made of what the template writes around messages, of what ends an answer, and of what
+    begins, ends or fills a sequence (bos, eos, padding); ChatML's tokens are among them whatever
+    the template, since the text models have learned them. All other added tokens are text: models
+    are trained to read ``<ref>`` in a question and their own ``<box>`` and ``<think>`` in an earlier
+    answer, and a fine-tuned model its own tokens, as the original's tokenizer gives them.
+
+    Args:
+        tokenizer: The tokenizer.
+        turns: What the template writes around messages.
+        known: Ids that end an answer, and those that the tokenizer has for a sequence.
+    """
+    written = set(tokenizer.encode(turns, add_special_tokens=False).ids)
     return frozenset(
-        token_id for token_id, token in added.items() if len(token.content.strip()) > 1
+        token_id
+        for token_id, content in added_ids(tokenizer).items()
+        if token_id in known
+        or _ALWAYS.fullmatch(content)
+        or (token_id in written and content not in SPOKEN_TOKENS)
     )
 
 

@@ -59,8 +59,11 @@ _TOKEN_VARIABLES = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
 
-#: A message for a template: ``role`` and ``content``.
+#: A message for a template: ``role`` and ``content``; ``reasoning_content`` where there is some.
 PlainMessage = Mapping[str, str]
+
+# What stands for texts when a template is tried: no character, and not white space.
+_PROBE, _OTHER_PROBE = "\ufdd0", "\ufdd1"
 
 
 class ChatTemplate(Protocol):
@@ -70,8 +73,12 @@ class ChatTemplate(Protocol):
     def source(self) -> str:
         """Text that the template may write itself."""
 
-    def render(self, messages: Sequence[PlainMessage], thinking: bool) -> str:
-        """Render the messages, and open the assistant's turn."""
+    def render(self, messages: Sequence[PlainMessage], thinking: bool | None = None) -> str:
+        """Render the messages, and open the assistant's turn; thinking is wanted, not, or either.
+
+        Raises:
+            CheckpointError: The template fails.
+        """
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class ChatMLTemplate:
         """Text that the template may write itself."""
         return self.system_message
 
-    def render(self, messages: Sequence[PlainMessage], thinking: bool) -> str:
+    def render(self, messages: Sequence[PlainMessage], thinking: bool | None = None) -> str:
         """Render the messages; thinking is a matter of the system message alone."""
         if not messages or messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_message}, *messages]
@@ -169,40 +176,49 @@ class JinjaTemplate:
             self._template = environment.from_string(source)
         except Exception as error:  # a template may fail in any way, here and in _render
             raise CheckpointError(f"{origin}: malformed chat template ({_reason(error)})") from None
-        self._as_list = False
-        self._as_list = not self._renders_strings()
+        self._lists: set[str] = set()
+        for role in ("user", "system", "assistant"):
+            self._find_form(role)
 
-    def render(self, messages: Sequence[PlainMessage], thinking: bool) -> str:
+    def render(self, messages: Sequence[PlainMessage], thinking: bool | None = None) -> str:
         """Render the messages.
+
+        As in transformers, ``enable_thinking`` is there only if something is said about it:
+        templates tell false from absent.
 
         Raises:
             CheckpointError: The template fails, or writes without end.
         """
-        return self._render(messages, {"enable_thinking": True} if thinking else {})
+        return self._render(messages, {} if thinking is None else {"enable_thinking": thinking})
 
-    def _renders_strings(self) -> bool:
-        """Whether content goes in as a string; some templates want a list of typed parts."""
-        probe = [{"role": "user", "content": "\ufdd0"}]
+    def _find_form(self, role: str) -> None:
+        """Find whether a role's content goes in as a string, or as a list of typed parts."""
+        user = {"role": "user", "content": _OTHER_PROBE}
+        before, after = ([user] if role == "assistant" else []), ([] if role == "user" else [user])
         failure = ""
-        for self._as_list in (False, True):
+        for change in (self._lists.discard, self._lists.add):
+            change(role)
             try:
-                if "\ufdd0" in self._render(probe, {}):
-                    return not self._as_list
+                rendered = self._render([*before, {"role": role, "content": _PROBE}, *after], {})
             except CheckpointError as error:
                 failure = failure or str(error)
-        raise CheckpointError(
-            failure or f"{self.origin}: the chat template leaves out the messages"
-        )
+                continue
+            if _PROBE in rendered:
+                return
+        if role == "user":
+            raise CheckpointError(
+                failure or f"{self.origin}: the chat template leaves out the messages"
+            )
+        # A template without this role: it refuses it, or does without, when it comes.
+        self._lists.discard(role)
+        self._lists |= {role} if "user" in self._lists else set()
 
     def _render(self, messages: Sequence[PlainMessage], options: Mapping[str, object]) -> str:
-        room = MAX_ADDED_CHARS + sum(len(message["content"]) for message in messages)
-        given = [
-            {
-                "role": message["role"],
-                "content": [{"type": "text", "text": message["content"]}]
-                if self._as_list
-                else message["content"],
-            }
+        room = MAX_ADDED_CHARS + sum(sum(map(len, message.values())) for message in messages)
+        given: list[dict[str, Any]] = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if message["role"] in self._lists
+            else dict(message)
             for message in messages
         ]
         pieces: list[str] = []
@@ -228,40 +244,94 @@ class JinjaTemplate:
         return "".join(pieces)
 
 
+def default_system_message(template: ChatTemplate) -> str:
+    """Return the system message that a template writes where the messages have none, or ""."""
+    user = {"role": "user", "content": _OTHER_PROBE}
+    try:
+        given = template.render([{"role": "system", "content": _PROBE}, user])
+        absent = template.render([user])
+    except CheckpointError:  # it knows no system messages
+        return ""
+    before, found, after = given.partition(_PROBE)
+    if found and absent.startswith(before) and absent[len(before) :].endswith(after):
+        return absent[len(before) : len(absent) - len(after)]
+    return ""
+
+
+def surroundings(template: ChatTemplate) -> str:
+    """Return what a template writes around messages, up to the end of the last one."""
+    for roles in ("system user assistant user", "user assistant user", "user"):
+        messages = [{"role": role, "content": _PROBE} for role in roles.split()]
+        try:
+            return template.render(messages).rpartition(_PROBE)[0]
+        except CheckpointError:
+            continue
+    return ""
+
+
 def load_template(checkpoint: ModelDirectory) -> ChatTemplate:
     """Return the chat template of a checkpoint.
 
-    The first of: ``chat_template.jinja``; ``chat_template.json``; the template that
-    ``config.json`` names (``internvl_chat`` checkpoints, whose ``tokenizer_config.json`` often
-    still has that of the text model they grew from); ``tokenizer_config.json``; ``internvl2_5``.
+    Checkpoints of the ``internvl_chat`` layout name one in ``config.json``, which the original's
+    ``chat()`` always uses; transformers renders what is stored beside it, first
+    ``chat_template.jinja``, then ``chat_template.json``, then ``tokenizer_config.json``. Where both
+    are there:
+
+    - ``tokenizer_config.json`` has that of the text model that the checkpoint grew from. The named
+      one holds.
+    - The files of their own, which InternVL3.5 and fine-tuned models bring, hold: they know of
+      thinking or pictures. But recent versions of transformers also write the text model's template
+      there when a tokenizer is saved again. That one is told by a default system message that is
+      not InternVL's ("You are Qwen …"), and the named one holds.
+
+    Without a name, what is stored holds; with nothing at all, ``internvl2_5``.
 
     Raises:
         CheckpointError: The template is malformed, or ``config.json`` names an unknown one.
     """
-    tokenizer_config = checkpoint.read_json("tokenizer_config.json") or {}
-    variables = _token_variables(tokenizer_config)
-    source = checkpoint.read_text("chat_template.jinja")
-    if source is not None:
-        return JinjaTemplate(source, str(checkpoint.path / "chat_template.jinja"), variables)
-    separate = checkpoint.read_json("chat_template.json") or {}
-    if separate.get("chat_template"):
-        origin = str(checkpoint.path / "chat_template.json")
-        return JinjaTemplate(_stored(separate["chat_template"], origin), origin, variables)
-    config = checkpoint.read_json("config.json") or {}
-    name = config.get("template")
-    if name is None and tokenizer_config.get("chat_template"):
-        origin = str(checkpoint.path / "tokenizer_config.json")
-        return JinjaTemplate(_stored(tokenizer_config["chat_template"], origin), origin, variables)
-    name = "internvl2_5" if name is None else name
-    if not isinstance(name, str) or name not in _BUILT_IN:
+    name = (checkpoint.read_json("config.json") or {}).get("template")
+    stored = _stored_template(checkpoint, with_tokenizer=name is None)
+    if name is None and stored is not None:
+        return stored
+    named = _named_template(checkpoint, "internvl2_5" if name is None else name)
+    if stored is not None and (
+        named is None or default_system_message(stored) in ("", named.system_message)
+    ):
+        return stored
+    if named is None:
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'}: template {str(name)[:60]!r} is not known "
             f"({', '.join(_BUILT_IN)}); put a chat_template.jinja beside it"
         )
+    return named
+
+
+def _named_template(checkpoint: ModelDirectory, name: object) -> ChatMLTemplate | None:
+    """Return the template of a name, with the checkpoint's own system message if it has one."""
+    if not isinstance(name, str) or name not in _BUILT_IN:
+        return None
     separator, system_message = _BUILT_IN[name]
-    if config.get("system_message") is not None:
+    if (checkpoint.read_json("config.json") or {}).get("system_message") is not None:
         system_message = checkpoint.config.system_message
     return ChatMLTemplate(separator, system_message)
+
+
+def _stored_template(checkpoint: ModelDirectory, with_tokenizer: bool) -> JinjaTemplate | None:
+    """Return the first template that is stored."""
+    tokenizer_config = checkpoint.read_json("tokenizer_config.json") or {}
+    variables = token_variables(tokenizer_config)
+    source = checkpoint.read_text("chat_template.jinja")
+    if source is not None:
+        return JinjaTemplate(source, str(checkpoint.path / "chat_template.jinja"), variables)
+    separate = checkpoint.read_json("chat_template.json") or {}
+    for name, content in (
+        ("chat_template.json", separate),
+        ("tokenizer_config.json", tokenizer_config if with_tokenizer else {}),
+    ):
+        if content.get("chat_template"):
+            origin = str(checkpoint.path / name)
+            return JinjaTemplate(_stored(content["chat_template"], origin), origin, variables)
+    return None
 
 
 def _stored(value: Any, origin: str) -> str:
@@ -278,7 +348,8 @@ def _stored(value: Any, origin: str) -> str:
     return value
 
 
-def _token_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+def token_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens that a tokenizer's configuration names, such as ``eos_token``."""
     variables = {}
     for name in _TOKEN_VARIABLES:
         value = tokenizer_config.get(name)

@@ -1,4 +1,4 @@
-"""Tools, calls and their results as Qwen3's chat template writes them.
+"""Tools, calls and their results as the chat templates of Qwen2.5 and Qwen3 write them.
 
 They become text of system, assistant and user messages here, for any chat template: those of
 InternVL know nothing of tools, while the text models, Qwen2.5 and Qwen3, have learned this form.
@@ -7,6 +7,7 @@ InternVL know nothing of tools, while the text models, Qwen2.5 and Qwen3, have l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from edgevl.preprocess.messages import Markup, Message, Part
 from edgevl.preprocess.tools import CALL_END, CALL_START, Tool, ToolCall
@@ -21,7 +22,10 @@ _AFTER_TOOLS = (
     '{"name": <function-name>, "arguments": <args-json-object>}\n'
     f"{CALL_END}"
 )
-_RESULT_START, _RESULT_END = "<tool_response>\n", "\n</tool_response>"
+_RESULT_START, _RESULT_END = "<tool_response>", "</tool_response>"
+
+#: With these in its text, somebody could forge calls and results.
+TAGS = (CALL_START, CALL_END, _RESULT_START, _RESULT_END)
 
 
 def tools_text(tools: Sequence[Tool]) -> tuple[Part, ...]:
@@ -40,10 +44,11 @@ def spell_out(messages: Sequence[Message]) -> list[Message]:
     results: list[Part] = []
     for index, message in enumerate(messages):
         if message.role != "tool":
-            spelled.append(Message(message.role, _with_calls(message.parts)))
+            spelled.append(replace(message, parts=_with_calls(message.parts)))
             continue
         between = [Markup("\n")] if results else []
-        results += [*between, Markup(_RESULT_START), *message.parts, Markup(_RESULT_END)]
+        opening, closing = Markup(f"{_RESULT_START}\n"), Markup(f"\n{_RESULT_END}")
+        results += [*between, opening, *message.parts, closing]
         if index + 1 == len(messages) or messages[index + 1].role != "tool":
             spelled.append(Message("user", tuple(results)))
             results = []

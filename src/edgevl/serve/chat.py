@@ -91,9 +91,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     return AnswerResponse(request, prepare, bool(body.stream), include_usage)
 
 
-def _thinking(body: ChatRequest) -> bool:
-    arguments = body.chat_template_kwargs
-    return bool(body.enable_thinking or (arguments and arguments.enable_thinking))
+def _thinking(body: ChatRequest) -> bool | None:
+    if body.enable_thinking is not None or body.chat_template_kwargs is None:
+        return body.enable_thinking
+    return body.chat_template_kwargs.enable_thinking
 
 
 def _formatted(body: ChatRequest) -> bool:

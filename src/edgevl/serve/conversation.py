@@ -28,7 +28,7 @@ from edgevl.serve.tools import calls_of, in_order_of_calls
 
 
 async def encode(
-    request: ChatRequest, loaded: Loaded, thinking: bool, tools: Sequence[Tool]
+    request: ChatRequest, loaded: Loaded, thinking: bool | None, tools: Sequence[Tool]
 ) -> Prompt:
     """Load the pictures of a conversation and encode it, with the tools that are shown.
 
@@ -65,7 +65,8 @@ class _Loading:
             with blamed_on(f"{where}.tool_calls"):
                 calls = calls_of(message)
             with blamed_on(f"{where}.content"):
-                return Message.assistant(_text(message.content or ""), calls)
+                thoughts = message.reasoning_content or ""
+                return Message.assistant(_text(message.content or ""), calls, thoughts)
         with blamed_on(f"{where}.content"):
             if isinstance(message, SystemMessage):
                 return Message.system(_text(message.content))

@@ -141,7 +141,9 @@ class AssistantMessage(Strict):
 
     role: Literal["assistant"]
     content: Texts | None = None
-    reasoning_content: str | None = Field(None, description="Ignored, as models are trained.")
+    reasoning_content: str | None = Field(
+        None, description="Kept or dropped as the model's chat template has it."
+    )
     name: ShortText | None = Field(None, description="Ignored.")
     refusal: None = None
     audio: None = None
@@ -237,7 +239,9 @@ class ChatRequest(Sampling):
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = (
         None
     )
-    enable_thinking: bool | None = Field(None, description="Think before answering.")
+    enable_thinking: bool | None = Field(
+        None, description="Think before answering, or not; default: as the chat template has it."
+    )
     chat_template_kwargs: TemplateArguments | None = None
     frames: int | None = Field(None, ge=1, le=256, description="Frames shown of each video.")
     max_tiles: int | None = Field(None, ge=1, le=40, description="Most tiles of a picture.")

@@ -54,7 +54,7 @@ def planned_model(model: str) -> PlannedModel:
         # Stands in for the real tokenizer, which has longer tokens, so this is at least enough.
         tokenizer = build_tokenizer(preset.base_vocabulary, thinking)
         template = ChatMLTemplate("<|im_end|>\n", preset.config.system_message)
-        text = template.render([{"role": "user", "content": ""}], thinking=False)
+        text = template.render([{"role": "user", "content": ""}])
         return PlannedModel(preset.config, True, 4, len(tokenizer.encode(text).ids))
     with closing(open_model(locate(model))) as opened:
         prompt = PromptEncoder(opened).encode([Message.user("x")])
