@@ -121,15 +121,21 @@ class Constraint:
         choices = []
         for number, tool in enumerate(tools):
             where = f"tool {tool.name}: parameters"
-            grammar = _of_schema(where, _arguments_schema(tool), _ARGUMENTS_OPTIONS)
+            grammar = _of_schema(where, tool.arguments_schema(), _ARGUMENTS_OPTIONS)
             [part] = json.loads(cls._checked(where, grammar).grammar)["grammars"]
             grammars.append(part | {"name": f"tool_{number}"})
             begin = json.dumps(f'\n{{"name": "{tool.name}", "arguments": ')
             choices.append(f"{begin} @tool_{number}")
-        more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if several else ""
+        # Models write a line break after a call before they decide whether there is another: where
+        # it did not leave both open, they would go on with calls that nobody asked for.
+        more = f' ("\\n" call){{0,{MAX_CALLS - 1}}} "\\n"?' if several else ""
         lark = f'start: call{more}\ncall: @call_start ({" | ".join(choices)}) "}}\\n" @call_end\n'
         whole = [{"name": "calls", "lark_grammar": lark}, *grammars]
         return cls._checked("tools", json.dumps({"grammars": whole}))
+
+    def mentions(self, text: str) -> bool:
+        """Whether the grammar names this text, as a regular expression may, in its own escapes."""
+        return text in self.grammar.replace("\\", "")
 
     @classmethod
     def _checked(cls, name: str, grammar: str) -> Constraint:
@@ -186,16 +192,3 @@ def _of_schema(
         return str(matcher.grammar_from_json_schema(text, overrides=options))
     except ValueError as error:  # what Python takes for JSON and others do not: "\ud800"
         raise PromptError(f"{name} is not JSON ({error}): correct it") from None
-
-
-#: With one of these, a schema itself says which other arguments there may be.
-_OPENING = {
-    "additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref",
-}  # fmt: skip
-
-
-def _arguments_schema(tool: Tool) -> dict[str, Any]:
-    schema = {"type": "object"} | (tool.parameters or {})
-    if not _OPENING & schema.keys():
-        schema["additionalProperties"] = False
-    return schema

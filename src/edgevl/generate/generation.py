@@ -13,8 +13,8 @@ from edgevl.generate.logprobs import TokenLogprobs, token_logprobs
 from edgevl.generate.prefix import PrefixRunner
 from edgevl.generate.sampling import Sampler, SamplingParams
 from edgevl.generate.speculation import PromptLookup
-from edgevl.generate.text import AnswerText, Piece
-from edgevl.generate.token_mask import TokenMasks
+from edgevl.generate.text import AnswerText, Piece, ThinkingSplitter
+from edgevl.generate.token_mask import TokenMask, TokenMasks
 from edgevl.preprocess import Prompt, PromptEncoder
 
 
@@ -76,6 +76,15 @@ class Generation:
         self.prompt = prompt
         self.finish_reason = ""
         mask = masks.start(params.constraint) if params.constraint else None
+        # Where the prompt has opened the thoughts, they come before what the constraint is for; one
+        # that says how they end is for all of it.
+        self._mask_after_thinking: TokenMask | None = None
+        if (
+            params.constraint
+            and prompt.thinking
+            and not params.constraint.mentions(ThinkingSplitter.CLOSE)
+        ):
+            mask, self._mask_after_thinking = None, mask
         self._sampler = Sampler(params, token_ids, mask)
         self._text = AnswerText(prompts.tokenizer, params.stop, prompt.thinking)
         self._stop_ids = prompts.stop_ids
@@ -202,6 +211,9 @@ class Generation:
             if self._top_logprobs is not None:
                 logprobs.append(token_logprobs(row, token_id, self._top_logprobs))
             pieces += self._text.add(token_id)
+            if self._mask_after_thinking and not self._text.in_thinking:
+                self._sampler.constrain(self._mask_after_thinking)
+                self._mask_after_thinking = None
             if self._text.stopped or self._sampler.complete:
                 self.finish_reason = "stop"
             elif len(self._token_ids) + len(token_ids) == self._room:

@@ -98,6 +98,10 @@ class Sampler:
         # Kept, since memory that is new takes longer to touch than to compute with.
         self._weights = np.empty(0, np.float32)
 
+    def constrain(self, mask: TokenMask) -> None:
+        """Follow ``mask`` from the next token on."""
+        self._mask = mask
+
     @property
     def complete(self) -> bool:
         """Whether the constraint lets nothing follow the tokens chosen so far."""

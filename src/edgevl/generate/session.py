@@ -285,7 +285,9 @@ class Session:
             raise
         finally:
             if reply is not None:
-                text, calls = split_tool_calls(reply) if isinstance(reply, str) else (reply, [])
+                text, calls = (
+                    split_tool_calls(reply, self._tools) if isinstance(reply, str) else (reply, [])
+                )
                 self.messages[:] = [*messages, Message.assistant(text, calls, thoughts)]
 
 

@@ -128,6 +128,11 @@ class ThinkingSplitter:
         self._state = "undecided"  # then "thinking" (or straight on), "gap", "answer"
         self._begun = False  # the thoughts are
 
+    @property
+    def in_thinking(self) -> bool:
+        """Whether thoughts have begun, or begin with the answer, and have not ended."""
+        return self._state == "thinking" or (self._state == "undecided" and self._opened)
+
     def add(self, text: str) -> Iterator[tuple[bool, str]]:
         """Take more text; yield (is thinking, text) pieces. The tags are in neither."""
         self._held += text
@@ -162,7 +167,7 @@ class ThinkingSplitter:
 
     def finish(self) -> Iterator[tuple[bool, str]]:
         """Yield what was held back."""
-        thinking = self._state == "thinking" or (self._state == "undecided" and self._opened)
+        thinking = self.in_thinking
         piece = self._held.rstrip() if thinking else self._held
         self._held = ""
         if piece:
@@ -199,6 +204,11 @@ class AnswerText:
     def stopped(self) -> bool:
         """Whether a stop string has been reached."""
         return self._stops.found
+
+    @property
+    def in_thinking(self) -> bool:
+        """Whether what comes next may still be thinking that the prompt has opened."""
+        return self._splitter.in_thinking
 
     @property
     def text(self) -> str:

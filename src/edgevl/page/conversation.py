@@ -104,7 +104,7 @@ class Conversation:
         self._new_session = new_session
         self._drawings = drawings
         self._session: Session | None = None
-        self._kind: tuple[str | None, bool, int | None] | None = None
+        self._kind: tuple[str | None, bool | None, int | None] | None = None
         self._reading: _Reading | None = None
         self._lock = threading.Lock()
 

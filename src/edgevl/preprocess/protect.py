@@ -2,7 +2,8 @@
 
 A chat template works on strings, so pictures and generated tokens pass through it as marks made
 of Unicode noncharacters, which mean nothing and are not whitespace. Text that looks like a token of
-a turn or a picture is cut in its middle with another noncharacter, so that no piece of it can match.
+a turn or a picture is cut in its middle with another noncharacter, so that no piece of it can
+match.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def control_ids(tokenizer: Tokenizer, turns: str, known: Collection[int]) -> fro
     A turn is made of what the template writes around messages, of what ends an answer, and of what
     begins, ends or fills a sequence (bos, eos, padding); ChatML's tokens are among them whatever
     the template, since the text models have learned them. All other added tokens are text: models
-    are trained to read ``<ref>`` in a question and their own ``<box>`` and ``<think>`` in an earlier
-    answer, and a fine-tuned model its own tokens, as the original's tokenizer gives them.
+    are trained to read ``<ref>`` in a question, their own ``<box>`` and ``<think>`` in an earlier
+    answer, and what a fine-tuned one has of its own, as the original's tokenizer gives them.
 
     Args:
         tokenizer: The tokenizer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,11 @@ MAX_TOOL_LEVELS = 64
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 
 _NAME = re.compile("[A-Za-z0-9_-]{1,64}")
+
+#: With one of these, a schema itself says which other arguments there may be.
+_OPENING = {
+    "additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,24 @@ class Tool:
                 raise PromptError(f'{where}: type must be "object": give each argument a name')
             bounded_json(where, self.parameters, MAX_TOOL_BYTES, MAX_TOOL_LEVELS)
         check_size(f"tool {self.name}", self.to_json(), MAX_TOOL_BYTES)
+
+    def arguments_schema(self) -> dict[str, Any]:
+        """Return the schema of its arguments; what it does not name is left out.
+
+        Unless it says itself what more there may be.
+        """
+        schema = {"type": "object"} | (self.parameters or {})
+        if not _OPENING & schema.keys():
+            schema["additionalProperties"] = False
+        return schema
+
+    def takes(self, arguments: Collection[str]) -> bool:
+        """Whether these are names of its arguments, and all that it needs are among them."""
+        schema = self.arguments_schema()
+        required, known = schema.get("required"), schema.get("properties") or {}
+        if isinstance(required, list) and not all(name in arguments for name in required):
+            return False
+        return schema.get("additionalProperties") is not False or all(n in known for n in arguments)
 
     def to_json(self) -> str:
         """Return the tool as models are shown it: one line of JSON in OpenAI's form."""

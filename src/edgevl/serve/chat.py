@@ -84,7 +84,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             questions(body, [prompt], max_tokens, service.settings.max_queue, constraint),
             body.n or 1,
             top_logprobs,
-            _ChatWriter(body, loaded.texts, bool(tools)),
+            _ChatWriter(body, loaded.texts, tools),
         )
 
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -147,10 +147,10 @@ def _wanted(body: ChatRequest, tools: Sequence[Tool]) -> Constraint | None:
 class _Reply:
     """What one answer has said: text, and calls of tools if there are any."""
 
-    def __init__(self, with_tools: bool) -> None:
+    def __init__(self, tools: Sequence[Tool]) -> None:
         self.text = ""
         self.calls: list[ToolCall] = []
-        self._splitter = ToolCallSplitter() if with_tools else None
+        self._splitter = ToolCallSplitter(tools) if tools else None
 
     def add(self, text: str) -> Iterable[ReplyMessage]:
         """Take text; return what is certain of it."""
@@ -181,14 +181,14 @@ def _call(call: ToolCall, index: int | None = None) -> CallReply:
 class _ChatWriter:
     """Writes answers as chat completions."""
 
-    def __init__(self, body: ChatRequest, texts: TokenTexts, with_tools: bool) -> None:
+    def __init__(self, body: ChatRequest, texts: TokenTexts, tools: Sequence[Tool]) -> None:
         self._model = body.model
         self._logprobs = bool(body.logprobs)
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
         self._texts = texts
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._with_tools = with_tools
+        self._tools = tools
         self._replies: dict[int, _Reply] = {}
         self._tokens: dict[int, list[TokenLogprobs]] = {}
         self._answers: dict[int, Answer] = {}
@@ -263,7 +263,7 @@ class _ChatWriter:
     def _begin(self, number: int) -> Iterable[ChatChunk]:
         """Yield the first event of an answer, which says whose it is."""
         if number not in self._replies:
-            self._replies[number] = _Reply(self._with_tools)
+            self._replies[number] = _Reply(self._tools)
             yield self._chunk(number, ReplyMessage(role="assistant", content=""), None)
 
     def _chunk(

@@ -125,7 +125,9 @@ class FunctionCall(Strict):
     """What was called, with what."""
 
     name: ShortText
-    arguments: str = Field(description="A JSON object, as text.")
+    arguments: str | dict[str, Any] | None = Field(
+        None, description="A JSON object, as text or as it is; empty is `{}`."
+    )
 
 
 class CallBody(Strict):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from edgevl.generate.constraint import Constraint
 from edgevl.preprocess.tools import Tool, ToolCall, check_tools
@@ -63,9 +65,16 @@ def calls_of(message: AssistantMessage) -> list[ToolCall]:
         PromptError: one is malformed.
     """
     return [
-        ToolCall(call.function.name, call.function.arguments, call.id)
+        ToolCall(call.function.name, _arguments(call.function.arguments), call.id)
         for call in message.tool_calls or ()
     ]
+
+
+def _arguments(given: str | dict[str, Any] | None) -> str:
+    """Return arguments as JSON; clients have several ways to say that there are none."""
+    if isinstance(given, dict):
+        return json.dumps(given, ensure_ascii=False)
+    return given if given and given.strip() else "{}"
 
 
 def in_order_of_calls(messages: Sequence[AnyMessage]) -> list[tuple[int, AnyMessage]]:

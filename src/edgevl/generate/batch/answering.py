@@ -37,7 +37,8 @@ def answer_rows(
         model: what to ask.
         rows: what to ask it.
         system: system message of rows that have none of their own; default is the chat template's.
-        thinking: ask the model to think before it answers, or not to; None leaves it to its template.
+        thinking: ask the model to think before it answers, or not to; None leaves it to its
+            template.
         max_tiles: most tiles a picture is cut into; default is the checkpoint's.
         frames: how many are taken of a video, where the row does not say.
         **sampling: fields of `SamplingParams`.
