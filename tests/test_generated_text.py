@@ -104,8 +104,8 @@ def test_partial_suffix():
     assert partial_suffix("", "abd") == 0
 
 
-def split(pieces):
-    splitter = ThinkingSplitter()
+def split(pieces, opened=False):
+    splitter = ThinkingSplitter(opened)
     out = [part for piece in pieces for part in splitter.add(piece)] + list(splitter.finish())
     thoughts = "".join(text for thinking, text in out if thinking)
     return thoughts, "".join(text for thinking, text in out if not thinking)
@@ -116,7 +116,11 @@ def split(pieces):
     ("text", "thinking", "answer"),
     [
         ("<think>hm</think>\n\nyes", "hm", "yes"),
-        ("\n<think>\nhm\n</think>yes", "\nhm\n", "yes"),
+        ("\n<think>\nhm\n</think>yes", "hm", "yes"),
+        ("<think>\n\n a\n\n b \n\n</think>\n\nyes ", "a\n\n b", "yes "),
+        ("<think>\n\n</think>\n\nyes", "", "yes"),
+        ("<think>a<think>b</think>yes</think>", "a<think>b", "yes</think>"),
+        ("<think>cut off \n", "cut off", ""),
         ("<think></think>yes", "", "yes"),
         ("<think>never closed", "never closed", ""),
         ("<think>a</thin", "a</thin", ""),
@@ -128,6 +132,28 @@ def split(pieces):
 )
 def test_thinking_is_told_from_the_answer(text, thinking, answer, by):
     assert split(list(text) if by == "char" else [text]) == (thinking, answer)
+
+
+@pytest.mark.parametrize("by", ["char", "whole"])
+@pytest.mark.parametrize(
+    ("text", "thinking", "answer"),
+    [
+        ("hm</think>\n\nyes", "hm", "yes"),
+        ("\n hm \n</think>yes", "hm", "yes"),
+        ("</think>\n\nyes", "", "yes"),
+        ("\n\n</think>\n\nyes", "", "yes"),
+        ("cut off in though", "cut off in though", ""),
+        ("a</thin", "a</thin", ""),
+        ("\n", "", ""),
+        ("", "", ""),
+        ("<think>\nsaid again</think>yes", "said again", "yes"),
+        ("<thing> hm</think>yes", "<thing> hm", "yes"),
+        ("hm</think>yes<think>no</think>", "hm", "yes<think>no</think>"),
+    ],
+)
+def test_thinking_that_the_prompt_has_opened(text, thinking, answer, by):
+    pieces = list(text) if by == "char" else [text]
+    assert split(pieces, opened=True) == (thinking, answer)
 
 
 @given(data=st.lists(st.integers(0, 255), max_size=60))

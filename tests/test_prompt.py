@@ -16,7 +16,6 @@ from edgevl.checkpoint.synth import write_checkpoint
 from edgevl.errors import CheckpointError, PromptError
 from edgevl.preprocess import GeneratedTokens, Message, PromptEncoder, prepare_picture
 from edgevl.preprocess.prompt import MAX_TEXT_CHARS
-from edgevl.preprocess.protect import control_ids as control_token_ids
 from edgevl.preprocess.protect import cut_lookalikes
 from edgevl.preprocess.template import THINKING_SYSTEM_MESSAGE
 
@@ -198,9 +197,7 @@ def test_thinking_goes_before_the_system_message(encoder):
     both = encoder.encode([Message.system("Use <think>."), Message.user("a")], thinking=True)
     text = TURN.format("system", THINKING_SYSTEM_MESSAGE + "\n\nUse <think>.") + rest
     assert decode(encoder, both.token_ids) == text
-    # The instruction's tags are tokens, those of the given system message are text.
-    think = encoder.tokenizer.token_to_id("<think>")
-    assert (both.token_ids == think).sum() == (alone.token_ids == think).sum() == 1
+    assert both.token_ids.tolist() == whole(encoder, text)
 
 
 def test_thinking_replaces_the_default_system_message(changed):
@@ -214,10 +211,16 @@ def test_thinking_replaces_the_default_system_message(changed):
 
 # Text that looks like special tokens.
 
+#: What could forge a turn or a picture.
+FORGING = {
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
+    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+}  # fmt: skip
+
 
 def control_ids(encoder, prompt):
-    added = encoder.tokenizer.get_added_tokens_decoder()
-    return [token_id for token_id in prompt.token_ids.tolist() if token_id in added]
+    tokens = map(encoder.tokenizer.id_to_token, prompt.token_ids.tolist())
+    return [token for token in tokens if token in FORGING]
 
 
 def check_stays_text(encoder, text, role="user"):
@@ -228,15 +231,38 @@ def check_stays_text(encoder, text, role="user"):
     assert decode(encoder, prompt.token_ids) == expected
 
 
-def test_every_added_token_typed_stays_text(encoder):
-    added = encoder.tokenizer.get_added_tokens_decoder().values()
-    contents = [token.content for token in added]
-    assert {"<|im_end|>", "<img>", "<IMG_CONTEXT>", "<think>", "<box>"} <= set(contents)
-    for content in contents:
+def test_what_could_forge_stays_text_and_the_rest_is_the_tokens_that_models_read(encoder):
+    added = [token.content for token in encoder.tokenizer.get_added_tokens_decoder().values()]
+    assert set(added) > FORGING
+    for content in added:
         for role in ("user", "system", "assistant"):
             check_stays_text(encoder, content, role)
-        check_stays_text(encoder, f"a {content}{content} b{content}")
-    check_stays_text(encoder, "".join(contents))
+        for text in (content, f"a {content}{content} b{content}"):
+            check_stays_text(encoder, text)
+            ids = encoder.encode([Message.user(text)]).token_ids.tolist()
+            original = whole(encoder, TURN.format("user", text) + ASSISTANT)
+            assert (ids == original) == (content not in FORGING), content
+    check_stays_text(encoder, "".join(added))
+
+
+def test_tokens_of_a_template_s_own_turns_stay_text(checkpoint, changed):
+    """A turn is what the template makes one, by whatever tokens; a fine-tune's others are text."""
+    tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
+    names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "<pad>", "<SEG>")
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    source = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{{ m.content }}<|eot_id|>{% endfor %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+    )
+    named = {"bos_token": "<s>", "pad_token": {"content": "<pad>"}}
+    encoder = changed(tokenizer, chat_template__jinja=source, tokenizer_config__json=named)
+    for name in names:
+        ids = encoder.encode([Message.user(f"a {name} b")]).token_ids.tolist()
+        head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+        text = head.format("user") + f"a {name} b<|eot_id|>" + head.format("assistant")
+        assert (ids == whole(encoder, text)) == (name == "<SEG>"), name
+        assert decode(encoder, ids) == text
 
 
 def test_a_typed_turn_stays_text(encoder):
@@ -268,36 +294,40 @@ def test_halves_of_a_token_do_not_join(encoder, pictures):
         assert (prompt.token_ids == end).sum() == 1
 
 
-def test_what_a_cut_uncovers_is_cut_too(checkpoint, changed):
+def pieces_of(tokenizer, text, names):
+    """Cut the text where it would be one of the tokens; check that no piece of it is one."""
+    controls = frozenset(map(tokenizer.token_to_id, names))
+    pieces = cut_lookalikes(text, tokenizer, controls, "^").split("^")
+    assert "".join(pieces) == text
+    for piece in pieces:
+        assert not controls & set(tokenizer.encode(piece, add_special_tokens=False).ids)
+    return pieces
+
+
+def test_what_a_cut_uncovers_is_cut_too(checkpoint):
     tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
     names = ("<ab>", "ab>c", "b>cd", "b>cde")
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
-    encoder = changed(tokenizer)
-    check_stays_text(encoder, "<ab>cde")
-    check_stays_text(encoder, "<ab>c<ab>cd")
+    assert len(pieces_of(tokenizer, "<ab>cde", names)) > 2
+    pieces_of(tokenizer, "<ab>c<ab>cd", names)
 
 
-def test_tokens_with_flags_are_matched_as_the_tokenizer_does(checkpoint, changed):
+def test_tokens_with_flags_are_matched_as_the_tokenizer_does(checkpoint):
     tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
-    tokenizer.add_tokens(
-        [
-            AddedToken("<left>", lstrip=True, normalized=False),
-            AddedToken("<right>", rstrip=True, normalized=False),
-            AddedToken("<word>", single_word=True, normalized=False),
-            AddedToken("<K>", normalized=True),
-        ]
-    )
-    encoder = changed(tokenizer)
-    check_stays_text(encoder, "a  \n <left> b <right> \n c <word> d")
+    tokens = [
+        AddedToken("<left>", lstrip=True, normalized=False),
+        AddedToken("<right>", rstrip=True, normalized=False),
+        AddedToken("<word>", single_word=True, normalized=False),
+        AddedToken("<K>", normalized=True),
+    ]
+    tokenizer.add_tokens(tokens)
+    names = [token.content for token in tokens]
+    assert len(pieces_of(tokenizer, "a  \n <left> b <right> \n c <word> d", names)) == 4
     # One cut, inside the name: not one for each space that belongs to the match.
-    controls = control_token_ids(tokenizer)
-    cut = cut_lookalikes("a" + " " * 1000 + "<left>", tokenizer, controls, "^")
-    assert cut == "a" + " " * 1000 + "<^left>"
+    spaces = " " * 1000
+    assert pieces_of(tokenizer, f"a{spaces}<left>", names) == [f"a{spaces}<", "left>"]
     # U+212A (Kelvin) becomes K by normalisation, and the token matches after it.
-    prompt = encoder.encode([Message.user("a <\u212a> b")])
-    assert encoder.tokenizer.token_to_id("<K>") in whole(encoder, "a <\u212a> b")
-    assert encoder.tokenizer.token_to_id("<K>") not in prompt.token_ids
-    assert "a <K> b" in decode(encoder, prompt.token_ids)
+    assert pieces_of(tokenizer, "a <\u212a> b", names) == ["a <", "\u212a> b"]
 
 
 def test_text_that_a_template_joins_is_refused(changed):

@@ -9,6 +9,7 @@ from edgevl.preprocess.template import (
     MAX_ADDED_CHARS,
     MAX_TEMPLATE_CHARS,
     JinjaTemplate,
+    default_system_message,
     load_template,
 )
 
@@ -52,14 +53,14 @@ def load(mini_checkpoint, tmp_path):
 
 def test_internvl2_5(load):
     template = load({"template": "internvl2_5"})
-    assert template.render(MESSAGES[1:], False) == (
+    assert template.render(MESSAGES[1:]) == (
         f"<|im_start|>system\n{SYSTEM_2_5}<|im_end|>\n"
         "<|im_start|>user\n你好<|im_end|>\n"
         "<|im_start|>assistant\nHi<|im_end|>\n"
         "<|im_start|>user\nWhy?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert template.render(MESSAGES[:2], False) == (
+    assert template.render(MESSAGES[:2]) == (
         "<|im_start|>system\nSei kurz.<|im_end|>\n"
         "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -67,7 +68,7 @@ def test_internvl2_5(load):
 
 def test_templates_of_internvl2_end_turns_without_a_newline(load):
     for name in ("Hermes-2", "internlm2-chat"):
-        assert load({"template": name}).render(MESSAGES[1:2], False) == (
+        assert load({"template": name}).render(MESSAGES[1:2]) == (
             "<|im_start|>system\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
             "英文名叫InternVL, 是一个有用无害的人工智能助手。<|im_end|>"
             "<|im_start|>user\n你好<|im_end|><|im_start|>assistant\n"
@@ -76,9 +77,7 @@ def test_templates_of_internvl2_end_turns_without_a_newline(load):
 
 def test_system_message_of_the_configuration(load):
     template = load({"template": "internvl2_5", "system_message": "Be kind."})
-    assert template.render(MESSAGES[1:2], False).startswith(
-        "<|im_start|>system\nBe kind.<|im_end|>\n"
-    )
+    assert template.render(MESSAGES[1:2]).startswith("<|im_start|>system\nBe kind.<|im_end|>\n")
 
 
 def test_unknown_name_is_refused(load):
@@ -91,12 +90,12 @@ def test_where_a_template_comes_from(load):
         return letter + CHATML
 
     def first(template):
-        return template.render(MESSAGES, False)[0]
+        return template.render(MESSAGES)[0]
 
     stored = {"chat_template": mark("T")}
     assert first(load({}, stored)) == "<"  # config.json names internvl2_5
     assert first(load({"template": "absent"}, stored)) == "T"
-    assert load({"template": "absent"}, {}).render(MESSAGES[1:], False).count(SYSTEM_2_5) == 1
+    assert load({"template": "absent"}, {}).render(MESSAGES[1:]).count(SYSTEM_2_5) == 1
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": mark("N")}]
     assert first(load({"template": "absent"}, {"chat_template": named})) == "N"
     separate = json.dumps({"chat_template": mark("J")})
@@ -105,6 +104,31 @@ def test_where_a_template_comes_from(load):
     assert first(load({}, stored, **both)) == "F"
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: chat_template"):
         load({"template": "absent"}, {"chat_template": [{"name": "tools", "template": "x"}]})
+
+
+# The default system message of a text model, as Qwen2.5's template has one.
+TEXT_MODEL = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}"
+) + CHATML
+
+
+def test_a_text_model_s_template_is_not_internvl_s(load):
+    """A tokenizer saved again by a recent transformers brings it; chat() never looks at it."""
+    expected = load().render(MESSAGES[1:])
+    assert SYSTEM_2_5 in expected
+    stored = json.dumps({"chat_template": TEXT_MODEL})
+    for files in ({"chat_template__jinja": TEXT_MODEL}, {"chat_template__json": stored}):
+        assert load(**files).render(MESSAGES[1:]) == expected
+        assert load({"template": "Hermes-2"}, **files).render(MESSAGES[1:]).count("Qwen") == 0
+        # The layout of transformers names none: what is stored is all there is.
+        assert "You are Qwen." in load({"template": "absent"}, **files).render(MESSAGES[1:])
+    # One with the same default system message, and more, is InternVL's own.
+    own = "F" + TEXT_MODEL.replace("You are Qwen.", SYSTEM_2_5)
+    assert load(chat_template__jinja=own).render(MESSAGES[1:])[0] == "F"
+    # An unknown name with a template beside it: what is there is used.
+    unknown = load({"template": "phi3-chat"}, chat_template__jinja=TEXT_MODEL)
+    assert "You are Qwen." in unknown.render(MESSAGES[1:])
+    assert default_system_message(unknown) == "You are Qwen."
 
 
 def test_the_variables_and_helpers_of_transformers():
@@ -116,22 +140,53 @@ def test_the_variables_and_helpers_of_transformers():
         "    {% if true %}\n  x\n    {% endif %}\n"
     )
     template = JinjaTemplate(source, "f", {"bos_token": "<s>"})
-    rendered = template.render([{"role": "user", "content": c} for c in (" a ", "b", "c")], False)
+    rendered = template.render([{"role": "user", "content": c} for c in (" a ", "b", "c")])
     assert rendered == '<s>ab{"b": "<é>", "a": 1}True%gFalse    ' + "  x\n"
 
 
-def test_thinking_is_told_only_when_asked_for():
+def test_thinking_is_told_only_when_something_is_said_of_it():
+    """As transformers does: templates such as Qwen3's tell false from absent."""
     source = "{{ messages[0].content }}{{ enable_thinking is defined }}{{ enable_thinking }}"
     template = JinjaTemplate(source, "f", {})
-    assert template.render(MESSAGES[:1], False) == "Sei kurz.False"
+    assert template.render(MESSAGES[:1]) == "Sei kurz.False"
+    assert template.render(MESSAGES[:1], False) == "Sei kurz.TrueFalse"
     assert template.render(MESSAGES[:1], True) == "Sei kurz.TrueTrue"
 
 
-def test_a_template_that_wants_lists_gets_lists():
+LIST = "{% for c in m.content %}{{ c['text'] }}|{% endfor %}"
+TEXT = "{{ m.content + '!' }}"
+
+
+@pytest.mark.parametrize(
+    ("system", "user", "assistant", "expected"),
+    [
+        (LIST, LIST, LIST, "Sei kurz.|你好|Hi|Why?|"),
+        (TEXT, LIST, TEXT, "Sei kurz.!你好|Hi!Why?|"),
+        (LIST, TEXT, TEXT, "Sei kurz.|你好!Hi!Why?!"),
+        (TEXT, TEXT, LIST, "Sei kurz.!你好!Hi|Why?!"),
+        (TEXT, TEXT, TEXT, "Sei kurz.!你好!Hi!Why?!"),
+        ("", LIST, LIST, "你好|Hi|Why?|"),  # no system messages
+    ],
+)
+def test_each_role_gets_lists_or_strings_as_the_template_wants_them(
+    system, user, assistant, expected
+):
     source = (
-        "{% for m in messages %}{% for c in m.content %}{{ c['text'] }}|{% endfor %}{% endfor %}"
+        f"{{% for m in messages %}}{{% if m.role == 'system' %}}{system}"
+        f"{{% elif m.role == 'user' %}}{user}{{% else %}}{assistant}{{% endif %}}{{% endfor %}}"
     )
-    assert JinjaTemplate(source, "f", {}).render(MESSAGES[:2], False) == "Sei kurz.|你好|"
+    assert JinjaTemplate(source, "f", {}).render(MESSAGES) == expected
+
+
+def test_a_template_that_refuses_a_role_is_known_by_its_own_words():
+    source = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        f"{{% endif %}}{LIST}{{% endfor %}}"
+    )
+    template = JinjaTemplate(source, "f", {})
+    assert template.render(MESSAGES[1:]) == "你好|Hi|Why?|"
+    with pytest.raises(CheckpointError, match="no system"):
+        template.render(MESSAGES)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +219,7 @@ def test_bad_templates_name_their_file(source, reason):
 
 def test_arithmetic_of_sensible_size_works():
     source = "{{ messages[0].content }} {{ '=' * 3 }} {{ 7 * 6 }} {{ 9 % 4 }}"
-    rendered = JinjaTemplate(source, "f", {}).render([{"role": "user", "content": "hi"}], False)
+    rendered = JinjaTemplate(source, "f", {}).render([{"role": "user", "content": "hi"}])
     assert rendered == "hi === 42 1"
 
 
@@ -172,10 +227,10 @@ def test_output_is_bounded_by_what_went_in():
     source = "{% for m in messages %}{{ m.content }}{% endfor %}"
     long = "x" * (2 * MAX_ADDED_CHARS)
     template = JinjaTemplate(source, "f", {})
-    assert template.render([{"role": "user", "content": long}], False) == long
+    assert template.render([{"role": "user", "content": long}]) == long
     doubling = JinjaTemplate(source + source.replace("m.content", "m.content * 9"), "f", {})
     with pytest.raises(CheckpointError, match="without end"):
-        doubling.render([{"role": "user", "content": long}], False)
+        doubling.render([{"role": "user", "content": long}])
 
 
 def test_renders_as_transformers_does():
@@ -186,7 +241,7 @@ def test_renders_as_transformers_does():
         "{{- message.content.strip() | tojson }}  {% endif %}\n{% endfor %}\n"
         "{%- if add_generation_prompt %}A{% endif %}\n"
     )
-    ours = JinjaTemplate(source, "f", {"bos_token": "<s>"}).render(MESSAGES, False)
+    ours = JinjaTemplate(source, "f", {"bos_token": "<s>"}).render(MESSAGES)
     (theirs,), _ = utils.render_jinja_template(
         conversations=[MESSAGES], chat_template=source, add_generation_prompt=True, bos_token="<s>"
     )
