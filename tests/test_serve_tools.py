@@ -1,11 +1,14 @@
 """Tool calls through the official client: forced with the shipped model, chosen with a script."""
 
 import json
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 
 import edgevl
+import edgevl.checkpoint
 from edgevl.generate.constraint import Constraint
 from edgevl.preprocess.tools import Tool
 from running_server import METER, ScriptedScheduler, picture, serving, text, user
@@ -255,6 +258,119 @@ def test_a_model_that_calls_of_itself(scripted, stream):
     ]
     assert len({call.id for call in calls[0]}) == 2
     assert reasons == ["tool_calls", "stop"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("words", "content", "calls"),
+    [
+        ('{"name": "now", "arguments": {}}', None, [("now", "{}")]),
+        (
+            '```json\n{"name": "store_reading", "arguments": {"value": 7, "unit": "m3"}}\n```',
+            None,
+            [("store_reading", '{"value": 7, "unit": "m3"}')],
+        ),
+        ('{"name": "later", "arguments": {}}', '{"name": "later", "arguments": {}}', []),
+    ],
+)
+def test_calls_without_tags(scripted, stream, words, content, calls):
+    client, scheduler = scripted
+
+    def work():
+        asked = ask(client, user(text("Hello")), tools=TOOLS, stream=stream)
+        return list(asked) if stream else asked
+
+    thread, results = in_background(work)
+    job = scheduler.next()
+    for piece in words:
+        job.say(piece)
+    job.end()
+    thread.join(10)
+    (found,) = results
+    if stream:
+        choices = [choice for chunk in found for choice in chunk.choices]
+        said = "".join(choice.delta.content or "" for choice in choices) or None
+        called = [call for choice in choices for call in choice.delta.tool_calls or ()]
+        reason = choices[-1].finish_reason
+    else:
+        (choice,) = found.choices
+        said, called = choice.message.content, choice.message.tool_calls or []
+        reason = choice.finish_reason
+    assert said == content
+    assert [(call.function.name, call.function.arguments) for call in called] == calls
+    assert reason == ("tool_calls" if calls else "stop")
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, {}, "{}", "absent"])
+def test_no_arguments_in_history_are_an_empty_object(scripted, arguments):
+    """Clients send what the server of another model gave them."""
+    client, scheduler = scripted
+    call = called("now", arguments)
+    if arguments == "absent":
+        del call["function"]["arguments"]
+    messages = [user(text("Hi")), {"role": "assistant", "tool_calls": [call]}, result("c1")]
+    thread, _ = in_background(lambda: ask(client, *messages))
+    job = scheduler.next()
+    job.end("Yes")
+    thread.join(10)
+    prompt = scheduler.prompts.tokenizer.decode(job.prompt.token_ids.tolist(), False)
+    assert '{"name": "now", "arguments": {}}' in prompt
+
+
+def test_arguments_as_an_object_in_history(scripted):
+    client, scheduler = scripted
+    call = called("store_reading", {"unit": "m³"})
+    messages = [user(text("Hi")), {"role": "assistant", "tool_calls": [call]}, result("c1")]
+    thread, _ = in_background(lambda: ask(client, *messages))
+    job = scheduler.next()
+    job.end("Yes")
+    thread.join(10)
+    prompt = scheduler.prompts.tokenizer.decode(job.prompt.token_ids.tolist(), False)
+    assert '"arguments": {"unit": "m³"}}' in prompt
+
+
+QWEN3_TEMPLATE = (Path(__file__).parent / "data" / "qwen3_chat_template.jinja").read_text()
+
+
+@pytest.fixture
+def qwen3(monkeypatch, tmp_path):
+    """The shipped model with Qwen3's template, which has three kinds of ``enable_thinking``."""
+    monkeypatch.setattr("edgevl.serve.service.Scheduler", ScriptedScheduler)
+    path = shutil.copytree(edgevl.checkpoint.locate("tiny"), tmp_path / "tiny")
+    (path / "chat_template.jinja").write_text(QWEN3_TEMPLATE)
+    with serving(lambda: edgevl.load(path, threads=1)) as running, client_of(running.url) as it:
+        yield it, running.service.scheduler
+
+
+def test_thinking_on_off_and_as_the_template_has_it(qwen3):
+    client, scheduler = qwen3
+
+    def prompt_with(*messages, **extra):
+        asked = messages or (user(text("Hi")),)
+        thread, _ = in_background(lambda: ask(client, *asked, extra_body=extra))
+        job = scheduler.next()
+        job.end("Yes")
+        thread.join(10)
+        return scheduler.prompts.tokenizer.decode(job.prompt.token_ids.tolist(), False)
+
+    plain = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    off = plain + "<think>\n\n</think>\n\n"
+    assert prompt_with() == prompt_with(enable_thinking=None) == plain
+    assert prompt_with(enable_thinking=False) == off
+    assert prompt_with(chat_template_kwargs={"enable_thinking": False}) == off
+    assert prompt_with(chat_template_kwargs={}) == plain
+    on = prompt_with(chat_template_kwargs={"enable_thinking": True})
+    assert on == prompt_with(enable_thinking=True)
+    assert on.endswith(plain)
+    assert "thinking process within <think>" in on
+    # The field itself comes before the one in chat_template_kwargs.
+    both = {"enable_thinking": False, "chat_template_kwargs": {"enable_thinking": True}}
+    assert prompt_with(**both) == off
+    # Thoughts that come back are kept or dropped as the template has it.
+    asked, said = user(text("Hi")), {"role": "assistant", "reasoning_content": "Hm."}
+    called_now = said | {"content": "", "tool_calls": [called("now")]}
+    assert "<think>\nHm.\n</think>\n\n<tool_call>" in prompt_with(asked, called_now, result("c1"))
+    assert "Hm." not in prompt_with(asked, said | {"content": "Yes"}, asked)
 
 
 def test_an_answer_cut_off_in_a_call_is_text(scripted):

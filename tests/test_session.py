@@ -1,5 +1,6 @@
 """Conversations: what is reused, what is dropped, what is recorded."""
 
+import shutil
 import threading
 import time
 
@@ -8,8 +9,12 @@ import pytest
 from PIL import Image
 
 import edgevl
+from edgevl.checkpoint import locate
 from edgevl.errors import ContextLengthError, EdgeVLError, PromptError
-from edgevl.preprocess import GeneratedTokens
+from edgevl.generate.generation import Generation
+from edgevl.generate.sampling import SamplingParams
+from edgevl.generate.token_mask import TokenMasks
+from edgevl.preprocess import GeneratedTokens, Message
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +290,78 @@ def test_the_time_of_a_token_is_not_that_of_its_reader(model):
 
 def test_none_is_no_picture(model):
     assert model.ask("Tell me", images=None, max_tokens=2).usage.image_tokens == 0
+
+
+# Templates that open the thinking themselves, as those of models that always think.
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory):
+    """The shipped model with such a template; ``enable_thinking`` false closes it at once."""
+    path = tmp_path_factory.mktemp("thinker") / "tiny"
+    shutil.copytree(locate("tiny"), path, ignore=shutil.ignore_patterns("heldout", "training"))
+    turns = (path / "chat_template.jinja").read_text()
+    opening = (
+        "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}"
+        "{% else %}{{ '<think>\n' }}{% endif %}"
+    )
+    (path / "chat_template.jinja").write_text(turns + opening)
+    return edgevl.load(path, threads=1)
+
+
+THOUGHT = edgevl.Constraint.regex("\ntwo digits\n</think>\n\n42")
+
+
+def test_thoughts_that_the_template_has_opened_are_told_from_the_answer(thinker):
+    chat = thinker.chat()
+    stream = chat.stream("hi", constraint=THOUGHT)
+    pieces = list(stream)
+    assert "".join(piece for piece in pieces if piece.thinking) == "two digits"
+    assert "".join(piece for piece in pieces if not piece.thinking) == "42"
+    assert (stream.answer.thinking, stream.answer.text) == ("two digits", "42")
+    assert chat.messages[1] == Message.assistant("42", thinking="two digits")
+    # The next prompt has the answer without its thoughts, and opens them again.
+    following = thinker.prompts.tokenizer.decode(chat.prompt("and?").token_ids.tolist(), False)
+    assert following.count("<|im_start|>assistant\n42<|im_end|>") == 1
+    assert following.endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_without_thoughts_all_is_the_answer(thinker):
+    chat = thinker.chat(thinking=False)
+    answer = chat.ask("hi", constraint=edgevl.Constraint.regex("42"))
+    assert (answer.thinking, answer.text) == ("", "42")
+    assert chat.messages[1].parts == (GeneratedTokens(answer.token_ids),)
+    # Thoughts that are empty do not stay in the conversation either.
+    empty = edgevl.Constraint.regex("<think>\n\n</think>\n\n42")
+    chat.ask("hi", constraint=empty)
+    assert chat.messages[3] == Message.assistant("42")
+
+
+def test_an_answer_that_is_cut_off_in_its_thoughts_has_no_text(thinker):
+    answer = thinker.ask("hi", constraint=THOUGHT, max_tokens=3)
+    assert (answer.finish_reason, answer.text) == ("length", "")
+    assert "two digits".startswith(answer.thinking)
+    assert answer.thinking
+
+
+def test_a_constraint_is_for_what_comes_after_the_thoughts(thinker):
+    """Or a JSON answer would be all thoughts and no answer."""
+    tokenizer = thinker.prompts.tokenizer
+    masks = TokenMasks(tokenizer, thinker.prompts.stop_ids)
+    digits = edgevl.Constraint.regex("[0-9]{2}")
+    params = SamplingParams(constraint=digits, max_tokens=50)
+    prompt = thinker.prompts.encode([Message.user("hi")])
+    generation = Generation(thinker.prompts, masks, prompt, params, 512, 0.0)
+    wanted = tokenizer.encode("Hm, {x}.</think>\n\nNo", add_special_tokens=False).ids
+    random = np.random.default_rng(0)
+    for token_id in [*wanted, *[0] * 9]:
+        logits = random.normal(size=tokenizer.get_vocab_size()).astype(np.float32)
+        logits[token_id] = 99
+        generation.take(logits, 0.0)
+        if generation.finish_reason:
+            break
+    answer = generation.answer(0.0)
+    assert answer.thinking == "Hm, {x}."
+    assert answer.text.isdigit()
+    assert len(answer.text) == 2
+    assert answer.finish_reason == "stop"
