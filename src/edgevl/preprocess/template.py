@@ -277,8 +277,8 @@ def load_template(checkpoint: ModelDirectory) -> ChatTemplate:
     ``chat_template.jinja``, then ``chat_template.json``, then ``tokenizer_config.json``. Where both
     are there:
 
-    - ``tokenizer_config.json`` has that of the text model that the checkpoint grew from. The named
-      one holds.
+    - ``tokenizer_config.json`` has that of the text model that the checkpoint grew from; answers
+      are worse with it (InternVL's issue 1094). The named one holds.
     - The files of their own, which InternVL3.5 and fine-tuned models bring, hold: they know of
       thinking or pictures. But recent versions of transformers also write the text model's template
       there when a tokenizer is saved again. That one is told by a default system message that is
