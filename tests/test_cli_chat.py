@@ -140,6 +140,14 @@ def test_json_is_the_answer_as_a_dict(model, capsys):
     }
 
 
+@pytest.mark.parametrize(
+    ("option", "thinking"), [([], None), (["--think"], True), (["--no-think"], False)]
+)
+def test_thinking_is_wanted_or_not_or_the_template_s(model, option, thinking):
+    assert cli.main(["chat", "m", "-q", "x", *option]) == 0
+    assert model.calls[0]["thinking"] is thinking
+
+
 def test_thinking_goes_to_stderr(model, capsys):
     model.say = lambda question: [Piece("Hmm. ", True), Piece("Well.", True), "42"]
     assert cli.main(["chat", "m", "-q", "x", "--think"]) == 0

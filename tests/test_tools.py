@@ -491,6 +491,24 @@ def test_json_that_is_no_call_is_text_and_soon(text, held):
     assert "".join(ToolCallSplitter().add(text)) == text.removesuffix("\n")
 
 
+@pytest.mark.parametrize(
+    ("parameters", "takes"),
+    [
+        ({"properties": 5, "required": 5}, False),
+        ({"properties": {"x": {}}, "required": [["x"], 5]}, True),
+        ({"properties": {"x": {}, "y": {}}, "required": ["y"]}, False),
+        ({"additionalProperties": {"type": "integer"}}, True),
+        ({"additionalProperties": True, "required": ["y"]}, False),
+        ({"anyOf": [{"properties": {"x": {}}}]}, True),
+        (None, False),
+    ],
+)
+def test_what_a_tool_takes_is_read_from_any_schema(parameters, takes):
+    tools = [Tool("f", "", parameters)]
+    text = '{"name": "f", "arguments": {"x": 1}}'
+    assert split([text], tools) == ([ToolCall("f", '{"x": 1}')] if takes else [text])
+
+
 def test_a_bare_call_is_not_held_back_without_end():
     splitter = ToolCallSplitter(TOOLS)
     endless = '{"name": "get_weather", "arguments": {"city": "'

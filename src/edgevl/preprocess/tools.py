@@ -76,10 +76,12 @@ class Tool:
     def takes(self, arguments: Collection[str]) -> bool:
         """Whether these are names of its arguments, and all that it needs are among them."""
         schema = self.arguments_schema()
-        required, known = schema.get("required"), schema.get("properties") or {}
-        if isinstance(required, list) and not all(name in arguments for name in required):
+        required, known = schema.get("required"), schema.get("properties")
+        needed = required if isinstance(required, list) else []
+        if any(isinstance(name, str) and name not in arguments for name in needed):
             return False
-        return schema.get("additionalProperties") is not False or all(n in known for n in arguments)
+        named = known if isinstance(known, dict) else {}
+        return schema.get("additionalProperties") is not False or named.keys() >= set(arguments)
 
     def to_json(self) -> str:
         """Return the tool as models are shown it: one line of JSON in OpenAI's form."""
