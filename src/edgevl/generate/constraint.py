@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -50,9 +50,12 @@ class Constraint:
 
     Attributes:
         grammar: what it comes to, as ``llguidance`` reads it.
+        with_thinking: whether it is for the thoughts too, where the prompt has opened them; others
+            are for what comes after.
     """
 
     grammar: str
+    with_thinking: bool = False
 
     @classmethod
     def json_object(cls) -> Constraint:
@@ -83,7 +86,7 @@ class Constraint:
 
         Args:
             pattern: in the syntax of Rust's ``regex``, which has no look-around and no
-                back-references.
+                back-references. One that itself has a ``</think>`` is for the thoughts too.
 
         Raises:
             PromptError: it is no regular expression, too large, or uses what is not supported.
@@ -93,7 +96,8 @@ class Constraint:
             raise PromptError(f"regex is {pattern!r}: it must be a string")
         check_size("regex", pattern, MAX_CONSTRAINT_BYTES)
         matcher = import_llguidance().LLMatcher
-        return cls._checked("regex", matcher.grammar_from_regex(pattern))
+        constraint = cls._checked("regex", matcher.grammar_from_regex(pattern))
+        return replace(constraint, with_thinking="</think>" in pattern.replace("\\", ""))
 
     @classmethod
     def tool_calls(cls, tools: Sequence[Tool], several: bool = False) -> Constraint:
@@ -132,10 +136,6 @@ class Constraint:
         lark = f'start: call{more}\ncall: @call_start ({" | ".join(choices)}) "}}\\n" @call_end\n'
         whole = [{"name": "calls", "lark_grammar": lark}, *grammars]
         return cls._checked("tools", json.dumps({"grammars": whole}))
-
-    def mentions(self, text: str) -> bool:
-        """Whether the grammar names this text, as a regular expression may, in its own escapes."""
-        return text in self.grammar.replace("\\", "")
 
     @classmethod
     def _checked(cls, name: str, grammar: str) -> Constraint:

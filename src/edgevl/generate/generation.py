@@ -13,7 +13,7 @@ from edgevl.generate.logprobs import TokenLogprobs, token_logprobs
 from edgevl.generate.prefix import PrefixRunner
 from edgevl.generate.sampling import Sampler, SamplingParams
 from edgevl.generate.speculation import PromptLookup
-from edgevl.generate.text import AnswerText, Piece, ThinkingSplitter
+from edgevl.generate.text import AnswerText, Piece
 from edgevl.generate.token_mask import TokenMask, TokenMasks
 from edgevl.preprocess import Prompt, PromptEncoder
 
@@ -76,14 +76,8 @@ class Generation:
         self.prompt = prompt
         self.finish_reason = ""
         mask = masks.start(params.constraint) if params.constraint else None
-        # Where the prompt has opened the thoughts, they come before what the constraint is for; one
-        # that says how they end is for all of it.
         self._mask_after_thinking: TokenMask | None = None
-        if (
-            params.constraint
-            and prompt.thinking
-            and not params.constraint.mentions(ThinkingSplitter.CLOSE)
-        ):
+        if params.constraint and prompt.thinking and not params.constraint.with_thinking:
             mask, self._mask_after_thinking = None, mask
         self._sampler = Sampler(params, token_ids, mask)
         self._text = AnswerText(prompts.tokenizer, params.stop, prompt.thinking)
