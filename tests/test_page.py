@@ -132,7 +132,7 @@ def test_undo_and_clear(echo):
 def test_a_new_session_takes_the_turns_along(echo):
     talk(echo, "one")
     talk(echo, "two", system="Be brief.", thinking=True, max_tiles=2)
-    assert [kind for kind, _ in echo.script.made] == [(None, False, None), ("Be brief.", True, 2)]
+    assert [kind for kind, _ in echo.script.made] == [(None, None, None), ("Be brief.", True, 2)]
     assert texts_of(echo.script.made[1][1].messages) == ["one", "ONE", "two", "TWO"]
 
 
