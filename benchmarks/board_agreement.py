@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 import edgevl
+from edgevl.options import GREEDY
 from edgevl.quantize.calibration.drawn import draw
 
 #: Where a layer rounds to bfloat16: inputs of its four products, queries, keys, values, weights of
@@ -72,7 +73,7 @@ def compare(
     for number, (text, images) in enumerate(turns, start=1):
         shadow.messages[:] = chat.messages
         started = time.perf_counter()
-        answer = chat.ask(text, images=images, max_tokens=max_tokens)
+        answer = chat.ask(text, images=images, max_tokens=max_tokens, **GREEDY)
         elapsed_s = time.perf_counter() - started
         # What ended the answer was chosen too, but is not part of it.
         gaps, allowed = [], math.inf

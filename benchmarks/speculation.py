@@ -27,6 +27,7 @@ from edgevl.engine import Engine, load_engine
 from edgevl.engine.plan import PRECISIONS
 from edgevl.generate import generation
 from edgevl.generate.speculation import PromptLookup
+from edgevl.options import GREEDY
 from edgevl.preprocess import Message
 from prompts import PROMPTS
 
@@ -124,7 +125,7 @@ def measure_answers(
                 model.engine.max_draft = max_draft
                 model.engine.rewind(0)
                 steps.clear()
-                sampling = SAMPLING.get(question.kind, {})
+                sampling = {**GREEDY, **SAMPLING.get(question.kind, {})}
                 answer = model.ask(question.text, max_tokens=max_tokens, **sampling)
                 question.answer = question.answer or answer.token_ids
                 question.differs |= answer.token_ids != question.answer

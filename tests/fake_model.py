@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from edgevl.generate import Answer, Piece, Stream, Timings, Usage
+from edgevl.generate import Answer, Piece, SamplingParams, Stream, Timings, Usage
 
 #: What the model says: pieces of text, thinking ones as Piece(text, True); or an error to raise.
 Script = Sequence[str | BaseException]
@@ -23,6 +23,10 @@ class FakeModel:
         self.resets = self.undone = 0
         self.system: str | None = None
         self.engine = SimpleNamespace(notes=())
+        self.defaults: dict[str, Any] = {}
+        self.checkpoint = SimpleNamespace(
+            config=SimpleNamespace(sampling=self.defaults, ignored=())
+        )
 
     def load(self, model: str, **options: Any) -> FakeModel:
         """Take the place of ``edgevl.load``."""
@@ -32,6 +36,9 @@ class FakeModel:
     def chat(self, **options: Any) -> FakeModel:
         self.load_options |= options
         return self
+
+    def params(self, **sampling: Any) -> SamplingParams:
+        return SamplingParams.resolve(self.defaults, sampling)
 
     def reset(self) -> None:
         self.resets += 1

@@ -99,12 +99,13 @@ def test_lines(pictures, tmp_path, capsys):
         {"images": ["more/label.png"], "max_tokens": 2, "system": "Be brief."},
         {"image": url},
         {"images": [], "question": "Hello", "id": None},
+        {"image": url, "id": "own", "temperature": 0, "stop": ["48"], "seed": 3},
     )
     out = tmp_path / "out.jsonl"
-    assert batch(path, out, "-q", NUMBER) == 0
+    assert batch(path, out, "-q", NUMBER, "--temperature", "9", "--top-k", "1") == 0
     found = read(out)
     assert [row["id"] for row in found] == [
-        "meter.png", 7, "first", "more/label.png", "line 6", "line 7",
+        "meter.png", 7, "first", "more/label.png", "line 6", "line 7", "own",
     ]  # fmt: skip
     texts = [row["text"] for row in found]
     assert texts[:5] == ["7305", "Coffee", "2048", "20", "2048"]
@@ -112,6 +113,7 @@ def test_lines(pictures, tmp_path, capsys):
     assert found[2]["images"] == ["data:image/png;base64,…"]
     assert found[3]["finish_reason"] == "length"
     assert found[5]["usage"]["image_tokens"] == 0
+    assert texts[6] == "20"
     assert capsys.readouterr().err == ""
 
 
@@ -127,7 +129,8 @@ BAD_LINES = {
     '{"image": "meter.png", "question": " "}': "`question` must be a text, not empty",
     '{"image": "meter.png", "question": "\\ud800"}': "surrogate",
     '{"image": "meter.png", "sytem": "x"}': "unknown field 'sytem'",
-    '{"image": "meter.png", "max_tokens": 0}': "`max_tokens`",
+    '{"image": "meter.png", "max_tokens": 0}': "max_tokens is 0: it must be",
+    '{"image": "meter.png", "top_p": "1"}': "top_p is '1': it must be a number, 0 to 1",
     '{"image": "meter.png", "id": 1.5}': "`id`",
     '{"video": "clip.mp4", "videos": []}': "both `video` and `videos`",
     '{"video": ["clip.mp4"]}': "`video` must be",
@@ -359,7 +362,8 @@ def test_all_failed_is_status_1_and_the_rows_are_there(pictures, tmp_path):
         ("pictures", ["-q", " "], 1, "question is empty"),
         ("pictures", ["-q", "x", "--max-tokens", "0"], 2, "--max-tokens"),
         ("pictures", ["-q", "x", "--max-tiles", "99"], 1, "max_tiles must be 1 to 40"),
-        ("pictures", ["-q", "x", "--temperature", "inf"], 1, "temperature is inf"),
+        ("pictures", ["-q", "x", "--temperature", "inf"], 2, "temperature is inf"),
+        ("pictures", ["-q", "x", "--logit-bias", "99999=1"], 1, "the model has no token 99999"),
         ("pictures", ["-q", "x", "--frames", "257"], 2, "--frames"),
         ("pictures", ["-q", "x", "--json-object", "--think"], 2, "give one of them"),
         ("pictures", ["-q", "x", "--json-schema", os.devnull], 1, "--json-schema /dev/null: "),

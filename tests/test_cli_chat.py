@@ -76,6 +76,7 @@ def test_options_reach_the_model(model, picture):
         "chat m -q x --system S --think --max-tiles 3 --max-tokens 9 --temperature 0.5 --top-p .9"
     )
     args += " --top-k 8 --min-p .1 --repetition-penalty 1.1 --seed 7 --stop A --stop B --context 99"
+    args += " --frequency-penalty -.5 --presence-penalty 1 --logit-bias 5=-100 --logit-bias 7=2.5"
     args += " --engine cpu --precision int4 --threads 3 --kv-cache int8 --frames 5"
     assert cli.main([*args.split(), "-i", str(picture), "-i", str(picture)]) == 0
     [call] = model.calls
@@ -93,6 +94,9 @@ def test_options_reach_the_model(model, picture):
         "top_k": 8,
         "min_p": 0.1,
         "repetition_penalty": 1.1,
+        "frequency_penalty": -0.5,
+        "presence_penalty": 1,
+        "logit_bias": {5: -100, 7: 2.5},
         "seed": 7,
         "stop": ("A", "B"),
         "constraint": None,
@@ -107,13 +111,13 @@ def test_options_reach_the_model(model, picture):
     }
 
 
-def test_defaults_are_those_of_sampling_params(model):
+def test_what_is_not_given_is_left_to_the_checkpoint(model):
     from dataclasses import asdict
 
     from edgevl.generate import SamplingParams
 
     assert cli.main(["chat", "m", "-q", "x"]) == 0
-    assert asdict(SamplingParams()).items() <= model.calls[0].items()
+    assert dict.fromkeys(asdict(SamplingParams())).items() <= model.calls[0].items()
 
 
 def test_json_is_the_answer_as_a_dict(model, capsys):
@@ -489,25 +493,41 @@ def test_retry_asks_what_was_stopped_before_its_first_word(model):
 
 def test_settings_and_system_message(model, capsys):
     talk = conversation(model)
-    for line in ("/set temperature 0.7", "/set top-k=5", "/set max_tokens", "/system Be brief."):
+    lines = ("/set temperature 0.7", "/set top-k=5", "/set max_tokens", "/set stop a = b")
+    for line in (*lines, "/set logit_bias 5=-100,7=2", "/system Be brief."):
         talk.take(line)
     talk.take("x")
     [call] = model.calls
-    assert (call["temperature"], call["top_k"], call["max_tokens"]) == (0.7, 5, 512)
+    assert (call["temperature"], call["top_k"], call["stop"]) == (0.7, 5, ("a = b",))
+    assert call["logit_bias"] == {5: -100, 7: 2}
+    assert "max_tokens" not in call
     assert model.system == "Be brief."
     talk.take("/system")
     assert model.system is None
     capsys.readouterr()
     talk.take("/set")
-    assert "temperature 0.7\ntop_p 1.0\ntop_k 5\n" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(
+        "max_tokens 512\ntemperature 0.7\ntop_p 1.0\ntop_k 5\n"
+    )
+    model.defaults |= {"temperature": 0.6, "top_p": 0.95}
+    talk.take("/set")
+    shown = capsys.readouterr().err
+    assert "temperature 0.7\ntop_p 0.95 (the checkpoint's)\ntop_k 5\n" in shown
+    assert "logit_bias 5=-100,7=2\nseed -\nstop a = b\n" in shown
+    talk.take("/set temperature")
+    assert capsys.readouterr().err == "temperature 0.6 (the checkpoint's)\n"
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("/set heat 1", "/set heat: there is no such setting, but max_tokens, temperature"),
-        ("/set temperature hot", "'hot' is not a number"),
-        ("/set top_p 2", "top_p is 2: it must be above 0 and at most 1"),
+        ("/set temperature hot", "temperature is 'hot': it must be a number, 0 to 100"),
+        ("/set top_p 2", "top_p is 2: it must be a number, 0 to 1"),
+        (
+            "/set logit_bias 5",
+            "logit_bias is {'5': ''}: it must be a number, -100 to 100, for each",
+        ),
         ("/set top_k 0.5", "top_k is 0.5: it must be a whole number"),
     ],
 )

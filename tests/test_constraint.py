@@ -130,6 +130,27 @@ def test_text_that_the_tokenizer_reads_otherwise(noise, text):
     assert not added.keys() & set(said.token_ids)
 
 
+@pytest.mark.parametrize("seed", [None, 0])
+def test_penalties_and_biases_do_not_break_the_form(noise, seed):
+    """Not even those of the very tokens that it needs, over and over."""
+    token = noise.prompts.tokenizer.token_to_id
+    against = {token(text): -100 for text in "-,0123456789"}
+    pattern = "[0-9]{5}-[0-9]{5},[0-9]{5}"
+    answer = noise.ask(
+        "Which?",
+        temperature=0 if seed is None else 1,
+        seed=seed,
+        constraint=Constraint.regex(pattern),
+        repetition_penalty=10,
+        frequency_penalty=2,
+        presence_penalty=2,
+        logit_bias=against,
+    )
+    assert re.fullmatch(pattern, answer.text)
+    assert answer.finish_reason == "stop"
+    assert against.keys() & set(answer.token_ids)
+
+
 def test_an_answer_that_is_cut_off(noise):
     constraint = Constraint.json_schema(PERSON)
     whole = noise.ask("Who?", max_tokens=600, constraint=constraint)

@@ -774,6 +774,35 @@ def test_stop_thinking_formulas_and_scripts(browser):
         assert words == script.words < 1000
 
 
+def test_the_checkpoint_s_defaults_are_where_the_sliders_begin(browser):
+    """To the last digit, also where they are beyond a slider's usual ends or between steps."""
+    own = {
+        "temperature": 0.6,
+        "top_p": 0.001,
+        "top_k": 20,
+        "repetition_penalty": 0.9,
+        "min_p": 0.0133,
+    }
+    script = Scripted(lambda text: ["yes"])
+    with served(create_page(script.new, "x", 100, sampling=own)) as url:
+        tab = open_page(browser, url, locale="en-US")
+        ask(tab, "one")
+        answered(tab)
+        tab.click(".toggle-button")
+        said = tab.inner_text("#settings")
+        tab.locator("#settings >> label:has-text('Temperature') >> xpath=../..").locator(
+            "input[type=number]"
+        ).fill("0.85")
+        ask(tab, "two")
+        answered(tab)
+        tab.context.close()
+    assert said.count("Default: the model's generation_config.json") == len(own)
+    first, second = script.calls
+    rest = {"max_tokens": 100, "frequency_penalty": 0, "presence_penalty": 0, "seed": None}
+    assert first == {"text": "one", "images": [], "frames": 8, **own, **rest}
+    assert second == first | {"text": "two", "temperature": 0.85}
+
+
 def test_the_camera(browser, tiny_page):
     tab = open_page(browser, tiny_page, locale="en-US", permissions=["camera"])
     tab.click(".toggle-button")

@@ -81,7 +81,15 @@ def long_answer(**others):
 # --- answers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "seed": 7}])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 1.5, "seed": 7},
+        {"frequency_penalty": 0.3, "presence_penalty": 0.2, "logit_bias": {40: 3, 41: -100}},
+        {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 7},
+    ],
+)
 def test_answers_computed_together_are_those_of_one_by_one(scheduler, model, sampling):
     sampling |= {"max_tokens": 24}
     prompts = [

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx2
@@ -803,12 +804,52 @@ def test_what_the_operator_decides_reaches_who_needs_it(model, monkeypatch):
 
 def test_the_parameters_of_an_answer(server):
     sampling = {"temperature": 0.5, "top_k": 7, "top_p": 0.25, "min_p": 0.125, "seed": 3}
-    sampling["repetition_penalty"] = 1.5
-    asking = Asking(server, **sampling, max_completion_tokens=5, max_tokens=6, stop="end")
+    sampling |= {"repetition_penalty": 1.5, "frequency_penalty": -0.5, "presence_penalty": 2}
+    asking = Asking(
+        server,
+        **sampling,
+        logit_bias={"5": -100, "7": 0.5},
+        max_completion_tokens=5,
+        max_tokens=6,
+        stop="end",
+    )
     job = server.service.scheduler.next()
     job.end("Hello")
     assert asking.response().status_code == 200
+    sampling["logit_bias"] = {5: -100, 7: 0.5}
     assert job.params == SamplingParams(max_tokens=5, stop=("end",), **sampling)
+
+
+@pytest.mark.parametrize(
+    ("asked", "params"),
+    [
+        ({"repeat_penalty": 1.2}, {"repetition_penalty": 1.2}),
+        ({"repeat_penalty": 1.2, "repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+        ({"top_k": -1, "top_p": 0, "temperature": 1}, {"top_k": -1, "top_p": 0, "temperature": 1}),
+        (dict.fromkeys(("temperature", "logit_bias", "presence_penalty", "seed", "stop")), {}),
+        ({"logit_bias": {}, "stop": []}, {}),
+    ],
+)
+def test_other_names_and_empty_values(server, asked, params):
+    asking = Asking(server, **asked)
+    job = server.service.scheduler.next()
+    job.end("Hello")
+    assert asking.response().status_code == 200
+    most = server.service.scheduler.max_context
+    assert job.params == SamplingParams(max_tokens=most, **params)
+
+
+def test_the_checkpoint_s_defaults_hold_where_a_request_says_nothing(server, monkeypatch):
+    sampling = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05}
+    loaded = replace(server.service._loaded, sampling=sampling)
+    monkeypatch.setattr(server.service, "_loaded", loaded)
+    for asked in ({}, {"temperature": 0, "top_k": None, "repeat_penalty": 1}):
+        asking = Asking(server, max_tokens=5, **asked)
+        job = server.service.scheduler.next()
+        job.end("Hello")
+        assert asking.response().status_code == 200
+        given = {"temperature": 0, "repetition_penalty": 1} if asked else {}
+        assert job.params == SamplingParams(max_tokens=5, **sampling | given)
 
 
 def test_the_usual_parameters(server):

@@ -112,7 +112,18 @@ QUESTION = "Repeat: one two three four, one two three four, one two three"
 
 
 @pytest.mark.parametrize(
-    "sampling", [{}, {"repetition_penalty": 1.02}, {"max_tokens": 37}, {"stop": "e"}]
+    "sampling",
+    [
+        {},
+        {"repetition_penalty": 1.02},
+        {"frequency_penalty": 0.005},
+        {"presence_penalty": 0.02},
+        {"frequency_penalty": -0.1, "presence_penalty": -2, "logit_bias": {40: 0.3, 41: -100}},
+        {"temperature": 1, "top_p": 0},
+        {"temperature": 1, "top_k": 1},
+        {"max_tokens": 37},
+        {"stop": "e"},
+    ],
 )
 def test_answers_stay_the_same(model, extended, sampling):
     sampling = {"max_tokens": 150} | sampling

@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgevl.checkpoint.jsonfile import Fields, shown
 from edgevl.checkpoint.layouts import vision_linears
-from edgevl.errors import CheckpointError
+from edgevl.errors import CheckpointError, PromptError
+from edgevl.options import OPTIONS
 
 #: Bounds of sizes in a configuration. The largest InternVL (InternViT-6B with a 72 B text model)
 #: is far inside.
@@ -144,7 +145,8 @@ class ModelConfig:
     ``quantization`` are the ways in which the files say that GPTQ weights are stored, the one for
     all layers first, then those for some; it is empty where nothing is quantized. ``vision_keep``
     are the linear weights of the vision encoder and the projector, by canonical name, that `edgevl
-    quantize` found to lose too much in INT8.
+    quantize` found to lose too much in INT8. ``sampling`` are defaults of `SamplingOptions` by
+    name; ``ignored`` says what else was asked for and cannot be, a line each.
     """
 
     vision: VisionConfig
@@ -163,6 +165,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     quantization: tuple[GPTQConfig, ...] = ()
     vision_keep: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
     @property
     def shuffle(self) -> int:
@@ -229,12 +233,15 @@ def parse_config(
     # The HF layout says it at the top, the others with the text model. A checkpoint that stores
     # a head uses it whatever these say, so the more permissive of the two is taken.
     tied = top.flag("tie_word_embeddings", model_type == "internvl")
+    sampling, ignored = parse_sampling(generation or {})
     parsed = ModelConfig(
         text=_parse_text(text, tied),
         template=_text_or(top, "template", "internvl2_5"),
         system_message=_text_or(top, "system_message", SYSTEM_MESSAGE),
         eos_token_ids=_parse_eos(top, text, Fields(generation or {}, "generation_config.json")),
         quantization=quantization,
+        sampling=sampling,
+        ignored=ignored,
         **pictures,
     )
     return ("gptq_text" if text is top else model_type), parsed
@@ -628,6 +635,38 @@ def _parse_statistics(
         Fields({name: value}, fields.where).number(name, low, 1e3) for value in values
     )
     return red, green, blue
+
+
+def parse_sampling(
+    generation: Mapping[str, Any],
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Read the defaults of sampling from ``generation_config.json``.
+
+    As in transformers, a model is greedy whatever the temperature, unless ``do_sample`` is true;
+    then the temperature is 1 where there is none. But what transformers adds to a file that does
+    not say it (``top_k`` 50) is left out, as vLLM does.
+
+    Returns:
+        Values by the names of `SamplingOptions`, and what is wrong with others. These are as if
+        they were not there: no answer is lost for them, and each question may have its own.
+    """
+    values = {name: generation.get(name) for name, each in OPTIONS.items() if each.from_checkpoint}
+    if generation.get("do_sample") not in (True, 1):
+        values["temperature"] = None
+    elif values["temperature"] is None:
+        values["temperature"] = 1.0
+    sampling: dict[str, Any] = {}
+    ignored: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # "top_k": 50.0
+        try:
+            sampling[name] = OPTIONS[name].check(value)
+        except PromptError as error:
+            ignored.append(f"generation_config.json: {error}; it is ignored")
+    return sampling, tuple(ignored)
 
 
 def _parse_eos(top: Fields, text: Fields, generation: Fields) -> tuple[int, ...]:

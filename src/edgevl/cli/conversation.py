@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from edgevl.cli.answer import PlainPrinter, Printer, print_answer
 from edgevl.cli.commands import COMMANDS, help_text
 from edgevl.cli.dropped import find_files, unquoted
 from edgevl.cli.prompt import keys_wait, line_reader
-from edgevl.cli.terminal import can_move, leaves_in_order, reason, replacing, tell
+from edgevl.cli.terminal import can_move, chinese, leaves_in_order, reason, replacing, tell
 from edgevl.errors import EdgeVLError
+from edgevl.options import OPTIONS
 from edgevl.preprocess import Video, load_image, open_video
 from edgevl.preprocess.folder import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -27,17 +29,6 @@ if TYPE_CHECKING:
     from edgevl.generate import Session
 
 WELCOME = ("/help lists the commands, Ctrl-D leaves.", "输入 /help 查看命令，按 Ctrl-D 退出。")
-
-#: What ``/set`` takes: the fields of `SamplingParams` that are numbers.
-SETTINGS = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-)
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ class Conversation:
     def run(self, shown: list[tuple[str, Image.Image | Video]]) -> None:
         """Talk until the user leaves; ``shown`` (name, what) goes with the first question."""
         self._waiting = shown
-        read = line_reader(COMMANDS, SETTINGS, PICTURE_SUFFIXES + VIDEO_SUFFIXES)
+        read = line_reader(COMMANDS, OPTIONS, PICTURE_SUFFIXES + VIDEO_SUFFIXES)
         tell(*WELCOME)
         with leaves_in_order():
             while True:
@@ -211,23 +202,23 @@ class Conversation:
         tell("Goes with the next question.", "从下一个问题起生效。")
 
     def _set(self, text: str) -> None:
-        from edgevl.generate import SamplingParams
-
-        name, *value = text.replace("=", " ").split(maxsplit=1)[:2] or [""]
-        name = name.lower().strip("-").replace("-", "_")
-        if name and name not in SETTINGS:
-            raise EdgeVLError(f"/set {name}: there is no such setting, but {', '.join(SETTINGS)}")
-        default = SamplingParams()
-        if name:
-            # Without a value, back to the default.
-            setting: dict[str, Any] = {name: _number(value[0]) if value else getattr(default, name)}
-            SamplingParams(**setting)
+        name, value = re.split(r"[\s=]+", f"{text} ", maxsplit=1)
+        name, value = name.lower().strip("-").replace("-", "_"), value.strip()
+        if name and name not in OPTIONS:
+            raise EdgeVLError(f"/set {name}: there is no such setting, but {', '.join(OPTIONS)}")
+        if value:
+            setting = {name: OPTIONS[name].parse(value)}
+            self._session.params(**setting)  # not every token id is of a token
             self._sampling |= setting
-        settings = {
-            name: self._sampling.get(name, getattr(default, name))
-            for name in ([name] if name else SETTINGS)
-        }
-        click.echo("\n".join(f"{name} {value}" for name, value in settings.items()), err=True)
+        elif name:
+            self._sampling.pop(name, None)
+        given = {each: self._sampling.get(each) for each in OPTIONS}
+        params = self._session.params(**given)
+        for each in [name] if name else OPTIONS:
+            line = f"{each} {OPTIONS[each].spell(getattr(params, each))}"
+            if given[each] is None and each in self._session.defaults:
+                line += " （模型自带的默认值）" if chinese() else " (the checkpoint's)"
+            click.echo(line, err=True)
 
     def _reset(self, _: str) -> None:
         self._session.reset()
@@ -261,13 +252,6 @@ def _path(text: str) -> str:
         if path.exists():  # a name may have quotes and backslashes of its own
             return str(path)
     return str(Path(unquoted(text)).expanduser())
-
-
-def _number(text: str) -> float:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    raise EdgeVLError(f"/set: {text!r} is not a number")
 
 
 def _printer() -> Printer:

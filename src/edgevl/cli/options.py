@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import click
 
 from edgevl.errors import EdgeVLError, PromptError
+from edgevl.options import OPTIONS, Option
 
 if TYPE_CHECKING:
     from edgevl.generate import Constraint
@@ -140,7 +141,8 @@ def answer_options(function: Function) -> Function:
     """Add what a question may ask for.
 
     These are ``system``, ``think``, ``max_tiles``, ``frames``, what `read_constraint` takes
-    (``json_object``, ``json_schema``), and others by the names of the fields of `SamplingParams`.
+    (``json_object``, ``json_schema``), and the fields of `SamplingOptions` by their names, None
+    where they are not given.
     """
     for option in reversed(_OPTIONS):
         function = option(function)
@@ -176,8 +178,36 @@ def read_constraint(
         raise PromptError(f"--json-schema {json_schema}: {error}") from None
 
 
-def _as_unicode(_: click.Context, __: click.Parameter, value: Any) -> Any:
-    return tuple(map(as_unicode, value)) if isinstance(value, tuple) else as_unicode(value)
+def _sampling_option(option: Option) -> Callable[[Function], Function]:
+    """Return the decorator that adds the flag of an option of the sampler."""
+
+    def read(_: click.Context, __: click.Parameter, given: Any) -> Any:
+        try:
+            if option.kind == "texts":
+                return option.check(tuple(map(as_unicode, given))) or None
+            if option.kind == "biases":
+                return option.parse(",".join(given)) if given else None
+            return None if given is None else option.parse(given)
+        except PromptError as error:
+            raise click.BadParameter(str(error)) from None
+
+    several = option.kind in ("texts", "biases")
+    notes = [option.span] if option.span else []
+    if option.from_checkpoint:
+        notes.insert(0, f"default: generation_config.json's, else {option.default:g}")
+    elif not several and option.default is not None:
+        notes.insert(0, f"default: {option.default:g}")
+    return click.option(
+        f"--{option.name.replace('_', '-')}",
+        multiple=several,
+        callback=read,
+        metavar=option.metavar,
+        help=option.help + " Repeatable." * several + f"  [{'; '.join(notes)}]" * bool(notes),
+    )
+
+
+def _as_unicode(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    return as_unicode(value)
 
 
 _OPTIONS = (
@@ -206,67 +236,7 @@ _OPTIONS = (
         metavar="N",
         help="Frames taken of a video.",
     ),
-    click.option(
-        "--max-tokens",
-        type=click.IntRange(min=1),
-        default=512,
-        show_default=True,
-        metavar="N",
-        help="Most tokens of an answer.",
-    ),
-    click.option(
-        "--temperature",
-        type=click.FloatRange(min=0),
-        default=0.0,
-        show_default=True,
-        metavar="T",
-        help="0 always takes the likeliest token.",
-    ),
-    click.option(
-        "--top-p",
-        type=click.FloatRange(0, 1, min_open=True),
-        default=1.0,
-        show_default=True,
-        metavar="P",
-        help="Draw from the likeliest tokens that reach this probability.",
-    ),
-    click.option(
-        "--top-k",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        metavar="K",
-        help="Draw from the K likeliest tokens; 0 from all.",
-    ),
-    click.option(
-        "--min-p",
-        type=click.FloatRange(0, 1),
-        default=0.0,
-        show_default=True,
-        metavar="P",
-        help="Drop tokens less likely than this fraction of the likeliest.",
-    ),
-    click.option(
-        "--repetition-penalty",
-        type=click.FloatRange(min=0, min_open=True),
-        default=1.0,
-        show_default=True,
-        metavar="R",
-        help="Above 1, repeat less.",
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(min=0),
-        metavar="N",
-        help="Same seed, same answer.",
-    ),
-    click.option(
-        "--stop",
-        multiple=True,
-        metavar="TEXT",
-        callback=_as_unicode,
-        help="End before this text. Repeatable.",
-    ),
+    *map(_sampling_option, OPTIONS.values()),
     click.option("--json-object", is_flag=True, help="Answer with a JSON object."),
     click.option(
         "--json-schema",

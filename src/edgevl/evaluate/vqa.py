@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgevl.errors import EdgeVLError
 from edgevl.evaluate.boxes import mean_iou, parse_boxes
+from edgevl.options import GREEDY
 
 if TYPE_CHECKING:
     from edgevl.generate import Answer, Model
@@ -231,6 +232,10 @@ def evaluate_vqa(
 
 
 def ask_question(model: Model, question: Question, **options: Any) -> tuple[Outcome, Answer]:
-    """Ask one question and judge the answer; ``options`` are passed to ``Model.ask``."""
-    answer = model.ask(question.question, images=[question.image], **options)
+    """Ask one question and judge the answer; ``options`` are passed to ``Model.ask``.
+
+    Unless they say otherwise the answer is greedy, whatever defaults the checkpoint has: figures
+    are to be the same every time, and to tell of the model alone.
+    """
+    answer = model.ask(question.question, images=[question.image], **{**GREEDY, **options})
     return Outcome(question, answer.text, is_right(answer.text, question.answers)), answer

@@ -64,7 +64,7 @@ class Generation:
 
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
-            PromptError: the constraint's grammar is malformed.
+            PromptError: the constraint's grammar is malformed, or a bias is of no token.
             EdgeVLError: constraints cannot be followed here.
         """
         token_ids = prompt.token_ids.tolist()
@@ -73,6 +73,7 @@ class Generation:
                 f"the prompt needs {len(token_ids)} tokens, but the context holds {max_context}, "
                 "answer included: shorten it, or use fewer pictures, tiles or frames"
             )
+        params.check_tokens(prompts.tokenizer)
         self.prompt = prompt
         self.finish_reason = ""
         mask = masks.start(params.constraint) if params.constraint else None
@@ -83,7 +84,7 @@ class Generation:
         self._text = AnswerText(prompts.tokenizer, params.stop, prompt.thinking)
         self._stop_ids = prompts.stop_ids
         self._room = min(params.max_tokens, max_context - len(token_ids))
-        self._greedy = params.temperature == 0
+        self._greedy = params.greedy
         self._lookup: PromptLookup | None = None
         self._top_logprobs = top_logprobs
         self._token_ids: list[int] = []

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from edgevl.errors import EdgeVLError, PromptError
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.token_mask import TokenMask
+from edgevl.options import SamplingOptions
 
 #: Weights that are summed at once: a running sum of all would take ten times as long.
 _BLOCK = 512
+#: Logits of which the largest is looked at first: as many as there are blocks of so many.
+_FEW = 128
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """What a request may ask of the sampler.
+class SamplingParams(SamplingOptions):
+    """What a request may ask of the sampler: the fields of `SamplingOptions`, and a form.
 
     Attributes:
-        max_tokens: most tokens to generate, at least 1.
-        temperature: 0 is greedy; otherwise logits are divided by it.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the most likely tokens that together reach this probability (nucleus sampling).
-        min_p: keep tokens at least this fraction as likely as the most likely one.
-        repetition_penalty: divide the positive logits of tokens already in prompt or answer by it
-            and multiply the negative ones (Keskar et al. 2019); 1 is off.
-        seed: the same seed gives the same answer; None draws a new one each time.
-        stop: strings that end the answer; they are not part of it.
         constraint: what the answer must be; None lets it be anything. An answer that ``max_tokens``
             or ``stop`` cuts off is the beginning of one.
 
@@ -39,43 +33,39 @@ class SamplingParams:
         PromptError: a value is out of its range.
     """
 
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: str | tuple[str, ...] = ()
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        for name in ("max_tokens", "top_k", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) and not (name == "seed" and value is None):
-                raise PromptError(f"{name} is {value!r}: it must be a whole number")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            if not isinstance(getattr(self, name), Real):
-                raise PromptError(f"{name} is {getattr(self, name)!r}: it must be a number")
-        for name, allowed, rule in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
-            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
-            ("stop", all(isinstance(s, str) and s for s in stop), "strings that are not empty"),
-        ):
-            if not allowed:
-                raise PromptError(f"{name} is {getattr(self, name)!r}: it must be {rule}")
+        super().__post_init__()
         if not isinstance(self.constraint, Constraint | None):
             raise PromptError(
                 f"constraint is {self.constraint!r}: it must be an edgevl.Constraint, such as "
                 "Constraint.json_object()"
             )
+
+    @classmethod
+    def resolve(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
+        """Return how a question is answered.
+
+        Args:
+            defaults: what the checkpoint has of its own, `ModelConfig.sampling`.
+            given: what the question says; None says nothing.
+
+        Raises:
+            PromptError: a value is out of its range.
+        """
+        said = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**defaults, **said})
+
+    def check_tokens(self, tokenizer: Tokenizer) -> None:
+        """Check that ``logit_bias`` names tokens of the model.
+
+        Raises:
+            PromptError: it names another.
+        """
+        for token_id in self.logit_bias:
+            if tokenizer.id_to_token(token_id) is None:
+                raise PromptError(f"logit_bias: the model has no token {token_id}: leave it out")
 
 
 class Sampler:
@@ -94,8 +84,14 @@ class Sampler:
         self._params = params
         self._mask = mask
         self._random = np.random.default_rng(params.seed)
-        self._seen = set(prompt_ids) if params.repetition_penalty != 1 else None
+        self._biased = np.fromiter(params.logit_bias.keys(), np.int64)
+        self._biases = np.fromiter(params.logit_bias.values(), np.float32)
+        self._penalizes = bool(
+            params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
+        )
+        self._seen = _Seen(prompt_ids if params.repetition_penalty != 1 else ())
         # Kept, since memory that is new takes longer to touch than to compute with.
+        self._logits = np.empty(0, np.float32)
         self._weights = np.empty(0, np.float32)
 
     def constrain(self, mask: TokenMask) -> None:
@@ -110,35 +106,53 @@ class Sampler:
     def choose(self, logits: NDArray[np.float32]) -> int:
         """Choose a token: logits float32 [V] -> id.
 
-        The constraint comes first. The filters then apply in the order of `transformers`:
-        repetition penalty, temperature, top-k, top-p, min-p.
+        The constraint comes first, and what it does not allow nothing else can bring back. The
+        rest applies in the order of `transformers` and vLLM: biases, penalties (repetition,
+        frequency, presence), temperature, top-k, top-p, min-p.
 
         Raises:
             EdgeVLError: the logits are not finite, so the weights must be damaged; -inf is taken
                 for a token that cannot come next, as long as another can. Or the constraint cannot
                 be met.
         """
-        params = self._params
         if not np.isfinite(logits.max()):
             raise EdgeVLError("the model's logits are not finite: its weights are damaged")
+        own = self._mask is not None
         if self._mask is not None:
             logits = self._mask.apply(logits)
-        if self._seen is not None:
-            seen = np.fromiter(self._seen, np.int64)
-            logits = logits.copy()
-            penalty, old = np.float32(params.repetition_penalty), logits[seen]
-            logits[seen] = np.where(old > 0, old / penalty, old * penalty)
-        token_id = int(np.argmax(logits)) if params.temperature == 0 else self._draw(logits)
-        if self._seen is not None:
+        if self._penalizes or len(self._biased):
+            logits = self._adjusted(logits if own else self._copied(logits))
+        token_id = int(np.argmax(logits)) if self._params.greedy else self._draw(logits)
+        if self._penalizes:
             self._seen.add(token_id)
         if self._mask is not None:
             self._mask.accept(token_id)
         return token_id
 
+    def _copied(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        if len(self._logits) != len(logits):
+            self._logits = np.empty_like(logits)
+        np.copyto(self._logits, logits)
+        return self._logits
+
+    def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Add biases and penalties to the logits, in place. What is finite stays finite."""
+        params = self._params
+        logits[self._biased] += self._biases
+        if self._penalizes:
+            ids, counts = self._seen.ids, self._seen.counts
+            old = logits[ids]
+            penalty = np.float32(params.repetition_penalty)
+            logits[ids] = np.where(old > 0, old / penalty, old * penalty) - (
+                np.float32(params.frequency_penalty) * counts
+                + np.float32(params.presence_penalty) * (counts > 0)
+            )
+        return logits
+
     def _draw(self, logits: NDArray[np.float32]) -> int:
         """Draw from the filtered distribution. Nothing is sorted that need not be."""
         params = self._params
-        ids = _likeliest(logits, params.top_k) if params.top_k else None
+        ids = _likeliest(logits, params.top_k) if params.top_k > 0 else None
         candidates = logits if ids is None else logits[ids]
         temperature = max(np.float32(params.temperature), np.finfo(np.float32).tiny)
         if len(self._weights) != len(candidates):
@@ -163,6 +177,28 @@ class Sampler:
         return int(place if ids is None else ids[place])
 
 
+class _Seen:
+    """The distinct tokens of prompt and answer.
+
+    Attributes:
+        ids: each token once, int64 [N].
+        counts: how often the answer has it, float32 [N].
+    """
+
+    def __init__(self, prompt_ids: Iterable[int]) -> None:
+        self._places = {token_id: i for i, token_id in enumerate(dict.fromkeys(prompt_ids))}
+        self.ids = np.fromiter(self._places, np.int64)
+        self.counts = np.zeros(len(self.ids), np.float32)
+
+    def add(self, token_id: int) -> None:
+        """Take a token of the answer."""
+        place = self._places.setdefault(token_id, len(self.ids))
+        if place == len(self.ids):
+            self.ids = np.append(self.ids, token_id)
+            self.counts = np.append(self.counts, np.float32(0))
+        self.counts[place] += 1
+
+
 def _place(weights: NDArray[np.float32], share: float) -> int:
     """Return the index where the running sum of the weights exceeds a share of the total.
 
@@ -184,6 +220,12 @@ def _place(weights: NDArray[np.float32], share: float) -> int:
 def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Return the ids of the ``count`` largest logits; of equal ones the first."""
     count = min(count, len(logits))
-    least = np.partition(logits, len(logits) - count)[len(logits) - count]
-    above, equal = np.flatnonzero(logits > least), np.flatnonzero(logits == least)
+    # So many blocks have a logit as large as this, so that the largest are among these.
+    highest = np.maximum.reduceat(logits, np.arange(0, len(logits), _FEW))
+    ids = np.arange(len(logits))
+    if count <= len(highest):
+        ids = np.flatnonzero(logits >= np.partition(highest, -count)[-count])
+    found = logits[ids]
+    least = np.partition(found, -count)[-count]
+    above, equal = ids[found > least], ids[found == least]
     return np.sort(np.concatenate((above, equal[: count - len(above)])))

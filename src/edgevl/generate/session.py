@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -140,7 +140,8 @@ class Session:
             frames: how many are taken of each video, uniformly sampled.
             tool_results: what the call of the last answer gave, or its calls in their order; they
                 come before the question.
-            **sampling: fields of `SamplingParams`.
+            **sampling: fields of `SamplingParams`. What is left out, or None, is as
+                ``generation_config.json`` has it; see `params`.
 
         Raises:
             ImageError: a picture cannot be read or exceeds a limit.
@@ -168,7 +169,7 @@ class Session:
         Pictures and videos are read, and errors raised, before this returns.
         """
         started = time.perf_counter()
-        params = SamplingParams(**sampling)
+        params = self.params(**sampling)
         if params.constraint and self._thinking:
             # The thoughts would have to be of its form too.
             raise PromptError("constraint: it cannot be met while thinking: leave one of them out")
@@ -179,6 +180,21 @@ class Session:
             asked.append(Message.user(text, pictures, clips))
         messages, prompt = self._fit(asked, params)
         return Stream(self._turn(messages, prompt, params, started))
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """What the checkpoint has of fields of `SamplingParams`."""
+        return self._checkpoint.config.sampling
+
+    def params(self, **sampling: Any) -> SamplingParams:
+        """Return how a question is answered that is asked with ``sampling``.
+
+        Raises:
+            PromptError: a value is out of range.
+        """
+        params = SamplingParams.resolve(self.defaults, sampling)
+        params.check_tokens(self._generator.prompts.tokenizer)
+        return params
 
     def prompt(self, text: str, images: Any = (), answer_tokens: int = 1) -> Prompt:
         """Return what the model would read if this were asked now; see `ask`.

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ from edgevl.errors import EdgeVLError
 from edgevl.generate.model import Model
 from edgevl.generate.session import Answerer, Session
 from edgevl.optional import needs
+from edgevl.options import OPTIONS
 from edgevl.page.conversation import Conversation, Conversations, NewSession, Settings, Turn
 from edgevl.page.guard import PageGuard
 from edgevl.page.markup import LATEX_DELIMITERS, asked_at, chat_messages
@@ -42,6 +43,10 @@ MOST_ANSWERING, MOST_WAITING = 16, 64
 #: Uploads are deleted when they are this old, and it is looked so often, seconds.
 UPLOAD_AGE_S, UPLOAD_CHECK_S = 6 * 3600, 600
 
+_SLIDERS = [name for name, option in OPTIONS.items() if option.slider is not None]
+#: Those of them that few need.
+_RARE = ("min_p", "frequency_penalty", "presence_penalty")
+
 # Browsers, and Python's table, do not know all of these by their kind.
 _PICTURES = ["image", ".heic", ".heif"]
 _VIDEOS = ["video", ".mkv", ".webm", ".ts", ".flv", ".wmv", ".mxf", ".ivf", ".ogv"]
@@ -58,6 +63,7 @@ def create_page(
     context: int,
     sees: bool = True,
     max_tiles: int | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> gr.Blocks:
     """Build the page; `mount_page` puts it into an application.
 
@@ -72,6 +78,7 @@ def create_page(
         sees: whether the model takes pictures.
         max_tiles: most tiles of a picture unless the user sets another number; None for the
             model's own number, of which the page then says nothing.
+        sampling: defaults of the checkpoint, `edgevl.checkpoint.config.ModelConfig.sampling`.
     """
     uploads = _private_uploads()
     conversations = Conversations(lambda: Conversation(new_session, uploads))
@@ -119,7 +126,7 @@ def create_page(
                         buttons=[],
                         elem_id="camera",
                     )
-            settings, read = _settings(labels, context, sees, films, max_tiles)
+            settings, read = _settings(labels, context, sees, films, max_tiles, sampling or {})
 
         page.i18n_instance = labels
         _connect(page, conversations, context, read, chat, status, box, settings)
@@ -198,6 +205,7 @@ def page_app(model: Model, answerer: Answerer, name: str, api_key: str | None) -
         answerer.max_context,
         sees=checkpoint.has_vision,
         max_tiles=config.max_tiles if config.dynamic_tiling else None,
+        sampling=config.sampling,
     )
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     mount_page(app, page, auth=None if api_key is None else password_check(api_key))
@@ -249,19 +257,36 @@ def _locales() -> dict[str, dict[str, str]]:
 
 
 def _settings(
-    labels: gr.I18n, context: int, sees: bool, films: bool, max_tiles: int | None
+    labels: gr.I18n,
+    context: int,
+    sees: bool,
+    films: bool,
+    max_tiles: int | None,
+    sampling: Mapping[str, Any],
 ) -> tuple[list[gr.components.Component], Callable[..., Settings]]:
     """Make the controls; return them, and what reads their values."""
+
+    def slider(name: str) -> gr.components.Component:
+        option = OPTIONS[name]
+        assert option.slider is not None
+        low, high, step = option.slider
+        value = sampling.get(name, option.default)
+        return gr.Slider(
+            min(low, value),
+            max(high, value),
+            value,
+            step=step,
+            label=labels(name),
+            info=labels("own") if name in sampling else None,
+        )
+
     controls: dict[str, gr.components.Component] = {
         "system": gr.Textbox(label=labels("system"), lines=2, elem_id="system"),
         "thinking": gr.Checkbox(label=labels("thinking")),
         "max_tokens": gr.Slider(
             1, context, min(512, context), step=1, label=labels("max_tokens"), elem_id="max_tokens"
         ),
-        "temperature": gr.Slider(0, 2, 0, step=0.05, label=labels("temperature")),
-        "top_p": gr.Slider(0.05, 1, 1, step=0.05, label=labels("top_p")),
-        "top_k": gr.Slider(0, 200, 0, step=1, label=labels("top_k")),
-        "repetition_penalty": gr.Slider(1, 2, 1, step=0.05, label=labels("repetition_penalty")),
+        **{name: slider(name) for name in _SLIDERS if name not in _RARE},
         "seed": gr.Number(-1, precision=0, minimum=-1, label=labels("seed")),
     }
     if sees and max_tiles is not None:
@@ -271,6 +296,8 @@ def _settings(
         controls["frames"] = gr.Slider(
             1, MAX_SAMPLED, DEFAULT_FRAMES, step=1, label=labels("frames")
         )
+    with gr.Accordion(labels("more"), open=any(name in sampling for name in _RARE)):
+        controls |= {name: slider(name) for name in _SLIDERS if name in _RARE}
     gr.Markdown(labels("next"))
 
     def read(*values: Any) -> Settings:
@@ -282,7 +309,7 @@ def _settings(
             max_tiles=None if tiles is None else int(tiles),
             frames=int(given.pop("frames", DEFAULT_FRAMES)),
             sampling=given
-            | {name: int(given[name]) for name in ("max_tokens", "top_k")}
+            | {name: int(given[name]) for name in given if OPTIONS[name].kind == "integer"}
             | {"seed": None if seed is None or seed < 0 else seed},
         )
 

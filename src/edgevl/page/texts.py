@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgevl.errors import EdgeVLError
 from edgevl.generate import Answer
+from edgevl.options import OPTIONS
 from edgevl.page.conversation import Turn
 from edgevl.preprocess.sources import short_name
 
@@ -19,15 +20,11 @@ LABELS = {
         "settings": "Settings",
         "system": "System message",
         "thinking": "Let the model think first",
-        "max_tokens": "Most tokens of an answer",
-        "temperature": "Temperature (0: always the likeliest)",
-        "top_p": "Top-p",
-        "top_k": "Top-k (0: all)",
-        "repetition_penalty": "Repetition penalty (1: off)",
-        "seed": "Seed (-1: a new one each time)",
         "max_tiles": "Most tiles of a picture",
         "frames": "Frames of a video",
         "next": "Apply to the next question.",
+        "own": "Default: the model's generation_config.json",
+        "more": "More sampling",
     },
     "zh": {
         "ask": "输入问题",
@@ -36,17 +33,17 @@ LABELS = {
         "settings": "设置",
         "system": "系统消息",
         "thinking": "先思考再回答",
-        "max_tokens": "回答的最大词元数",
-        "temperature": "温度（0：总取最可能的词元）",
-        "top_p": "Top-p",
-        "top_k": "Top-k（0：不限）",
-        "repetition_penalty": "重复惩罚（1：关闭）",
-        "seed": "随机种子（-1：每次不同）",
         "max_tiles": "每张图片的最大图块数",
         "frames": "每段视频的抽帧数",
         "next": "从下一个问题起生效。",
+        "own": "默认值取自模型的 generation_config.json",
+        "more": "更多采样选项",
     },
 }
+
+for _name, _option in OPTIONS.items():
+    if _option.label is not None:
+        LABELS["en"][_name], LABELS["zh"][_name] = _option.label
 
 # What a turn's error says -> the same in Chinese; the rest stays English.
 _NAME = r"(?P<name>.+?): "

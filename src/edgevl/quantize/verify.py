@@ -19,6 +19,7 @@ from edgevl.engine.base import Floats
 from edgevl.errors import EdgeVLError
 from edgevl.evaluate import Outcome, evaluate_vqa, read_questions
 from edgevl.generate import Model
+from edgevl.options import GREEDY
 from edgevl.quantize.calibration import Example, Sample
 from edgevl.quantize.settings import QuantizationError
 
@@ -88,7 +89,7 @@ def compare_answers(
         for example in asked:
             pictures = list(example.pictures)
             answer = model.ask(
-                example.questions[0], pictures, max_tokens=EXAMPLE_TOKENS, max_tiles=1
+                example.questions[0], pictures, max_tokens=EXAMPLE_TOKENS, max_tiles=1, **GREEDY
             )
             texts.append(answer.text)
             progress(next(done), 2 * len(asked))

@@ -81,7 +81,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return Plan(
             loaded,
-            questions(body, [prompt], max_tokens, service.settings.max_queue, constraint),
+            questions(body, loaded, [prompt], max_tokens, service.settings.max_queue, constraint),
             body.n or 1,
             top_logprobs,
             _ChatWriter(body, loaded.texts, tools),

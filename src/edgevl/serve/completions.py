@@ -57,7 +57,11 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         return Plan(
             loaded,
             questions(
-                body, prompts, body.max_tokens or DEFAULT_MAX_TOKENS, service.settings.max_queue
+                body,
+                loaded,
+                prompts,
+                body.max_tokens or DEFAULT_MAX_TOKENS,
+                service.settings.max_queue,
             ),
             body.n or 1,
             body.logprobs,

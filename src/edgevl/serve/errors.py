@@ -29,10 +29,7 @@ from edgevl.preprocess.sources import short_name
 REQUEST_ERRORS = (PromptError, ImageError, VideoError, FetchError)
 
 # Known to OpenAI, not offered here: these may only have the value that changes nothing.
-_NOT_OFFERED = frozenset(
-    "best_of echo frequency_penalty function_call functions logit_bias presence_penalty "
-    "suffix".split()
-)
+_NOT_OFFERED = frozenset("best_of echo function_call functions suffix".split())
 
 
 class ErrorDetail(BaseModel):

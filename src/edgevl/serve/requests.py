@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
+
+from edgevl.options import MAX_BIASES, OPTIONS, Option
 
 #: Answers to one request, at most.
 MAX_ANSWERS = 16
@@ -45,26 +47,55 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = Field(None, description="Ignored: nothing is padded.")
 
 
-class Sampling(Strict):
+#: Options of the sampler by their names in requests: those that mean the same everywhere.
+_SAMPLER = {
+    name: option
+    for option in OPTIONS.values()
+    for name in (option.name, *option.aliases)
+    if name not in ("max_tokens", "seed", "stop")
+}
+
+
+def _sampler_field(option: Option) -> tuple[Any, Any]:
+    """Return type and default of a field for an option of the sampler."""
+    number: Any = int if option.kind == "integer" else float
+    value: Any = Annotated[number, Field(ge=option.low, le=option.high)]
+    if option.kind == "biases":
+        value = Annotated[dict[str, value], Field(max_length=MAX_BIASES, fail_fast=True)]
+    help_text = option.help
+    if option.from_checkpoint:
+        help_text += f" Default: generation_config.json's, else {option.default:g}."
+    return value | None, Field(None, description=help_text)
+
+
+if TYPE_CHECKING:
+    SamplerFields = Strict
+else:
+    SamplerFields = create_model(
+        "SamplerFields",
+        __base__=Strict,
+        **{name: _sampler_field(option) for name, option in _SAMPLER.items()},
+    )
+
+
+class Sampling(SamplerFields):
     """What both kinds of completion take."""
 
     model: ShortText
-    temperature: float | None = Field(
-        None, ge=0, le=100, description="0, the default, always takes the likeliest token."
-    )
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31, description="0 is all tokens.")
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
     seed: int | None = Field(None, description="Counts up where `n` is more than 1.")
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    logit_bias: Annotated[dict[str, float], Field(max_length=0, fail_fast=True)] | None = None
     user: ShortText | None = Field(None, description="Ignored.")
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of the sampler, but for seed and length; None if not given."""
+        given: dict[str, Any] = {"stop": self.stop}
+        for name, option in _SAMPLER.items():
+            if given.get(option.name) is None:  # its aliases come after its own name
+                given[option.name] = getattr(self, name)
+        return given
 
 
 class TextPart(Strict):

@@ -12,6 +12,7 @@ from edgevl.preprocess import Prompt
 from edgevl.serve.answers import Question
 from edgevl.serve.errors import ApiError, blamed_on
 from edgevl.serve.requests import MAX_ANSWERS, Sampling
+from edgevl.serve.service import Loaded
 
 #: Seeds of the API may be negative, the sampler's may not.
 _SEEDS = 2**64
@@ -34,6 +35,7 @@ def check_length(prompt: Prompt, max_context: int) -> Prompt:
 
 def questions(
     request: Sampling,
+    loaded: Loaded,
     prompts: Sequence[Prompt],
     max_tokens: int,
     max_queue: int,
@@ -43,6 +45,7 @@ def questions(
 
     Args:
         request: says how.
+        loaded: has the model's defaults and tokenizer.
         prompts: what to answer.
         max_tokens: most tokens of each answer.
         max_queue: most answers that may wait: a request with more would never be taken.
@@ -55,18 +58,12 @@ def questions(
     most = min(MAX_ANSWERS, max_queue)
     if n * len(prompts) > most:
         raise ApiError(400, f"n: at most {most} answers to all prompts together", "n")
-    with blamed_on(None):
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=request.temperature or 0.0,
-            top_k=request.top_k or 0,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            min_p=request.min_p or 0.0,
-            repetition_penalty=request.repetition_penalty or 1.0,
-            seed=None if request.seed is None else request.seed % _SEEDS,
-            stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
-            constraint=constraint,
-        )
+    given = request.options() | {"max_tokens": max_tokens, "constraint": constraint}
+    if request.seed is not None:
+        given["seed"] = request.seed % _SEEDS
+    with blamed_on("logit_bias"):  # all else has been checked with the body
+        params = SamplingParams.resolve(loaded.sampling, given)
+        params.check_tokens(loaded.prompts.tokenizer)
     every = [params]
     for number in range(1, n):
         seed = None if params.seed is None else (params.seed + number) % _SEEDS

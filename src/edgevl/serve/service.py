@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
 from prometheus_client import CollectorRegistry
@@ -23,12 +25,13 @@ from edgevl.serve.settings import Settings
 
 @dataclass(frozen=True)
 class Loaded:
-    """What there is once the model is loaded."""
+    """What there is once the model is loaded; ``sampling`` are the checkpoint's defaults."""
 
     scheduler: Scheduler
     prompts: PromptEncoder
     media: Media
     texts: TokenTexts
+    sampling: Mapping[str, Any]
 
 
 class Service:
@@ -59,6 +62,7 @@ class Service:
             scheduler.prompts,
             Media(model.checkpoint, scheduler.max_context, fetcher),
             TokenTexts(scheduler.prompts.tokenizer),
+            model.checkpoint.config.sampling,
         )
         return scheduler
 

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 from edgevl.errors import ContextLengthError, ImageError, PromptError, VideoError
 from edgevl.generate.batch.rows import Row
 from edgevl.generate.model import Model
-from edgevl.generate.sampling import SamplingParams
 from edgevl.preprocess import prepare_picture, prepare_video
 from edgevl.preprocess.picture import most_tiles
 from edgevl.preprocess.video import DEFAULT_FRAMES, check_frames
@@ -41,7 +40,7 @@ def answer_rows(
             template.
         max_tiles: most tiles a picture is cut into; default is the checkpoint's.
         frames: how many are taken of a video, where the row does not say.
-        **sampling: fields of `SamplingParams`.
+        **sampling: fields of `SamplingParams`, where the row does not say; see `Session.ask`.
 
     Yields:
         ``id``, ``images``, ``videos`` if there are any, and ``question``, then the fields of
@@ -51,7 +50,7 @@ def answer_rows(
         PromptError: ``max_tiles``, ``frames`` or a sampling value is out of range.
         EdgeVLError: the model fails, not a row.
     """
-    SamplingParams(**sampling)
+    model.chat().params(**sampling)
     most_tiles(model.checkpoint.config, max_tiles)
     check_frames(frames)
     options = {"system": system, "thinking": thinking, "frames": frames, **sampling}

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgevl.errors import PromptError
+from edgevl.options import OPTIONS
 from edgevl.preprocess.video import MAX_SAMPLED
 
 #: What a line may have.
 FIELDS = (
-    "id", "image", "images", "video", "videos", "frames", "question", "system", "max_tokens",
+    "id", "image", "images", "video", "videos", "frames", "question", "system", *OPTIONS,
 )  # fmt: skip
 #: Longest question or system message, in bytes of UTF-8.
 MAX_TEXT_BYTES = 1 << 20
@@ -23,8 +25,8 @@ def parse_line(
 
     It is an object with ``image`` (a path or ``data:`` URL) or ``images`` (a list of them, which
     may be empty), ``video`` or ``videos`` likewise, and where wanted ``frames`` (how many are taken
-    of each video), ``question``, ``id`` (text or whole number), ``system`` and ``max_tokens``.
-    Paths are relative to the file's directory.
+    of each video), ``question``, ``id`` (text or whole number), ``system`` and fields of
+    `SamplingOptions`. Paths are relative to the file's directory.
 
     Args:
         line: the line, UTF-8.
@@ -71,12 +73,15 @@ def _read(line: bytes, directory: Path, question: str | None, known: dict[str, A
         known["question"] = question
     else:
         raise ValueError("has no `question`, and there is none for all lines (--question TEXT)")
-    options: dict[str, str | int] = {}
+    options: dict[str, Any] = {}
     if "system" in fields:
         options["system"] = _text(fields["system"], "system")
-    for field, most in (("max_tokens", None), ("frames", MAX_SAMPLED)):
-        if field in fields:
-            options[field] = _count(fields[field], field, most)
+    if "frames" in fields:
+        options["frames"] = _count(fields["frames"], "frames", MAX_SAMPLED)
+    try:
+        options |= {name: OPTIONS[name].check(fields[name]) for name in OPTIONS if name in fields}
+    except PromptError as error:
+        raise ValueError(error) from None
     known["options"] = options
 
 
@@ -115,10 +120,9 @@ def _id(value: object) -> str | int:
     return _text(value, "id")
 
 
-def _count(value: object, field: str, most: int | None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= (most or value):
-        limits = "at least 1" if most is None else f"1 to {most}"
-        raise ValueError(f"`{field}` must be a whole number, {limits}")
+def _count(value: object, field: str, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"`{field}` must be a whole number, 1 to {most}")
     return value
 
 

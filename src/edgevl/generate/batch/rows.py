@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from edgevl.errors import EdgeVLError
 from edgevl.generate.batch.line import parse_line
@@ -35,7 +35,7 @@ class Row:
         sources: the pictures, to be read.
         video_sources: the videos, to be read.
         question: what is asked.
-        options: ``system``, ``frames`` and ``max_tokens``, where the line has its own.
+        options: ``system``, ``frames`` and fields of `SamplingOptions`, where the line has its own.
         error: what is wrong with the line; empty if nothing is.
     """
 
@@ -45,7 +45,7 @@ class Row:
     sources: tuple[str | Path, ...] = ()
     video_sources: tuple[str | Path, ...] = ()
     question: str = ""
-    options: Mapping[str, str | int] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     error: str = ""
 
 
