@@ -64,7 +64,7 @@ class Generation:
 
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
-            PromptError: the constraint's grammar is malformed, or a bias is of no token.
+            PromptError: the constraint's grammar is malformed.
             EdgeVLError: constraints cannot be followed here.
         """
         token_ids = prompt.token_ids.tolist()
@@ -73,7 +73,6 @@ class Generation:
                 f"the prompt needs {len(token_ids)} tokens, but the context holds {max_context}, "
                 "answer included: shorten it, or use fewer pictures, tiles or frames"
             )
-        params.check_tokens(prompts.tokenizer)
         self.prompt = prompt
         self.finish_reason = ""
         mask = masks.start(params.constraint) if params.constraint else None
