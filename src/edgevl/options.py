@@ -8,6 +8,7 @@ Nothing heavy is imported, so that ``--help`` is there at once.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
@@ -83,7 +84,7 @@ class Option:
             return None
         elif self._in_range(value) and (self.kind == "number" or isinstance(value, Integral)):
             return value
-        raise PromptError(f"{self.name} is {_shown(value)}: it must be {self._rule()}")
+        raise PromptError(f"{self.name} is {reprlib.repr(value)}: it must be {self._rule()}")
 
     def parse(self, text: str) -> Any:
         """Return the value that ``text`` spells: of "biases", ``ID=BIAS`` once or more.
@@ -144,11 +145,6 @@ def _number(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 @dataclass(frozen=True)
