@@ -49,11 +49,13 @@ class AxengineLoop:
         self._post = session(post_file(text.model_type))
         self._embedding = np.load(directory / EMBEDDING_NPY, mmap_mode="r")
         self._bfloat16 = self._post.get_inputs()[0].dtype
-        self._width = text.num_key_value_heads * text.head_dim
-        caches = (text.num_hidden_layers, 1, shape.context, self._width)
+        width = text.num_key_value_heads * text.head_dim
+        caches = (text.num_hidden_layers, 1, shape.context, width)
         self._keys = np.zeros(caches, self._bfloat16)
         self._values = np.zeros(caches, self._bfloat16)
         self._decode_mask = np.full((1, 1, shape.context + 1), MASKED, self._bfloat16)
+        # Of the first chunk; it is not read, and as large as the demo makes it.
+        self._no_cache = np.zeros((1, 1, text.hidden_size), self._bfloat16)
         self.reset_counts()
         self.rewind(0)
 
@@ -83,13 +85,11 @@ class AxengineLoop:
             mask[0, :, start:] = np.triu(np.full((chunk, chunk), MASKED, np.float32), 1)
             bias = mask.astype(self._bfloat16)
             for layer, session in enumerate(self._layers):
-                # The first chunk's cache is not read, but it is a tensor all the same.
-                history = start or 1
                 keys, values, data = self._run(
                     session,
                     1 + start // chunk,
-                    K_cache=self._keys[layer, :, :history],
-                    V_cache=self._values[layer, :, :history],
+                    K_cache=self._keys[layer, :, :start] if start else self._no_cache,
+                    V_cache=self._values[layer, :, :start] if start else self._no_cache,
                     indices=indices,
                     input=data,
                     mask=bias,

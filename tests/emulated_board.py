@@ -1,6 +1,7 @@
 """The emulator's libraries through ctypes, as a program on a board would use the runtime's."""
 
 import ctypes as c
+from pathlib import Path
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class Table(c.Structure):
         ("n_outputs", c.c_uint32),
         ("batch", c.c_uint32),
         ("setting", c.c_void_p),
-        ("reserved", c.c_uint64 * 10),
+        ("reserved", c.c_uint64 * 11),
     ]
 
 
@@ -65,7 +66,8 @@ class Counters(c.Structure):
         (name, c.c_uint64)
         for name in (
             "runs flushes invalidates memcpys allocations flushed_bytes invalidated_bytes "
-            "memcpy_bytes problems emulator_ns npu_ns cmm_bytes cmm_peak_bytes weight_bytes"
+            "memcpy_bytes problems emulator_ns npu_ns cmm_bytes cmm_peak_bytes weight_bytes "
+            "blocks models"
         ).split()
     ]
 
@@ -198,3 +200,41 @@ class BoardModel:
 
     def close(self):
         self.board.check(self.board.engine.AX_ENGINE_DestroyHandle(self.handle))
+
+
+class Argument:
+    """What the vendor's binding says of a tensor; bfloat16 is that of ml_dtypes."""
+
+    def __init__(self, name, dtype, shape):
+        import ml_dtypes
+
+        self.name, self.shape = name, list(shape)
+        self.dtype = np.dtype(ml_dtypes.bfloat16 if dtype is np.uint16 else dtype)
+
+
+class Session:
+    """`axengine.InferenceSession` as programs use it, which takes arrays of exact shapes only."""
+
+    def __init__(self, path):
+        self.model = BoardModel(Board(), Path(path))
+        self.groups = [
+            tuple([Argument(*tensor) for tensor in tensors] for tensors in group)
+            for group in self.model.groups
+        ]
+
+    def get_inputs(self, shape_group=0):
+        return self.groups[shape_group][0]
+
+    def run(self, output_names, input_feed, shape_group=0):
+        inputs, outputs = self.groups[shape_group]
+        assert set(input_feed) == {argument.name for argument in inputs}
+        arrays = []
+        for argument in inputs:
+            array = input_feed[argument.name]
+            found = (list(array.shape), array.dtype)
+            assert found == (argument.shape, argument.dtype), (argument.name, found)
+            arrays.append(array if array.dtype.kind in "iu" else array.view(np.uint16))
+        results = self.model.run_arrays(shape_group, arrays)
+        return [
+            result.view(argument.dtype) for result, argument in zip(results, outputs, strict=True)
+        ]

@@ -29,13 +29,14 @@ from edgevl.engine.reference import (
 class Compiled:
     """What a model was compiled for.
 
-    ``history_first`` is the length of the first prefill group's cache, which is not used.
+    ``history_first`` is the shape of the first prefill group's cache, which is not used; by default
+    it is that of Pulsar2, a row of the hidden size.
     """
 
     contexts: tuple = (2047,)
     chunk: int = 128
     max_prefill: int = 1024
-    history_first: int = 1
+    history_first: tuple = ()
     logits: str = "BF16"
     top_k: int = 0
     pixels: str = "F32"
@@ -60,7 +61,7 @@ def write_board(directory, checkpoint_path, prefix="qwen3", chunk=128, vision=Tr
         if vision:
             names.append(layout.vision_file(checkpoint.config.vision.image_size))
     for name in names:
-        (directory / name).write_bytes(b"a model for an NPU")
+        (directory / name).write_bytes(b"a model for an NPU, or rather its name")
     return directory
 
 
@@ -172,10 +173,10 @@ class FakeRuntime(Runtime):
     def layer_group(self, tokens, history):
         text = self.checkpoint.config.text
         hidden, width = text.hidden_size, text.num_key_value_heads * text.head_dim
-        rows = history or self.compiled.history_first
+        cache = (1, history, width) if history else self.compiled.history_first or (1, 1, hidden)
         inputs = {
-            "K_cache": ("BF16", (1, rows, width)),
-            "V_cache": ("BF16", (1, rows, width)),
+            "K_cache": ("BF16", cache),
+            "V_cache": ("BF16", cache),
             "indices": ("U32", (1, tokens)),
             "input": ("BF16", (1, tokens, hidden)),
             "mask": ("BF16", (1, tokens, history + tokens)),
@@ -203,7 +204,7 @@ class FakeRuntime(Runtime):
         call.put("K_cache_out", key.swapaxes(0, 1).reshape(1, tokens, -1))
         call.put("V_cache_out", value.swapaxes(0, 1).reshape(1, tokens, -1))
         key, value = (
-            np.concatenate([call.get(name)[:history], call.get(name + "_out")])
+            np.concatenate([*[call.get(name)] * bool(history), call.get(name + "_out")])
             .reshape(history + tokens, groups, -1)
             .swapaxes(0, 1)
             for name in ("K_cache", "V_cache")

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from edgevl.axera.model.number_formats import to_device
 from edgevl.axera.npu import open_runtime
 from edgevl.axera.npu.libraries import emulator_directory
 from edgevl.checkpoint import Checkpoint, locate
+from edgevl.checkpoint.presets import PRESETS
+from edgevl.checkpoint.synth import write_checkpoint
 from edgevl.cli import main
 from edgevl.engine import ReferenceEngine, native_missing
 from edgevl.errors import BoardError
@@ -34,7 +38,8 @@ try:
 except BoardError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
-from emulated_board import Counters  # noqa: E402
+from edgevl.axera.compiler.embeddings import write_embeddings  # noqa: E402
+from emulated_board import Counters, Session  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -208,6 +213,98 @@ def test_too_little_memory_is_one_line(npu, tiny):
     last = done.stderr.splitlines()[-1]
     assert last.startswith("edgevl: error: ")
     assert "memory" in last
+
+
+def text_model(model_type, hidden, heads, kv_heads, head_dim, layers=2):
+    """A configuration with the sizes that matter to the NPU's memory, and little else."""
+    config = PRESETS["mini-qwen3" if model_type == "qwen3" else "mini-qwen2"].config
+    text = replace(
+        config.text,
+        vocab_size=600,
+        hidden_size=hidden,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+    )
+    return replace(config, text=text)
+
+
+#: The width of keys and values beside the hidden size, which the cache of the first chunk has in
+#: compiled models: smaller in nearly all InternVL, equal in InternVL3.5-1B, and larger.
+WIDTHS = {
+    "as InternVL3-1B: 896 and 128": text_model("qwen2", 896, 14, 2, 64),
+    "as InternVL3.5-2B: 2048 and 1024": text_model("qwen3", 2048, 16, 8, 128, layers=1),
+    "equal": text_model("qwen3", 256, 4, 2, 128),
+    "hidden 128 and 256": text_model("qwen3", 128, 4, 2, 128),
+    "hidden 56 and 64, no rows aligned": PRESETS["mini-qwen3"].config,
+    "hidden 72 and 24, no rows aligned": PRESETS["mini-qwen2"].config,
+}
+
+
+@pytest.fixture(scope="module")
+def widths(tmp_path_factory):
+    """A function: name in `WIDTHS` -> checkpoint's and board's directory, both written once."""
+    written = {}
+
+    def make(name):
+        if name not in written:
+            directory = tmp_path_factory.mktemp("widths")
+            source = write_checkpoint(
+                WIDTHS[name], directory / "checkpoint", base_vocabulary=560, seed=0
+            )
+            board = write(directory / "board", source, WIDTH_SHAPE)
+            with Checkpoint.open(source) as checkpoint:
+                write_embeddings(checkpoint, board)
+            written[name] = source, board
+        return written[name]
+
+    return make
+
+
+WIDTH_SHAPE = layout.BoardShape(context=127, chunk=16, max_prefill=32)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_the_unused_cache_has_the_width_that_the_model_says(npu, widths, name):
+    source, board = widths(name)
+    engine = edgevl.load(board).engine
+    problems = counters()["problems"]
+    tokens = np.random.default_rng(6).integers(0, 500, 64)
+    with Checkpoint.open(source) as checkpoint:
+        expected = ReferenceEngine(checkpoint).extend(tokens.tolist())
+    for length in (1, 16, 17, 45):
+        engine.rewind(0)
+        logits = engine.prefill(engine.embed(tokens[:length]), 0)
+        assert error(logits, expected[length - 1]) < 0.02
+        assert error(engine.decode(int(tokens[length])), expected[length]) < 0.02
+    assert counters()["problems"] == problems
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_the_loop_of_the_vendors_demo(widths, name, monkeypatch):
+    """It runs what we compile, and answers as our engine does; its first caches are of zeros."""
+    pytest.importorskip("ml_dtypes")
+    monkeypatch.setenv("EDGEVL_NPU", "ax")
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "benchmarks"))
+    binding = ModuleType("axengine")
+    binding.InferenceSession = Session
+    monkeypatch.setitem(sys.modules, "axengine", binding)
+    from axengine_loop import AxengineLoop
+
+    _, board = widths(name)
+    engine = edgevl.load(board).engine
+    loop = AxengineLoop(board, engine.config.text, WIDTH_SHAPE)
+    for length in (3, 16, 40):
+        prompt = np.random.default_rng(length).integers(0, 500, length)
+        engine.rewind(0)
+        ours = [int(engine.prefill(engine.embed(prompt), 0).argmax())]
+        theirs = [loop.prefill(prompt)]
+        for _ in range(5):
+            ours.append(int(engine.decode(ours[-1]).argmax()))
+            theirs.append(loop.decode(theirs[-1]))
+        assert theirs == ours
 
 
 @pytest.mark.parametrize("preset", ["mini-qwen2", "mini-llama"])

@@ -172,7 +172,7 @@ def test_positions_of_rows_beyond_the_prompt_exist(boards, tokens, monkeypatch):
     [
         (Compiled(contexts=(255,), max_prefill=128), 256),
         (Compiled(contexts=(255,), max_prefill=256), 384),  # as others may compile
-        (Compiled(contexts=(63,), max_prefill=0, history_first=200), 200),
+        (Compiled(contexts=(63,), max_prefill=0, history_first=(1, 200, 64)), 128),
     ],
 )
 def test_a_cache_holds_what_is_written_and_no_more(boards, compiled, rows):
@@ -195,7 +195,16 @@ def test_several_decode_groups_the_shortest_that_fits_is_taken(boards, tokens, e
         assert runtime.runs[0][1] == (1 if length <= 255 else 0 if length <= 511 else 2)
 
 
-@pytest.mark.parametrize("compiled", [Compiled(history_first=128), Compiled(logits="F32")])
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        Compiled(history_first=(1, 128, 64)),  # as wide as other caches, and as long as a chunk
+        Compiled(history_first=(1, 1, 5)),
+        Compiled(history_first=(3, 2048, 64)),  # more than the cache itself
+        Compiled(history_first=(9,)),
+        Compiled(logits="F32"),
+    ],
+)
 def test_what_differs_between_compilers(boards, tokens, expected, compiled):
     engine, _ = boards(compiled=compiled)
     check(engine.prefill(engine.embed(tokens[:140]), 0), expected()[139])

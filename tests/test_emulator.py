@@ -89,6 +89,11 @@ class Text:
         ]
         chunk = shape.chunk
         self.new = [Memory(board, (chunk, self.width), np.uint16) for _ in "kv"]
+        # What the first chunk is given as a cache: as much as the model says.
+        unread = [
+            shape for name, _, shape in self.layers[0].groups[1][0] if name.endswith("_cache")
+        ]
+        self.unread = [Memory(board, shape, np.uint16) for shape in unread]
         self.states = [Memory(board, (chunk, self.hidden), np.uint16) for _ in range(2)]
         self.indices = Memory(board, (chunk,), np.uint32)
         self.mask = Memory(board, (chunk * (shape.max_prefill + shape.context + chunk),), np.uint16)
@@ -110,7 +115,7 @@ class Text:
         mask[:, history:][np.tri(tokens, dtype=bool)] = 0
         for memory in (states, self.indices, self.mask):
             memory.flush()
-        rows, row_bytes = max(history, 1), 2 * self.width
+        row_bytes = 2 * self.width
         in_place = row_bytes % 128 == 0
         for layer, caches in zip(self.layers, self.caches, strict=True):
             out = [
@@ -122,7 +127,8 @@ class Text:
             layer.run(
                 group,
                 [
-                    *(cache(rows * row_bytes) for cache in caches),
+                    *(cache(history * row_bytes) for cache in caches if history),
+                    *(cache(cache.size) for cache in self.unread if not history),
                     self.indices(4 * tokens),
                     states(2 * tokens * self.hidden),
                     self.mask(mask.nbytes),
@@ -201,19 +207,27 @@ def test_gptq_weights_of_a_text_model_alone(board, tmp_path):
         check_text(board, checkpoint, directory, shape, [8, 5])
 
 
-def test_shapes_are_those_of_a_compiled_model(board, tiny):
-    checkpoint, directory = tiny
-    text = checkpoint.config.text
-    layer = BoardModel(board, directory / "qwen3_p16_l0_together.axmodel")
+@pytest.mark.parametrize("preset", ["mini-qwen3", "mini-qwen2"])
+def test_shapes_are_those_of_a_compiled_model(board, mini_checkpoint, preset, tmp_path):
+    with Checkpoint.open(mini_checkpoint(preset)) as checkpoint:
+        text = checkpoint.config.text
+        write_emulated(checkpoint, tmp_path, SHAPE)
+    layer = BoardModel(board, tmp_path / f"{text.model_type}_p16_l0_together.axmodel")
     hidden, width = text.hidden_size, text.num_key_value_heads * text.head_dim
+    assert (hidden < width) == (preset == "mini-qwen3")  # and more than it in the other
     assert len(layer.groups) == 4
-    for group, (tokens, rows, columns) in enumerate(
-        [(1, 127, 128), (16, 1, 16), (16, 16, 32), (16, 32, 48)]
+    for group, (tokens, cache, columns) in enumerate(
+        [
+            (1, (127, width), 128),
+            (16, (1, hidden), 16),  # not used, and of this width in the vendor's models
+            (16, (16, width), 32),
+            (16, (32, width), 48),
+        ]
     ):
         inputs, outputs = layer.groups[group]
         assert inputs == [
-            ("K_cache", np.uint16, (1, rows, width)),
-            ("V_cache", np.uint16, (1, rows, width)),
+            ("K_cache", np.uint16, (1, *cache)),
+            ("V_cache", np.uint16, (1, *cache)),
             ("indices", np.uint32, (1, tokens)),
             ("input", np.uint16, (1, tokens, hidden)),
             ("mask", np.uint16, (1, tokens, columns)),

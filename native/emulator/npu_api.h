@@ -71,7 +71,8 @@ struct AX_ENGINE_IO_BUFFER {
   uint64_t u64Reserved[11];
 };
 
-/// The tensors of a run.
+/// The tensors of a run. The vendor's Python binding declares 8 bytes less, so the last are not
+/// read.
 struct AX_ENGINE_IO {
   AX_ENGINE_IO_BUFFER* pInputs;
   uint32_t nInputSize;
@@ -79,7 +80,7 @@ struct AX_ENGINE_IO {
   uint32_t nOutputSize;
   uint32_t nBatchSize;
   void* pIoSetting;
-  uint64_t u64Reserved[10];
+  uint64_t u64Reserved[11];
 };
 
 struct AX_ENGINE_CMM_INFO {
@@ -112,4 +113,4 @@ EDGEVL_EXPORT const char* AX_ENGINE_GetModelToolsVersion(uint64_t* handle);
 }  // extern "C"
 
 static_assert(sizeof(AX_ENGINE_IO_META) == 128 && sizeof(AX_ENGINE_IO_INFO) == 128 &&
-              sizeof(AX_ENGINE_IO_BUFFER) == 128 && sizeof(AX_ENGINE_IO) == 120);
+              sizeof(AX_ENGINE_IO_BUFFER) == 128 && sizeof(AX_ENGINE_IO) == 128);

@@ -98,7 +98,8 @@ class LayerProgram : public Program {
     return layer;
   }
 
-  /// A layer without a history has caches of one row, which are not used.
+  /// A layer without a history does not look at the caches that it is given: compilers choose their
+  /// shape (Pulsar2: one row of the hidden size).
   static void check_group(const Group& group, const DecoderConfig& c) {
     if (group.inputs.size() != 5) fail("a layer has 5 inputs");
     const std::int32_t rows = second_size(group.inputs[0], kMaxHistory);
@@ -107,10 +108,11 @@ class LayerProgram : public Program {
     const bool alone = mask.size() == 3 && mask[2] == tokens;
     const std::int32_t width = c.num_key_value_heads * c.head_dim;
     const std::int32_t columns = (alone ? 0 : rows) + tokens;
+    const auto cache = alone ? group.inputs[0].shape : std::vector{1, rows, width};
     const auto bf16 = Type::kBf16;
     require_tensors(group,
-                    {{"K_cache", bf16, {1, rows, width}},
-                     {"V_cache", bf16, {1, rows, width}},
+                    {{"K_cache", bf16, cache},
+                     {"V_cache", bf16, cache},
                      {"indices", Type::kU32, {1, tokens}},
                      {"input", bf16, {1, tokens, c.hidden_size}},
                      {"mask", bf16, {1, tokens, columns}}},

@@ -7,12 +7,13 @@ size, W = num_key_value_heads * head_dim, P chunk and C cache length:
 group   K/V_cache     indices  input    mask          K/V_cache_out         output
 ======  ============  =======  =======  ============  ====================  =========
 0       [1, C, W]     [1, 1]   [1,1,H]  [1, 1, C+1]   [1, 1, W]             [1, 1, H]
-1       [1, 1, W]     [1, P]   [1,P,H]  [1, P, P]     [1, P, W]             [1, P, H]
+1       [1, 1, H]     [1, P]   [1,P,H]  [1, P, P]     [1, P, W]             [1, P, H]
 g >= 2  [1, P(g-1),W] [1, P]   [1,P,H]  [1, P, P*g]   [1, P, W]             [1, P, H]
 ======  ============  =======  =======  ============  ====================  =========
 
 Everything is bfloat16 but indices, which are 32-bit integers. A mask is 0 where attention is
-allowed and `MASKED` elsewhere; its last columns are those of the new tokens.
+allowed and `MASKED` elsewhere; its last columns are those of the new tokens. Group 1 has no history
+and does not look at its caches: that they are of the hidden size is Pulsar2's choice.
 """
 
 from __future__ import annotations

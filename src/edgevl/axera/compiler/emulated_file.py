@@ -89,7 +89,9 @@ def layer_groups(text: TextConfig, shape: BoardShape, times_ms: Sequence[float])
     width, hidden = text.num_key_value_heads * text.head_dim, text.hidden_size
     groups = []
     for ms, (tokens, history) in zip(times_ms, sizes, strict=True):
-        cache, new, states = (1, max(history, 1), width), (1, tokens, width), (1, tokens, hidden)
+        # Where there is no history Pulsar2 gives a cache all the same, of the hidden size.
+        cache = (1, history, width) if history else (1, 1, hidden)
+        new, states = (1, tokens, width), (1, tokens, hidden)
         inputs = (cache, cache, (1, tokens), states, (1, tokens, history + tokens))
         dtypes = ("bf16", "bf16", "u32", "bf16", "bf16")
         groups.append(

@@ -2,12 +2,13 @@
 
 Every layer has a buffer of keys and one of values, of as many rows as the longest history and what
 is appended to it. A group reads them from their beginning, as many rows as it takes, and writes the
-rows of new tokens where they belong: what it reads beyond the history is masked. The hidden states
-go back and forth between two buffers; one buffer of positions and, for each group, one mask serve
-all layers. A call of each layer and group is prepared when it is first made, and afterwards only
-its two places of new rows are moved. Embeddings have a buffer of their own, so that after the start
-no memory is written by the host as well as by the NPU: that would take more care with the host's
-cache.
+rows of new tokens where they belong: what it reads beyond the history is masked. A group without a
+history has caches too, which it does not look at: it gets zeros, as many as it asks for. The hidden
+states go back and forth between two buffers; one buffer of positions and, for each group, one mask
+serve all layers. A call of each layer and group is prepared when it is first made, and afterwards
+only its two places of new rows are moved. Embeddings have a buffer of their own, so that after the
+start no memory is written by the host as well as by the NPU: that would take more care with the
+host's cache.
 
 Rows begin at multiples of their size, and the NPU asks for multiples of `ALIGNMENT` bytes. Where
 the two disagree, which they do in small models only, rows go through a buffer of their own.
@@ -68,11 +69,17 @@ class NpuDecoder:
         self._position = STORED[inputs[self._inputs["indices"]].dtype]
         new_key = outputs[self._outputs["K_cache_out"]]
         self._row_bytes = new_key.nbytes // new_key.shape[1]
-        read = [self._tensor(step, f"{kind}_cache").shape[1] for step in steps for kind in "KV"]
-        rows = max(*(step.history + step.tokens for step in steps), *read)
+        rows = max(step.history + step.tokens for step in steps)
         self._caches = [
             [_zeros(runtime, rows * self._row_bytes) for _ in "KV"] for _ in self._layers
         ]
+        unread = [
+            self._tensor(step, f"{kind}_cache").nbytes
+            for step in steps
+            if not step.history
+            for kind in "KV"
+        ]
+        self._unread = _zeros(runtime, max(unread, default=ALIGNMENT))
         size = chunk * text.hidden_size * STORED[self.output.dtype].itemsize
         self._embeddings = _zeros(runtime, size)
         self._hidden = [_zeros(runtime, size) for _ in range(2)]
@@ -125,8 +132,8 @@ class NpuDecoder:
         keys, values = self._caches[layer]
         new_keys, new_values = self._staging or (keys, values)
         inputs = {
-            "K_cache": keys,
-            "V_cache": values,
+            "K_cache": keys if step.history else self._unread,
+            "V_cache": values if step.history else self._unread,
             "indices": self._indices,
             "input": self._hidden[layer % 2] if layer else self._embeddings,
             "mask": self._masks[step.index].memory,
