@@ -55,6 +55,8 @@ _COUNTERS = (
     "cmm_bytes",
     "cmm_peak_bytes",
     "weight_bytes",
+    "blocks",
+    "models",
 )
 
 

@@ -16,6 +16,7 @@ TALK = f"""
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from edgevl.cli.conversation import Conversation
+from edgevl.cli.terminal import leave_on_signals
 from fake_model import FakeModel
 
 def say(question):
@@ -26,6 +27,7 @@ def say(question):
         time.sleep(0.05)
 
 model = FakeModel(say)
+leave_on_signals()  # as `edgevl` does
 Conversation("m", model.chat(), {{}}).run([])
 print("\\nleft")
 """

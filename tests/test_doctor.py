@@ -5,13 +5,17 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from edgevl import cli, machine
+from edgevl.axera.npu import ax, choice, libraries
+from edgevl.axera.npu.ax import read_cmm
 from edgevl.cli import doctor
+from edgevl.errors import BoardError
 from fake_model import FakeModel
 
 X86 = """\
@@ -221,3 +225,126 @@ def test_all_is_well_here(capsys):
     status = cli.main(["doctor"])
     assert "All is well." in capsys.readouterr().out
     assert status == 0
+
+
+# --- the NPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No model is loaded, and no NPU is found but what a test installs."""
+    monkeypatch.setattr("edgevl.load", Tiny(lambda question: [doctor.NUMBER]).load)
+    for name in (choice.VARIABLE, libraries.DIRECTORY_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(choice, "_started", {})
+    monkeypatch.setattr(choice.atexit, "register", lambda function: None)
+    return monkeypatch
+
+
+def report(capsys):
+    status = cli.main(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    lines = [line for line in doctor.describe(found) if line.startswith(("npu", "   "))]
+    return status, found, lines
+
+
+def test_without_an_npu_nothing_is_wrong(quick, capsys):
+    quick.setenv(libraries.DIRECTORY_VARIABLE, "/nowhere")
+    quick.setitem(sys.modules, "axengine", None)
+    status, found, lines = report(capsys)
+    assert (status, found["npu"]) == (0, {"runtime": None})
+    assert lines == ["npu       none here; without a board, edgevl compile --emulate"]
+
+
+@pytest.fixture
+def emulator(quick):
+    pytest.importorskip("cffi")
+    try:
+        directory = libraries.emulator_directory()
+    except BoardError as missing:
+        pytest.skip(str(missing))
+    quick.setenv(libraries.DIRECTORY_VARIABLE, str(directory))
+    quick.setenv("EDGEVL_EMULATOR_CMM", "3000")
+    return quick
+
+
+@pytest.mark.parametrize("name", ["ax", "axcl"])
+def test_an_emulated_npu_is_called_so(emulator, capsys, name):
+    emulator.setenv(choice.VARIABLE, name)
+    status, found, lines = report(capsys)
+    assert status == 0
+    npu = found["npu"]
+    assert (npu["runtime"], npu["emulated"], npu["memory_bytes"]) == (name, True, 3000 << 20)
+    free = npu["free_bytes"]
+    assert 0 < free <= 3000 << 20
+    assert "EdgeVL emulator (emulated: no board computes)" in lines[0]
+    assert lines[1].startswith("          NPU memory (CMM) 2.9 GiB, ")
+    memory = choice.open_runtime().allocate(1 << 20)
+    assert report(capsys)[1]["npu"]["free_bytes"] == free - (1 << 20)
+    memory.close()
+    assert report(capsys)[1]["npu"]["free_bytes"] == free
+
+
+def test_an_npu_that_does_not_answer_is_a_problem(emulator, capsys):
+    emulator.setenv("EDGEVL_EMULATOR_CMM", "none")
+    status, found, _ = report(capsys)
+    assert (status, found["npu"]) == (1, None)
+    [problem] = found["problems"]
+    assert "libax_sys.so is there, but AX_SYS_Init failed with status 0x80060002" in problem
+
+
+#: As programs for boards read it: a list of partitions and blocks, and their sums.
+CMM = """\
+--------------------SDK VERSION-------------------
+[Axera version]: ax_cmm V1.45.0 Aug 30 2024
++---PARTITION: Phys(0x180000000, 0x27FFFFFFF), Size=4194304KB(4096MB),    NAME="anonymous"
+ nBlock(Max=9, Cur=9, New=9, Free=0)  nbytes(Max=5840896B(5704KB,5MB), Cur=5840896B(5704KB,5MB))
+   |-Block: phys(0x180000000, 0x180013FFF), cache =non-cacheable, length=80KB(0MB),  name="TDP"
+
+---CMM_USE_INFO:
+ total size=4194304KB(4096MB),used=283228KB(276MB + 604KB),remain=3911076KB(3819MB + 420KB),\
+partition_number=1,block_number=9
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (CMM, (4194304 << 10, 3911076 << 10)),
+        ("total size = 1024 KB, used = 24 KB", (1 << 20, 1000 << 10)),
+        ("Total size: 1024KB", (1 << 20, None)),
+        ("another form", (None, None)),
+        ("", (None, None)),
+        (None, (None, None)),
+    ],
+)
+def test_memory_of_a_board(tmp_path, text, expected):
+    path = tmp_path / "mem_cmm_info"
+    if text is not None:
+        path.write_text(text)
+    assert read_cmm(path) == expected
+
+
+def test_what_a_board_says(quick, capsys, tmp_path):
+    """With a library that is no emulator, chip and memory come from the drivers' files."""
+    cffi = pytest.importorskip("cffi")
+    (tmp_path / "chip_type").write_text("AX650N_CHIP\n")
+    (tmp_path / "version").write_text("Ax_Version V3.6.2_20250731140456\n")
+    (tmp_path / "mem_cmm_info").write_text(CMM)
+    quick.setattr(ax, "PROC", tmp_path)
+
+    class Library:
+        def AX_ENGINE_GetVersion(self):  # noqa: N802
+            return functions.new("char[]", b"2.12.0s")
+
+    functions = cffi.FFI()
+    runtime = ax.AxRuntime.__new__(ax.AxRuntime)
+    runtime.functions, runtime.system, runtime.engine = functions, object(), Library()
+    quick.setattr("edgevl.axera.npu.installed_runtime", lambda: "ax")
+    quick.setattr("edgevl.axera.npu.open_runtime", lambda: runtime)
+    status, _, lines = report(capsys)
+    assert status == 0
+    assert lines == [
+        "npu       runtime ax, version 2.12.0s, AX650N_CHIP, Ax_Version V3.6.2_20250731140456",
+        "          NPU memory (CMM) 4.0 GiB, 3.7 GiB free",
+    ]

@@ -2,13 +2,14 @@
 
 import sys
 from ctypes.util import find_library
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from edgevl.axera.npu import choice, libraries, open_runtime
+from edgevl.axera.npu import ax, choice, libraries, open_runtime
 from edgevl.axera.npu.ax import AxRuntime
 from edgevl.axera.npu.axcl import AxclRuntime
 from edgevl.axera.npu.base import TensorInfo, checked_tensor
@@ -48,6 +49,7 @@ class Session:
 def axengine(monkeypatch):
     """Install a package like `axengine`."""
     module = ModuleType("axengine")
+    module.__spec__ = ModuleSpec("axengine", None)
     module.InferenceSession = Session
     monkeypatch.setitem(sys.modules, "axengine", module)
 
@@ -74,33 +76,96 @@ def test_no_npu(monkeypatch):
     monkeypatch.setitem(sys.modules, "axengine", None)
     with pytest.raises(BoardError) as error:
         open_runtime()
-    for words in ("libax_engine.so", "/soc/lib", "AXCL", "axengine is not installed", "--emulate"):
+    for words in ("libax_engine.so", "/soc/lib", "AXCL", "package axengine", "--emulate"):
         assert words in str(error.value)
     assert "\n" not in str(error.value)
 
 
+def test_half_of_a_boards_libraries(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "axengine", None)
+    install(tmp_path / "soc", "ax_sys")
+    with pytest.raises(BoardError) as error:
+        open_runtime()
+    assert "no NPU here: libax_engine.so (of a board's system image" in str(error.value)
+    assert f"not found ({tmp_path / 'soc' / 'libax_sys.so'} is there)" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ax", "axcl"])
+def test_a_library_without_an_npu_is_not_a_missing_library(monkeypatch, capfd, name):
+    """The emulator's libraries refuse to start; a board's do where there is no device."""
+    pytest.importorskip("cffi")
+    try:
+        directory = libraries.emulator_directory()
+    except BoardError as missing:
+        pytest.skip(str(missing))
+    monkeypatch.setenv(choice.VARIABLE, name)
+    monkeypatch.setenv(libraries.DIRECTORY_VARIABLE, str(directory))
+    monkeypatch.setenv("EDGEVL_EMULATOR_CMM", "none")
+    with pytest.raises(BoardError) as error:
+        open_runtime()
+    library, function = {
+        "ax": ("libax_sys.so", "AX_SYS_Init"),
+        "axcl": ("libaxcl_rt.so", "axclInit"),
+    }[name]
+    message = str(error.value)
+    assert message.startswith(
+        f"{directory / library} is there, but {function} failed with status 0x80060002: "
+    )
+    assert "dmesg" in message
+    assert "not installed" not in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("No providers found."), AssertionError("no ax_sys"), OSError(2, "gone")]
+)
+def test_the_vendors_package_without_an_npu(monkeypatch, error):
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return ModuleSpec(name, Finder) if name == "axengine" else None
+
+        @staticmethod
+        def create_module(spec):
+            return None
+
+        @staticmethod
+        def exec_module(module):
+            raise error
+
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    with pytest.raises(BoardError, match="package axengine is there, but cannot start: ") as raised:
+        open_runtime()
+    assert str(error) in str(raised.value)
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[1:])
+    monkeypatch.setenv(choice.VARIABLE, "axengine")
+    monkeypatch.setitem(sys.modules, "axengine", None)
+    with pytest.raises(BoardError, match="package axengine is not installed"):
+        open_runtime()
+
+
 def test_the_emulator(monkeypatch, tmp_path):
     install(tmp_path, "ax_sys", "ax_engine", "axcl_rt")
-    assert choice._choose(tmp_path) == "ax"
+    assert choice.installed_runtime(tmp_path) == "ax"
     monkeypatch.setenv(choice.VARIABLE, "axcl")
-    assert choice._choose(tmp_path) == "axcl"
+    assert choice.installed_runtime(tmp_path) == "axcl"
 
 
 def test_the_order(monkeypatch, tmp_path):
     soc = tmp_path / "soc"
     install(soc, "axcl_rt")
-    assert choice._choose(None) == "axcl"
+    assert choice.installed_runtime(None) == "axcl"
     install(soc, "ax_engine")
-    assert choice._choose(None) == "axcl"  # one of the two that a board needs
+    assert choice.installed_runtime(None) == "axcl"  # one of the two that a board needs
     install(soc, "ax_sys")
-    assert choice._choose(None) == "ax"
+    assert choice.installed_runtime(None) == "ax"
     choice.CARD_DEVICE.touch()
-    assert choice._choose(None) == "axcl"
+    assert choice.installed_runtime(None) == "axcl"
     monkeypatch.setenv(choice.VARIABLE, "ax")
-    assert choice._choose(None) == "ax"
+    assert choice.installed_runtime(None) == "ax"
     monkeypatch.setenv(choice.VARIABLE, "cuda")
     with pytest.raises(BoardError, match="EDGEVL_NPU=cuda: choose ax, axcl, axengine"):
-        choice._choose(None)
+        choice.installed_runtime(None)
 
 
 def test_where_libraries_are_looked_for(monkeypatch, tmp_path):
@@ -115,6 +180,17 @@ def test_where_libraries_are_looked_for(monkeypatch, tmp_path):
     assert libraries.library_path("ax_sys") == str(mine / "libax_sys.so")
     assert libraries.library_path("ax_engine") is None
     assert libraries.library_path("ax_sys", soc) == str(soc / "libax_sys.so")  # the emulator's
+
+
+def test_structures_have_the_sizes_of_the_vendors_headers():
+    """128 bytes each on 64-bit machines, the table of a run (AX_ENGINE_IO_T) too."""
+    cffi = pytest.importorskip("cffi")
+    functions = cffi.FFI()
+    functions.cdef(ax._DECLARATIONS)
+    for name in ("TensorMeta", "TensorTable", "Buffer", "BufferTable"):
+        assert functions.sizeof(name) == 128
+    assert functions.sizeof("NpuAttributes") == 36
+    assert functions.sizeof("HandleExtra") == 48
 
 
 @pytest.mark.parametrize("runtime", [AxRuntime, AxclRuntime])
@@ -179,7 +255,7 @@ def test_the_vendors_package(axengine, caplog, capsys, tmp_path):
         runtime.load(tmp_path / "broken.axmodel")
     assert capsys.readouterr().out == ""  # standard output is for answers
     runtime.close()
-    assert memory.bytes.size == 0
+    assert model.session is None
 
 
 def test_places_are_checked(axengine, tmp_path):

@@ -304,6 +304,15 @@ int32_t axclrtMemFlush(void* device, size_t bytes) {
   });
 }
 
+int32_t axclrtGetMemInfo(axclrtMemAttr attribute, size_t* free, size_t* total) {
+  return guarded(__func__, [&] {
+    require_context();
+    if (attribute != AXCL_DDR_CMM) throw Problem(Kind::kValue, "CMM is all that is emulated");
+    if (free) *free = Board::get().free_bytes();
+    if (total) *total = Board::get().settings().cmm_bytes;
+  });
+}
+
 // --- models ---
 
 int32_t axclrtEngineInit(int32_t kind) {

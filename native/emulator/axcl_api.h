@@ -26,6 +26,10 @@ enum axclrtMemcpyKind : int32_t {
   AXCL_MEMCPY_DEVICE_TO_DEVICE = 3,
 };
 
+enum axclrtMemAttr : int32_t {
+  AXCL_DDR_CMM = 0,
+};
+
 enum axclrtEngineDataType : int32_t {
   AXCL_DATA_TYPE_UINT8 = 4,
   AXCL_DATA_TYPE_INT32 = 7,
@@ -57,6 +61,7 @@ EDGEVL_EXPORT int32_t axclrtMallocCached(void** device, size_t bytes, int32_t po
 EDGEVL_EXPORT int32_t axclrtMemcpy(void* to, const void* from, size_t bytes, axclrtMemcpyKind kind);
 EDGEVL_EXPORT int32_t axclrtFree(void* device);
 EDGEVL_EXPORT int32_t axclrtMemFlush(void* device, size_t bytes);
+EDGEVL_EXPORT int32_t axclrtGetMemInfo(axclrtMemAttr attribute, size_t* free, size_t* total);
 
 EDGEVL_EXPORT int32_t axclrtEngineInit(int32_t kind);
 EDGEVL_EXPORT int32_t axclrtEngineGetVNpuKind(int32_t* kind);

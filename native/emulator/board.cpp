@@ -1,5 +1,9 @@
 #include "emulator/board.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <charconv>
 #include <chrono>
@@ -43,6 +47,7 @@ Settings read_settings() {
   const long processors =
       std::clamp(static_cast<long>(std::thread::hardware_concurrency()), 1L, 256L);
   settings.threads = static_cast<int>(number("EDGEVL_EMULATOR_THREADS", 1, 256, processors));
+  settings.load = std::chrono::milliseconds(number("EDGEVL_EMULATOR_LOAD", 0, 60'000, 0));
   return settings;
 }
 
@@ -54,7 +59,25 @@ Board& Board::get() {
 
 void Board::initialize() {
   settings_ = read_settings();
+  share_counters();
   ++initialized_;
+}
+
+void Board::share_counters() {
+  const char* path = std::getenv("EDGEVL_EMULATOR_COUNTERS");
+  std::lock_guard lock(mutex_);
+  if (!path || !*path || counters_ != &own_counters_) return;
+  const int file = ::open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  void* memory = MAP_FAILED;
+  if (file >= 0 && ::ftruncate(file, sizeof(Counters)) == 0) {
+    memory = ::mmap(nullptr, sizeof(Counters), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  }
+  if (file >= 0) ::close(file);
+  if (memory == MAP_FAILED) {
+    throw Problem(Problem::Kind::kSetting, std::string("EDGEVL_EMULATOR_COUNTERS is '") + path +
+                                               "': the file cannot be written");
+  }
+  counters_ = new (memory) Counters(own_counters_);
 }
 
 void Board::require_initialized() const {
@@ -72,8 +95,9 @@ Memory::Allocated Board::allocate(std::size_t bytes, std::size_t align, bool dev
                       : settings_.check ? Memory::Access::kCached
                                         : Memory::Access::kShared;
   const auto allocated = memory_.allocate(bytes, align, access);
-  ++counters_.allocations;
-  counters_.cmm_bytes += bytes;
+  ++counters_->allocations;
+  ++counters_->blocks;
+  counters_->cmm_bytes += bytes;
   note_peak();
   return allocated;
 }
@@ -81,23 +105,26 @@ Memory::Allocated Board::allocate(std::size_t bytes, std::size_t align, bool dev
 void Board::free(std::uint64_t address, const void* cpu) {
   const std::size_t bytes = memory_.free(address, cpu);
   std::lock_guard lock(mutex_);
-  counters_.cmm_bytes -= bytes;
+  counters_->cmm_bytes -= bytes;
+  --counters_->blocks;
 }
 
 void Board::take_weights(std::size_t bytes) {
   std::lock_guard lock(mutex_);
   check_pool(bytes);
-  counters_.weight_bytes += bytes;
+  counters_->weight_bytes += bytes;
+  ++counters_->models;
   note_peak();
 }
 
 void Board::return_weights(std::size_t bytes) {
   std::lock_guard lock(mutex_);
-  counters_.weight_bytes -= bytes;
+  counters_->weight_bytes -= bytes;
+  --counters_->models;
 }
 
 void Board::check_pool(std::size_t bytes) const {
-  const std::size_t used = counters_.cmm_bytes + counters_.weight_bytes;
+  const std::size_t used = counters_->cmm_bytes + counters_->weight_bytes;
   if (used > settings_.cmm_bytes || bytes > settings_.cmm_bytes - used) {
     throw Problem(Problem::Kind::kNoMemory,
                   "of " + std::to_string(settings_.cmm_bytes) + " bytes of CMM, " +
@@ -106,33 +133,41 @@ void Board::check_pool(std::size_t bytes) const {
   }
 }
 
+std::size_t Board::free_bytes() const {
+  std::lock_guard lock(mutex_);
+  const std::size_t used = counters_->cmm_bytes + counters_->weight_bytes;
+  return settings_.cmm_bytes - std::min(used, settings_.cmm_bytes);
+}
+
 void Board::note_peak() {
-  counters_.cmm_peak_bytes =
-      std::max(counters_.cmm_peak_bytes, counters_.cmm_bytes + counters_.weight_bytes);
+  counters_->cmm_peak_bytes =
+      std::max(counters_->cmm_peak_bytes, counters_->cmm_bytes + counters_->weight_bytes);
 }
 
 void Board::count(std::uint64_t Counters::* counter, std::uint64_t amount) {
   std::lock_guard lock(mutex_);
-  counters_.*counter += amount;
+  counters_->*counter += amount;
 }
 
 Counters Board::counters() const {
   std::lock_guard lock(mutex_);
-  return counters_;
+  return *counters_;
 }
 
 void Board::reset_counters() {
   std::lock_guard lock(mutex_);
-  const Counters before = counters_;
-  counters_ = {};
-  counters_.cmm_bytes = before.cmm_bytes;
-  counters_.weight_bytes = before.weight_bytes;
+  const Counters before = *counters_;
+  *counters_ = {};
+  counters_->cmm_bytes = before.cmm_bytes;
+  counters_->weight_bytes = before.weight_bytes;
+  counters_->blocks = before.blocks;
+  counters_->models = before.models;
   note_peak();
 }
 
 std::int32_t Board::report(const char* function, const Problem& problem) noexcept {
   std::lock_guard lock(mutex_);
-  ++counters_.problems;
+  ++counters_->problems;
   if (reported_.insert(problem.kind).second) {
     std::fprintf(stderr, "EdgeVL emulator: %s: %s\n", function, problem.what());
   }
@@ -168,5 +203,11 @@ void EDGEVL_EMULATOR_Counters(EDGEVL_EMULATOR_COUNTERS* counters) {
 }
 
 void EDGEVL_EMULATOR_ResetCounters(void) { edgevl::emulator::Board::get().reset_counters(); }
+
+void EDGEVL_EMULATOR_Memory(uint64_t* free, uint64_t* total) {
+  const auto& board = edgevl::emulator::Board::get();
+  if (free) *free = board.free_bytes();
+  if (total) *total = board.settings().cmm_bytes;
+}
 
 }  // extern "C"

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -23,6 +24,7 @@ struct Settings {
   bool timing = false;  ///< EDGEVL_EMULATOR_TIMING: a run takes the time that its file says
   std::size_t cmm_bytes = std::size_t{4096} << 20;  ///< EDGEVL_EMULATOR_CMM, in MiB
   int threads = 1;  ///< EDGEVL_EMULATOR_THREADS: that compute; default is all processors
+  std::chrono::milliseconds load{0};  ///< EDGEVL_EMULATOR_LOAD: that loading a model takes at least
 };
 
 /// Reads the environment. Throws Problem for what is not a number, or out of range.
@@ -32,7 +34,8 @@ class EDGEVL_EXPORT Board {
  public:
   static Board& get();
 
-  /// Reads the settings anew; everything else stays.
+  /// Reads the settings anew; everything else stays. From the first time on, the counters are in
+  /// the file that EDGEVL_EMULATOR_COUNTERS names, if it does: there they outlive the process.
   void initialize();
   void finalize() { --initialized_; }
   /// Throws Problem unless `initialize` was called.
@@ -52,6 +55,7 @@ class EDGEVL_EXPORT Board {
   void count(std::uint64_t EDGEVL_EMULATOR_COUNTERS::* counter, std::uint64_t amount = 1);
   EDGEVL_EMULATOR_COUNTERS counters() const;
   void reset_counters();
+  std::size_t free_bytes() const;
 
   /// Counts a problem and says it on standard error, each kind once; returns its status.
   std::int32_t report(const char* function, const Problem& problem) noexcept;
@@ -59,12 +63,14 @@ class EDGEVL_EXPORT Board {
  private:
   void check_pool(std::size_t bytes) const;
   void note_peak();
+  void share_counters();
 
   Settings settings_;
   std::atomic<int> initialized_ = 0;  ///< times
   Memory memory_;
   mutable std::mutex mutex_;
-  EDGEVL_EMULATOR_COUNTERS counters_ = {};
+  EDGEVL_EMULATOR_COUNTERS own_counters_ = {};
+  EDGEVL_EMULATOR_COUNTERS* counters_ = &own_counters_;
   std::set<Problem::Kind> reported_;
 };
 

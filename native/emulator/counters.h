@@ -25,10 +25,14 @@ struct EDGEVL_EMULATOR_COUNTERS {
   uint64_t cmm_bytes;       ///< allocated now; not reset
   uint64_t cmm_peak_bytes;  ///< allocated and weights, at most
   uint64_t weight_bytes;    ///< of the models that are loaded now; not reset
+  uint64_t blocks;          ///< allocations that are not freed; not reset
+  uint64_t models;          ///< that are loaded now; not reset
 };
 
-/// Both are found through any of the libraries.
+/// All are found through any of the libraries.
 EDGEVL_EXPORT void EDGEVL_EMULATOR_Counters(struct EDGEVL_EMULATOR_COUNTERS* counters);
 EDGEVL_EXPORT void EDGEVL_EMULATOR_ResetCounters(void);
+/// What is free of the emulated CMM, and all of it, in bytes.
+EDGEVL_EXPORT void EDGEVL_EMULATOR_Memory(uint64_t* free, uint64_t* total);
 
 }  // extern "C"

@@ -117,6 +117,7 @@ Model::Model(std::span<const std::uint8_t> data) try
       file_(data_.data() ? std::span<const std::uint8_t>(data_.data(), data.size()) : data) {
   program_ = make_program(file_, team());
   if (!Board::get().settings().compute) program_.reset();
+  std::this_thread::sleep_for(Board::get().settings().load);
   Board::get().take_weights(file_.weight_bytes());
 } catch (const std::invalid_argument& error) {
   throw Problem(Kind::kModel, std::string("the model: ") + error.what());

@@ -251,6 +251,10 @@ void test_description() {
   CHECK(output.eDataType == AX_ENGINE_DT_BFLOAT16);
   CHECK_STATUS(AX_ENGINE_GetGroupIOInfo(post.handle, 1, &info), Kind::kValue);
   AX_ENGINE_CMM_INFO usage;
+  CHECK(counters().models == 1);
+  std::uint64_t free = 0, total = 0;
+  EDGEVL_EMULATOR_Memory(&free, &total);
+  CHECK(total - free == counters().cmm_bytes + counters().weight_bytes && free < total);
   CHECK(AX_ENGINE_GetCMMUsage(post.handle, &usage) == 0);
   CHECK(usage.nCMMSize == kHidden * 4 + 64 * kHidden * 2);
   std::uint64_t other = 0;
@@ -708,6 +712,7 @@ int main() {
   test_masks();
   test_card();
   CHECK(counters().cmm_bytes == 0 && counters().weight_bytes == 0);
+  CHECK(counters().blocks == 0 && counters().models == 0);
   if (failures) std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
 }

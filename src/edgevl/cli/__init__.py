@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import click
 
-from edgevl.cli.terminal import reason
+from edgevl.cli.terminal import leave_on_signals, reason
 
 #: Subcommand -> (module with an object ``command``, one-line help).
 COMMANDS = {
@@ -84,13 +84,15 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     Returns:
-        0 done, 1 failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
+        0 done, 1 failed (one line on standard error says why), 2 wrong usage, 130 interrupted by
+        Ctrl-C, 143 by SIGTERM, 129 by the end of the terminal (see `leave_on_signals`).
         With ``EDGEVL_DEBUG=1`` in the environment a failure also shows where it happened.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A terminal that cannot show Chinese gets \uXXXX in its place, not a crash.
             stream.reconfigure(errors="backslashreplace")
+    leave_on_signals()
     try:
         status = group.main(args, prog_name="edgevl", standalone_mode=False)
         if sys.stdout is not None:  # closed by the caller
@@ -103,7 +105,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except SystemExit as stop:  # click's own answer to a closed pipe
+    except SystemExit as stop:  # of a signal, or click's own answer to a closed pipe
         _abandon_stdout()
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:

@@ -10,12 +10,7 @@ import click
 
 from edgevl.cli.loading import load_model
 from edgevl.cli.options import answer_options, as_unicode, engine_options, read_constraint
-from edgevl.cli.terminal import (
-    chinese,
-    ends_like_ctrl_c,
-    print_json,
-    progress_bar,
-)
+from edgevl.cli.terminal import chinese, print_json, progress_bar
 
 if TYPE_CHECKING:
     from edgevl.generate import Model
@@ -101,8 +96,7 @@ def command(
         **sampling,
     }
     if to_stdout:
-        with ends_like_ctrl_c():
-            result = _print(loaded, questions, options)
+        result = _print(loaded, questions, options)
     else:
         result = _write(loaded, questions, output, loading, options)
         click.echo(output)
@@ -140,9 +134,9 @@ def _write(
     from edgevl.generate.batch import run_batch
 
     try:
-        with ends_like_ctrl_c(), progress_bar("回答" if chinese() else "answers") as show:
+        with progress_bar("回答" if chinese() else "answers") as show:
             return run_batch(model, questions, output, loading=loading, progress=show, **options)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         click.echo(
             f"已中断；再次运行同一命令即可从 {output}.partial 继续"
             if chinese()

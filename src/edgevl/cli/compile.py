@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edgevl.cli.terminal import ends_like_ctrl_c, note, progress_bar
+from edgevl.cli.terminal import note, progress_bar
 
 FILE = click.Path(path_type=Path)
 
@@ -151,9 +151,8 @@ def command(
         **options,
     )
     try:
-        with ends_like_ctrl_c():
-            board = compile_model(model, output, settings, progress=progress_bar)
-    except KeyboardInterrupt:
+        board = compile_model(model, output, settings, progress=progress_bar)
+    except (KeyboardInterrupt, SystemExit):
         click.echo(f"interrupted; the same command goes on in {output}.partial", err=True)
         raise
     for line in board["warnings"]:

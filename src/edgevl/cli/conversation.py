@@ -17,7 +17,7 @@ from edgevl.cli.answer import PlainPrinter, Printer, print_answer
 from edgevl.cli.commands import COMMANDS, help_text
 from edgevl.cli.dropped import find_files, unquoted
 from edgevl.cli.prompt import keys_wait, line_reader
-from edgevl.cli.terminal import can_move, chinese, leaves_in_order, reason, replacing, tell
+from edgevl.cli.terminal import can_move, chinese, reason, replacing, tell
 from edgevl.errors import EdgeVLError
 from edgevl.options import OPTIONS
 from edgevl.preprocess import Video, load_image, open_video
@@ -74,16 +74,15 @@ class Conversation:
         self._waiting = shown
         read = line_reader(COMMANDS, OPTIONS, PICTURE_SUFFIXES + VIDEO_SUFFIXES)
         tell(*WELCOME)
-        with leaves_in_order():
-            while True:
-                try:
-                    while self._step(read):
-                        pass
-                    return
-                except KeyboardInterrupt:
-                    with contextlib.suppress(KeyboardInterrupt):  # pressed twice
-                        click.echo(err=True)
-                        tell("(Ctrl-D or /exit leaves)", "（按 Ctrl-D 或输入 /exit 退出）")
+        while True:
+            try:
+                while self._step(read):
+                    pass
+                return
+            except KeyboardInterrupt:
+                with contextlib.suppress(KeyboardInterrupt):  # pressed twice
+                    click.echo(err=True)
+                    tell("(Ctrl-D or /exit leaves)", "（按 Ctrl-D 或输入 /exit 退出）")
 
     def _step(self, read: Callable[[], str]) -> bool:
         """Read what is typed and carry it out; return whether the conversation goes on."""

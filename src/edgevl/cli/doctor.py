@@ -6,6 +6,7 @@ import importlib
 import platform
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,11 +99,18 @@ def examine() -> dict[str, Any]:
         },
         "machine": None,
         "cpu_engine": None,
+        "npu": None,
         "hub": None,
         "tiny": None,
         "problems": problems,
     }
-    looks = {"machine": _machine, "cpu_engine": _cpu_engine, "hub": _hub, "tiny": _tiny}
+    looks = {
+        "machine": _machine,
+        "cpu_engine": _cpu_engine,
+        "npu": _npu,
+        "hub": _hub,
+        "tiny": _tiny,
+    }
     for name, look in looks.items():
         try:
             report[name] = look()
@@ -139,6 +147,8 @@ def describe(report: dict[str, Any]) -> list[str]:
             f"engine    cpu with {engine['instruction_set']} (of {others}), "
             f"{engine['threads']} threads"
         )
+    if npu := report["npu"]:
+        lines += _describe_npu(npu)
     if hub := report["hub"]:
         lines += [
             f"hub       {hub['endpoint']}{' (offline mode)' if hub['offline'] else ''}",
@@ -194,6 +204,26 @@ def _cpu_engine() -> dict[str, Any]:
         "instruction_sets": _native.instruction_sets(),
         "threads": this_machine().threads,
     }
+
+
+def _npu() -> dict[str, Any]:
+    """Return what drives this computer's NPU, and what that says of itself."""
+    from edgevl.axera.npu import installed_runtime, open_runtime
+
+    name = installed_runtime()
+    return {"runtime": name} | (asdict(open_runtime().info()) if name else {})
+
+
+def _describe_npu(npu: dict[str, Any]) -> Iterator[str]:
+    if npu["runtime"] is None:
+        yield "npu       none here; without a board, edgevl compile --emulate"
+        return
+    about = [npu["version"] and f"version {npu['version']}", npu["chip"]]
+    line = ", ".join([f"runtime {npu['runtime']}", *filter(None, about)])
+    yield f"npu       {line}{' (emulated: no board computes)' if npu['emulated'] else ''}"
+    if npu["memory_bytes"] is not None:
+        free = "" if npu["free_bytes"] is None else f", {_gib(npu['free_bytes'])} free"
+        yield f"          NPU memory (CMM) {_gib(npu['memory_bytes'])}{free}"
 
 
 def _hub() -> dict[str, Any]:

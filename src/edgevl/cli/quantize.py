@@ -110,7 +110,7 @@ def command(
         report = quantize_checkpoint(
             model, output, settings, origins=origins, vqa=vqa, progress=progress_bar
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         click.echo(f"interrupted; the same command goes on in {output}.partial", err=True)
         raise
     for line in summary(report):

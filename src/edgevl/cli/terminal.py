@@ -9,7 +9,7 @@ import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -40,42 +40,22 @@ def show_notes(notes: Iterable[str]) -> None:
         click.echo(dim(_CHINESE_NOTES.get(line, line) if chinese() else line), err=True)
 
 
-@contextmanager
-def ends_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM, and the end of the terminal, stop what runs in the block as Ctrl-C does.
+def leave_on_signals() -> None:
+    """Let SIGTERM, and the end of the terminal, end this program as an error does: with SystemExit.
 
-    Else they would end this process alone, and leave those that it has started. What the caller
-    has this process ignore (``nohup``) stays ignored.
-    """
-    with _ended_by(signal.default_int_handler):
-        yield
-
-
-@contextmanager
-def leaves_in_order() -> Iterator[None]:
-    """Let SIGTERM, and the end of the terminal, leave the block with SystemExit.
-
-    Else they would leave a terminal behind that does not echo, or takes keys one by one.
+    By default they would end it on the spot, and what it holds would be left behind: an NPU's
+    memory, programs that it has started, a terminal that does not echo. A signal that comes during
+    a call of a library is handled at the call's end. What the caller has this process ignore
+    (``nohup``) stays ignored. In other threads than the main one nothing changes.
     """
 
     def leave(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    with _ended_by(leave):
-        yield
-
-
-@contextmanager
-def _ended_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, old in before.items():
-        if old != signal.SIG_IGN:
-            signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            with suppress(ValueError):  # of other threads
+                signal.signal(number, leave)
 
 
 def is_terminal(stream: IO[Any] | None) -> bool:

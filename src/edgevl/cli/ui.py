@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from typing import Any
 
@@ -10,10 +9,10 @@ import click
 
 from edgevl.cli.loading import load_model
 from edgevl.cli.options import engine_options, listen_options, model_name
-from edgevl.cli.terminal import chinese, ends_like_ctrl_c, tell
+from edgevl.cli.terminal import chinese, tell
 from edgevl.machine import share_heap
 from edgevl.optional import needs
-from edgevl.serve.listening import is_loopback, listen, url_of
+from edgevl.serve.listening import is_loopback, listen, signals_end_well, url_of
 
 #: What is under way when the page ends has so long to be broken off, seconds.
 FAREWELL_S = 2
@@ -44,7 +43,7 @@ def command(
 
     share_heap()
     # What can fail at once fails before the model is loaded.
-    with contextlib.suppress(KeyboardInterrupt), ends_like_ctrl_c(), listen(host, port) as sock:
+    with listen(host, port) as sock:
         from edgevl.generate.scheduler import Scheduler
 
         loaded = load_model(model, **engine)
@@ -57,8 +56,10 @@ def command(
         settings = uvicorn.Config(
             app, log_level="critical", access_log=False, timeout_graceful_shutdown=FAREWELL_S
         )
+        server = uvicorn.Server(settings)
         try:
-            uvicorn.Server(settings).run(sockets=[sock])
+            with signals_end_well(server):
+                server.run(sockets=[sock])
         finally:
             scheduler.close(0)
 

@@ -44,14 +44,15 @@ class AxeraEngine(Engine):
         self._embedding = model.embedding
         self._timings = EngineTimings()
         self.length = 0
-        runtime = runtime or open_runtime(model.emulated)
+        self._runtime = runtime or open_runtime(model.emulated)
         owned = ExitStack()
         try:
-            self._load(model, _Owner(runtime, owned))
+            self._load(model, _Owner(self._runtime, owned))
         except BaseException:
             owned.close()
             raise
-        weakref.finalize(self, owned.close)
+        # At the end of the process the runtime does it, when no thread computes any more.
+        weakref.finalize(self, owned.close).atexit = False
         self.notes = ("emulated NPU: no board computes",) if model.emulated else ()
         if self.top_k is not None:
             self.notes += (f"compiled for the {self.top_k} likeliest tokens: no other is chosen",)
@@ -63,17 +64,16 @@ class AxeraEngine(Engine):
     def _load(self, model: BoardModel, runtime: Runtime) -> None:
         text = self.config.text
         layers = [runtime.load(path) for path in model.layers]
-        self._decoder = NpuDecoder(runtime, layers, text)
-        self._output_layer = NpuOutputLayer(
-            runtime,
-            runtime.load(model.post),
-            self._decoder.hidden,
-            self._decoder.output,
-            text.vocab_size,
-        )
-        self._vision: NpuVisionEncoder | None = None
-        if model.vision is not None:
-            self._vision = NpuVisionEncoder(runtime, runtime.load(model.vision), self.config)
+        post = runtime.load(model.post)
+        vision = None if model.vision is None else runtime.load(model.vision)
+        with self._runtime.in_use():
+            self._decoder = NpuDecoder(runtime, layers, text)
+            self._output_layer = NpuOutputLayer(
+                runtime, post, self._decoder.hidden, self._decoder.output, text.vocab_size
+            )
+            self._vision: NpuVisionEncoder | None = None
+            if vision is not None:
+                self._vision = NpuVisionEncoder(runtime, vision, self.config)
 
     @property
     def top_k(self) -> int | None:
@@ -85,7 +85,7 @@ class AxeraEngine(Engine):
         if self._vision is None:
             raise CheckpointError(f"{self._path}: no vision encoder, it answers text only")
         start = time.perf_counter()
-        features = np.stack([self._vision.encode(tile) for tile in pixels])
+        features = np.stack([self._encode(self._vision, tile) for tile in pixels])
         self._timings.vision_ms += (time.perf_counter() - start) * 1000
         self._timings.tiles += len(pixels)
         return features
@@ -104,7 +104,7 @@ class AxeraEngine(Engine):
         while done < len(embeddings):
             row = self._append(embeddings[done:])
             done = self.length - at
-        logits = self._output_layer.logits(row)
+        logits = self._logits(row)
         self._timings.prefill_ms += (time.perf_counter() - start) * 1000
         self._timings.prefill_tokens += len(embeddings)
         return logits
@@ -113,7 +113,7 @@ class AxeraEngine(Engine):
         """Append one token: -> its logits float32 [V]."""
         self._check_room(1)
         start = time.perf_counter()
-        logits = self._output_layer.logits(self._append(self.embed(np.array([token_id]))))
+        logits = self._logits(self._append(self.embed(np.array([token_id]))))
         self._timings.decode_ms += (time.perf_counter() - start) * 1000
         self._timings.decode_tokens += 1
         return logits
@@ -134,7 +134,7 @@ class AxeraEngine(Engine):
             begin = self.length
             last = self._append(embeddings[done:])
             for row in range(last + 1):
-                logits[done + row] = self._output_layer.logits(row)
+                logits[done + row] = self._logits(row)
             done += self.length - begin
         self._timings.decode_ms += (time.perf_counter() - start) * 1000
         self._timings.decode_tokens += len(token_ids)
@@ -162,9 +162,18 @@ class AxeraEngine(Engine):
             step = shapes.step(shapes.decode, self.length)
             assert step is not None  # the context is that of the longest
         tokens = min(step.tokens, len(embeddings))
-        self._decoder.run(step, embeddings[:tokens], self.length)
+        with self._runtime.in_use():
+            self._decoder.run(step, embeddings[:tokens], self.length)
         self.length += tokens
         return tokens - 1
+
+    def _logits(self, row: int) -> Floats:
+        with self._runtime.in_use():
+            return self._output_layer.logits(row)
+
+    def _encode(self, vision: NpuVisionEncoder, tile: Floats) -> Floats:
+        with self._runtime.in_use():
+            return vision.encode(tile)
 
     def _check_room(self, tokens: int) -> None:
         if self.length + tokens > self.max_context:

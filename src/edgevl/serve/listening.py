@@ -1,11 +1,18 @@
-"""Sockets that listen."""
+"""Sockets that listen, and signals that stop who listens."""
 
 from __future__ import annotations
 
 import ipaddress
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from edgevl.errors import EdgeVLError
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -38,3 +45,23 @@ def url_of(sock: socket.socket) -> str:
     """Return where a socket that listens is reached."""
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def signals_end_well(server: uvicorn.Server) -> Iterator[None]:
+    """Ignore the signals that uvicorn repeats once it has stopped: to be stopped is no failure.
+
+    The end of the terminal stops it, too, unless that is ignored (``nohup``).
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if number != signal.SIGHUP:
+            signal.signal(number, lambda *_: None)
+        elif handler != signal.SIG_IGN:
+            signal.signal(number, server.handle_exit)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,20 +1,20 @@
-"""Serving: signals, and loading beside it."""
+"""Serving, and loading beside it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
 
+from edgevl.axera.npu import close_runtimes
 from edgevl.generate.model import Model
 from edgevl.generate.scheduler import Scheduler
+from edgevl.serve.listening import signals_end_well
 from edgevl.serve.logs import log_to_stderr
 from edgevl.serve.page_gate import PageGate
 from edgevl.serve.service import Service
@@ -106,27 +106,16 @@ class Server(uvicorn.Server):
 
 
 def run(server: Server, sock: socket.socket) -> None:
-    """Serve until a signal comes: SIGTERM or Ctrl-C; a second Ctrl-C ends it at once.
+    """Serve until a signal comes: SIGTERM, SIGHUP or Ctrl-C; a second Ctrl-C ends it at once.
 
     Raises:
         Exception: the model could not be loaded.
     """
     log_to_stderr()
-    with _signals_end_well():
+    with signals_end_well(server):
         server.run([sock])
     if server.force_exit:
-        os._exit(130)  # threads that still compute are not waited for
+        close_runtimes()
+        os._exit(130)  # threads that still compute are not waited for, but for a call of an NPU
     if server.failure is not None:
         raise server.failure
-
-
-@contextmanager
-def _signals_end_well() -> Iterator[None]:
-    """Ignore the signals that uvicorn repeats once it has stopped: to be stopped is no failure."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,6 +7,7 @@ NPU wrote is invalidated before the host reads it, in whole cache lines.
 from __future__ import annotations
 
 import mmap
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,17 +25,26 @@ from edgevl.axera.npu.base import (
     Call,
     Group,
     Memory,
+    NpuInfo,
     NpuModel,
     Place,
     Runtime,
     TensorInfo,
     checked_tensor,
 )
-from edgevl.axera.npu.libraries import check_status, foreign_functions, open_library
+from edgevl.axera.npu.libraries import (
+    check_status,
+    foreign_functions,
+    library_path,
+    open_library,
+    optional,
+)
 from edgevl.errors import BoardError
 
 #: Bytes of the CPU's cache line.
 CACHE_LINE = 64
+#: Where the board's drivers describe the chip and its memory.
+PROC = Path("/proc/ax_proc")
 #: The names of the tensor formats of AX_ENGINE_DATA_TYPE_T by their numbers.
 DATA_TYPES = {1: "U8", 2: "U16", 3: "F32", 4: "I16", 5: "I8", 6: "I32", 7: "U32", 9: "BF16"}
 
@@ -86,9 +96,10 @@ typedef struct {
     unsigned int output_count;
     unsigned int batch;
     void *setting;
-    unsigned long long reserved[10];
+    unsigned long long reserved[11];
 } BufferTable;
 
+const char *AX_ENGINE_GetVersion(void);
 int AX_ENGINE_Init(NpuAttributes *attributes);
 int AX_ENGINE_GetVNPUAttr(NpuAttributes *attributes);
 int AX_ENGINE_Deinit(void);
@@ -101,7 +112,42 @@ int AX_ENGINE_GetGroupIOInfoCount(void *handle, unsigned int *count);
 int AX_ENGINE_GetGroupIOInfo(void *handle, unsigned int group, TensorTable **table);
 int AX_ENGINE_RunSyncV2(void *handle, void *context, BufferTable *buffers);
 int AX_ENGINE_RunGroupIOSync(void *handle, void *context, unsigned int group, BufferTable *buffers);
+void EDGEVL_EMULATOR_Memory(unsigned long long *free, unsigned long long *total);
 """
+
+
+_NO_NPU = (
+    ": no NPU answers; does this user have access to it (root has), and are the board's drivers "
+    "loaded (ls /dev/ax*, dmesg)?"
+)
+
+
+def read_cmm(path: Path) -> tuple[int | None, int | None]:
+    """Read what the board's drivers say of the NPU's memory: all of it and what is left, in bytes.
+
+    The line looks like ``total size=4194304KB(4096MB),used=283228KB(276MB + 604KB),remain=…KB(…)``
+    (from programs that read it; there is no documentation). None is what it does not say.
+    """
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return None, None
+
+    def kilobytes(name: str) -> int | None:
+        found = re.findall(rf"\b{name}\s*[=:]\s*(\d+)\s*KB", text, re.IGNORECASE)
+        return 1024 * int(found[-1]) if found else None  # the sums come last
+
+    total, used, left = map(kilobytes, ("total size", "used", "remain"))
+    if left is None and total is not None and used is not None:
+        left = total - used
+    return total, left
+
+
+def _line(path: Path) -> str:
+    try:
+        return " ".join(path.read_text(errors="replace").strip("\0 \n").split())
+    except OSError:
+        return ""
 
 
 class AxRuntime(Runtime):
@@ -127,9 +173,9 @@ class AxRuntime(Runtime):
         self.system = open_library(self.functions, "ax_sys", directory)
         self.engine = open_library(self.functions, "ax_engine", directory)
         self.token = self.functions.new("signed char[]", b"edgevl\0")
-        status = self.system.AX_SYS_Init()
-        mend = ": does this user have access to the NPU (root has)?" if directory is None else ""
-        check_status(status, "AX_SYS_Init", mend)
+        mend = _NO_NPU if directory is None else ""
+        there = f"{library_path('ax_sys', directory)} is there, but"
+        check_status(self.system.AX_SYS_Init(), f"{there} AX_SYS_Init", mend)
         attributes = self.functions.new("NpuAttributes *")
         # Where another program has set the NPU's mode it is kept; the default is all cores as one.
         if self.engine.AX_ENGINE_GetVNPUAttr(attributes):
@@ -137,7 +183,20 @@ class AxRuntime(Runtime):
         status = self.engine.AX_ENGINE_Init(attributes)
         if status:
             self.system.AX_SYS_Deinit()
-        check_status(status, "AX_ENGINE_Init")
+        check_status(status, f"{there} AX_ENGINE_Init", mend)
+
+    def info(self) -> NpuInfo:
+        """Ask the library for its version, and the board's drivers for chip and memory."""
+        functions = self.functions
+        found = optional(self.engine, "AX_ENGINE_GetVersion")
+        version = functions.string(found(), 256).decode(errors="replace") if found else None
+        if emulator := optional(self.system, "EDGEVL_EMULATOR_Memory"):
+            free, total = (functions.new("unsigned long long *") for _ in range(2))
+            emulator(free, total)
+            return NpuInfo(version, None, total[0], free[0], emulated=True)
+        about = [_line(PROC / name) for name in ("chip_type", "board_id", "version")]
+        memory, left = read_cmm(PROC / "mem_cmm_info")
+        return NpuInfo(version, ", ".join(filter(None, about)) or None, memory, left)
 
     def _allocate(self, nbytes: int) -> Memory:
         return AxMemory(self, nbytes)
@@ -156,21 +215,24 @@ class AxMemory(Memory):
     def __init__(self, runtime: AxRuntime, size: int) -> None:
         """Allocate ``size`` bytes."""
         self.size = size
+        self._runtime = runtime
         self._system = runtime.system
         # To whole lines, so that no line is shared with what is not ours.
         reserved = -(-size // CACHE_LINE) * CACHE_LINE
-        physical = runtime.functions.new("unsigned long long *")
-        address = runtime.functions.new("void **")
+        self._physical = runtime.functions.new("unsigned long long *")
+        self._address = runtime.functions.new("void **")
+        runtime.hold(self)
         status = self._system.AX_SYS_MemAllocCached(
-            physical, address, reserved, ALIGNMENT, runtime.token
+            self._physical, self._address, reserved, ALIGNMENT, runtime.token
         )
         if status:
+            runtime.let_go(self)
             raise BoardError(
                 f"no {size} bytes of NPU memory (CMM) left, status 0x{status & 0xFFFFFFFF:08X}: "
                 "end other programs that use the NPU, or compile with a shorter --context"
             )
-        self.physical: int = physical[0]
-        self.address = runtime.functions.cast("char *", address[0])
+        self.physical: int = self._physical[0]
+        self.address = runtime.functions.cast("char *", self._address[0])
         buffer = runtime.functions.buffer(self.address, reserved)
         self._bytes: NDArray[np.uint8] = np.frombuffer(buffer, np.uint8)
 
@@ -193,10 +255,11 @@ class AxMemory(Memory):
 
     def close(self) -> None:
         """Free the memory."""
-        if self.physical:
+        if self._physical[0]:
             self._bytes = np.empty(0, np.uint8)
-            self._system.AX_SYS_MemFree(self.physical, self.address)
-            self.physical = 0
+            self._system.AX_SYS_MemFree(self._physical[0], self._address[0])
+            self._physical[0] = 0
+        self._runtime.let_go(self)
 
 
 class AxModel(NpuModel):
@@ -207,6 +270,7 @@ class AxModel(NpuModel):
         self.path = path
         self.functions = runtime.functions
         self.engine = runtime.engine
+        self._runtime = runtime
         try:
             with path.open("rb") as file:
                 # Kept: the library's documentation does not say that it copies everything.
@@ -219,17 +283,18 @@ class AxModel(NpuModel):
                 "copy it again, or compile a smaller model"
             )
         new = self.functions.new
-        handle, context = new("void **"), new("void **")
+        self._handle, context = new("void **"), new("void **")
         self._name = new("signed char[]", path.stem.encode()[:255] + b"\0")
         extra = new("HandleExtra *", {"name": self._name})
         data = self.functions.from_buffer(self._data)
-        check_status(
-            self.engine.AX_ENGINE_CreateHandleV2(handle, data, len(self._data), extra),
-            f"{path}: loading",
-            ": it was compiled for another chip or NPU mode, is damaged, or NPU memory is full",
-        )
-        self.handle = handle[0]
+        runtime.hold(self)
         try:
+            check_status(
+                self.engine.AX_ENGINE_CreateHandleV2(self._handle, data, len(self._data), extra),
+                f"{path}: loading",
+                ": it was compiled for another chip or NPU mode, is damaged, or NPU memory is full",
+            )
+            self.handle = self._handle[0]
             status = self.engine.AX_ENGINE_CreateContextV2(self.handle, context)
             check_status(status, f"{path}: AX_ENGINE_CreateContextV2")
             self.context = context[0]
@@ -245,9 +310,10 @@ class AxModel(NpuModel):
 
     def close(self) -> None:
         """Unload the model."""
-        if self.handle is not None:
-            self.engine.AX_ENGINE_DestroyHandle(self.handle)
-            self.handle = None
+        if self._handle[0]:
+            self.engine.AX_ENGINE_DestroyHandle(self._handle[0])
+            self._handle[0] = self.functions.NULL
+        self._runtime.let_go(self)
 
     def _tables(self) -> list[Any]:
         """Return the tables of tensors, one a group."""

@@ -17,13 +17,20 @@ from edgevl.axera.npu.base import (
     Call,
     Group,
     Memory,
+    NpuInfo,
     NpuModel,
     Place,
     Runtime,
     TensorInfo,
     checked_tensor,
 )
-from edgevl.axera.npu.libraries import check_status, foreign_functions, open_library
+from edgevl.axera.npu.libraries import (
+    check_status,
+    foreign_functions,
+    library_path,
+    open_library,
+    optional,
+)
 from edgevl.errors import BoardError
 
 #: The names of the tensor formats of axclrtEngineDataType by their numbers.
@@ -37,6 +44,9 @@ typedef struct { int32_t count; int32_t sizes[32]; } Dimensions;
 
 int32_t axclInit(const char *config);
 int32_t axclFinalize();
+int32_t axclrtGetVersion(int32_t *major, int32_t *minor, int32_t *patch);
+const char *axclrtGetSocName();
+int32_t axclrtGetMemInfo(int attribute, size_t *free, size_t *total);
 int32_t axclrtGetDeviceList(Devices *devices);
 int32_t axclrtSetDevice(int32_t device);
 int32_t axclrtResetDevice(int32_t device);
@@ -69,11 +79,14 @@ int32_t axclrtEngineSetInputBufferByIndex(void *buffers, uint32_t index, const v
 int32_t axclrtEngineSetOutputBufferByIndex(void *buffers, uint32_t index, const void *at,
                                            uint64_t size);
 int32_t axclrtEngineExecute(uint64_t model, uint64_t context, uint32_t group, void *buffers);
+void EDGEVL_EMULATOR_Memory(uint64_t *free, uint64_t *total);
 """
 
 # axclrtMemMallocPolicy and axclrtMemcpyKind.
 _NORMAL_PAGES = 2
+_CMM = 0  # of axclrtMemAttr: the NPU's memory
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
+_NO_MODEL = (1 << 64) - 1  # 0 may be the first one's number
 
 
 class AxclRuntime(Runtime):
@@ -92,7 +105,11 @@ class AxclRuntime(Runtime):
         self.functions = foreign_functions()
         self.functions.cdef(_DECLARATIONS)
         self.library = open_library(self.functions, "axcl_rt", directory)
-        check_status(self.library.axclInit(self.functions.NULL), "axclInit")
+        check_status(
+            self.library.axclInit(self.functions.NULL),
+            f"{library_path('axcl_rt', directory)} is there, but axclInit",
+            ": is there a card, and its driver loaded (lspci, ls /dev/axcl*, dmesg)?",
+        )
         self._engine_started = False
         self._device: int | None = None
         try:
@@ -119,6 +136,23 @@ class AxclRuntime(Runtime):
         self._context = context[0]
         self._threads = threading.local()
         self._threads.entered = True
+
+    def info(self) -> NpuInfo:
+        """Ask the library for its version, and the card for its chip and memory."""
+        library, new = self.enter(), self.functions.new
+        version = chip = total = free = None
+        numbers = [new("int32_t *") for _ in range(3)]
+        ask = optional(library, "axclrtGetVersion")
+        if ask and not ask(*numbers):
+            version = ".".join(str(number[0]) for number in numbers)
+        if ask := optional(library, "axclrtGetSocName"):
+            chip = self.functions.string(ask(), 256).decode(errors="replace")
+        sizes = [new("size_t *") for _ in range(2)]
+        ask = optional(library, "axclrtGetMemInfo")
+        if ask and not ask(_CMM, *sizes):
+            free, total = (size[0] for size in sizes)
+        emulated = optional(library, "EDGEVL_EMULATOR_Memory") is not None
+        return NpuInfo(version, chip, total, free, emulated)
 
     def enter(self) -> Any:
         """Make the card's context that of this thread, and return the library."""
@@ -149,16 +183,17 @@ class AxclMemory(Memory):
         """Allocate ``size`` bytes."""
         self.size = size
         self._runtime = runtime
-        memory = runtime.functions.new("void **")
-        status = runtime.enter().axclrtMalloc(memory, size, _NORMAL_PAGES)
+        self._memory = runtime.functions.new("void **")
+        runtime.hold(self)
+        status = runtime.enter().axclrtMalloc(self._memory, size, _NORMAL_PAGES)
         if status:
+            runtime.let_go(self)
             raise BoardError(
                 f"no {size} bytes of the card's memory left, status 0x{status & 0xFFFFFFFF:08X}: "
                 "end other programs that use it, or compile with a shorter --context"
             )
-        self.address = runtime.functions.cast("char *", memory[0])
+        self.address = runtime.functions.cast("char *", self._memory[0])
         self._read = np.empty(0, np.uint8)
-        self._open = True
 
     def write(self, offset: int, values: NDArray[Any]) -> None:
         """Copy an array to the card."""
@@ -186,9 +221,10 @@ class AxclMemory(Memory):
 
     def close(self) -> None:
         """Free the memory."""
-        if self._open:
-            self._open = False
-            self._runtime.enter().axclrtFree(self.address)
+        if self._memory[0]:
+            self._runtime.enter().axclrtFree(self._memory[0])
+            self._memory[0] = self._runtime.functions.NULL
+        self._runtime.let_go(self)
 
 
 class AxclModel(NpuModel):
@@ -199,18 +235,19 @@ class AxclModel(NpuModel):
         self.path = path
         self.runtime = runtime
         library, new = runtime.enter(), runtime.functions.new
-        model, context, info = new("uint64_t *"), new("uint64_t *"), new("void **")
+        self._loaded, context = new("uint64_t *", _NO_MODEL), new("uint64_t *")
+        info = new("void **")
         name = new("char[]", str(path).encode() + b"\0")
-        check_status(
-            library.axclrtEngineLoadFromFile(name, model),
-            f"{path}: loading",
-            ": it was compiled for another chip or NPU mode, is damaged, or the card's memory is "
-            "full",
-        )
-        self.model: int = model[0]
         self.calls: list[Any] = []
-        self._open = True
+        runtime.hold(self)
         try:
+            check_status(
+                library.axclrtEngineLoadFromFile(name, self._loaded),
+                f"{path}: loading",
+                ": it was compiled for another chip or NPU mode, is damaged, or the card's memory "
+                "is full",
+            )
+            self.model: int = self._loaded[0]
             status = library.axclrtEngineCreateContext(self.model, context)
             check_status(status, f"{path}: axclrtEngineCreateContext")
             self.context: int = context[0]
@@ -229,12 +266,15 @@ class AxclModel(NpuModel):
 
     def close(self) -> None:
         """Unload the model and its calls."""
-        if self._open:
-            self._open = False
+        if self._loaded[0] != _NO_MODEL:
             library = self.runtime.enter()
             for buffers in self.calls:
-                library.axclrtEngineDestroyIO(buffers)
-            library.axclrtEngineUnload(self.model)
+                if buffers[0]:
+                    library.axclrtEngineDestroyIO(buffers[0])
+                    buffers[0] = self.runtime.functions.NULL
+            library.axclrtEngineUnload(self._loaded[0])
+            self._loaded[0] = _NO_MODEL
+        self.runtime.let_go(self)
 
     def _groups(self, library: Any) -> tuple[Group, ...]:
         count = self.runtime.functions.new("int32_t *")
@@ -276,10 +316,10 @@ class AxclCall(Call):
         self._group = group
         library = model.runtime.enter()
         buffers = model.runtime.functions.new("void **")
+        model.calls.append(buffers)
         status = library.axclrtEngineCreateIO(model.info, buffers)
         check_status(status, f"{model.path}: axclrtEngineCreateIO")
         self._buffers = buffers[0]
-        model.calls.append(self._buffers)
         shapes = model.groups[group]
         self._inputs = self._tensors(shapes.inputs, inputs)
         self._outputs = self._tensors(shapes.outputs, outputs)

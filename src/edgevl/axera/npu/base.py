@@ -7,9 +7,10 @@ reads where it lies. The host looks at memory only with `Memory.read` and `Memor
 from __future__ import annotations
 
 import math
-import weakref
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,59 @@ class NpuModel(ABC):
                     )
 
 
+@dataclass(frozen=True)
+class NpuInfo:
+    """What a runtime says of itself and its NPU; None is what it does not say.
+
+    Attributes:
+        version: of the runtime's library.
+        chip: its name, and what else is known of it.
+        memory_bytes: of the NPU (CMM), all of it.
+        free_bytes: what is left of it.
+        emulated: whether there is no NPU, but the emulator.
+    """
+
+    version: str | None = None
+    chip: str | None = None
+    memory_bytes: int | None = None
+    free_bytes: int | None = None
+    emulated: bool = False
+
+
 class Runtime(ABC):
     """A library that drives NPUs, initialised. One call at a time, from any thread."""
 
     def __init__(self) -> None:
-        # What has been handed out, so that it is taken back before the library is shut down.
-        self._live: weakref.WeakSet[Memory | NpuModel] = weakref.WeakSet()
+        self._held: set[Memory | NpuModel] = set()
+        self._lock = threading.RLock()
+        self._closed = False
+
+    def info(self) -> NpuInfo:
+        """Ask the library what it is and what it drives."""
+        return NpuInfo()
+
+    def hold(self, thing: Memory | NpuModel) -> None:
+        """Note something before it takes anything of the NPU, so that `close` gives that back.
+
+        Afterwards would be too late: a signal may come before the next line.
+        """
+        self._held.add(thing)
+
+    def let_go(self, thing: Memory | NpuModel) -> None:
+        """Forget something that has given back what it took."""
+        self._held.discard(thing)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Have `close` wait for the end of the block, which another thread may be in.
+
+        Raises:
+            BoardError: it is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise BoardError("the NPU's library is shut down, since the program ends")
+            yield
 
     def allocate(self, nbytes: int) -> Memory:
         """Return memory, with anything in it.
@@ -158,9 +206,8 @@ class Runtime(ABC):
         """
         if not 0 < nbytes <= MAX_BYTES:
             raise BoardError(f"{nbytes} bytes of NPU memory at once: 1 to {MAX_BYTES} are possible")
-        memory = self._allocate(nbytes)
-        self._live.add(memory)
-        return memory
+        with self.in_use():
+            return self._allocate(nbytes)
 
     def load(self, path: Path) -> NpuModel:
         """Load a compiled model.
@@ -168,15 +215,18 @@ class Runtime(ABC):
         Raises:
             BoardError: the NPU refuses it, or it has tensors that are not supported.
         """
-        model = self._load(path)
-        self._live.add(model)
-        return model
+        with self.in_use():
+            return self._load(path)
 
     def close(self) -> None:
-        """Take back everything and shut the library down."""
-        for each in list(self._live):
-            each.close()
-        self._shut_down()
+        """Take back everything and shut the library down; further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True  # so that a thread that goes on and on takes no more
+        with self._lock:
+            for each in list(self._held):
+                each.close()
+            self._shut_down()
 
     @abstractmethod
     def _allocate(self, nbytes: int) -> Memory: ...

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import importlib.util
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +46,12 @@ def open_runtime(emulated: bool = False) -> Runtime:
         BoardError: there is none, or it does not start.
     """
     directory = emulator_directory() if emulated else None
-    name = _choose(directory)
+    name = installed_runtime(directory)
+    if name is None:
+        raise BoardError(
+            f"no NPU here: {_missing()}. EDGEVL_NPU_LIBRARIES names the directory of the "
+            "libraries; without a board, edgevl compile --emulate makes a model for the emulator"
+        )
     with _lock:
         key = (name, directory)
         if key not in _started:
@@ -52,8 +60,9 @@ def open_runtime(emulated: bool = False) -> Runtime:
                 "axcl": lambda: AxclRuntime(directory),
                 "axengine": VendorRuntime,
             }
+            if not _started:
+                atexit.register(close_runtimes)
             runtime = starters[name]()
-            atexit.register(runtime.close)
             if name == "axengine":
                 log.warning(
                     "the NPU's C libraries are not used: the package axengine copies all caches in "
@@ -63,8 +72,36 @@ def open_runtime(emulated: bool = False) -> Runtime:
         return _started[key]
 
 
-def _choose(directory: Path | None) -> str:
-    """Return the name of the runtime to use."""
+def close_runtimes() -> None:
+    """Give back all that the process has of NPUs; what other threads compute is waited for.
+
+    For the end of the process: signals do nothing any more, and runtimes cannot be used again.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with contextlib.suppress(ValueError):  # not the main thread, which handles signals
+            _ignore(number)
+    for runtime in list(_started.values()):
+        runtime.close()
+
+
+def _ignore(number: signal.Signals) -> None:
+    while True:
+        try:
+            signal.signal(number, signal.SIG_IGN)
+        except (KeyboardInterrupt, SystemExit):  # one that has come is raised here
+            continue
+        return
+
+
+def installed_runtime(directory: Path | None = None) -> str | None:
+    """Return the name of the runtime to use, whether or not it finds an NPU; None without any.
+
+    Args:
+        directory: the only place to look in; by default see `library_path`.
+
+    Raises:
+        BoardError: `VARIABLE` names none.
+    """
     forced = os.environ.get(VARIABLE)
     if forced:
         if forced not in RUNTIMES:
@@ -74,13 +111,15 @@ def _choose(directory: Path | None) -> str:
     for name in names:
         if all(library_path(library, directory) for library in RUNTIMES[name]):
             return name
-    try:
-        VendorRuntime()
-    except BoardError as error:
-        raise BoardError(
-            "no NPU here: libax_engine.so (part of a board's system image, in /soc/lib), "
-            "libaxcl_rt.so (the AXCL driver of an M.2 card) are missing, and "
-            f"{error}. EDGEVL_NPU_LIBRARIES names the directory of the libraries; without a board, "
-            "edgevl compile --emulate makes a model for the emulator"
-        ) from None
-    return "axengine"
+    return "axengine" if directory is None and importlib.util.find_spec("axengine") else None
+
+
+def _missing() -> str:
+    """Say which parts of which runtime are not installed."""
+    paths = {name: library_path(name) for name in RUNTIMES["ax"]}
+    absent = " and ".join(f"lib{name}.so" for name, path in paths.items() if path is None)
+    there = "".join(f" ({path} is there)" for path in paths.values() if path is not None)
+    return (
+        f"{absent} (of a board's system image, in /soc/lib) not found{there}, nor libaxcl_rt.so "
+        "(the AXCL driver of an M.2 card), nor the Python package axengine"
+    )

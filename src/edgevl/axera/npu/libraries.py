@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from edgevl.optional import needs
 DIRECTORY_VARIABLE = "EDGEVL_NPU_LIBRARIES"
 #: Where boards' images and the drivers of M.2 cards put them.
 DIRECTORIES = ("/soc/lib", "/usr/lib", "/usr/lib/axcl", "/opt/lib")
+# Functions that AX_ENGINE did not have in the beginning, and those that only `Runtime.info` calls.
+_OPTIONAL = re.compile("GroupIO|Get(Version|SocName|MemInfo)$")
 
 
 def library_path(name: str, directory: Path | None = None) -> str | None:
@@ -88,10 +91,15 @@ def open_library(functions: Any, name: str, directory: Path | None = None) -> An
         raise BoardError(f"{path}: cannot be loaded ({reason})") from None
     prefix = name.removesuffix("_rt")
     for function in dir(library):
-        optional = "GroupIO" in function  # AX_ENGINE had none of these in the beginning
-        if function.lower().startswith(prefix) and not (optional or hasattr(library, function)):
+        needed = function.lower().startswith(prefix) and not _OPTIONAL.search(function)
+        if needed and not hasattr(library, function):
             raise BoardError(f"{path}: has no {function}: update the board's image or the driver")
     return library
+
+
+def optional(library: Any, function: str) -> Any:
+    """Return a declared function of a library, or None where it lacks that."""
+    return getattr(library, function, None)
 
 
 def check_status(status: int, what: str, mend: str = "") -> None:

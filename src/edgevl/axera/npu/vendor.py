@@ -6,6 +6,7 @@ the C libraries called directly, and only used where these are not found.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -19,12 +20,14 @@ from edgevl.axera.npu.base import (
     Call,
     Group,
     Memory,
+    NpuInfo,
     NpuModel,
     Place,
     Runtime,
     TensorInfo,
     checked_tensor,
 )
+from edgevl.axera.npu.libraries import library_path
 from edgevl.errors import BoardError
 
 #: NumPy's names of the formats, bfloat16 by ml_dtypes.
@@ -53,12 +56,20 @@ class VendorRuntime(Runtime):
         try:
             with redirect_stdout(sys.stderr):  # it prints what it finds
                 import axengine
-        except ImportError:
-            raise BoardError("the Python package axengine is not installed") from None
-        # It fails in its own ways where there is no NPU: assertions, RuntimeError, OSError.
+        # It fails in its own ways where there is no NPU: ImportError, RuntimeError, OSError, …
         except Exception as error:
-            raise BoardError(f"the Python package axengine cannot start: {error}") from None
+            if isinstance(error, ModuleNotFoundError) and error.name == "axengine":
+                raise BoardError("the Python package axengine is not installed") from None
+            raise BoardError(
+                f"the Python package axengine is there, but cannot start: {error}"
+            ) from None
         self.session = axengine.InferenceSession
+
+    def info(self) -> NpuInfo:
+        """Ask the libraries that the package has loaded whether they are the emulator's."""
+        paths = filter(None, map(library_path, ("ax_sys", "axcl_rt")))
+        emulated = any(hasattr(ctypes.CDLL(path), "EDGEVL_EMULATOR_Memory") for path in paths)
+        return NpuInfo(emulated=emulated)
 
     def _allocate(self, nbytes: int) -> Memory:
         return HostMemory(nbytes)
@@ -98,10 +109,13 @@ class VendorModel(NpuModel):
     def __init__(self, runtime: VendorRuntime, path: Path) -> None:
         """Load a file."""
         self.path = path
+        self._runtime = runtime
+        runtime.hold(self)
         try:
             with redirect_stdout(sys.stderr):
                 self.session: Any = runtime.session(str(path))
         except Exception as error:  # as it comes: RuntimeError, ValueError, OSError
+            runtime.let_go(self)
             raise BoardError(f"{path}: axengine cannot load it ({error})") from None
         # The package has no way to ask for the number of groups but this error.
         groups: list[Group] = []
@@ -122,6 +136,7 @@ class VendorModel(NpuModel):
     def close(self) -> None:
         """Let the session go."""
         self.session = None
+        self._runtime.let_go(self)
 
     def _tensors(self, nodes: Sequence[Any]) -> tuple[TensorInfo, ...]:
         return tuple(
