@@ -1,5 +1,6 @@
 """`edgevl compile` with a Pulsar2 that is a stand-in: command lines, resuming, failures."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -148,6 +149,13 @@ def test_everything_a_board_needs_is_there_and_nothing_else(desk):
     assert board.pop("created")
     assert board.pop("seconds") >= 0
     assert board.pop("edgevl")
+    assert board.pop("files") == {
+        name: {
+            "bytes": (desk.output / name).stat().st_size,
+            "sha256": hashlib.sha256((desk.output / name).read_bytes()).hexdigest(),
+        }
+        for name in (*LAYERS, VISION, *EMBEDDINGS)
+    }
     assert board == {
         "model": "mini-qwen3",
         "target": "ax650",
@@ -517,7 +525,7 @@ def test_a_signal_stops_the_build_with_all_its_processes(desk, number, docker):
     builds = [leader, *leader.children(recursive=True)]
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert f"interrupted; the same command goes on in {desk.output}.partial" in said
     assert not any(alive(each.pid) for each in builds)
     assert not desk.output.exists()
@@ -587,6 +595,23 @@ def test_a_dry_run_is_finished_by_its_script(desk):
     for board in (scripted, direct):
         assert {board.pop(name) is None for name in ("created", "seconds", "cosines")} == {False}
     assert scripted == direct
+
+
+def test_without_sha256sum_the_script_lists_no_more_files(desk):
+    desk.dry_run()
+    desk.put_on_path()
+    listed = json.loads((desk.output / "build" / "board.json").read_text())["files"]
+    assert set(listed) == set(EMBEDDINGS)
+    tools = desk.path / "tools"
+    tools.mkdir()
+    for place in os.environ["PATH"].split(os.pathsep):
+        for tool in Path(place).glob("*"):
+            if tool.name != "sha256sum" and not (tools / tool.name).exists():
+                (tools / tool.name).symlink_to(tool)
+    result = run_script(desk, PATH=str(tools))
+    assert result.returncode == 0, result.stderr
+    assert desk.board()["files"] == listed
+    assert {*LAYERS, VISION} <= files(desk.output)
 
 
 def test_the_script_goes_on_after_a_failure(desk):

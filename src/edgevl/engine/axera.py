@@ -45,6 +45,7 @@ class AxeraEngine(Engine):
         self._timings = EngineTimings()
         self.length = 0
         self._runtime = runtime or open_runtime(model.emulated)
+        model.check_contents()
         owned = ExitStack()
         try:
             self._load(model, _Owner(self._runtime, owned))

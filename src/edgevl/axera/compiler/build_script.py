@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from edgevl.axera.compiler.build_log import BUILT
 from edgevl.axera.compiler.commands import ENVIRONMENT, MOUNTED, mount, shell
 from edgevl.axera.layout import NOT_BUILT
+from edgevl.axera.model.integrity import FILES
 
 #: The directory of a dry run that has what the script works on; in it, what is moved out when all
 #: is done: a directory of files, and last what says that the model is whole.
@@ -93,6 +94,16 @@ keep() {{
   mv "making/$name" "done/$name"
 }}
 
+# contents FILE...: what board.json says of files that were built.
+contents() {{
+  command -v sha256sum >/dev/null || return 0
+  for file in "$@"; do
+    size=$(wc -c <"../$file")
+    sum=$(sha256sum "../$file")
+    printf '  "%s": {{"bytes": %d, "sha256": "%s"}},\\n' "$file" "$size" "${{sum%% *}}"
+  done
+}}
+
 case $PULSAR2 in
 docker:*)
   docker image inspect "${{PULSAR2#docker:}}" >/dev/null ||
@@ -107,8 +118,13 @@ if command -v flock >/dev/null; then flock -n 9 || fail "is running already"; fi
 version=$(run version 2>&1 |
   sed -n 's/.*[vV]ersion[^0-9]*\\([0-9][0-9A-Za-z.]*\\).*/\\1/p' | head -n 1)
 {moves}
-sed "s/\\"compiler\\": \\"pulsar2\\"/\\"compiler\\": \\"pulsar2 $version\\"/" \\
-  {board} >../{board}.new
+about=$(sed "s/\\"compiler\\": \\"pulsar2\\"/\\"compiler\\": \\"pulsar2 $version\\"/" \\
+  {board})
+printf '%s\\n' "$about" | while IFS= read -r line; do
+  printf '%s\\n' "$line"
+  # At the begin of the list, where others follow.
+  [ "$line" != ' "{files}": {{' ] || contents {names}
+done >../{board}.new
 grep -h "cos_sim is:" logs/*.log || true
 for file in {model}/*; do
   [ ! -e "$file" ] || mv "$file" ..
@@ -152,4 +168,6 @@ def build_script(
         model=MODEL,
         board=BOARD,
         marker=NOT_BUILT,
+        files=FILES,
+        names=" ".join(shlex.quote(name) for _, _, files in builds for name in files),
     )

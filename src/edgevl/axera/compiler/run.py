@@ -29,6 +29,8 @@ from edgevl.axera.compiler.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
 from edgevl.axera.compiler.text_checkpoint import check_weights, write_text_checkpoint
 from edgevl.axera.compiler.toolchain import Pulsar2, find, newest_llm_build, version
 from edgevl.axera.layout import NOT_BUILT, layer_file, post_file, vision_file
+from edgevl.axera.model.embedding_file import EMBEDDING_FILES
+from edgevl.axera.model.integrity import FILES, Content
 from edgevl.axera.targets import TARGETS
 from edgevl.checkpoint import Checkpoint, locate
 from edgevl.checkpoint.hub import model_name
@@ -90,7 +92,8 @@ def compile_model(
         ``chip``, ``npu_mode``, ``context``, ``chunk``, ``max_prefill``, ``max_tiles``,
         ``uint8_input``, ``weights`` ("gptq-4", "gptq-8", "s4", "s8" or "bf16"), ``post_topk``,
         ``compiler`` ("emulator", or "pulsar2" and its version), ``llm_build``, ``cosines`` (None,
-        or of ``vision_onnx`` and ``layers`` to the same in floats) and ``warnings``.
+        or of ``vision_onnx`` and ``layers`` to the same in floats), ``warnings`` and ``files``
+        (``bytes`` and ``sha256`` by name; after a dry run, only of what is there already).
 
     Raises:
         CheckpointError: ``model`` is missing, malformed, or not supported.
@@ -191,7 +194,7 @@ class _Compilation:
         return board
 
     def assemble(self, board: dict[str, Any]) -> Path:
-        """Put the finished directory together: -> where it is."""
+        """Put the finished directory together, and ``files`` into ``board``: -> where it is."""
         work, settings = self._work, self._settings
         made = work.path / MADE
         shutil.rmtree(made, ignore_errors=True)  # of a run that was interrupted
@@ -200,14 +203,24 @@ class _Compilation:
         model.mkdir(parents=True)
         copy_side_files(self._checkpoint.path, model)
         _link(work.product(EMBEDDINGS), model)
+        names = [*EMBEDDING_FILES]
+        if not settings.dry_run:
+            for name in self._text_files:
+                _link(work.product(LAYERS) / name, made)
+            names += self._text_files
+            if self._checkpoint.has_vision:
+                vision = work.product(LAYERS if settings.emulate else VISION)
+                _link(vision / self._vision_file, made)
+                names.append(self._vision_file)
+        board[FILES] = {}
+        with self._progress("checksums") as tell:
+            for name in names:
+                board[FILES][name] = Content.of(model / name).to_dict()
+                tell(len(board[FILES]), len(names))
         text = json.dumps(board, indent=1, ensure_ascii=False) + "\n"
         if settings.dry_run:
             self._assemble_dry(made, text)
             return made
-        for name in self._text_files:
-            _link(work.product(LAYERS) / name, made)
-        if self._checkpoint.has_vision:
-            _link(work.product(LAYERS if settings.emulate else VISION) / self._vision_file, made)
         if not settings.emulate:
             shutil.copytree(work.path / "logs", made / "logs")
         (made / BOARD).write_text(text, "utf-8")

@@ -8,12 +8,13 @@ such models are published.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from edgevl.axera.layout import EMULATED_MAGIC, NOT_BUILT, layer_file, post_file
 from edgevl.axera.model.embedding_file import EMBEDDING_FILES, EmbeddingFile
+from edgevl.axera.model.integrity import Content, check_contents, check_sizes, listed_files
 from edgevl.checkpoint.config import MAX_TILES, ModelConfig
 from edgevl.checkpoint.directory import ModelDirectory, is_directory, read_config
 from edgevl.checkpoint.jsonfile import Fields, parse_object, read_text
@@ -32,7 +33,9 @@ _LAYER = re.compile(r"(?P<prefix>.+)_p(?P<chunk>\d{1,6})_l(?P<layer>\d{1,4})_tog
 
 
 class BoardModel(ModelDirectory):
-    """The files of a compiled model; all are there, what they hold has not been looked at.
+    """The files of a compiled model: all are there, what they hold has not been looked at.
+
+    Where ``board.json`` lists them, they have the right sizes.
 
     Attributes:
         root: the directory that was given; ``path`` is the one of config and tokenizer.
@@ -52,6 +55,7 @@ class BoardModel(ModelDirectory):
         post: Path,
         vision: Path | None,
         embedding: EmbeddingFile,
+        listed: Mapping[str, Content],
     ) -> None:
         super().__init__(path, config, vision is not None)
         self.root = root
@@ -59,7 +63,9 @@ class BoardModel(ModelDirectory):
         self.post = post
         self.vision = vision
         self.embedding = embedding
+        self._listed = listed
         models = [*self.layers, post] if vision is None else [*self.layers, post, vision]
+        check_sizes(models, listed)
         emulated = {_is_emulated(model) for model in models}
         if len(emulated) > 1:
             raise BoardError(
@@ -70,6 +76,15 @@ class BoardModel(ModelDirectory):
 
     def __repr__(self) -> str:
         return f"BoardModel({str(self.root)!r})"
+
+    def check_contents(self) -> None:
+        """Compare the files with the checksums in ``board.json``: once, then it is remembered.
+
+        Raises:
+            BoardError: one is damaged, or another one's.
+        """
+        vision = [] if self.vision is None else [self.vision]
+        check_contents([*self.layers, self.post, *vision, self.embedding.path], self._listed)
 
     @classmethod
     def open(cls, path: str | Path) -> BoardModel:
@@ -107,14 +122,16 @@ class BoardModel(ModelDirectory):
         post = directory / post_file(prefix)
         if not post.is_file():
             raise BoardError(f"{post}: the file of the output layer is missing: copy it again")
+        board = _board(directory)
         return cls(
             root,
             source,
-            _with_tiles(config, directory),
+            _with_tiles(config, board),
             [layers[number] for number in range(expected)],
             post,
             _find_vision(root, files, config.vision.image_size),
             find_embedding(root, files, config.text.vocab_size, config.text.hidden_size),
+            listed_files(board),
         )
 
 
@@ -250,17 +267,20 @@ def _find_vision(root: Path, files: Sequence[Path], image_size: int) -> Path | N
     return found[0] if found else None
 
 
-def _with_tiles(config: ModelConfig, directory: Path) -> ModelConfig:
+def _board(directory: Path) -> Fields:
+    """Return what ``board.json`` says: nothing if there is none, as in the vendor's directories."""
+    path = directory / BOARD_FILE
+    text = read_text(path, 16 << 20) if path.is_file() else "{}"
+    return Fields(parse_object(text, str(path)), str(path))
+
+
+def _with_tiles(config: ModelConfig, board: Fields) -> ModelConfig:
     """Return the configuration with as many tiles a picture as the compiled model is meant for.
 
     That is one, unless ``board.json`` says otherwise: every tile is a call of the vision encoder
     and takes its tokens from a context that is short.
     """
-    path = directory / BOARD_FILE
-    tiles = 1
-    if path.is_file():
-        fields = Fields(parse_object(read_text(path, 1 << 20), str(path)), str(path))
-        tiles = fields.integer("max_tiles", 1, MAX_TILES, 1)
+    tiles = board.integer("max_tiles", 1, MAX_TILES, 1)
     return replace(config, max_tiles=tiles, min_tiles=min(config.min_tiles, tiles))
 
 
@@ -274,6 +294,10 @@ def _is_emulated(path: Path) -> bool:
         raise BoardError(f"{path}: the file is empty: copy or download it again")
     if start.startswith(b"version https://git-lfs"):
         raise BoardError(f"{path}: a Git LFS pointer, not the model: fetch it with git lfs pull")
+    if len(start) < len(EMULATED_MAGIC):
+        raise BoardError(
+            f"{path}: {len(start)} bytes, which is no model: copy or download it again"
+        )
     return start == EMULATED_MAGIC
 
 

@@ -60,8 +60,12 @@ class EmbeddingFile:
     def _open_npy(self, shape: tuple[int, int]) -> NDArray[Any]:
         try:
             table = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except ValueError:  # its text proposes to read it as a pickle, which may run code
-            raise BoardError(f"{self.path}: not a NumPy array: copy or download it again") from None
+        # Empty, no array, or cut; its text may propose to read it as a pickle, which may run code.
+        except (EOFError, ValueError):
+            raise BoardError(
+                f"{self.path}: {self.path.stat().st_size} bytes, not a whole NumPy array: copy or "
+                "download it again"
+            ) from None
         if table.shape != shape or table.dtype != np.dtype("<f4"):
             raise BoardError(
                 f"{self.path}: {table.dtype} {list(table.shape)}, expected float32 {list(shape)} "
