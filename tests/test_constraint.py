@@ -14,6 +14,7 @@ from edgevl import Constraint
 from edgevl.errors import EdgeVLError, PromptError
 from edgevl.generate.constraint import MAX_CONSTRAINT_BYTES, MAX_SCHEMA_LEVELS
 from edgevl.generate.token_mask import TokenMasks
+from edgevl.preprocess.tools import Tool
 
 METER = Path(__file__).parents[1] / "examples" / "meter.png"
 PERSON = {
@@ -276,7 +277,7 @@ def test_a_form_that_no_text_has(noise):
         ('{"const": "\\ud800"}', "is not JSON"),
         ({"const": float("nan")}, "is not JSON"),
         ({"const": object()}, "is not JSON"),
-        ({"type": "object", "minProperties": {"a": "x" * 92 + "汉"}}, "llguidance fails"),
+        ({"type": "object", "minProperties": ["x" * 96 + "汉"]}, "llguidance fails"),
         ("[1]", "must be an object"),
         ("null", "is null: it must be an object"),
         ("[" * 100_000, "levels"),
@@ -311,6 +312,80 @@ def test_too_complex_to_follow(noise):
     with pytest.raises(EdgeVLError, match=r"^constraint: .*; simplify it$") as raised:
         noise.ask("?", constraint=Constraint.json_schema(schema))
     assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("schema", "start", "most"),
+    [
+        ({"type": "integer"}, "", 19),  # as a 64-bit integer has
+        ({"type": "integer"}, "-", 19),
+        ({"type": "number"}, "", 19),
+        ({"type": "number"}, "0.", 19),
+        ({"type": "number", "minimum": 0, "maximum": 1}, "0.", 19),
+        ({"type": "number"}, "1e", 2),  # larger ones are no doubles
+        ({"type": "number"}, "1.5E-", 2),
+        ({"type": "array"}, "[1,2.5, ", 19),
+        ({"type": "object"}, '{"a \\"1": true, "e": ', 19),
+        ({"type": "string"}, '"', None),
+        ({"type": "object"}, '{"a": "\\\\\\"', None),
+        # What the schema itself wants longer.
+        ({"enum": [10**22]}, "", 23),
+    ],
+)
+def test_numbers_end(tiny, schema, start, most):
+    """A model that repeats a digit does not do so until it is out of tokens."""
+    tokenizer = tiny.prompts.tokenizer
+    mask = TokenMasks(tokenizer, tiny.prompts.stop_ids).start(Constraint.json_schema(schema))
+
+    def token(text):
+        [token_id] = tokenizer.encode(text, add_special_tokens=False).ids
+        return token_id
+
+    logits = np.zeros(tokenizer.get_vocab_size(), np.float32)
+    for token_id in tokenizer.encode(start, add_special_tokens=False).ids:
+        assert np.isfinite(mask.apply(logits)[token_id])
+        mask.accept(token_id)
+    one, zero = token("1"), token("0")
+    count = 0
+    while count < 40:
+        masked = mask.apply(logits)
+        digit = next((digit for digit in (one, zero) if np.isfinite(masked[digit])), None)
+        if digit is None:
+            break
+        mask.accept(digit)
+        count += 1
+    assert count == (most or 40)
+    assert np.isfinite(masked).any()
+
+
+def test_regular_expressions_say_themselves_how_long(tiny):
+    said = tiny.ask("?", constraint=Constraint.regex("1{30}"))
+    assert said.text == "1" * 30
+    mask = TokenMasks(tiny.prompts.tokenizer, tiny.prompts.stop_ids)
+    mask = mask.start(Constraint.regex("1+"))
+    [one] = tiny.prompts.tokenizer.encode("1", add_special_tokens=False).ids
+    for _ in range(40):
+        assert np.isfinite(mask.apply(np.zeros(one + 1, np.float32))[one])
+        mask.accept(one)
+
+
+def test_calls_or_an_object(noise):
+    """Before its first token an answer may be either; then it is that."""
+    tools = [Tool("now", "", None), Tool("f", "", {"properties": {"x": {"enum": [1]}}})]
+    constraint = Constraint.tool_calls(
+        tools, several=True, otherwise=Constraint.json_schema({"enum": [{"n": 1}]})
+    )
+    kinds = set()
+    for seed in range(12):
+        answer = noise.ask("?", max_tokens=400, temperature=1, seed=seed, constraint=constraint)
+        text, calls = edgevl.split_tool_calls(answer.text)
+        if answer.finish_reason != "stop":
+            continue
+        assert bool(calls) != bool(text)
+        assert {call.name for call in calls} <= {"now", "f"}
+        assert not text or json.loads(text) == {"n": 1}
+        kinds.add(bool(calls))
+    assert kinds == {True, False}
 
 
 def test_deepest_schema_that_is_allowed():

@@ -126,6 +126,31 @@ def test_no_tools_with_none(client):
     assert shown.usage.prompt_tokens > without.usage.prompt_tokens
 
 
+OBJECT = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": OBJECT}}
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", "none"])
+def test_tools_with_a_form(client, choice):
+    """A call or an object; with required a call, with none an object."""
+    kinds = set()
+    for seed in range(8):
+        more = {"temperature": 3.0, "seed": seed, "max_tokens": 300, "parallel_tool_calls": False}
+        answer = ask(
+            client, QUESTION, tools=TOOLS, tool_choice=choice, response_format=FORMAT, **more
+        ).choices[0]
+        if answer.message.tool_calls:
+            [call] = answer.message.tool_calls
+            assert isinstance(json.loads(call.function.arguments), dict)
+            assert (answer.message.content, answer.finish_reason) == (None, "tool_calls")
+            kinds.add("call")
+        elif answer.finish_reason == "stop":
+            assert json.loads(answer.message.content) in ({"n": 1}, {"n": 2})
+            kinds.add("object")
+    assert kinds <= {"auto": {"call", "object"}, "required": {"call"}, "none": {"object"}}[choice]
+    assert kinds
+
+
 CALLS = {"role": "assistant", "tool_calls": [called("now", call_id="a"), called("now", "{}", "b")]}
 
 
@@ -135,7 +160,6 @@ CALLS = {"role": "assistant", "tool_calls": [called("now", call_id="a"), called(
         ([], {"tools": [tool("bad name")]}, "tools[0].function", "letters, digits"),
         ([], {"tools": [tool("a"), tool("a")]}, "tools", "two are named a"),
         ([], {"tools": [tool("a", {"type": "string"})]}, "tools[0].function", '"object"'),
-        ([], {"tools": [tool("a", colour=1)]}, "tools[0].function.colour", "Unrecognized"),
         ([], {"tool_choice": "required"}, "tool_choice", "needs tools"),
         (
             [],
@@ -147,14 +171,16 @@ CALLS = {"role": "assistant", "tool_calls": [called("now", call_id="a"), called(
             [],
             {"tools": [tool("a", {"properties": {"x": {"type": "odd"}}})]}
             | {"tool_choice": "required"},
-            "tools",
-            "",
+            "tools.a.parameters.properties.x.type",
+            "odd",
         ),
+        # Also where they need not be called, since the answer is one or the other.
         (
             [],
-            {"tools": TOOLS, "response_format": {"type": "json_object"}},
-            "response_format",
-            "no room for tool calls",
+            {"tools": [tool("a", {"properties": {"x": {"not": {}}}})]}
+            | {"response_format": {"type": "json_object"}},
+            "tools.a.parameters.properties.x.not",
+            "",
         ),
         (
             [],

@@ -350,7 +350,7 @@ def test_without_tools_their_tags_are_text_as_in_the_original(encoders):
         ),
         (
             lambda: Constraint.tool_calls([NOW, Tool("f", "", {"not": {}})]),
-            r'tool f: parameters: .*\["not"\]',
+            r'tools.f.parameters.not: .*\["not"\]',
         ),
     ],
 )

@@ -21,6 +21,19 @@ class PromptError(EdgeVLError):
     """Messages cannot be turned into a prompt, or a request's parameters are out of range."""
 
 
+class SchemaError(PromptError):
+    """A JSON schema or a regular expression is malformed, too large, or not supported.
+
+    Attributes:
+        where: the part at fault, such as ``json_schema.properties.x.pattern``.
+    """
+
+    def __init__(self, message: str, where: str) -> None:
+        """Put an error together."""
+        super().__init__(message)
+        self.where = where
+
+
 class ContextLengthError(PromptError):
     """A single message is longer than the context of the model."""
 

@@ -91,6 +91,7 @@ def _check_origins(_: click.Context, __: click.Parameter, value: tuple[str, ...]
     callback=_check_origins,
     help="An origin whose pages may call the server. Repeatable.  [default: none]",
 )
+@click.option("--strict", is_flag=True, help="Refuse fields that are not known, not ignore them.")
 @click.option("--no-ui", is_flag=True, help="Have no page at /.")
 @engine_options
 def command(
@@ -105,6 +106,7 @@ def command(
     grace_s: float,
     allowed_hosts: tuple[str, ...],
     cors_origins: tuple[str, ...],
+    strict: bool,
     no_ui: bool,
     **engine: Any,
 ) -> int:
@@ -137,6 +139,7 @@ def command(
         allowed_hosts=allowed_hosts,
         cors_origins=cors_origins,
         loopback=loopback,
+        strict=strict,
     )
     url = url_of(sock)
     if not loopback and api_key is None:

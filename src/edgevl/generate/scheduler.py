@@ -173,10 +173,10 @@ class Scheduler:
         """Do what takes long the first time that answers are constrained, and check that one.
 
         Raises:
-            PromptError: the constraint's grammar is malformed.
+            PromptError: the constraint's grammar is malformed, or a part of it too complex.
             EdgeVLError: constraints cannot be followed here.
         """
-        self._masks.start(constraint)
+        self._masks.check(constraint)
 
     def cancel(self, ticket: Ticket) -> None:
         """See `Ticket.cancel`."""

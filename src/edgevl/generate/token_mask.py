@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Collection
+from itertools import islice
 from typing import Any
 from unicodedata import is_normalized
 
@@ -12,16 +13,59 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edgevl.errors import EdgeVLError, PromptError
+from edgevl.errors import EdgeVLError, PromptError, SchemaError
 from edgevl.generate.constraint import Constraint, import_llguidance, limits, reason
+
+#: Most digits of a number's integer part, as of a 64-bit integer, and of its fraction; and of its
+#: exponent, so that every number is finite. A model without an idea of what comes next repeats a
+#: digit until it is out of tokens, and schemas seldom say how long numbers may be.
+MAX_DIGITS, MAX_EXPONENT_DIGITS = 19, 2
+#: Regular expressions of a schema that are tried before it is taken, with so many tokens each.
+_MAX_PATTERNS, _TRIED_TOKENS = 16, 64
+#: Regular expressions that are remembered not to be tried again.
+_MAX_TRIED = 256
+
+
+class _Digits:
+    """Counts the digits with which a JSON text ends, outside of its strings."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._in_string = self._escaped = self._in_exponent = False
+
+    @property
+    def enough(self) -> bool:
+        return self._count >= (MAX_EXPONENT_DIGITS if self._in_exponent else MAX_DIGITS)
+
+    def add(self, text: bytes) -> None:
+        for byte in text:
+            if self._in_string:
+                self._in_string = self._escaped or byte != ord('"')
+                self._escaped = byte == ord("\\") and not self._escaped
+            elif byte in b"0123456789":
+                self._count += 1
+            else:
+                self._count = 0
+                self._in_string = byte == ord('"')
+                if byte not in b"+-":
+                    self._in_exponent = byte in b"eE"
 
 
 class TokenMask:
     """Follows one answer and masks the logits of tokens that its constraint does not allow."""
 
-    def __init__(self, matcher: Any) -> None:
-        """Start before the first token; ``matcher`` is an ``llguidance.LLMatcher``."""
+    def __init__(self, matcher: Any, vocabulary: Any, digits: NDArray[np.uint8] | None) -> None:
+        """Start before the first token.
+
+        Args:
+            matcher: an ``llguidance.LLMatcher``.
+            vocabulary: its ``llguidance.LLTokenizer``.
+            digits: where the answer has JSON, a bit for each token, set if it begins with a digit.
+        """
         self._matcher = matcher
+        self._vocabulary = vocabulary
+        self._begin_with_digit = digits
+        self._digits = _Digits()
 
     @property
     def complete(self) -> bool:
@@ -34,15 +78,17 @@ class TokenMask:
         Ids that end a turn are allowed once the answer is what it must be.
 
         Raises:
-            EdgeVLError: no text can meet the constraint, it is too complex to follow, or the
-                engine gives the logits of a few tokens only, and none of them is allowed.
+            PromptError: no text can meet the constraint, or it is too complex to follow.
+            EdgeVLError: the engine gives the logits of a few tokens only, and none of them is
+                allowed.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        allowed = np.unpackbits(bits, bitorder="little", count=8 * len(bits)).astype(bool)
-        allowed = allowed[: len(logits)]
         masked = np.full_like(logits, -np.inf)
-        np.copyto(masked[: len(allowed)], logits[: len(allowed)], where=allowed)
+        if self._begin_with_digit is not None and self._digits.enough:
+            _copy(logits, masked, bits & ~self._begin_with_digit)
+        if masked.max() == -np.inf:  # a schema may want more digits
+            _copy(logits, masked, bits)
         if masked.max() == -np.inf:
             raise EdgeVLError(
                 "constraint: the engine gives only the likeliest tokens, and none of them is "
@@ -54,18 +100,28 @@ class TokenMask:
         """Go on after a token that `apply` allowed.
 
         Raises:
-            EdgeVLError: the constraint is too complex to follow.
+            PromptError: the constraint is too complex to follow.
         """
         self._matcher.consume_token(token_id)
         self._check()
+        if self._begin_with_digit is not None:
+            self._digits.add(self._vocabulary.decode_bytes([token_id]))
 
     def _check(self) -> None:
         if not self._matcher.is_error():
             return
         why = reason(self._matcher.get_error())
         if why.startswith("NoExtension"):
-            raise EdgeVLError("constraint: no text can meet it (a $ref to itself?): correct it")
-        raise EdgeVLError(f"constraint: {why}; simplify it")
+            raise PromptError("constraint: no text can meet it (a $ref to itself?): correct it")
+        raise PromptError(f"constraint: {why}; simplify it")
+
+
+def _copy(
+    logits: NDArray[np.float32], masked: NDArray[np.float32], bits: NDArray[np.uint8]
+) -> None:
+    """Copy the logits of the tokens whose bits are set."""
+    allowed = np.unpackbits(bits, bitorder="little").astype(bool)[: len(logits)]
+    np.copyto(masked[: len(allowed)], logits[: len(allowed)], where=allowed)
 
 
 class TokenMasks:
@@ -77,6 +133,8 @@ class TokenMasks:
         self._stop_ids = stop_ids
         self._lock = threading.Lock()
         self._vocabulary: Any = None
+        self._digits: NDArray[np.uint8] | None = None
+        self._tried: set[str] = set()  # regular expressions that are not too complex
         added = tokenizer.get_added_tokens_decoder().items()
         self._literals = {f"start: {json.dumps(t.content)}": token_id for token_id, t in added}
         self._added = [t.content for _, t in added if len(t.content.strip()) > 1]
@@ -90,15 +148,51 @@ class TokenMasks:
             PromptError: the constraint's grammar is malformed.
             EdgeVLError: ``llguidance`` is not installed, or cannot read the tokenizer.
         """
+        matcher = self._matcher(self._fitted(constraint.grammar))
+        if matcher.is_error():
+            raise PromptError(f"constraint: {reason(matcher.get_error())}; correct it")
+        with_json = '"json_schema":' in constraint.grammar
+        return TokenMask(matcher, self._vocabulary, self._digits if with_json else None)
+
+    def check(self, constraint: Constraint) -> None:
+        """Check what can be without a prompt; more may be found as the answer goes on.
+
+        Whether a regular expression is too complex depends on the text: some is made up.
+
+        Raises:
+            PromptError: the constraint's grammar is malformed, or a part of it too complex.
+            EdgeVLError: ``llguidance`` is not installed, or cannot read the tokenizer.
+        """
+        self.start(constraint)
+        distinct = {grammar: where for where, grammar in reversed(constraint.patterns)}
+        for grammar, where in islice(reversed(distinct.items()), _MAX_PATTERNS):
+            if grammar in self._tried:
+                continue
+            matcher, random = self._matcher(grammar), np.random.default_rng(0)
+            for _ in range(_TRIED_TOKENS):
+                bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+                if matcher.is_stopped():  # also by an error
+                    break
+                allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+                matcher.consume_token(int(random.choice(allowed)))
+            if matcher.is_error():
+                why = reason(matcher.get_error())
+                raise SchemaError(f"{where}: {why}; simplify it", where)
+            if len(self._tried) < _MAX_TRIED:
+                self._tried.add(grammar)
+
+    def _matcher(self, grammar: str) -> Any:
         guidance = import_llguidance()
+
+        def matcher(grammar: str) -> Any:
+            return guidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits())
+
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = self._read(guidance.LLTokenizer)
-        grammar = self._fitted(constraint.grammar)
-        matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits())
-        if matcher.is_error():
-            raise PromptError(f"constraint: {reason(matcher.get_error())}; correct it")
-        return TokenMask(matcher)
+                digits = matcher(guidance.LLMatcher.grammar_from_regex(r"[0-9](?s:.*)"))
+                self._digits = np.frombuffer(digits.compute_bitmask(), np.uint8)
+        return matcher(grammar)
 
     def _fitted(self, grammar: str) -> str:
         """Return the grammar with the tokenizer's own tokens in the places of their texts.

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import edgevl
 from edgevl.serve import chat, completions
 from edgevl.serve.errors import add_error_handlers, error_responses, unavailable
+from edgevl.serve.ignored import HEADER as IGNORED_HEADER
 from edgevl.serve.logs import RequestLog
 from edgevl.serve.middleware import BodyLimit, HostCheck, KeyCheck
 from edgevl.serve.page_gate import PageGate
@@ -123,7 +124,7 @@ def create_app(service: Service, page: PageGate | None = None) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", IGNORED_HEADER],
         )
     if settings.loopback:
         app.add_middleware(HostCheck)

@@ -36,7 +36,7 @@ from edgevl.serve.responses import (
 )
 from edgevl.serve.sampling import questions
 from edgevl.serve.service import service_of
-from edgevl.serve.tools import forced_calls, shown_tools
+from edgevl.serve.tools import mode_of, shown_tools, with_calls
 
 router = APIRouter()
 
@@ -60,13 +60,14 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Go on with a conversation that may have pictures and videos."""
     service = service_of(request)
     service.check_name(body.model)
+    ignored = service.ignored.headers(body)
     _check(body)
 
     async def prepare() -> Plan:
         loaded = service.loaded(body.model)
         tools = shown_tools(body)
         constraint = None
-        if _formatted(body) or _forced(body):
+        if _formatted(body) or mode_of(body.tool_choice) == "required":
             constraint = await to_thread.run_sync(
                 _constraint,
                 body,
@@ -88,7 +89,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         )
 
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    return AnswerResponse(request, prepare, bool(body.stream), include_usage)
+    return AnswerResponse(request, prepare, bool(body.stream), include_usage, ignored)
 
 
 def _thinking(body: ChatRequest) -> bool | None:
@@ -101,56 +102,45 @@ def _formatted(body: ChatRequest) -> bool:
     return body.response_format is not None and body.response_format.type != "text"
 
 
-def _forced(body: ChatRequest) -> bool:
-    return body.tool_choice not in (None, "none", "auto")
-
-
 def _check(body: ChatRequest) -> None:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-    if body.stream_options and not body.stream:
-        raise ApiError(400, "stream_options needs stream: true", "stream_options")
     formatted = _formatted(body)
-    if _thinking(body) and (formatted or _forced(body)):
+    if _thinking(body) and (formatted or mode_of(body.tool_choice) == "required"):
         param = "response_format" if formatted else "tool_choice"
         raise ApiError(400, f"{param} cannot be kept while thinking: leave one out", param)
-    if formatted and body.tools and body.tool_choice != "none":
-        raise ApiError(
-            400,
-            "response_format leaves no room for tool calls: leave it out, or set tool_choice to "
-            "none",
-            "response_format",
-        )
 
 
 def _constraint(
     body: ChatRequest, tools: Sequence[Tool], scheduler: Scheduler
 ) -> Constraint | None:
     """Return what the answer must be, checked; it may take seconds."""
-    constraint = _wanted(body, tools)
-    if constraint is not None:
-        scheduler.prepare(constraint)
-    return constraint
+    with blamed_on("response_format"):
+        constraint = with_calls(body, tools, _format(body))
+        if constraint is not None:
+            scheduler.prepare(constraint)
+        return constraint
 
 
-def _wanted(body: ChatRequest, tools: Sequence[Tool]) -> Constraint | None:
+def _format(body: ChatRequest) -> Constraint | None:
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
-        return forced_calls(body, tools)
-    with blamed_on("response_format"):
-        if isinstance(wanted, PlainFormat):
-            return Constraint.json_object()
-        schema = wanted.json_schema.schema_
-        return Constraint.json_schema({"type": "object"} if schema is None else schema)
+        return None
+    if isinstance(wanted, PlainFormat):
+        schema, name = wanted.schema_, "response_format.schema"
+    else:
+        schema, name = wanted.json_schema.schema_, "response_format.json_schema.schema"
+    return Constraint.json_schema({"type": "object"} if schema is None else schema, name)
 
 
 class _Reply:
     """What one answer has said: text, and calls of tools if there are any."""
 
-    def __init__(self, tools: Sequence[Tool]) -> None:
+    def __init__(self, tools: Sequence[Tool], tagged: bool) -> None:
         self.text = ""
         self.calls: list[ToolCall] = []
-        self._splitter = ToolCallSplitter(tools) if tools else None
+        # Where calls have tags by construction, an object without them is none.
+        self._splitter = ToolCallSplitter(() if tagged else tools) if tools else None
 
     def add(self, text: str) -> Iterable[ReplyMessage]:
         """Take text; return what is certain of it."""
@@ -189,6 +179,7 @@ class _ChatWriter:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._tools = tools
+        self._tagged = _formatted(body)
         self._replies: dict[int, _Reply] = {}
         self._tokens: dict[int, list[TokenLogprobs]] = {}
         self._answers: dict[int, Answer] = {}
@@ -263,7 +254,7 @@ class _ChatWriter:
     def _begin(self, number: int) -> Iterable[ChatChunk]:
         """Yield the first event of an answer, which says whose it is."""
         if number not in self._replies:
-            self._replies[number] = _Reply(self._tools)
+            self._replies[number] = _Reply(self._tools, self._tagged)
             yield self._chunk(number, ReplyMessage(role="assistant", content=""), None)
 
     def _chunk(

@@ -15,7 +15,7 @@ from edgevl.generate.generation import Chunk
 from edgevl.generate.logprobs import TokenLogprobs
 from edgevl.preprocess import Prompt, PromptEncoder
 from edgevl.serve.chat import EVENTS
-from edgevl.serve.errors import ApiError, blamed_on, error_responses
+from edgevl.serve.errors import blamed_on, error_responses
 from edgevl.serve.logprobs import TokenTexts
 from edgevl.serve.requests import CompletionRequest
 from edgevl.serve.respond import AnswerResponse, Plan
@@ -45,8 +45,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     """Go on with a text. Special tokens in it are special tokens."""
     service = service_of(request)
     service.check_name(body.model)
-    if body.stream_options and not body.stream:
-        raise ApiError(400, "stream_options needs stream: true", "stream_options")
+    ignored = service.ignored.headers(body)
 
     async def prepare() -> Plan:
         loaded = service.loaded(body.model)
@@ -69,7 +68,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         )
 
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    return AnswerResponse(request, prepare, bool(body.stream), include_usage)
+    return AnswerResponse(request, prepare, bool(body.stream), include_usage, ignored)
 
 
 def _prompts(body: CompletionRequest, encoder: PromptEncoder) -> list[Prompt]:

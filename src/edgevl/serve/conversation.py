@@ -19,7 +19,6 @@ from edgevl.serve.requests import (
     SystemMessage,
     TextPart,
     Texts,
-    ToolMessage,
     UserPart,
 )
 from edgevl.serve.sampling import check_length
@@ -66,13 +65,13 @@ class _Loading:
                 calls = calls_of(message)
             with blamed_on(f"{where}.content"):
                 thoughts = message.reasoning_content or ""
-                return Message.assistant(_text(message.content or ""), calls, thoughts)
+                said = _text(message.content or message.refusal or "")
+                return Message.assistant(said, calls, thoughts)
         with blamed_on(f"{where}.content"):
             if isinstance(message, SystemMessage):
                 return Message.system(_text(message.content))
             if isinstance(message.content, str):
-                make = Message.tool if isinstance(message, ToolMessage) else Message.user
-                return make(message.content)
+                return Message(message.role, (message.content,))
         parts: list[Part] = []
         for number, part in enumerate(message.content):
             parts += await self._part(part, f"{where}.content[{number}]")

@@ -21,6 +21,7 @@ from edgevl.errors import (
     ImageError,
     PromptError,
     QueueFullError,
+    SchemaError,
     VideoError,
 )
 from edgevl.preprocess.sources import short_name
@@ -28,8 +29,11 @@ from edgevl.preprocess.sources import short_name
 #: Errors of EdgeVL that are the request's fault.
 REQUEST_ERRORS = (PromptError, ImageError, VideoError, FetchError)
 
-# Known to OpenAI, not offered here: these may only have the value that changes nothing.
-_NOT_OFFERED = frozenset("best_of echo function_call functions suffix".split())
+# Known to other servers, not offered here: these may only have the value that changes nothing.
+_NOT_OFFERED = frozenset(
+    "audio best_of echo function_call functions grammar guided_choice guided_grammar guided_json "
+    "guided_regex modalities structured_outputs suffix".split()
+)
 
 
 class ErrorDetail(BaseModel):
@@ -121,6 +125,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
         return busy(error.retry_after_s)
     if isinstance(error, ContextLengthError):
         return ApiError(400, str(error), param, "context_length_exceeded")
+    if isinstance(error, SchemaError):
+        param = error.where
     if isinstance(error, REQUEST_ERRORS):
         return ApiError(400, str(error), param, "invalid_value")
     if isinstance(error, EdgeVLError):
@@ -157,10 +163,6 @@ def as_invalid(error: RequestValidationError) -> ApiError:
             code="invalid_json",
         )
     param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:] or None
-    if kind == "extra_forbidden":
-        return ApiError(
-            400, f"Unrecognized request argument supplied: {param}", param, "unknown_parameter"
-        )
     if _NOT_OFFERED.intersection(path):
         return ApiError(
             400, f"{param} is not supported here: leave it out", param, "unsupported_value"

@@ -1,10 +1,15 @@
-"""Bodies of requests, as Pydantic checks them and the OpenAPI document describes them."""
+"""Bodies of requests, as Pydantic checks them and the OpenAPI document describes them.
+
+Clients of other servers send fields that mean nothing here. They are kept, and `ignored_fields`
+names them. What would make another answer of it and cannot be had is a field that must be empty.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from edgevl.options import MAX_BIASES, OPTIONS, Option
@@ -16,19 +21,40 @@ MAX_PARTS = 1024
 MAX_TOOLS = 128
 #: Fields of one object, known or not, far above those that there are.
 MAX_FIELDS = 64
-#: Pairs in ``metadata``, as in OpenAI's API.
-MAX_PAIRS = 16
 #: Token ids in one prompt, far above any context.
 MAX_PROMPT_IDS = 2**20
 
+#: Fields of OpenAI's API that change no answer here: ``--strict`` ignores them as well.
+HARMLESS = frozenset(
+    "annotations include_obfuscation metadata name prompt_cache_key safety_identifier service_tier "
+    "store user".split()
+)
+
+
+def _whole(value: Any) -> Any:
+    """Take 64.0 for 64: JSON has one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 ShortText = Annotated[str, Field(max_length=512)]
 StopText = Annotated[str, Field(min_length=1, max_length=512)]
+Whole = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)]
+#: -1 is no limit, as in llama.cpp.
+TokenLimit = Annotated[
+    Annotated[int, Field(ge=1, le=2**31)] | None,
+    BeforeValidator(
+        lambda value: 2**31 if value == -1 else _whole(value),
+        json_schema_input_type=Annotated[int, Field(ge=-1, le=2**31)] | None,
+    ),
+]
+Stop: TypeAlias = Annotated[str, Field(max_length=512)] | list[StopText] | None
+Nothing: TypeAlias = Annotated[list[Any], Field(max_length=0)] | None
 
 
 class Strict(BaseModel):
-    """An object of a request: no field but its own, no value of another type."""
+    """An object of a request: values are of their types, and fields that are not known are kept."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     # Pydantic collects all errors, which may take a hundred times the memory of the request. So
     # fields are counted before they are looked at, and long lists end at their first error.
@@ -44,7 +70,6 @@ class StreamOptions(Strict):
     """How to stream."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = Field(None, description="Ignored: nothing is padded.")
 
 
 #: Options of the sampler by their names in requests: those that mean the same everywhere.
@@ -58,7 +83,7 @@ _SAMPLER = {
 
 def _sampler_field(option: Option) -> tuple[Any, Any]:
     """Return type and default of a field for an option of the sampler."""
-    number: Any = int if option.kind == "integer" else float
+    number: Any = Whole if option.kind == "integer" else float
     value: Any = Annotated[number, Field(ge=option.low, le=option.high)]
     if option.kind == "biases":
         value = Annotated[dict[str, value], Field(max_length=MAX_BIASES, fail_fast=True)]
@@ -82,12 +107,20 @@ class Sampling(SamplerFields):
     """What both kinds of completion take."""
 
     model: ShortText
-    seed: int | None = Field(None, description="Counts up where `n` is more than 1.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
+    seed: Whole | None = Field(None, description="Counts up where `n` is more than 1.")
+    stop: Annotated[
+        StopText | Annotated[list[StopText], Field(max_length=16)] | None,
+        BeforeValidator(lambda value: value or None, json_schema_input_type=Stop),
+    ] = None
+    n: Annotated[Whole, Field(ge=1, le=MAX_ANSWERS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: ShortText | None = Field(None, description="Ignored.")
+    guided_json: Nothing = None
+    guided_regex: Nothing = None
+    guided_choice: Nothing = None
+    guided_grammar: Nothing = None
+    structured_outputs: Nothing = None
+    grammar: Nothing = None
 
     def options(self) -> dict[str, Any]:
         """Return the options of the sampler, but for seed and length; None if not given."""
@@ -109,14 +142,23 @@ class ImageUrl(Strict):
     """Where a picture is."""
 
     url: str = Field(description="`data:`, or `http(s):` of a host that the operator allows.")
-    detail: Literal["auto", "low", "high"] | None = Field(None, description="`low` is one tile.")
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
+        None, description="`low` is one tile."
+    )
+
+
+def _as_url(value: Any) -> Any:
+    """Take a string for an object with that URL."""
+    return {"url": value} if isinstance(value, str) else value
 
 
 class ImagePart(Strict):
     """A picture."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[
+        ImageUrl, BeforeValidator(_as_url, json_schema_input_type=ImageUrl | str)
+    ] = Field(description="Its URL may also stand here by itself.")
 
 
 class VideoUrl(Strict):
@@ -129,11 +171,37 @@ class VideoPart(Strict):
     """A video, shown as `frames` pictures."""
 
     type: Literal["video_url"]
-    video_url: VideoUrl
+    video_url: Annotated[
+        VideoUrl, BeforeValidator(_as_url, json_schema_input_type=VideoUrl | str)
+    ] = Field(description="Its URL may also stand here by itself.")
 
 
-Texts: TypeAlias = str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
-UserPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+class RefusalPart(Strict):
+    """What a model said that refused to answer; it is text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _as_part(value: Any) -> Any:
+    """Take a string, or what was said in refusal, for a part with that text."""
+    if isinstance(value, str):
+        return {"type": "text", "text": value}
+    if isinstance(value, dict) and value.get("type") == "refusal" and "refusal" in value:
+        return {"type": "text", "text": value["refusal"]}
+    return value
+
+
+UserPart: TypeAlias = TextPart | ImagePart | VideoPart
+AnyText = Annotated[
+    TextPart, BeforeValidator(_as_part, json_schema_input_type=TextPart | RefusalPart | str)
+]
+AnyPart = Annotated[
+    Annotated[UserPart, Field(discriminator="type")],
+    BeforeValidator(_as_part, json_schema_input_type=UserPart | str),
+]
+Texts: TypeAlias = str | Annotated[list[AnyText], Field(max_length=MAX_PARTS, fail_fast=True)]
+Parts: TypeAlias = str | Annotated[list[AnyPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class SystemMessage(Strict):
@@ -141,15 +209,13 @@ class SystemMessage(Strict):
 
     role: Literal["system", "developer"]
     content: Texts
-    name: ShortText | None = Field(None, description="Ignored.")
 
 
 class UserMessage(Strict):
     """What the user says and shows."""
 
     role: Literal["user"]
-    content: str | Annotated[list[UserPart], Field(max_length=MAX_PARTS, fail_fast=True)]
-    name: ShortText | None = Field(None, description="Ignored.")
+    content: Parts
 
 
 class FunctionCall(Strict):
@@ -165,7 +231,7 @@ class CallBody(Strict):
     """A call of a tool."""
 
     id: ShortText
-    type: Literal["function"]
+    type: Literal["function"] | None = None
     function: FunctionCall
 
 
@@ -177,11 +243,9 @@ class AssistantMessage(Strict):
     reasoning_content: str | None = Field(
         None, description="Kept or dropped as the model's chat template has it."
     )
-    name: ShortText | None = Field(None, description="Ignored.")
-    refusal: None = None
-    audio: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: None = None
+    refusal: str | None = Field(None, description="The text, where there is no `content`.")
+    audio: Nothing = None
+    function_call: Nothing = None
     tool_calls: Annotated[list[CallBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
 
 
@@ -189,9 +253,13 @@ class ToolMessage(Strict):
     """The result of a tool call; pictures may be among it."""
 
     role: Literal["tool"]
-    content: str | Annotated[list[UserPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+    content: Annotated[
+        Parts,
+        BeforeValidator(
+            lambda value: "" if value is None else value, json_schema_input_type=Parts | None
+        ),
+    ]
     tool_call_id: ShortText
-    name: ShortText | None = Field(None, description="Ignored.")
 
 
 AnyMessage: TypeAlias = SystemMessage | UserMessage | AssistantMessage | ToolMessage
@@ -199,15 +267,16 @@ ChatMessage = Annotated[AnyMessage, Field(discriminator="role")]
 
 
 class PlainFormat(Strict):
-    """Text, or any JSON object."""
+    """Text, or a JSON object: any, or of a schema."""
 
     type: Literal["text", "json_object"]
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
 
 
 class JsonSchema(Strict):
-    """A JSON schema and its name."""
+    """A JSON schema and its name, which is not needed."""
 
-    name: ShortText
+    name: str | None = None
     description: str | None = None
     schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="Ignored: answers are always of the schema.")
@@ -234,7 +303,7 @@ class FunctionDefinition(Strict):
 class ToolDefinition(Strict):
     """A tool: a function."""
 
-    type: Literal["function"]
+    type: Literal["function"] | None = None
     function: FunctionDefinition
 
 
@@ -251,6 +320,27 @@ class NamedTool(Strict):
     function: FunctionName
 
 
+class AllowedTools(Strict):
+    """Those of the tools that may be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedChoice(Strict):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice: TypeAlias = (
+    Literal["none", "auto", "required"]
+    | Annotated[NamedTool | AllowedChoice, Field(discriminator="type")]
+    | None
+)
+
+
 class TemplateArguments(Strict):
     """The variables of the chat template that may be set."""
 
@@ -263,12 +353,12 @@ class ChatRequest(Sampling):
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     ]
-    max_completion_tokens: int | None = Field(
-        None, ge=1, le=2**31, description="Default: all that the context holds."
+    max_completion_tokens: TokenLimit = Field(
+        None, description="Default, as -1: all that the context holds."
     )
-    max_tokens: int | None = Field(None, ge=1, le=2**31, description="The older name of it.")
+    max_tokens: TokenLimit = Field(None, description="The older name of it.")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = (
         None
     )
@@ -276,22 +366,21 @@ class ChatRequest(Sampling):
         None, description="Think before answering, or not; default: as the chat template has it."
     )
     chat_template_kwargs: TemplateArguments | None = None
-    frames: int | None = Field(None, ge=1, le=256, description="Frames shown of each video.")
-    max_tiles: int | None = Field(None, ge=1, le=40, description="Most tiles of a picture.")
+    frames: Annotated[Whole, Field(ge=1, le=256)] | None = Field(
+        None, description="Frames shown of each video."
+    )
+    max_tiles: Annotated[Whole, Field(ge=1, le=40)] | None = Field(
+        None, description="Most tiles of a picture."
+    )
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+    tool_choice: ToolChoice = Field(
         None, description="`required` and a named one are valid calls by construction."
     )
     parallel_tool_calls: bool | None = Field(
         None, description="Whether `required` may be several calls; default: true."
     )
-    metadata: Annotated[dict[str, str], Field(max_length=MAX_PAIRS, fail_fast=True)] | None = Field(
-        None, description="Ignored."
-    )
-    store: bool | None = Field(None, description="Ignored: nothing is stored.")
-    service_tier: ShortText | None = Field(None, description="Ignored.")
-    safety_identifier: ShortText | None = Field(None, description="Ignored.")
-    prompt_cache_key: ShortText | None = Field(None, description="Ignored: all share the cache.")
+    functions: Nothing = None
+    modalities: list[Literal["text"]] | None = None
 
 
 PromptText = Annotated[str, Field(min_length=1)]
@@ -310,8 +399,26 @@ class CompletionRequest(Sampling):
         | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_ANSWERS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_ANSWERS)]
     )
-    max_tokens: int | None = Field(None, ge=1, le=2**31, description="Default: 16.")
-    logprobs: int | None = Field(None, ge=0, le=20)
+    max_tokens: TokenLimit = Field(None, description="Default: 16.")
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
+
+
+def ignored_fields(value: Any, where: str = "") -> Iterator[str]:
+    """Yield where a request has fields that are not known, such as ``messages[0].cache_control``.
+
+    Null is as good as absent.
+    """
+    if isinstance(value, Strict):
+        for name, field in type(value).model_fields.items():
+            path = f"{where}.{field.alias or name}" if where else name
+            yield from ignored_fields(getattr(value, name), path)
+        for name, given in (value.model_extra or {}).items():
+            if given is not None:
+                yield f"{where}.{name}" if where else name
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            if isinstance(item, Strict):
+                yield from ignored_fields(item, f"{where}[{number}]")

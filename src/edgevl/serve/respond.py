@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -72,6 +72,7 @@ class AnswerResponse(Response):
         prepare: Callable[[], Awaitable[Plan]],
         stream: bool,
         include_usage: bool,
+        headers: Mapping[str, str],
     ) -> None:
         """Do nothing yet.
 
@@ -80,8 +81,11 @@ class AnswerResponse(Response):
             prepare: says what is to be done.
             stream: send events as they come.
             include_usage: send one with the usage, the last.
+            headers: to send besides.
         """
-        super().__init__(media_type="text/event-stream" if stream else "application/json")
+        super().__init__(
+            media_type="text/event-stream" if stream else "application/json", headers=headers
+        )
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-store"
         self._prepare = prepare

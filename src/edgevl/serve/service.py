@@ -17,6 +17,7 @@ from edgevl.preprocess import PromptEncoder
 from edgevl.serve.answers import Record
 from edgevl.serve.errors import ApiError, as_api_error, unavailable
 from edgevl.serve.fetch import Fetcher
+from edgevl.serve.ignored import IgnoredFields
 from edgevl.serve.logprobs import TokenTexts
 from edgevl.serve.media import Media
 from edgevl.serve.metrics import Metrics
@@ -41,6 +42,7 @@ class Service:
         settings: What the operator decides.
         created: Unix time in seconds of the server's start.
         metrics: What Prometheus reads.
+        ignored: What is said of fields that are not known.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -48,6 +50,7 @@ class Service:
         self.settings = settings
         self.created = int(time.time())
         self.metrics = Metrics(CollectorRegistry())
+        self.ignored = IgnoredFields(settings.strict)
         self._loaded: Loaded | None = None
         self._path = settings.name  # of the model, once it is known
 

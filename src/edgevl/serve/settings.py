@@ -28,6 +28,7 @@ class Settings:
         cors_origins: Origins whose pages may call the server; ``*`` is any.
         loopback: Whether it listens to this machine only; then it answers to names of this machine
             only, so that no web page can reach it by a name of its own (DNS rebinding).
+        strict: Whether fields of requests that are not known are refused; else they are ignored.
     """
 
     name: str
@@ -40,3 +41,4 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     loopback: bool = True
+    strict: bool = False

@@ -10,10 +10,12 @@ from edgevl.generate.constraint import Constraint
 from edgevl.preprocess.tools import Tool, ToolCall, check_tools
 from edgevl.serve.errors import ApiError, blamed_on
 from edgevl.serve.requests import (
+    AllowedChoice,
     AnyMessage,
     AssistantMessage,
     ChatRequest,
     NamedTool,
+    ToolChoice,
     ToolMessage,
 )
 
@@ -32,19 +34,39 @@ def shown_tools(body: ChatRequest) -> list[Tool]:
     with blamed_on("tools"):
         check_tools(tools)
     choice = body.tool_choice
-    if isinstance(choice, NamedTool) and choice.function.name not in [tool.name for tool in tools]:
-        raise ApiError(
-            400,
-            f"tool_choice: no tool is named {choice.function.name!r}: add it to tools",
-            "tool_choice",
-        )
-    if choice == "required" and not tools:
+    chosen: list[str] | None = None
+    if isinstance(choice, NamedTool):
+        chosen = [choice.function.name]
+    elif isinstance(choice, AllowedChoice):
+        chosen = [tool.function.name for tool in choice.allowed_tools.tools]
+    for name in chosen or ():
+        if name not in [tool.name for tool in tools]:
+            raise ApiError(
+                400, f"tool_choice: no tool is named {name!r}: add it to tools", "tool_choice"
+            )
+    if isinstance(choice, AllowedChoice):
+        tools = [tool for tool in tools if tool.name in (chosen or ())]
+    if mode_of(choice) == "required" and not tools:
         raise ApiError(400, "tool_choice: required needs tools", "tool_choice")
     return [] if choice == "none" else tools
 
 
-def forced_calls(body: ChatRequest, tools: Sequence[Tool]) -> Constraint | None:
-    """Return the constraint to call tools, if ``tool_choice`` says so.
+def mode_of(choice: ToolChoice) -> str:
+    """Return whether tools may be called (``auto``), must be (``required``), or not (``none``)."""
+    if isinstance(choice, AllowedChoice):
+        return choice.allowed_tools.mode
+    return "required" if isinstance(choice, NamedTool) else choice or "auto"
+
+
+def with_calls(
+    body: ChatRequest, tools: Sequence[Tool], text: Constraint | None
+) -> Constraint | None:
+    """Return the constraint on an answer that may call tools, or must.
+
+    Args:
+        body: says so, by ``tool_choice``.
+        tools: that the model is told of.
+        text: the constraint on what it says if it calls none.
 
     Raises:
         ApiError: a tool's parameters use what cannot be followed.
@@ -53,9 +75,12 @@ def forced_calls(body: ChatRequest, tools: Sequence[Tool]) -> Constraint | None:
     with blamed_on("tools"):
         if isinstance(choice, NamedTool):
             return Constraint.tool_calls([t for t in tools if t.name == choice.function.name])
-        if choice == "required":
-            return Constraint.tool_calls(tools, several=body.parallel_tool_calls is not False)
-    return None
+        several = body.parallel_tool_calls is not False
+        if mode_of(choice) == "required":
+            return Constraint.tool_calls(tools, several)
+        if tools and text is not None:
+            return Constraint.tool_calls(tools, several, text)
+    return text
 
 
 def calls_of(message: AssistantMessage) -> list[ToolCall]:
