@@ -46,6 +46,7 @@ EXTRAS = {
             "anyio",
             "fastapi",
             "uvicorn",
+            "httptools",
             "prometheus-client",
             "pydantic",
             "llguidance",

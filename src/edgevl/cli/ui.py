@@ -40,6 +40,7 @@ def command(
 
         from edgevl.page import page_app
         from edgevl.serve.middleware import HostCheck
+        from edgevl.serve.protocol import Protocol
 
     share_heap()
     # What can fail at once fails before the model is loaded.
@@ -54,7 +55,11 @@ def command(
         _announce(sock, bool(api_key))
         # Its messages are about browsers that have left.
         settings = uvicorn.Config(
-            app, log_level="critical", access_log=False, timeout_graceful_shutdown=FAREWELL_S
+            app,
+            http=Protocol,
+            log_level="critical",
+            access_log=False,
+            timeout_graceful_shutdown=FAREWELL_S,
         )
         server = uvicorn.Server(settings)
         try:

@@ -17,6 +17,7 @@ from edgevl.generate.logprobs import TokenLogprobs
 from edgevl.generate.scheduler import Scheduler
 from edgevl.generate.tool_calls import ToolCallSplitter
 from edgevl.preprocess.tools import Tool, ToolCall
+from edgevl.serve.bodies import BodyRoute
 from edgevl.serve.conversation import encode
 from edgevl.serve.errors import ApiError, blamed_on, error_responses
 from edgevl.serve.logprobs import TokenTexts
@@ -38,7 +39,7 @@ from edgevl.serve.sampling import questions
 from edgevl.serve.service import service_of
 from edgevl.serve.tools import mode_of, shown_tools, with_calls
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 PATH = "/v1/chat/completions"
 

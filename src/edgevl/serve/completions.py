@@ -14,6 +14,7 @@ from edgevl.generate.answer import Answer
 from edgevl.generate.generation import Chunk
 from edgevl.generate.logprobs import TokenLogprobs
 from edgevl.preprocess import Prompt, PromptEncoder
+from edgevl.serve.bodies import BodyRoute
 from edgevl.serve.chat import EVENTS
 from edgevl.serve.errors import blamed_on, error_responses
 from edgevl.serve.logprobs import TokenTexts
@@ -29,7 +30,7 @@ from edgevl.serve.responses import (
 from edgevl.serve.sampling import check_length, questions
 from edgevl.serve.service import service_of
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 PATH = "/v1/completions"
 

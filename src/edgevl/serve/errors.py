@@ -9,8 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -34,6 +33,9 @@ _NOT_OFFERED = frozenset(
     "audio best_of echo function_call functions grammar guided_choice guided_grammar guided_json "
     "guided_regex modalities structured_outputs suffix".split()
 )
+
+#: Most characters of a message.
+_MAX_CHARS = 1000
 
 
 class ErrorDetail(BaseModel):
@@ -73,7 +75,8 @@ class ApiError(Exception):
         kind = "server_error" if status >= 500 else "invalid_request_error"
         if status == HTTPStatus.TOO_MANY_REQUESTS:
             kind = "rate_limit_error"
-        message = " ".join(message.split())
+        message = _shortened(" ".join(message.split()))
+        param = None if param is None else _shortened(param)
         self.status = status
         self.detail = ErrorDetail(message=message, type=kind, param=param, code=code)
         self.headers = dict(headers or {})
@@ -85,6 +88,11 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """Return the response."""
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def _shortened(text: str) -> str:
+    """Return text that may repeat what a request says, of a length that is fit to be read."""
+    return text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 1]}…"
 
 
 def busy(retry_after_s: float) -> ApiError:
@@ -147,21 +155,13 @@ def blamed_on(param: str | None) -> Iterator[None]:
         raise as_api_error(error, param) from error
 
 
-def as_invalid(error: RequestValidationError) -> ApiError:
+def as_invalid(error: ValidationError, body: Any) -> ApiError:
     """Return the error of a body that is not what it must be: the fault that lies deepest."""
-    faults = error.errors()
     fault, path = max(
-        ((fault, list(_path(fault, error.body))) for fault in faults),
+        ((fault, list(_path(fault, body))) for fault in error.errors(include_url=False)),
         key=lambda found: len(found[1]),
     )
     kind, message = fault["type"], fault["msg"]
-    if kind == "json_invalid":
-        reason, position = fault["ctx"]["error"], fault["loc"][-1]
-        return ApiError(
-            400,
-            f"the body is not valid JSON: {reason}, at character {position}",
-            code="invalid_json",
-        )
     param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:] or None
     if _NOT_OFFERED.intersection(path):
         return ApiError(
@@ -181,7 +181,7 @@ def as_invalid(error: RequestValidationError) -> ApiError:
 
 def _path(fault: Mapping[str, Any], body: Any) -> Iterable[int | str]:
     """Yield what of a fault's location is in the body, or missing: Pydantic names types as well."""
-    keys = fault["loc"][1:]  # after "body"
+    keys = fault["loc"]
     for position, key in enumerate(keys, start=1):
         inside = isinstance(body, list) and isinstance(key, int) and key < len(body)
         if inside or (isinstance(body, dict) and key in body):
@@ -200,10 +200,6 @@ def add_error_handlers(app: FastAPI) -> None:
             request.scope["edgevl.record"].error = told.detail.message
         return told.response()
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return as_invalid(error).response()
-
     async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = str(error.detail)
@@ -216,7 +212,6 @@ def add_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, own)
     app.add_exception_handler(EdgeVLError, own)
-    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, plain)
 
 

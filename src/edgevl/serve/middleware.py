@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
+import re
 from collections.abc import Collection
+from ipaddress import IPv4Address, IPv6Address
 
 import anyio
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgevl.serve.answers import Record
+from edgevl.serve.bodies import Body
 from edgevl.serve.errors import ApiError, busy, timed_out
-from edgevl.serve.settings import BODIES_AT_ONCE, EXTRA_IN_FLIGHT, Settings
+from edgevl.serve.settings import BODIES_BYTES, EXTRA_IN_FLIGHT, Settings
 
 _RETRY_AFTER_S = 1.0
 #: What the API key is asked for.
@@ -42,12 +44,17 @@ class HostCheck:
         await self.app(scope, receive, send)
 
 
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z.-]+))(?::[0-9]+)?")
+
+
 def _is_loopback(host: str) -> bool:
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    if name.lower() == "localhost":
-        return True
+    match = _HOST.fullmatch(host)
+    if match is None:
+        return False
     try:
-        return ipaddress.ip_address(name).is_loopback
+        if match[1] is None:
+            return match[2].lower() == "localhost" or IPv4Address(match[2]).is_loopback
+        return IPv6Address(match[1]).is_loopback
     except ValueError:
         return False
 
@@ -87,8 +94,9 @@ class BodyLimit:
         self.app = app
         self._paths = paths
         self._settings = settings
+        self._most_held = max(BODIES_BYTES, 2 * settings.max_request_bytes)
         self._requests = 0
-        self._bytes = 0
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request with its whole body, or refuse it."""
@@ -96,7 +104,7 @@ class BodyLimit:
         if not with_body or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        body = _Body()
+        body = scope["edgevl.body"] = Body(self._hold)
         self._requests += 1
         try:
             self._check_head(Headers(scope=scope))
@@ -104,7 +112,7 @@ class BodyLimit:
                 await self._read(body, receive)
             if in_time.cancelled_caught:
                 raise timed_out(self._settings.timeout_s)
-            await self.app(scope, body.replayed(receive), send)
+            await self.app(scope, receive, send)
         except _LeftError:
             record: Record = scope["edgevl.record"]
             record.aborted = "client"
@@ -112,7 +120,7 @@ class BodyLimit:
             await error.response()(scope, receive, send)
         finally:
             self._requests -= 1
-            self._bytes -= body.size
+            self._held -= body.held
 
     def _check_head(self, headers: Headers) -> None:
         # A page of another origin may send text/plain without asking first, but not JSON.
@@ -126,22 +134,27 @@ class BodyLimit:
         if self._requests > self._settings.max_queue + EXTRA_IN_FLIGHT:
             raise busy(_RETRY_AFTER_S)
 
-    async def _read(self, body: _Body, receive: Receive) -> None:
-        """Read the body; what all requests hold is bounded as well."""
-        while not body.ended:
+    async def _read(self, body: Body, receive: Receive) -> None:
+        more = True
+        while more:
             with anyio.move_on_after(self._settings.stall_s) as scope:
                 message = await receive()
             if scope.cancelled_caught:
                 raise ApiError(408, "the body of the request did not come")
             if message["type"] == "http.disconnect":
                 raise _LeftError
-            body.add(chunk := message.get("body", b""))
-            body.ended = not message.get("more_body", False)
-            self._bytes += len(chunk)
-            if body.size > self._settings.max_request_bytes:
+            chunk = message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body.data) + len(chunk) > self._settings.max_request_bytes:
                 raise self._too_large()
-            if self._bytes > BODIES_AT_ONCE * self._settings.max_request_bytes:
-                raise busy(_RETRY_AFTER_S)
+            body.hold(len(chunk))
+            body.data += chunk
+
+    def _hold(self, body: Body, size: int) -> None:
+        body.held += size
+        self._held += size
+        if self._held > self._most_held:
+            raise busy(_RETRY_AFTER_S)
 
     def _too_large(self) -> ApiError:
         most = self._settings.max_request_bytes
@@ -150,31 +163,6 @@ class BodyLimit:
             f"the body is over the limit of {most} bytes: send fewer or smaller pictures",
             code="request_too_large",
         )
-
-
-class _Body:
-    """A body that has been read."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.ended = False
-        self._chunks: list[bytes] = []
-
-    def add(self, chunk: bytes) -> None:
-        self.size += len(chunk)
-        self._chunks.append(chunk)
-
-    def replayed(self, receive: Receive) -> Receive:
-        """Return a ``receive`` that gives the body as one message, then what ``receive`` gives."""
-
-        async def replay() -> Message:
-            if self._chunks:
-                whole = b"".join(self._chunks)
-                self._chunks.clear()
-                return {"type": "http.request", "body": whole, "more_body": False}
-            return await receive()
-
-        return replay
 
 
 class _LeftError(Exception):

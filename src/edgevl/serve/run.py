@@ -17,6 +17,7 @@ from edgevl.generate.scheduler import Scheduler
 from edgevl.serve.listening import signals_end_well
 from edgevl.serve.logs import log_to_stderr
 from edgevl.serve.page_gate import PageGate
+from edgevl.serve.protocol import Protocol
 from edgevl.serve.service import Service
 
 #: Seconds that responses have to be sent once all answers have ended or been cancelled.
@@ -51,7 +52,7 @@ class Server(uvicorn.Server):
         self._service: Service = app.state.service
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=Protocol,
             ws="none",
             loop="asyncio",
             lifespan="off",
