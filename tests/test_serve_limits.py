@@ -329,18 +329,20 @@ def test_more_requests_than_are_taken_at_once(scripted, monkeypatch):
 
 
 def test_sizes_of_bodies(scripted):
-    with scripted(max_request_bytes=10_000) as running:
-        with httpx2.Client(base_url=running.url, timeout=20) as client:
-            large = json.dumps(body(user="x" * 10_000)).encode()
-            json_type = {"content-type": "application/json"}
-            chunks = (large[at : at + 1000] for at in range(0, len(large), 1000))
-            for content in (large, chunks):
-                response = client.post(CHAT, content=content, headers=json_type)
-                assert response.status_code == 413
-                assert response.json()["error"]["code"] == "request_too_large"
-            small = json.dumps(body(user="x" * 600)).encode()
-            response = client.post(CHAT, content=small, headers=json_type)
-            assert response.json()["error"]["param"] == "user"
+    with (
+        scripted(max_request_bytes=10_000) as running,
+        httpx2.Client(base_url=running.url, timeout=20) as client,
+    ):
+        large = json.dumps(body(user="x" * 10_000)).encode()
+        json_type = {"content-type": "application/json"}
+        chunks = (large[at : at + 1000] for at in range(0, len(large), 1000))
+        for content in (large, chunks):
+            response = client.post(CHAT, content=content, headers=json_type)
+            assert response.status_code == 413
+            assert response.json()["error"]["code"] == "request_too_large"
+        small = json.dumps(body(user="x" * 600)).encode()
+        response = client.post(CHAT, content=small, headers=json_type)
+        assert response.json()["error"]["param"] == "user"
 
 
 @pytest.mark.parametrize(("limit", "status"), [("stall_s", 408), ("timeout_s", 504)])

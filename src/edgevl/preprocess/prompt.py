@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edgevl.errors import CheckpointError, PromptError
+from edgevl.errors import CheckpointError, ContextLengthError, PromptError
 from edgevl.preprocess.messages import GeneratedTokens, Markup, Message, Part, check_unicode
 from edgevl.preprocess.picture import Picture
 from edgevl.preprocess.protect import Sentinels, added_ids, control_ids, cut_lookalikes
@@ -23,7 +23,7 @@ from edgevl.preprocess.template import (
     surroundings,
     token_variables,
 )
-from edgevl.preprocess.tokenizer import load_tokenizer
+from edgevl.preprocess.tokenizer import encode_text, load_tokenizer
 from edgevl.preprocess.tool_prompt import TAGS, spell_out, tools_text
 from edgevl.preprocess.tools import Tool, ToolCall, check_tools
 
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 #: Most characters of text in one prompt, far above any context.
 MAX_TEXT_CHARS = 2**22
+
+#: Longer texts are encoded in parts of so many characters before they are encoded as a whole, to
+#: find soon whether they are too long. Where texts are cut there may be more tokens than without:
+#: so many at most, as the longest token of Qwen's vocabulary has 128 characters.
+_PART_CHARS, _AT_CUT = 2**16, 256
 
 _IMAGE_START, _IMAGE_CONTEXT, _IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 _END_OF_TURN = "<|im_end|>"
@@ -118,6 +123,7 @@ class PromptEncoder:
         messages: Sequence[Message],
         thinking: bool | None = None,
         tools: Sequence[Tool] = (),
+        max_tokens: int | None = None,
     ) -> Prompt:
         """Encode a conversation, up to where the assistant's next reply begins.
 
@@ -131,8 +137,10 @@ class PromptEncoder:
                 (``enable_thinking``); None leaves it to the template.
             tools: What the model may call: they are listed after the system message, the
                 template's own if there is no other, as Qwen2.5's and Qwen3's templates do it.
+            max_tokens: The context: of a text that is longer only the beginning is encoded.
 
         Raises:
+            ContextLengthError: The text by itself has more than ``max_tokens``.
             PromptError: There are no messages, the text is too long, a picture is given to a
                 model without vision, ids or text are not of this model, or the tools are too many.
             CheckpointError: The chat template fails, or loses parts of the messages.
@@ -146,8 +154,10 @@ class PromptEncoder:
         )
         messages = self._instructed(spell_out(messages), thinking, tools)
         texts = [part for message in messages for part in message.parts if isinstance(part, str)]
-        texts += [message.thinking for message in messages]
-        _check_length(texts)
+        self._check_length(texts, max_tokens)
+        thoughts = [message.thinking for message in messages]  # some are not shown
+        self._check_length(thoughts, None)
+        texts += thoughts
         sentinels = Sentinels.absent_from([*texts, self._template.source])
         items = [p for message in messages for p in message.parts if isinstance(p, _Item)]
         self._check_items(items)
@@ -164,18 +174,19 @@ class PromptEncoder:
         opened = written.rfind(_THINK_START) > written.rfind(_THINK_END)
         return self._prompt(ids, images, opened)
 
-    def encode_text(self, text: str) -> Prompt:
+    def encode_text(self, text: str, max_tokens: int | None = None) -> Prompt:
         """Encode a text as it is, without a chat template, for the model to go on with.
 
-        Unlike in messages, what looks like a special token is one.
+        Unlike in messages, what looks like a special token is one. For ``max_tokens`` see `encode`.
 
         Raises:
+            ContextLengthError: The text has more than ``max_tokens``.
             PromptError: The text is too long, not Unicode, or comes to no token.
             CheckpointError: The tokenizer is of another model.
         """
-        _check_length([text])
         check_unicode(text)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        self._check_length([text], max_tokens)
+        ids: list[int] = encode_text(self.tokenizer, text).ids
         if ids[: len(self.start_ids)] != self.start_ids:
             ids = self.start_ids + ids
         if not ids:
@@ -259,7 +270,7 @@ class PromptEncoder:
         if not text:
             return
         anchor = self._anchor if ids else ""
-        encoding = self.tokenizer.encode(anchor + text, add_special_tokens=False)
+        encoding = encode_text(self.tokenizer, anchor + text)
         text_ids, offsets = encoding.ids, encoding.offsets
         if anchor:
             text_ids, offsets = text_ids[1:], offsets[1:]
@@ -353,6 +364,25 @@ class PromptEncoder:
             parts += [*([Markup("\n\n")] if parts else []), *text]
         return [Message("system", tuple(parts)), *messages[1 if given else 0 :]]
 
+    def _check_length(self, texts: Sequence[str], max_tokens: int | None) -> None:
+        """Check that texts are short enough to be encoded as a whole."""
+        characters = sum(map(len, texts))
+        if characters > MAX_TEXT_CHARS:
+            raise PromptError(
+                f"{characters} characters of text exceed the limit of {MAX_TEXT_CHARS}; shorten it"
+            )
+        if max_tokens is None or characters <= _PART_CHARS:
+            return
+        text, least = "".join(texts), 0
+        for start in range(0, characters, _PART_CHARS):
+            part = encode_text(self.tokenizer, text[start : start + _PART_CHARS])
+            least += max(0, len(part) - _AT_CUT)
+            if least > max_tokens:
+                raise ContextLengthError(
+                    f"the text has more than {max_tokens} tokens, all that the context holds: "
+                    "shorten it"
+                )
+
     def _check_items(self, items: Sequence[_Item]) -> None:
         for item in items:
             if isinstance(item, Picture) and self._image_ids is None:
@@ -423,14 +453,6 @@ class PromptEncoder:
             if full[start : start + len(plain)] == plain:
                 return full[:start]
         return []
-
-
-def _check_length(texts: Sequence[str]) -> None:
-    characters = sum(map(len, texts))
-    if characters > MAX_TEXT_CHARS:
-        raise PromptError(
-            f"{characters} characters of text exceed the limit of {MAX_TEXT_CHARS}; shorten it"
-        )
 
 
 def _blank(message: Message) -> Message:

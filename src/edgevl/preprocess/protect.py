@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from edgevl.errors import PromptError
+from edgevl.preprocess.tokenizer import encode_text
 
 #: Tokens that are part of what models say: grounding, thinking, tool calls. Some are special.
 SPOKEN_TOKENS = frozenset(
@@ -119,7 +120,7 @@ def cut_lookalikes(text: str, tokenizer: Tokenizer, controls: frozenset[int], cu
 
 
 def _cut(text: str, tokenizer: Tokenizer, controls: frozenset[int]) -> Iterator[str]:
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    encoding = encode_text(tokenizer, text)
     begin = 0
     for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
         if token_id in controls:

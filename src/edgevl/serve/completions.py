@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Iterable, Sequence
 
+from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -28,7 +28,7 @@ from edgevl.serve.responses import (
     UsageBody,
 )
 from edgevl.serve.sampling import check_length, questions
-from edgevl.serve.service import service_of
+from edgevl.serve.service import ENCODING, service_of
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -51,9 +51,12 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     async def prepare() -> Plan:
         loaded = service.loaded(body.model)
         with blamed_on("prompt"):
-            prompts = await asyncio.to_thread(_prompts, body, loaded.prompts)
+            context = loaded.scheduler.max_context
+            prompts = await to_thread.run_sync(
+                _prompts, body, loaded.prompts, context, limiter=ENCODING
+            )
             for prompt in prompts:
-                check_length(prompt, loaded.scheduler.max_context)
+                check_length(prompt, context)
         return Plan(
             loaded,
             questions(
@@ -72,7 +75,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     return AnswerResponse(request, prepare, bool(body.stream), include_usage, ignored)
 
 
-def _prompts(body: CompletionRequest, encoder: PromptEncoder) -> list[Prompt]:
+def _prompts(body: CompletionRequest, encoder: PromptEncoder, max_tokens: int) -> list[Prompt]:
     """Encode one prompt or several, of text or of ids."""
     prompts: list[Prompt] = []
     ids: list[int] = []
@@ -80,7 +83,7 @@ def _prompts(body: CompletionRequest, encoder: PromptEncoder) -> list[Prompt]:
         if isinstance(prompt, int):
             ids.append(prompt)
         elif isinstance(prompt, str):
-            prompts.append(encoder.encode_text(prompt))
+            prompts.append(encoder.encode_text(prompt, max_tokens))
         else:
             prompts.append(encoder.encode_ids(prompt))
     return prompts or [encoder.encode_ids(ids)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
+
+from anyio import to_thread
 
 from edgevl.errors import CheckpointError, PromptError
 from edgevl.preprocess import Message, Prompt
@@ -22,7 +23,7 @@ from edgevl.serve.requests import (
     UserPart,
 )
 from edgevl.serve.sampling import check_length
-from edgevl.serve.service import Loaded
+from edgevl.serve.service import ENCODING, Loaded
 from edgevl.serve.tools import calls_of, in_order_of_calls
 
 
@@ -41,8 +42,13 @@ async def encode(
     ]
     with blamed_on("messages"):
         try:
-            prompt = await asyncio.to_thread(
-                loaded.prompts.encode, _one_system(messages), thinking, tools
+            prompt = await to_thread.run_sync(
+                loaded.prompts.encode,
+                _one_system(messages),
+                thinking,
+                tools,
+                loaded.scheduler.max_context,
+                limiter=ENCODING,
             )
         except CheckpointError as error:
             # Templates refuse sequences of roles that they were not written for.

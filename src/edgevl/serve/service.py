@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anyio import CapacityLimiter
 from fastapi import Request
 from prometheus_client import CollectorRegistry
 
@@ -22,6 +24,9 @@ from edgevl.serve.logprobs import TokenTexts
 from edgevl.serve.media import Media
 from edgevl.serve.metrics import Metrics
 from edgevl.serve.settings import Settings
+
+#: Prompts are encoded one at a time: a long one may take a hundred megabytes meanwhile.
+ENCODING = CapacityLimiter(1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,15 @@ class Service:
         return self._loaded
 
     def told(self, error: Exception) -> ApiError:
-        """Return what a client is told of ``error``: nothing of where the model is."""
+        """Return what a client is told of ``error``: nothing of where the model is.
+
+        Its frames are cleared. They hold bodies and pictures, and may hold on to one another until
+        Python looks for such cycles, which may be many requests later.
+        """
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
         told = as_api_error(error)
         path = rf"(?<![\w./-]){re.escape(self._path)}(?![\w-])"  # nothing that only contains it
         told.detail.message = re.sub(path, lambda _: self.settings.name, told.detail.message)
