@@ -11,15 +11,17 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from http.client import HTTPResponse
 from types import SimpleNamespace
 
 import httpx2
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 import edgevl
 from edgevl import cli
-from edgevl.errors import CheckpointError, EdgeVLError, ImageError, QueueFullError
+from edgevl.errors import CheckpointError, EdgeVLError, ImageError, PromptError, QueueFullError
 from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.logprobs import TokenLogprobs
@@ -282,6 +284,23 @@ def test_errors_of_the_engine(server, model, caplog):
     assert asking.response().status_code == 503
 
 
+def test_a_constraint_that_fails_on_the_way_is_the_requests_fault(server, caplog):
+    caplog.set_level(logging.INFO, "edgevl.serve")
+    fault = PromptError("constraint: it is too complex; simplify it")
+    asking = Asking(server)
+    server.service.scheduler.next().deliver(fault)
+    assert asking.response().status_code == 400
+    assert asking.response().json()["error"]["message"] == str(fault)
+    asking = Asking(server, stream=True)
+    job = server.service.scheduler.next()
+    job.say("I")
+    job.deliver(fault)
+    *_, event = asking.events()
+    assert event["error"]["type"] == "invalid_request_error"
+    wait_until(lambda: len(caplog.records) == 2)
+    assert all("error" not in record.msg for record in caplog.records)
+
+
 def test_the_official_client_raises_errors_within_a_stream(server):
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
@@ -431,7 +450,8 @@ def test_a_picture_under_way_when_the_server_stops(scripted, monkeypatch):
 
 
 def test_what_other_parts_log_is_json_without_the_users_words(capsys):
-    names = ("edgevl", "uvicorn.error", "asyncio")
+    names = ("edgevl", "uvicorn.error", "py.warnings", "asyncio")
+    hook = threading.excepthook
     before = [
         (log, log.handlers, log.level, log.propagate) for log in map(logging.getLogger, names)
     ]
@@ -442,12 +462,22 @@ def test_what_other_parts_log_is_json_without_the_users_words(capsys):
         except ValueError as error:
             log = logging.getLogger("edgevl.generate.scheduler")
             log.error("an answer failed", exc_info=error)
+        np.float32(1) / np.float32(0)
+        failing = threading.Thread(target=lambda: int("my secret"))
+        failing.start()
+        failing.join()
     finally:
+        logging.captureWarnings(False)
+        threading.excepthook = hook
         for log, log.handlers, level, log.propagate in before:
             log.setLevel(level)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert json.loads(line)["message"] == "an answer failed"
-    assert "secret" not in line
+    logged = capsys.readouterr().err
+    messages = [json.loads(line)["message"] for line in logged.splitlines()]
+    assert messages[0] == "an answer failed"
+    assert "divide by zero" in messages[1]
+    assert messages[2].startswith("a thread failed: ValueError at ")
+    assert len(messages) == 3
+    assert "secret" not in logged
 
 
 @pytest.mark.parametrize(
@@ -722,6 +752,70 @@ def test_the_largest_body(scripted, chunked):
             assert response.status_code == status
 
 
+def url_part(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+@pytest.mark.parametrize(
+    ("part", "more", "status", "words"),
+    [
+        (text("x" * 10**6), {}, 413, "over the limit of 1000000 bytes, not counting"),
+        (text("data:" + "x" * 10**6), {}, 413, "over the limit"),  # what it is says its key
+        (url_part("data:" + "x" * 10**6), {}, 400, "needs a comma"),
+        (url_part("data:;base64," + "*" * 10**6), {}, 400, "not valid base64"),
+        (url_part("data:," + "%00" * 300_000), {}, 400, "use base64"),
+        (text("x"), {"x": [[]] * 140_000}, 413, "more than 131072 values"),
+        (text("x"), {"x" * 900_000: 1}, 400, "xxx"),
+        (text("x" * 900_000), {}, 400, "more than 2048 tokens, all that the context holds"),
+    ],
+)
+def test_what_costs_too_much_is_refused(server, part, more, status, words):
+    response = httpx2.post(f"{server.url}{CHAT}", json=body(messages=[user(part)], **more))
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert len(response.content) < 5000
+
+
+def test_the_longest_prompt_of_ids(server):
+    ids = [5] * 120_000
+    asked = {"model": "tiny", "prompt": ids}
+    response = httpx2.post(f"{server.url}/v1/completions", json=asked)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_half_of_a_surrogate_pair_in_a_url(server):
+    # JSON may say this, but it is no text; a URL of it cannot even be decoded.
+    url = '"data:image/png;base64,\\ud800"'
+    content = json.dumps(body(messages=[user(url_part("URL"))])).replace('"URL"', url)
+    response = httpx2.post(
+        f"{server.url}{CHAT}", content=content, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_json"
+
+
+def test_a_byte_order_mark_is_no_fault(server):
+    content = b"\xef\xbb\xbf" + json.dumps(body(n=0)).encode()
+    response = httpx2.post(
+        f"{server.url}{CHAT}", content=content, headers={"content-type": "application/json"}
+    )
+    assert response.json()["error"]["param"] == "n"
+
+
+def test_a_request_that_is_too_long_keeps_no_pictures(server):
+    long = text("word " * 20_000)
+    gc.collect()
+    gc.disable()  # as above; it fails elsewhere
+    try:
+        response = Asking(server, messages=[user(picture(), long)]).response()
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+        (held,) = server.service._loaded.media._held
+        wait_until(lambda: held() is None, 2)
+    finally:
+        gc.enable()
+
+
 def test_compressed_bodies_are_refused(server):
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
     response = httpx2.post(f"{server.url}{CHAT}", content=b"{}", headers=headers)
@@ -761,11 +855,114 @@ def test_who_leaves_in_mid_request(server, caplog):
     assert (line["status"], line["aborted"]) == (499, "client")
 
 
+# -- HTTP itself
+
+
+def status_of(client):
+    """Read one response from a connection; return its status."""
+    response = HTTPResponse(client)
+    response.begin()
+    response.read()
+    return response.status
+
+
+def refusal(running, sent):
+    """Send bytes: -> the status and the error that come back before the server hangs up."""
+    with connected(running) as client:
+        client.sendall(sent)
+        answer = b""
+        while more := client.recv(2**16):
+            answer += more
+    first, _, rest = answer.partition(b"\r\n")
+    headers, _, content = rest.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in headers
+    error = json.loads(content)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    return int(first.split()[1]), error["message"]
+
+
+GET = b"GET /health HTTP/1.1\r\n"
+HOST = b"Host: localhost\r\n"
+CHUNKED = b"POST %b HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "words"),
+    [
+        (b"hello\r\n\r\n", 400, "not valid HTTP"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01", 400, "not valid HTTP"),  # TLS
+        (GET + b"\r\n", 400, "Missing mandatory Host"),
+        (GET + HOST + b"Host: evil.example\r\n\r\n", 400, "multiple Host"),
+        (b"GET http://evil.example/health HTTP/1.1\r\n" + HOST + b"\r\n", 400, "must be a path"),
+        (GET + HOST + b"X: " + b"x" * 70_000 + b"\r\n\r\n", 431, "limit of 65536 bytes"),
+        (GET + HOST + b"X: " + b"x" * 10**6, 431, "limit of 65536 bytes"),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 431, "limit of 65536"),
+        (GET + HOST + b"X: 1\r\n" * 20_000 + b"\r\n", 431, "limit of 65536 bytes"),
+        (CHUNKED % CHAT.encode() + HOST + b"\r\nx\r\n", 400, "not valid HTTP"),
+        (CHUNKED % CHAT.encode() + HOST + b"\r\n" + b"1\r\nx\r\n" * 600, 400, "at least 256 bytes"),
+    ],
+)
+def test_what_http_itself_refuses(server, sent, status, words):
+    found, message = refusal(server, sent)
+    assert found == status
+    assert words in message
+
+
+def test_a_head_that_does_not_come(scripted, monkeypatch):
+    monkeypatch.setattr("edgevl.serve.protocol.HEAD_S", 0.3)
+    with scripted() as running:
+        with connected(running) as silent, connected(running) as kept:
+            kept.sendall(GET + HOST + b"\r\n")
+            assert status_of(kept) == 200
+            kept.sendall(GET)  # and no more
+            assert status_of(kept) == 408
+            assert silent.recv(4096) == b""
+        assert refusal(running, GET)[0] == 408
+        # An answer under way may take as long as it does, also if something comes meanwhile.
+        data = json.dumps(body()).encode()
+        with connected(running) as client:
+            client.sendall(head(len(data)) + data)
+            job = running.service.scheduler.next()
+            client.sendall(b"\r\n")
+            time.sleep(0.5)
+            job.end("Hello")
+            assert status_of(client) == 200
+
+
+def test_a_request_that_offers_another_protocol(server):
+    # Java's client does with each first request.
+    more = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAA")
+    data = json.dumps(body()).encode()
+    with connected(server) as client:
+        for _ in range(2):
+            client.sendall(head(len(data), *more) + data)
+            server.service.scheduler.next().end("Hello")
+            assert status_of(client) == 200
+
+
 # -- who may ask
 
 
 @pytest.mark.parametrize(
-    "name", ["localhost.evil.example", "10.0.0.1", "127.0.0.1.evil.example", "[fe80::1]:80", "x"]
+    "name",
+    [
+        "localhost.evil.example",
+        "10.0.0.1",
+        "127.0.0.1.evil.example",
+        "[fe80::1]:80",
+        "x",
+        "[::1]evil.example",
+        "[::1].evil.example:80",
+        "[::1%evil.example]",
+        "[127.0.0.1]",
+        "::1",
+        "localhost@evil.example",
+        "localhost:80@evil.example",
+        "localhost:evil.example",
+        "localhost/evil.example",
+        "localhost evil.example",
+    ],
 )
 def test_names_of_other_machines(server, name):
     assert httpx2.get(f"{server.url}/v1/models", headers={"host": name}).status_code == 403

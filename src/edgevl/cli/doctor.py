@@ -46,7 +46,6 @@ EXTRAS = {
             "anyio",
             "fastapi",
             "uvicorn",
-            "httptools",
             "prometheus-client",
             "pydantic",
             "llguidance",

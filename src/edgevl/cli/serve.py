@@ -117,7 +117,6 @@ def command(
     """  # noqa: D301
     with needs("serve"):
         import fastapi  # noqa: F401
-        import httptools  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     from edgevl.serve.app import create_app

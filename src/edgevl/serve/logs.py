@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import threading
 import time
 import traceback
 import uuid
@@ -109,13 +110,24 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line | fields)
 
 
+def _log_failure(failure: threading.ExceptHookArgs) -> None:
+    if isinstance(failure.exc_value, Exception):
+        logger.error("a thread failed: %s", _where(failure.exc_value))
+
+
 def log_to_stderr() -> None:
-    """Write the lines of this server, and what uvicorn and asyncio warn of, to standard error."""
+    """Write the lines of this server, and what libraries warn of, to standard error.
+
+    Nothing else should be written there, or who reads the log would find lines that are not JSON.
+    """
+    logging.captureWarnings(True)
+    threading.excepthook = _log_failure
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     for name, level in (
         ("edgevl", logging.INFO),
         ("uvicorn.error", logging.WARNING),
+        ("py.warnings", logging.WARNING),
         ("asyncio", logging.ERROR),  # it warns of every client that leaves in mid-sentence
     ):
         log = logging.getLogger(name)
