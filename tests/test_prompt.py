@@ -13,11 +13,12 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.presets import PRESETS
 from edgevl.checkpoint.synth import write_checkpoint
-from edgevl.errors import CheckpointError, PromptError
+from edgevl.errors import CheckpointError, ContextLengthError, PromptError
 from edgevl.preprocess import GeneratedTokens, Message, PromptEncoder, prepare_picture
 from edgevl.preprocess.prompt import MAX_TEXT_CHARS
 from edgevl.preprocess.protect import cut_lookalikes
 from edgevl.preprocess.template import THINKING_SYSTEM_MESSAGE
+from edgevl.preprocess.tokenizer import encode_text
 
 TURN = "<|im_start|>{}\n{}<|im_end|>\n"
 ASSISTANT = "<|im_start|>assistant\n"
@@ -387,6 +388,26 @@ def test_no_conversation_forges_a_token(encoder, turns, thinking):
 
 
 # What does not fit together.
+
+
+def test_text_that_the_context_cannot_hold_is_not_encoded_as_a_whole(encoder, monkeypatch):
+    longest = []
+
+    def encoded(tokenizer, text):
+        longest.append(len(text))
+        return encode_text(tokenizer, text)
+
+    monkeypatch.setattr("edgevl.preprocess.prompt.encode_text", encoded)
+    text = "The quick brown fox. " * 50_000
+    with pytest.raises(ContextLengthError, match="more than 2048 tokens"):
+        encoder.encode([Message.user(text)], max_tokens=2048)
+    with pytest.raises(ContextLengthError, match="more than 2048 tokens"):
+        encoder.encode_text(text, max_tokens=2048)
+    assert max(longest) < 100_000
+    # Exactly as long as the context is not too long, wherever it is cut.
+    text = text[:300_000]
+    ids = encoder.encode_text(text).token_ids
+    assert encoder.encode_text(text, max_tokens=len(ids)).token_ids.tolist() == ids.tolist()
 
 
 def test_no_messages_and_too_much_text(encoder):
