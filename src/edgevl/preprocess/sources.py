@@ -39,6 +39,7 @@ def data_url(url: str, max_bytes: int, error_type: type[EdgeVLError]) -> bytes:
         data = payload.encode()
     except UnicodeEncodeError:
         raise error_type("the data: URL has half a surrogate pair; correct it") from None
+    del payload  # as large as a video may be
     if data.count(b"%") > _MAX_ESCAPES:
         raise error_type(f"the data: URL has more than {_MAX_ESCAPES} %-escapes: use base64")
     data = unquote_to_bytes(data)

@@ -121,6 +121,7 @@ class BodyLimit:
         finally:
             self._requests -= 1
             self._held -= body.held
+            body.data = bytearray()  # uvicorn keeps the scope for as long as the connection
 
     def _check_head(self, headers: Headers) -> None:
         # A page of another origin may send text/plain without asking first, but not JSON.
