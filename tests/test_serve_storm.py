@@ -91,4 +91,6 @@ def test_no_body_holds_the_others_up(server):
         assert found.statuses.keys() <= {400, 413, 429}, name
         assert found.peak_bytes - found.before_bytes < 300e6, name
         assert found.health_s < 30, name
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
     assert "Traceback" not in log.read_text()
