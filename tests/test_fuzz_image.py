@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgevl.errors import ImageError
 from edgevl.preprocess import load_image
-from edgevl.preprocess.image import MAX_PIXELS
+from edgevl.preprocess.image import MAX_PIXELS, load_reduced
 
 SETTINGS = settings(
     max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None
@@ -39,6 +39,11 @@ def samples():
         (colour, "TIFF", {"exif": exif}),
         (colour, "TIFF", {"compression": "tiff_lzw"}),
         (Image.fromarray(rng.random((9, 13), np.float32)), "TIFF", {}),
+        (
+            Image.fromarray(rng.integers(0, 2**12, (9, 13), np.uint16)),
+            "TIFF",
+            {"tiffinfo": {281: 9}},
+        ),
         (colour, "MPO", {"save_all": True, "append_images": [colour]}),
     ]:
         buffer = io.BytesIO()
@@ -54,6 +59,9 @@ def survives(source):
         warnings.simplefilter("ignore")  # decoders may warn of what they met
         try:
             image, reason = load_image(source), ""
+            reduced, size = load_reduced(source, lambda *_: (2, 2))
+            assert size == image.size
+            assert reduced.width <= image.width
         except ImageError as error:
             image, reason = None, str(error)
     assert "\n" not in reason
@@ -71,6 +79,7 @@ def small_limit(monkeypatch):
     from edgevl.preprocess import image
 
     monkeypatch.setattr(image, "MAX_PIXELS", 10**6)
+    monkeypatch.setattr(image, "LARGE_PIXELS", 100)  # as some are
 
 
 @SETTINGS

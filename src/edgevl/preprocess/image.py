@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+import struct
 import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from edgevl.errors import ImageError
 from edgevl.preprocess.sources import data_url, first_line, reading, short_name
@@ -19,17 +34,42 @@ from edgevl.preprocess.sources import data_url, first_line, reading, short_name
 ImageSource: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
 )
+#: The (width, height) that a picture of a (width, height) is resized to.
+Wanted: TypeAlias = Callable[[int, int], tuple[int, int]]
 
 #: Largest encoded picture.
 MAX_BYTES = 64 * 2**20
-#: Largest decoded picture: Pillow's own default, above which it warns of a decompression bomb.
-MAX_PIXELS = 2**30 // 4 // 3
+#: Largest decoded picture: above it Pillow, as it is by default, refuses to open one.
+MAX_PIXELS = 2 * (2**30 // 4 // 3)
+#: Larger pictures are decoded one at a time, and by `load_reduced` no larger than is of use: 64
+#: megapixels. Decoded, one has 4 bytes a pixel and once more as many where it must be converted.
+LARGE_PIXELS = 2**26
+#: How much larger than what is wanted `load_reduced` leaves a large picture, in width and height.
+#: With 3, Pillow's own proposal, pixels are then within half a level of 255, on average, of those
+#: resized in one step (photographs; sharp noise: 1.3).
+REDUCING_GAP = 3
 
 # Only decoders of plain raster files: no EPS (Ghostscript), no WMF, no rarely used parsers.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_FORMATS = tuple(
+    plugin.format
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebPImagePlugin.WebPImageFile,
+        BmpImagePlugin.BmpImageFile,
+        GifImagePlugin.GifImageFile,
+        TiffImagePlugin.TiffImageFile,
+    )
+)
 _AVIF_BRANDS = (b"avif", b"avis")  # of the same container as MP4
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
+# Bits that cameras, scanners and medical devices measure, and what 32-bit integers may hold.
+_DEPTHS = (8, 10, 12, 14, 16, 20, 24, 31)
+_STRIP_PIXELS = 2**21  # converted or reduced at a time
+_one_large = threading.Lock()
+
+_MAX, _SMIN, _SMAX = 281, 340, 341  # TIFF's MaxSampleValue, SMinSampleValue, SMaxSampleValue
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> what brings the picture upright (as in PIL.ImageOps.exif_transpose).
 _UPRIGHT = {
@@ -43,12 +83,44 @@ _UPRIGHT = {
 }
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A picture whose header was read.
+
+    Attributes:
+        image: The picture.
+        name: What errors call it.
+        data: The file, where it is one.
+        is_ours: Nobody else has ``image``, so that it may be changed.
+    """
+
+    image: Image.Image
+    name: str
+    data: bytes = b""
+    is_ours: bool = True
+
+    @property
+    def is_large(self) -> bool:
+        # libwebp's decoder, as Pillow uses it, takes 16 bytes a pixel.
+        limit = LARGE_PIXELS // 2 if self.image.format == "WEBP" else LARGE_PIXELS
+        return self.image.width * self.image.height > limit
+
+
 def load_image(source: ImageSource) -> Image.Image:
     """Return a picture as 8-bit RGB, upright (EXIF orientation applied), without metadata.
 
     Formats: JPEG, PNG, WebP, BMP, GIF (first frame), TIFF (first page), and HEIC where
     ``pillow_heif`` is installed. An alpha channel is dropped and not composited, as the original
-    InternVL code does. 16-bit values keep their high byte, as Pillow does for 16-bit colour PNG.
+    InternVL code does.
+
+    Of the values of 16-bit pictures in grey, and of uint16 arrays, the upper 8 of the bits in use
+    are kept, as Pillow keeps the upper 8 of 16-bit colour. Devices measure 8 to 14 bits and store
+    16. How many are in use is what the file says (PNG's sBIT; TIFF's BitsPerSample and
+    MaxSampleValue, or the range of SMinSampleValue and SMaxSampleValue), unless values exceed that;
+    else the fewest of 8, 10, 12, 14 and 16 that hold all values. So a picture that uses the low end
+    of 16 bits because it was dark is shown brighter, by 4, 16, 64 or 256 times: nothing tells it
+    from the others. Wider integers go on with 20, 24 and 31 bits. Float is taken to lie in 0 … 1
+    or, where it does not, to be of one of those depths.
 
     Args:
         source: One of: a path (``~`` is expanded); ``"-"`` for standard input; a ``data:`` URL;
@@ -60,10 +132,42 @@ def load_image(source: ImageSource) -> Image.Image:
         ImageError: The source cannot be read, is not a whole picture of those formats, is empty,
             or exceeds ``MAX_BYTES`` or ``MAX_PIXELS``.
     """
+    return _finish(_open(source), None)[0]
+
+
+def load_reduced(source: ImageSource, wanted: Wanted) -> tuple[Image.Image, tuple[int, int]]:
+    """Return a picture as `load_image` does, but a large one no larger than is of use.
+
+    A picture of more than ``LARGE_PIXELS`` (WebP: half of that) is reduced as it is decoded: as
+    JPEG's format allows by eighths, WebP by FFmpeg, others strip by strip afterwards.
+
+    Args:
+        source: As for `load_image`.
+        wanted: Returns the (width, height) that a picture of a certain (width, height) is resized
+            to. What is returned has at least ``REDUCING_GAP`` times these, or all its pixels.
+
+    Returns:
+        The picture, and the (width, height) it has upright, if it is not reduced.
+
+    Raises:
+        ImageError: As of `load_image`.
+    """
+    return _finish(_open(source), wanted)
+
+
+def is_large(data: bytes) -> bool:
+    """Return whether the bytes are a picture of which one at a time is decoded."""
+    try:
+        return _decode(data, "").is_large
+    except ImageError:  # it will be raised again
+        return False
+
+
+def _open(source: ImageSource) -> _Opened:
     if isinstance(source, Image.Image):
-        return _finish(source, "the picture")
+        return _Opened(source, "the picture", is_ours=False)
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _Opened(_from_array(source), "the array")
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(_check_bytes(bytes(source[: MAX_BYTES + 1]), "the bytes"), "the bytes")
     if isinstance(source, str):
@@ -75,7 +179,7 @@ def load_image(source: ImageSource) -> Image.Image:
     )
 
 
-def _from_string(source: str) -> Image.Image:
+def _from_string(source: str) -> _Opened:
     scheme = source[:8].lower()
     if source == "-":
         if sys.stdin is None:
@@ -93,7 +197,7 @@ def _from_string(source: str) -> Image.Image:
     return _from_path(source)
 
 
-def _from_path(path: str | bytes) -> Image.Image:
+def _from_path(path: str | bytes) -> _Opened:
     name = short_name(os.fsdecode(path))
     with (
         reading(name, "picture", ImageError),
@@ -112,49 +216,49 @@ def _check_bytes(data: bytes, name: str) -> bytes:
     return data
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
-        return _decode_heic(data, name)
+def _decode(data: bytes, name: str) -> _Opened:
+    """Read the header."""
     try:
-        # Reads the header only.
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(
-            f"{name}: more pixels than the limit of {MAX_PIXELS}; shrink the picture"
-        ) from None
-    except UnidentifiedImageError:
-        if _is_video(data):
-            raise ImageError(
-                f"{name}: a video, not a picture; give it as one (-v, /video, videos, video_url)"
-            ) from None
-        raise ImageError(
-            f"{name}: not a picture that can be read; give JPEG, PNG, WebP, BMP, GIF, TIFF or HEIC"
-        ) from None
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+            image = _heic_decoder(name)(io.BytesIO(data))
+        else:
+            image = _decoder(data, name)(io.BytesIO(data), "")
+    except ImageError:
+        raise
     except Exception as error:  # decoders raise nearly anything on malformed input
         raise ImageError(f"{name}: damaged picture ({first_line(error)})") from error
-    with image:
-        return _finish(image, name)
+    _check_size(image.size, name)
+    return _Opened(image, name, data)
+
+
+def _decoder(data: bytes, name: str) -> Callable[..., Image.Image]:
+    """Find the decoder as `Image.open` does, which would warn of large pictures."""
+    for format_name in _FORMATS:
+        factory, accept = Image.OPEN[format_name]
+        # Where it says why it cannot, that is a text.
+        if accept is not None and accept(data[:16]) is True:
+            return factory
+    if _is_video(data):
+        raise ImageError(
+            f"{name}: a video, not a picture; give it as one (-v, /video, videos, video_url)"
+        )
+    raise ImageError(
+        f"{name}: not a picture that can be read; give JPEG, PNG, WebP, BMP, GIF, TIFF or HEIC"
+    )
+
+
+def _heic_decoder(name: str) -> Callable[..., Image.Image]:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise ImageError(f"{name}: HEIC needs a decoder; pip install 'edgevl[heic]'") from None
+    return HeifImageFile
 
 
 def _is_video(data: bytes) -> bool:
     """Tell the commonest videos, MP4 and MOV, Matroska and WebM, by their first bytes."""
     is_mp4 = data[4:8] == b"ftyp" and data[8:12] not in _AVIF_BRANDS
     return is_mp4 or data.startswith(b"\x1a\x45\xdf\xa3")
-
-
-def _decode_heic(data: bytes, name: str) -> Image.Image:
-    try:
-        import pillow_heif
-    except ImportError:
-        raise ImageError(f"{name}: HEIC needs a decoder; pip install 'edgevl[heic]'") from None
-    try:
-        heif = pillow_heif.open_heif(data)  # reads the header only
-        _check_size(heif.size, name)
-        return _finish(heif.to_pillow(), name)
-    except ImageError:
-        raise
-    except Exception as error:  # as above
-        raise ImageError(f"{name}: damaged picture ({first_line(error)})") from error
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
@@ -165,13 +269,14 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
             "[height, width, 1, 3 or 4]"
         )
     _check_size((shape[1], shape[0]), "the array")
-    array = array[..., 0] if array.ndim == 3 and shape[2] == 1 else array
+    if array.ndim == 3:
+        array = array[..., 0] if shape[2] == 1 else array[..., :3]
     if array.dtype == np.uint8:
         values = array
     elif array.dtype == np.bool_:
         values = array.astype(np.uint8) * np.uint8(255)
-    elif array.dtype == np.uint16:
-        values = (array >> 8).astype(np.uint8)
+    elif array.dtype.newbyteorder("=") == np.uint16:
+        values = (array >> (_depth(int(array.max())) - 8)).astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # not (…) so that NaN fails too
@@ -181,25 +286,143 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
         raise ImageError(
             f"an array of dtype {array.dtype} is not a picture; give uint8, uint16, bool or float"
         )
-    return _finish(Image.fromarray(np.ascontiguousarray(values)), "the array")
+    return Image.fromarray(np.ascontiguousarray(values))
 
 
-def _finish(image: Image.Image, name: str) -> Image.Image:
-    """Decode, turn upright and convert to RGB; the given picture is left as it is."""
+def _finish(opened: _Opened, wanted: Wanted | None) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode, turn upright and convert to RGB: -> picture, size without any reduction."""
+    image, name = opened.image, opened.name
     _check_size(image.size, name)
-    try:
-        image.load()
-        orientation = _orientation(image)
-        rgb = _to_rgb(image)
-        if orientation in _UPRIGHT:
-            rgb = rgb.transpose(_UPRIGHT[orientation])
-    except ImageError:
-        raise
-    except Exception as error:  # as in _decode
-        raise ImageError(f"{name}: damaged or truncated picture ({first_line(error)})") from error
+    is_large = opened.is_large
+    with _one_large if is_large else nullcontext():
+        try:
+            rgb, width, height = _decoded(opened, wanted if is_large else None)
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # as in _decode
+            raise ImageError(
+                f"{name}: damaged or truncated picture ({first_line(error)})"
+            ) from error
+        finally:
+            if opened.is_ours:
+                image.close()
     _check_size(rgb.size, name)  # what was decoded, should it differ from the header
     rgb.info = {}  # the orientation is spent; a second load_image must not apply it again
-    return rgb
+    return rgb, (width, height)
+
+
+def _decoded(opened: _Opened, wanted: Wanted | None) -> tuple[Image.Image, int, int]:
+    image, data = opened.image, opened.data
+    size = image.size
+    box: tuple[float, float, float, float] = (0, 0, *size)  # where it is in what is decoded
+    if image.format == "WEBP" and data and opened.is_large:
+        rgb = _webp(opened, _reduced(image, size, wanted))
+        if rgb is not None:
+            return _upright(rgb, image, size)
+    if wanted is not None and opened.is_ours and isinstance(image, JpegImagePlugin.JpegImageFile):
+        drafted = image.draft(None, _reduced(image, size, wanted))
+        box = drafted[1] if drafted else box
+        image.load()
+    else:
+        _keep_low_bytes(opened)
+        image.load()
+        size = image.size  # Pillow's TIFF reader turns the picture itself
+        box = (0, 0, *size)
+    reduced = _reduced(image, size, wanted)
+    if image.mode == "RGB" and opened.is_ours and reduced == image.size:
+        rgb = image._new(image.im)  # without its file, and not another copy of the pixels
+    elif _is_wide(image):
+        to_bytes = _to_bytes(image, data)
+        rgb = _in_strips(
+            image, reduced, box, lambda strip: Image.fromarray(to_bytes(_values(strip)))
+        )
+    elif reduced == image.size:
+        rgb = _to_rgb(image)
+    else:
+        rgb = _in_strips(image, reduced, box, _to_rgb)
+    return _upright(rgb, image, size)
+
+
+def _reduced(image: Image.Image, size: tuple[int, int], wanted: Wanted | None) -> tuple[int, int]:
+    """Return the size to reduce a picture of ``size``, not upright yet, to."""
+    if wanted is None:
+        return size
+    width, height = size
+    if _orientation(image) >= 5:  # a quarter
+        wide, high = wanted(height, width)[::-1]
+    else:
+        wide, high = wanted(width, height)
+    return min(width, REDUCING_GAP * wide), min(height, REDUCING_GAP * high)
+
+
+def _upright(
+    rgb: Image.Image, image: Image.Image, size: tuple[int, int]
+) -> tuple[Image.Image, int, int]:
+    """Turn what became of ``image``: -> picture, width and height it has unless reduced."""
+    orientation = _orientation(image)
+    if orientation in _UPRIGHT:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+    return rgb, *(size[::-1] if orientation >= 5 else size)
+
+
+def _in_strips(
+    image: Image.Image,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float],
+    convert: Callable[[Image.Image], Image.Image],
+) -> Image.Image:
+    """Convert to RGB and reduce ``box``, from the left upper corner on, to ``size``.
+
+    A strip at a time, since what is converted would be a second copy of a large picture.
+    """
+    result = Image.new("RGB", size)
+    scale = box[3] / size[1]
+    margin = 2 * scale + 1  # bicubic's filter reaches so far
+    step = max(1, int(_STRIP_PIXELS / (image.width * scale)))
+    for top in range(0, size[1], step):
+        bottom = min(top + step, size[1])
+        first = max(0, math.floor(top * scale - margin))
+        last = min(math.ceil(bottom * scale + margin), image.height)
+        strip = convert(image.crop((0, first, image.width, last)))
+        part = (0, top * scale - first, box[2], min(bottom * scale, last) - first)
+        strip = strip.resize((size[0], bottom - top), Image.Resampling.BICUBIC, part)
+        result.paste(strip, (0, top))
+    return result
+
+
+def _webp(opened: _Opened, size: tuple[int, int]) -> Image.Image | None:
+    """Decode a still WebP with FFmpeg, which takes a tenth of the memory.
+
+    Returns:
+        The picture in ``size``; None if that cannot be done, and Pillow can do it.
+
+    Raises:
+        ImageError: Pillow would take too much memory.
+    """
+    reason = "pip install 'edgevl[video]'"
+    try:
+        import av
+        from av.video.reformatter import Interpolation
+    except ImportError:
+        pass
+    else:
+        # Without the flag chrominance is rounded down, and all gets darker by 2 of 255.
+        method = Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+        try:
+            with av.open(io.BytesIO(opened.data), format="webp_pipe") as container:
+                container.streams.video[0].codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+                frame = next(container.decode(video=0))
+            if (frame.width, frame.height) == opened.image.size:
+                return frame.reformat(*size, format="rgb24", interpolation=method).to_image()
+            reason = "shrink it"
+        except (av.FFmpegError, StopIteration, IndexError):  # animated, say
+            reason = "shrink it"
+    if opened.image.width * opened.image.height > LARGE_PIXELS:
+        raise ImageError(
+            f"{opened.name}: a WebP of {opened.image.width} × {opened.image.height} pixels takes "
+            f"too much memory; {reason}"
+        )
+    return None
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -221,34 +444,116 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode.startswith("I;16"):
-        return _grey(np.asarray(image).astype(np.uint16) >> 8)
-    if mode == "I":
-        values = np.asarray(image)
-        peak = int(values.max())
-        # Pillow before 11 opens 16-bit PNG in this mode; otherwise the depth is the narrowest
-        # usual one that holds the values.
-        limit = (
-            65535
-            if image.format == "PNG"
-            else next(limit for limit in (255, 65535, 2**31 - 1) if peak <= limit)
-        )
-        return _grey(values.clip(0) // ((limit + 1) // 256))
-    if mode == "F":
-        values = np.asarray(image)
-        low, high = float(values.min()), float(values.max())
-        if not (low >= 0 and high <= 65535):  # not (…) so that NaN fails too
-            raise ImageError(
-                f"a floating-point picture must lie in 0 … 1, found {low:g} … {high:g}"
-            )
-        limit = next(limit for limit in (1, 255, 65535) if high <= limit)
-        return _grey(np.round(values * (255 / limit)))
-    if mode == "P" and "transparency" in image.info:
+    if image.mode == "P" and "transparency" in image.info:
         # The same colours as convert("RGB"), without its warning.
-        return image.convert("RGBA").convert("RGB")
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def _grey(values: NDArray[Any]) -> Image.Image:
-    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+def _keep_low_bytes(opened: _Opened) -> None:
+    """Have Pillow load 16-bit grey with alpha, a PNG, as the bytes it has: two and two."""
+    image = opened.image
+    if opened.is_ours and isinstance(image, PngImagePlugin.PngImageFile):
+        decoder, extents, offset, raw_mode = image.tile[0]
+        if raw_mode == "LA;16B":
+            image.tile = [ImageFile._Tile(decoder, extents, offset, "RGBX")]
+            image._mode = "RGBX"
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Return whether these are values of more than 8 bits; of PNG, RGBX is `_keep_low_bytes`'s."""
+    mode = image.mode
+    return mode in ("I", "F") or mode.startswith("I;16") or (mode, image.format) == ("RGBX", "PNG")
+
+
+def _values(strip: Image.Image) -> NDArray[Any]:
+    """Return the values of a grey picture, its alpha left out."""
+    values = np.asarray(strip)
+    return values[..., :2].copy().view(">u2")[..., 0] if strip.mode == "RGBX" else values
+
+
+def _depth(peak: float) -> int:
+    """Return the narrowest usual depth that holds values up to ``peak``."""
+    return next((depth for depth in _DEPTHS if peak < 2**depth), _DEPTHS[-1])
+
+
+def _to_bytes(image: Image.Image, data: bytes) -> Callable[[NDArray[Any]], NDArray[np.uint8]]:
+    """Return what takes the values of a grey picture, integers or float, to 0 … 255."""
+    low, high, used = math.inf, -math.inf, 0
+    step = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        values = _values(image.crop((0, top, image.width, bottom)))
+        low, high = np.minimum(low, values.min()), np.maximum(high, values.max())  # NaN stays
+        if image.mode != "F":
+            used |= int(np.bitwise_or.reduce(values, axis=None))
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    black, white = _number(tags, _SMIN, 0), _number(tags, _SMAX, -1)  # none: not a range
+    if not (black < white and high <= white):
+        black = 0
+        if image.mode == "F":
+            if not (low >= 0 and high <= 65535):  # not (…) so that NaN fails too
+                raise ImageError(
+                    f"a floating-point picture must lie in 0 … 1, found {low:g} … {high:g}"
+                )
+            white = 1 if high <= 1 else 2 ** _depth(math.ceil(high)) - 1
+        else:
+            white = 2 ** max(_depth(high), _stated_depth(image, data, tags, used)) - 1
+            if _number(tags, TiffImagePlugin.SAMPLEFORMAT, 1) == 2:  # a bit is the sign
+                white = min(white, 2 ** (_number(tags, TiffImagePlugin.BITSPERSAMPLE, 32) - 1) - 1)
+    gain, half = 255 / (white - black), 0.5
+    if image.mode != "F":
+        gain, half = 256 / (white - black + 1), 0  # the upper 8 bits
+    white_is_zero = _number(tags, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0
+
+    def to_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+        scaled = ((values - float(black)) * gain + half).clip(0, 255).astype(np.uint8)
+        return 255 - scaled if white_is_zero else scaled
+
+    return to_bytes
+
+
+def _stated_depth(image: Image.Image, data: bytes, tags: Mapping[int, Any], used: int) -> int:
+    """Return the depth of a picture of integers as its file states it; 0 if it does not.
+
+    Args:
+        image: The picture.
+        data: The file, if it is at hand.
+        tags: Of TIFF.
+        used: Bits that any of its values has.
+    """
+    if image.format in ("PPM", "JPEG2000"):
+        return 16  # Pillow scales what has another depth
+    if image.format == "PNG":
+        # What has fewer bits is to be scaled to all 16, but there is what puts them lowest.
+        bits = _significant_bits(data)
+        return bits if used % 2 ** (16 - bits) else 16 * (bits > 0)
+    container = _number(tags, TiffImagePlugin.BITSPERSAMPLE, 16)
+    if container < 16:
+        return int(container)
+    # The largest value there is, not that may be: TIFF 6.0, section 8.
+    most = _number(tags, _MAX, 0)
+    return _depth(most) if most > 0 else 0
+
+
+def _significant_bits(data: bytes) -> int:
+    """Return the first number in a PNG file's sBIT, 1 to 16; 0 if there is none."""
+    at = 8
+    while at + 8 < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"sBIT" and 1 <= data[at + 8] <= 16:
+            return data[at + 8]
+        if kind in (b"sBIT", b"IDAT"):
+            break
+        at += 12 + length
+    return 0
+
+
+def _number(tags: Mapping[int, Any], tag: int, default: float) -> float:
+    """Return the number, or the first number, of a TIFF file's tag."""
+    value = tags.get(tag, default)
+    value = value[0] if isinstance(value, tuple) and value else value
+    try:
+        return float(value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return default

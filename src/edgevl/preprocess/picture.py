@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.errors import PromptError
-from edgevl.preprocess.image import ImageSource, load_image
-from edgevl.preprocess.tiles import split, to_pixels
+from edgevl.preprocess.image import ImageSource, load_reduced
+from edgevl.preprocess.tiles import choose_grid, split, to_pixels
 
 if TYPE_CHECKING:
     from edgevl.checkpoint import ModelConfig
@@ -58,19 +58,19 @@ def prepare_picture(
     if isinstance(source, Picture):
         return source
     max_tiles = most_tiles(config, max_tiles)
-    image = load_image(source)
-    tiles = split(
-        image,
-        config.vision.image_size,
-        min(config.min_tiles, max_tiles),
-        max_tiles,
-        config.use_thumbnail,
-    )
+    tiling = (config.vision.image_size, min(config.min_tiles, max_tiles), max_tiles)
+
+    def resized(width: int, height: int) -> tuple[int, int]:
+        columns, rows = choose_grid(width, height, *tiling)
+        return columns * tiling[0], rows * tiling[0]
+
+    image, size = load_reduced(source, resized)
+    tiles = split(image, *tiling, config.use_thumbnail, size)
     pixels = to_pixels(tiles, config.image_mean, config.image_std)
     pixels.flags.writeable = False
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(pixels.data)
-    return Picture(pixels, digest.hexdigest(), image.width, image.height)
+    return Picture(pixels, digest.hexdigest(), *size)
 
 
 def most_tiles(config: ModelConfig, max_tiles: int | None = None) -> int:

@@ -44,14 +44,19 @@ def choose_grid(
 
 
 def split(
-    image: Image.Image, tile_size: int, min_tiles: int, max_tiles: int, thumbnail: bool
+    image: Image.Image,
+    tile_size: int,
+    min_tiles: int,
+    max_tiles: int,
+    thumbnail: bool,
+    size: tuple[int, int] | None = None,
 ) -> list[Image.Image]:
     """Cut an RGB picture into tiles of ``tile_size`` squared, row by row.
 
     If there is more than one tile and ``thumbnail`` is set, the whole picture at tile size is
-    appended.
+    appended. Where ``image`` is reduced, ``size`` is what it was, which decides the grid.
     """
-    columns, rows = choose_grid(image.width, image.height, tile_size, min_tiles, max_tiles)
+    columns, rows = choose_grid(*(size or image.size), tile_size, min_tiles, max_tiles)
     resized = image.resize((columns * tile_size, rows * tile_size))
     tiles = [
         resized.crop((x, y, x + tile_size, y + tile_size))

@@ -15,14 +15,14 @@ from edgevl.checkpoint import ModelConfig, ModelDirectory
 from edgevl.errors import ContextLengthError, EdgeVLError, ImageError, VideoError
 from edgevl.machine import this_machine
 from edgevl.preprocess import Picture, prepare_picture, prepare_video
-from edgevl.preprocess.image import MAX_BYTES
+from edgevl.preprocess.image import MAX_BYTES, is_large
 from edgevl.preprocess.sources import data_url, short_name
 from edgevl.serve.errors import busy
 from edgevl.serve.fetch import Fetcher
 
 Result = TypeVar("Result")
 
-#: Pictures decoded at the same time; each may take some hundred megabytes while it is.
+#: Pictures decoded at the same time, one of them a large one (`is_large`) at most.
 THREADS = 2
 #: Files that are fetched, or wait to be decoded, at the same time.
 FETCHES = 8
@@ -50,6 +50,7 @@ class Media:
         self._max_context = max_context
         self._fetcher = fetcher
         self._fetches = asyncio.Semaphore(FETCHES)
+        self._large = asyncio.Lock()
         self._pool = ThreadPoolExecutor(THREADS, "edgevl-media")
         one_request = max_context // self._config.image_tokens * _tile_bytes(self._config)
         share = int(MEMORY_SHARE * this_machine().available_bytes)
@@ -73,7 +74,10 @@ class Media:
         budget.check(1)
         async with self._loading(url):
             data = await self._bytes(url, MAX_BYTES, ImageError)
-            picture = await self._run(lambda: prepare_picture(data, self._config, max_tiles))
+            # One large one at a time, and none waits for it in a thread that others could use.
+            is_one = await self._run(lambda: is_large(data))
+            async with self._large if is_one else nullcontext():
+                picture = await self._run(lambda: prepare_picture(data, self._config, max_tiles))
         budget.take(len(picture.pixels))
         self._hold([picture])
         return picture
