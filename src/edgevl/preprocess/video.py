@@ -1,13 +1,16 @@
-"""Frames of a video, uniformly sampled as InternVL does, without decoding what lies between.
+"""Frames of a video, uniformly sampled as InternVL does.
 
-The container is read through once without decoding, for the time of every frame: so a frame's index
-is exact whatever the container says of length and rate, and whether the rate varies. Then, for each
-wanted frame, decoding begins at the keyframe before it. A file that breaks off ends there, if its
-container can be read without its end.
+The container is read through once without decoding, for the time of every frame. Where its packets
+are those of one recording, as nearly always, decoding begins at the keyframe before each wanted
+frame, and what comes must be what was expected. Else, or where there would be little to skip, all
+is decoded, and frames are counted as the decoder gives them: in the order they are shown in,
+whatever their time stamps. What is damaged costs its own frames. A file that breaks off ends there,
+if its container can be read without its end.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +28,7 @@ from edgevl.preprocess.picture import Picture, prepare_picture
 from edgevl.preprocess.video_file import CannotSeekError, locate, opened, packets
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import Packet, VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
@@ -38,11 +41,25 @@ MAX_SAMPLED = 256
 #: Most frames in a video: 9.7 hours at 30 a second.
 MAX_FRAMES = 2**20
 
-# What turns a frame upright: degrees counterclockwise -> transposition.
-_UPRIGHT = {
-    90: Image.Transpose.ROTATE_90,
-    180: Image.Transpose.ROTATE_180,
-    270: Image.Transpose.ROTATE_270,
+#: Where seeking saves less than this factor of the frames to decode, all are decoded, so that
+#: damage anywhere is noticed.
+SEEKING_GAIN = 4
+#: Most pixels of frames that are kept until it is known how many frames there are.
+MAX_KEPT_PIXELS = 2**26
+
+log = logging.getLogger(__name__)
+
+# What a display matrix does, by the signs of two of its numbers: a and d, or b and c.
+_STRAIGHT = {
+    (True, False): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, True): Image.Transpose.FLIP_TOP_BOTTOM,
+    (True, True): Image.Transpose.ROTATE_180,
+}
+_QUARTER = {
+    (False, False): Image.Transpose.TRANSPOSE,
+    (True, True): Image.Transpose.TRANSVERSE,
+    (False, True): Image.Transpose.ROTATE_270,
+    (True, False): Image.Transpose.ROTATE_90,
 }
 
 
@@ -54,10 +71,10 @@ class Video:
         name: What errors call it.
         data: The file itself, or where it is.
         times: When each frame is shown, in order, in the stream's units: int64 [frames]. Empty if
-            the container lacks times, and then frames are found by counting.
+            time stamps are missing or not those of one recording; then all is decoded.
         keyframes: When each keyframe is shown, in order: int64 [keyframes].
         keyframe_seeks: Where to seek to for each keyframe (its decoding time): int64 [keyframes].
-        frame_count: Number of frames.
+        frame_count: Number of frames, as far as the container tells.
         duration_s: Seconds from the first frame to the last; 0 if unknown.
     """
 
@@ -72,70 +89,114 @@ class Video:
     def sample(self, count: int = DEFAULT_FRAMES) -> Iterator[Image.Image]:
         """Decode ``count`` frames, uniformly sampled: upright RGB, one at a time.
 
-        Of a video with fewer frames some come more than once, as in the original.
+        Of a video with fewer frames some come more than once, as in the original. What is damaged
+        is left out, with a line in the log: where all is decoded, the rest is what frames are
+        counted of; otherwise the next frame that is whole takes the place of one that is not.
 
         Raises:
             PromptError: ``count`` is not 1 to ``MAX_SAMPLED``.
-            VideoError: The video is damaged.
+            VideoError: The video has nothing that can be decoded.
         """
         indices = frame_indices(self.frame_count, check_frames(count))
-        done = 0
+        done, errors = 0, _Errors()
         try:
-            if len(self.times):
-                for image in self._decode(indices, seek=True):
-                    yield image
-                    done += 1
-                return
-        except CannotSeekError:
-            pass
-        yield from islice(self._decode(indices, seek=False), done, None)
+            if self._pays_to_seek(indices):
+                try:
+                    for image in _images(self._by_seeking(indices, errors)):
+                        yield image
+                        done += 1
+                    return
+                except CannotSeekError:
+                    pass
+            yield from islice(_images(self._by_counting(count, errors)), done, None)
+        finally:
+            if errors.count:
+                log.warning("%s: damaged; frames that cannot be decoded are left out", self.name)
 
-    def _decode(self, indices: Sequence[int], seek: bool) -> Iterator[Image.Image]:
+    def _pays_to_seek(self, indices: Sequence[int]) -> bool:
+        if not len(self.times):
+            return False
+        keys = np.searchsorted(self.keyframes, self.times[indices], side="right") - 1
+        begins = np.searchsorted(self.times, self.keyframes[keys])
+        begins[1:] = np.maximum(begins[1:], np.asarray(indices[:-1]) + 1)
+        return SEEKING_GAIN * int(np.sum(np.asarray(indices) + 1 - begins)) < self.frame_count
+
+    def _by_seeking(self, indices: Sequence[int], errors: _Errors) -> Iterator[VideoFrame]:
+        """Decode from the keyframe before each frame, or on from the last one if that is later.
+
+        Raises:
+            CannotSeekError: There comes anything but the frames that follow the keyframe in
+                `times`. Some may be missing where the decoder said that there is damage.
+        """
         with opened(self.name, self.data) as (container, stream):
-            find = self._by_seeking if seek else self._by_counting
-            last: VideoFrame | None = None
-            for frame in find(container, stream, indices):
-                if frame is not last:
-                    image, last = _upright(frame), frame
-                yield image
+            frames = _frames(container, stream, errors)
+            frame: VideoFrame | None = None
+            position = 0  # of the frame that comes next
+            for index in indices:
+                key = int(np.searchsorted(self.keyframes, self.times[index], side="right")) - 1
+                begin = int(np.searchsorted(self.times, self.keyframes[key]))
+                # From the beginning no seek is needed.
+                if key > 0 and begin > position:
+                    place = int(self.keyframes[key]), int(self.keyframe_seeks[key])
+                    frames = _frames(container, stream, errors, *place)
+                    position = begin
+                while position <= index and (following := next(frames, None)) is not None:
+                    if following.pts is None:
+                        raise CannotSeekError
+                    if following.pts < self.times[begin]:  # shown before the keyframe
+                        continue
+                    found = int(np.searchsorted(self.times, following.pts))
+                    expected = found == position or (errors.count and found > position)
+                    if not expected or found == len(self.times):
+                        raise CannotSeekError
+                    frame, position = following, found + 1
+                if frame is None:
+                    raise CannotSeekError
+                yield frame
 
-    def _by_seeking(
-        self, container: InputContainer, stream: VideoStream, indices: Iterable[int]
-    ) -> Iterator[VideoFrame]:
-        """Decode from the keyframe before each frame, or on from the last one if that is later."""
-        frames = _frames(container, stream)
-        frame: VideoFrame | None = None
-        for index in indices:
-            time = self.times[index]
-            key = int(np.searchsorted(self.keyframes, time, side="right")) - 1
-            # From the beginning no seek is needed.
-            if key > 0 and (frame is None or self.keyframes[key] > _time(frame)):
-                frames = _frames(container, stream, self.keyframes[key], self.keyframe_seeks[key])
-                frame = None
-            while frame is None or _time(frame) < time:
-                frame = self._next(frames, index)
-            yield frame
+    def _by_counting(self, count: int, errors: _Errors) -> Iterator[VideoFrame]:
+        """Decode everything; once more if there is not what the container promises.
 
-    def _by_counting(
-        self, container: InputContainer, stream: VideoStream, indices: Iterable[int]
-    ) -> Iterator[VideoFrame]:
-        """Decode everything up to the last frame wanted."""
-        frames = _frames(container, stream)
-        position = -1
-        for index in indices:
-            while position < index:
-                frame = self._next(frames, index)
-                position += 1
-            yield frame
+        Frames are kept until it is known how many there are, unless they are too large.
+        """
+        kept: dict[int, VideoFrame] = {}
+        indices, decoded = frame_indices(self.frame_count, count), 0
+        wanted = set(indices)
+        with opened(self.name, self.data) as (container, stream):
+            size = stream.codec_context.width * stream.codec_context.height
+            for frame in _frames(container, stream, errors):
+                if decoded in wanted and len(wanted) * size <= MAX_KEPT_PIXELS:
+                    kept[decoded] = frame
+                decoded += 1
+        if not decoded:
+            raise VideoError(f"{self.name}: damaged or truncated video (no frame can be decoded)")
+        if decoded == self.frame_count and kept:
+            yield from (kept[index] for index in indices)
+            return
+        kept.clear()
+        indices, position = frame_indices(decoded, count), -1
+        with opened(self.name, self.data) as (container, stream):
+            frames = _frames(container, stream, errors)
+            for index in indices:
+                while position < index:
+                    frame = next(frames)
+                    position += 1
+                yield frame
 
-    def _next(self, frames: Iterator[VideoFrame], index: int) -> VideoFrame:
-        frame = next(frames, None)
-        if frame is None:
-            raise VideoError(
-                f"{self.name}: damaged or truncated video (frame {index} of {self.frame_count} "
-                "cannot be decoded)"
-            )
-        return frame
+
+class _Errors:
+    """Counts packets that are damaged or cannot be decoded."""
+
+    count = 0
+
+
+def _images(frames: Iterable[VideoFrame]) -> Iterator[Image.Image]:
+    """Yield the pictures of frames; the same one for a frame that comes again."""
+    last: VideoFrame | None = None
+    for frame in frames:
+        if frame is not last:
+            image, last = _upright(frame), frame
+        yield image
 
 
 #: What a video may be given as: path, ``"-"`` or ``data:`` URL, bytes of a file, opened video.
@@ -196,7 +257,7 @@ def open_video(source: VideoSource) -> Video:
     Args:
         source: One of: a path (``~`` is expanded); ``"-"`` for standard input; a ``data:`` URL; the
             bytes of a video file; a `Video` (returned as it is). Containers: MP4, MOV, MKV, WebM,
-            AVI, MPEG, TS, FLV, WMV, Ogg, GIF, MXF, IVF.
+            AVI, MPEG, TS, FLV, WMV, Ogg, GIF, MXF, IVF; or a stream of H.264, H.265 or MPEG alone.
 
     Raises:
         VideoError: PyAV is not installed; the source cannot be read, has no video, or exceeds
@@ -207,59 +268,94 @@ def open_video(source: VideoSource) -> Video:
     name, data = locate(source)
     with opened(name, data) as (container, stream):
         times, keyframes, seeks = array("q"), array("q"), array("q")
-        count, timed = 0, True
+        count, order = 0, _Order()
         for packet in packets(container, stream):
-            time = packet.pts
-            timed = timed and time is not None
+            order.add(packet)
+            time = packet.pts or 0
             if not packet.is_discard:  # what an edit list cuts away is decoded, but not shown
                 count += 1
-                times.append(time or 0)
+                times.append(time)
             if packet.is_keyframe:
-                keyframes.append(time or 0)
-                seeks.append(packet.dts if packet.dts is not None else time or 0)
+                keyframes.append(time)
+                seeks.append(time if packet.dts is None else packet.dts)
             if max(count, len(keyframes)) > MAX_FRAMES:
                 raise VideoError(
                     f"{name}: over the limit of {MAX_FRAMES} frames; cut out the part that matters"
                 )
         unit_s = float(stream.time_base or 0)
+        rate = float(stream.average_rate or 0)
     if not count:
         raise VideoError(f"{name}: damaged or truncated video (no frames)")
     shown = np.sort(np.frombuffer(times, np.int64))
-    keys = np.frombuffer(keyframes, np.int64)
-    order = np.argsort(keys, kind="stable")
+    if order.is_kept and (np.diff(shown) > 0).all():
+        duration_s = unit_s * float(shown[-1] - shown[0])
+    else:
+        shown, duration_s = shown[:0], (count - 1) / rate if rate else 0.0
     return Video(
         name=name,
         data=data,
-        times=shown if timed else shown[:0],
-        keyframes=keys[order],
-        keyframe_seeks=np.frombuffer(seeks, np.int64)[order],
+        times=shown,
+        keyframes=np.frombuffer(keyframes, np.int64),
+        keyframe_seeks=np.frombuffer(seeks, np.int64),
         frame_count=count,
-        duration_s=unit_s * float(shown[-1] - shown[0]),
+        duration_s=duration_s,
     )
+
+
+class _Order:
+    """Whether packets, as they come, are those of one recording with all its time stamps.
+
+    They come as they are to be decoded. Frames are shown in another order, but none before the
+    keyframe before the latest one; and keyframes are shown in order. Where streams were joined, or
+    stamps are missing or wrong, that does not hold.
+    """
+
+    def __init__(self) -> None:
+        self.is_kept = True
+        self._decoded: int | None = None
+        self._keyframe: int | None = None
+        self._keyframe_before: int | None = None
+
+    def add(self, packet: Packet) -> None:
+        """Look at the next packet."""
+        shown, decoded = packet.pts, packet.dts
+        if decoded is not None:
+            self.is_kept &= self._decoded is None or decoded >= self._decoded
+            self._decoded = decoded
+        if shown is None:
+            self.is_kept = False
+        elif packet.is_keyframe:
+            self.is_kept &= self._keyframe is None or shown > self._keyframe
+            self._keyframe_before, self._keyframe = self._keyframe, shown
+        else:
+            self.is_kept &= self._keyframe is not None
+            self.is_kept &= self._keyframe_before is None or shown > self._keyframe_before
 
 
 def _frames(
     container: InputContainer,
     stream: VideoStream,
+    errors: _Errors,
     keyframe: int | None = None,
     seek: int = 0,
 ) -> Iterator[VideoFrame]:
-    """Decode to the end: from where the container stands, or from a keyframe.
+    """Decode to the end, but for what is damaged: from where the container stands or a keyframe.
 
     Args:
         container: The container.
         stream: Its video stream.
+        errors: Counts what cannot be decoded.
         keyframe: When the keyframe is shown.
         seek: Where to seek to for it.
 
     Raises:
         CannotSeekError: The keyframe is not found.
     """
-    if keyframe is not None:
-        import av
+    import av
 
+    if keyframe is not None:
         try:
-            container.seek(int(seek), stream=stream, backward=True)
+            container.seek(seek, stream=stream, backward=True)
         except av.FFmpegError:
             raise CannotSeekError from None
     for packet in packets(container, stream):
@@ -270,19 +366,37 @@ def _frames(
             if packet.pts > keyframe:
                 raise CannotSeekError
             keyframe = None
-        yield from stream.decode(packet)
+        errors.count += packet.is_corrupt  # its decoder may not mind
+        yield from _decoded(stream, packet, errors)
     if keyframe is not None:
         raise CannotSeekError
-    yield from stream.decode(None)
+    yield from _decoded(stream, None, errors)
 
 
-def _time(frame: VideoFrame) -> int:
-    if frame.pts is None:
-        raise CannotSeekError
-    return frame.pts
+def _decoded(stream: VideoStream, packet: Packet | None, errors: _Errors) -> list[VideoFrame]:
+    import av
+
+    try:
+        return stream.decode(packet)
+    except (av.FFmpegError, EOFError):
+        errors.count += 1
+        return []
 
 
 def _upright(frame: VideoFrame) -> Image.Image:
+    """Turn and mirror as the container's display matrix says, to the nearest quarter.
+
+    The matrix takes (x, y), y downwards, to (a x + c y, b x + d y): `av_display_rotation_get`.
+    """
+    from av.sidedata.sidedata import Type
+
     image: Image.Image = frame.to_image()
-    turn = _UPRIGHT.get(round(frame.rotation / 90) % 4 * 90)
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return image
+    a, b, _, c, d = np.frombuffer(matrix, np.int32, 5).tolist()
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        turn = _QUARTER.get((b < 0, c < 0))
+    else:
+        turn = _STRAIGHT.get((a < 0, d < 0))
     return image if turn is None else image.transpose(turn)

@@ -31,7 +31,7 @@ DECODING_THREADS = 4
 
 # Containers that are one file. Playlists (HLS, DASH, ffconcat) would have FFmpeg open other files
 # and addresses; pictures have their own decoders.
-_CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,mxf,ivf"
+_CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,mxf,ivf,h264,hevc,mpegvideo,m4v,mjpeg"
 _CONTAINER_NAMES = "MP4, MOV, MKV, WebM, AVI, MPEG, TS, FLV, WMV, Ogg or GIF"
 
 
@@ -125,12 +125,15 @@ def opened(name: str, data: bytes | Path) -> Iterator[tuple[InputContainer, Vide
 
 
 def packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """Yield the packets of ``stream`` that can be decoded."""
-    for packet in container.demux(stream):
-        # To a decoder an empty packet means the end. One that is cut off is the last of a file
-        # that breaks off.
-        if packet.size and not packet.is_corrupt:
-            yield packet
+    """Yield the packets of ``stream`` that can be decoded, up to where the container breaks off."""
+    import av
+
+    try:
+        for packet in container.demux(stream):
+            if packet.size:  # to a decoder an empty packet means the end
+                yield packet
+    except av.error.InvalidDataError:
+        return
 
 
 def _file(data: bytes | Path) -> IO[bytes]:
