@@ -143,6 +143,14 @@ BAD_LINES = {
     '{"image": "missing.png"}': "no such file",
     '{"image": "-"}': "no such file",
     '{"image": "\\ud800.png"}': "not a path",
+    '{"video": "\\ud800.mp4"}': "not a path",
+    '{"image": "http://\\ud83d.example/a.png"}': "not fetched",
+    '{"image": "data:image/png;base64,\\ud83d"}': "half a surrogate pair",
+    '{"image": "data:image/png,\\ud83d"}': "half a surrogate pair",
+    '{"image": "data:\\ud83d;base64,AAAA"}': "not a picture",
+    '{"video": "data:video/mp4;base64,\\ud83d"}': "half a surrogate pair",
+    '{"image": "meter.png", "\\ud83d": 1}': "unknown field '\\ud83d'",
+    '{"image": "meter.png", "id": "\\ud83d"}': "surrogate",
     '{"image": "http://example.invalid/a.png"}': "not fetched",
     '{"image": "data:image/png;base64,AAAA"}': "not a picture",
     '{"image": "more"}': "directory",
@@ -160,6 +168,38 @@ def test_bad_lines_are_error_rows_and_the_run_goes_on(model, pictures):
     assert bad[0]["error"].startswith("line 1: ")
     assert (bad[9]["id"], bad[9]["images"]) == ("meter.png", ["meter.png"])
     assert good["text"] == "7305"
+
+
+def test_rows_with_half_a_surrogate_pair_are_written(pictures, tmp_path):
+    # Such as a client's that cuts a text between the two halves of an emoji.
+    path = write_lines(pictures, {"image": "\ud83d.png"}, {"image": "data:,\ud83d"}, "{")
+    assert batch(path, tmp_path / "out.jsonl", "-q", NUMBER) == 1
+    found = read(tmp_path / "out.jsonl")
+    assert [row["id"] for row in found] == ["\ud83d.png", "line 2", "line 3"]
+    assert all("error" in row for row in found)
+
+
+def test_all_that_pillow_calls_a_picture_is_one(pictures, model):
+    from PIL import Image
+
+    formats = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+    known = [suffix for suffix, name in Image.registered_extensions().items() if name in formats]
+    assert set(known) <= {*folder.PICTURE_SUFFIXES}
+    shutil.copy(pictures / "meter.png", pictures / "a.JFIF")  # whatever it is inside
+    shutil.copy(pictures / "meter.png", pictures / "b.jpe")
+    found = answered(model, pictures, question=NUMBER)
+    assert [row["text"] for row in found[:2]] == ["7305", "7305"]
+    assert [row["id"] for row in found[:2]] == ["a.JFIF", "b.jpe"]
+    assert {".hif", ".heic", ".heif"} <= {*folder.PICTURE_SUFFIXES}
+
+
+def test_files_that_hide_are_not_pictures(pictures):
+    # As macOS leaves them beside pictures on other systems' disks.
+    for name in ("._meter.png", ".hidden.png", ".thumbnails/meter.png", "more/._label.png"):
+        (pictures / name).parent.mkdir(exist_ok=True)
+        shutil.copy(pictures / "meter.png", pictures / name)
+    ids = [row.id for row in open_batch(pictures, NUMBER).rows()]
+    assert ids == ["handwriting.png", "meter.png", "more/label.png", "word.png"]
 
 
 def test_a_line_needs_a_question(model, pictures):

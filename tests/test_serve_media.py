@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,43 @@ def test_nothing_else_is(media, fetcher, url):
     with pytest.raises(VideoError, match="give a data: URL"):
         asyncio.run(media.video(url, 1, media.budget()))
     assert fetcher.asked == []
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64,\ud83d", "data:image/png,\ud83d"])
+def test_half_a_surrogate_pair_is_the_requests_fault(media, url):
+    with pytest.raises(ImageError, match="half a surrogate pair"):
+        asyncio.run(media.picture(url, None, media.budget()))
+    with pytest.raises(VideoError, match="half a surrogate pair"):
+        asyncio.run(media.video(url, 1, media.budget()))
+
+
+def test_large_pictures_wait_and_small_ones_pass(model, fetcher, monkeypatch):
+    picture = prepare_picture((EXAMPLES / "meter.png").read_bytes(), model.checkpoint.config)
+    go, begun = threading.Event(), []
+
+    def prepare(data, *_):
+        begun.append(data)
+        if data == b"large":
+            assert go.wait(10)
+        return picture
+
+    monkeypatch.setattr("edgevl.serve.media.is_large", lambda data: data == b"large")
+    monkeypatch.setattr("edgevl.serve.media.prepare_picture", prepare)
+
+    async def load():
+        media = Media(model.checkpoint, 2048, fetcher)
+
+        def start(url):
+            return asyncio.ensure_future(media.picture(url, None, media.budget()))
+
+        large = [start("data:,large") for _ in range(4)]
+        await asyncio.wait_for(start("data:,small"), 10)
+        assert begun == [b"large", b"small"]
+        go.set()
+        await asyncio.gather(*large)
+        assert begun.count(b"large") == 4
+
+    asyncio.run(load())
 
 
 def test_what_does_not_fit_is_not_loaded(media, fetcher, model):

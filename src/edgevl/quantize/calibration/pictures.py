@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgevl.errors import ImageError
-from edgevl.preprocess.folder import PICTURE_SUFFIXES, find_files
+from edgevl.preprocess.folder import PICTURE_SUFFIXES, find_files, has_suffix
 from edgevl.preprocess.image import MAX_BYTES, load_image
 from edgevl.quantize.settings import QuantizationError
 
@@ -128,7 +128,7 @@ class _Tar(PictureFiles):
                     raise QuantizationError(
                         f"more than {MAX_MEMBERS} members; pack a smaller choice of pictures"
                     )
-                if member.isreg() and member.name.lower().endswith(PICTURE_SUFFIXES):
+                if member.isreg() and has_suffix(member.name, PICTURE_SUFFIXES):
                     self._members.append(member)
         except QuantizationError as error:
             raise QuantizationError(f"{path}: {error}") from None
