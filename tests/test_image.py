@@ -407,6 +407,15 @@ def test_a_large_picture_is_reduced_to_three_times_what_is_wanted(large, format,
     near(whole, quadrants())
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("format", ["TIFF", "PNG"])
+def test_pillow_does_not_warn_of_large_pictures(large, monkeypatch, format):
+    options = {"compression": "tiff_lzw", "tiffinfo": {278: 480}} if format == "TIFF" else {}
+    data = encoded(Image.fromarray(quadrants()), format, **options)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
+    assert reduced(data)[0].size == (288, 192)
+
+
 @pytest.mark.parametrize("kind", ["L", "P", "1", "I;16", "F", "array"])
 def test_large_pictures_of_other_kinds(large, kind):
     grey = quadrants()[..., 0]

@@ -8,8 +8,9 @@ import os
 import struct
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -294,7 +295,12 @@ def _finish(opened: _Opened, wanted: Wanted | None) -> tuple[Image.Image, tuple[
     image, name = opened.image, opened.name
     _check_size(image.size, name)
     is_large = opened.is_large
-    with _one_large if is_large else nullcontext():
+    with ExitStack() as stack:
+        if is_large:
+            stack.enter_context(_one_large)
+            stack.enter_context(warnings.catch_warnings())
+            # Pillow's TIFF reader checks strips as `Image.open` does pictures.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             rgb, width, height = _decoded(opened, wanted if is_large else None)
         except (ImageError, MemoryError):

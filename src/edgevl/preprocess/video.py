@@ -185,7 +185,7 @@ class Video:
 
 
 class _Errors:
-    """Counts packets that are damaged or cannot be decoded."""
+    """Counts packets that a decoder refused."""
 
     count = 0
 
@@ -366,7 +366,6 @@ def _frames(
             if packet.pts > keyframe:
                 raise CannotSeekError
             keyframe = None
-        errors.count += packet.is_corrupt  # its decoder may not mind
         yield from _decoded(stream, packet, errors)
     if keyframe is not None:
         raise CannotSeekError
