@@ -419,7 +419,8 @@ def _webp(opened: _Opened, size: tuple[int, int]) -> Image.Image | None:
                 container.streams.video[0].codec_context.options = {"max_pixels": str(MAX_PIXELS)}
                 frame = next(container.decode(video=0))
             if (frame.width, frame.height) == opened.image.size:
-                return frame.reformat(*size, format="rgb24", interpolation=method).to_image()
+                frame = frame.reformat(*size, format="rgb24", interpolation=method)
+                return _of_rows(np.frombuffer(frame.planes[0], np.uint8), size)
             reason = "shrink it"
         except (av.FFmpegError, StopIteration, IndexError):  # animated, say
             reason = "shrink it"
@@ -447,6 +448,18 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged metadata does not make the pixels unreadable
         return 1
+
+
+def _of_rows(values: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
+    """Make a picture of RGB in rows that may be padded; without another copy of them all."""
+    width, height = size
+    rows = values.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+    result = Image.new("RGB", size)
+    step = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, step):
+        strip = np.ascontiguousarray(rows[top : top + step])
+        result.paste(Image.fromarray(strip), (0, top))
+    return result
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
