@@ -209,6 +209,15 @@ def test_frames_are_right_whatever_the_time_stamps(tmp_path, times, count):
     assert check(set_times(path, times), count) == 100
 
 
+def test_a_part_with_earlier_time_stamps_comes_where_it_is(tmp_path):
+    # Each group of pictures is whole, and in order, as far as seeking shows.
+    later = write_clip(tmp_path / "a.ts", 200, "mpeg2video", start=1000)
+    earlier = write_clip(tmp_path / "b.ts", 200, "mpeg2video", first=50)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(later.read_bytes() + earlier.read_bytes())
+    assert check(joined, 4) == 400
+
+
 @pytest.mark.parametrize(
     ("suffix", "codec"), [("h264", "libx264"), ("m2v", "mpeg2video"), ("m4v", "mpeg4")]
 )
