@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from edgevl import cli
+from edgevl import Constraint, cli
 from edgevl.evaluate.vqa import QuestionFileError, is_right, normalise, read_questions
 from fake_model import FakeModel
 
@@ -56,6 +56,9 @@ def test_family_may_be_left_out(folder):
         (LINE | {"answer": 7}, r"q.jsonl:2: `answer` must be .*in quotes"),
         (LINE | {"answer": []}, r"q.jsonl:2: `answer` must be"),
         (LINE | {"answer": ["a", ""]}, r"q.jsonl:2: `answer` must be"),
+        (LINE | {"answer": ["a", {"b": "\ud800"}]}, r"q.jsonl:2: `answer` has half a surrogate"),
+        (LINE | {"json_schema": {"type": "number?"}}, r"q.jsonl:2: json_schema"),
+        (LINE | {"json_schema": None}, r"q.jsonl:2: json_schema .*must be an object"),
         (LINE | {"family": None}, r"q.jsonl:2: `family` must be"),
         (LINE | {"image": "../outside.png"}, r"q.jsonl:2: .* lies outside of"),
         (LINE | {"image": "/etc/hostname"}, r"q.jsonl:2: .* lies outside of"),
@@ -120,6 +123,55 @@ def test_is_right(text, answers, right):
     assert is_right(text, answers) is right
 
 
+SHAPES = {
+    "shapes": [
+        {"shape": "circle", "count": 2, "box": "<box>[[0, 0, 100, 100]]</box>"},
+        {"shape": "star", "count": 1, "box": "<box>[[500, 500, 600, 600]]</box>"},
+    ],
+    "colors": ["red", "blue"],
+    "found": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        (lambda _: None, True),
+        (lambda v: v.update(shapes=v["shapes"][::-1]), True),  # detections have no order
+        (lambda v: v.update(colors=["Red ", "BLUE"]), True),  # texts as elsewhere
+        (lambda v: v.update(colors=["blue", "red"]), False),
+        (lambda v: v.update(colors=["red"]), False),
+        (lambda v: v["shapes"][0].update(count=2.0), True),  # the same number
+        (lambda v: v["shapes"][0].update(count="2"), False),
+        (lambda v: v["shapes"][1].update(count=True), False),
+        (lambda v: v.update(found=1), False),
+        (lambda v: v["shapes"][0].update(box=[0, 0, 100, 60]), True),
+        (lambda v: v["shapes"][0].update(box=[[0, 0, 100, 60]]), True),
+        (lambda v: v["shapes"][0].update(box=[0, 0, 100, 40]), False),
+        (lambda v: v["shapes"][0].update(box=None), False),
+        (lambda v: v.update(extra=1), False),
+        (lambda v: v.pop("found"), False),
+        (lambda v: v["shapes"].append(v["shapes"][0]), False),
+        (lambda v: v["shapes"].__setitem__(1, v["shapes"][0]), False),
+    ],
+)
+@pytest.mark.parametrize("form", ["{}", "```json\n{}\n```"])
+def test_objects_are_right_by_value(given, right, form):
+    """A number is not its text nor true, a box is right from an IoU of 0.5, all keys are there."""
+    value = json.loads(json.dumps(SHAPES))
+    for item, box in zip(value["shapes"], ([0, 0, 100, 100], [500, 500, 600, 600]), strict=True):
+        item["box"] = box
+    given(value)
+    text = form.replace("{}", json.dumps(value, indent=1))
+    assert is_right(text, [SHAPES]) is right
+    assert is_right(text, ["seven", SHAPES]) is right
+
+
+@pytest.mark.parametrize("text", ["", "7", "null", "{", '{"shapes": [', "[" * 10_000])
+def test_what_is_no_object_is_wrong(text):
+    assert not is_right(text, [SHAPES])
+
+
 @pytest.fixture
 def model(monkeypatch):
     model = FakeModel(lambda question: [question.removeprefix("say ")])
@@ -156,6 +208,18 @@ def test_eval_json(model, path, capsys):
     }
     assert model.calls[0]["images"] == [path.parent / "a.png"]
     assert model.calls[0]["max_tiles"] == 2
+
+
+def test_a_schema_is_what_the_answer_is_made_to_be(model, folder, capsys):
+    """Each line's own: the next question is free again."""
+    model.say = lambda question: ['{"n": 7}']
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    line = {"image": "a.png", "question": "How many?", "answer": {"n": 7}}
+    path = write(folder, line | {"json_schema": schema}, line)
+    assert cli.main(["eval", "m", "--vqa", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
+    assert model.calls[0]["constraint"] == Constraint.json_schema(schema)
+    assert "constraint" not in model.calls[1]
 
 
 def test_eval_table_and_limit(model, path, capsys):

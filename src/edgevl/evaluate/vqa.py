@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgevl.errors import EdgeVLError
+from edgevl.errors import EdgeVLError, PromptError
 from edgevl.evaluate.boxes import mean_iou, parse_boxes
 from edgevl.options import GREEDY
 
 if TYPE_CHECKING:
-    from edgevl.generate import Answer, Model
+    from edgevl.generate import Answer, Constraint, Model
 
 #: An answer with boxes is right from this mean IoU on, the usual threshold of grounding tasks.
 IOU_THRESHOLD = 0.5
@@ -29,15 +29,29 @@ class QuestionFileError(EdgeVLError):
     """A question file is missing, malformed, or names a picture it may not."""
 
 
+#: What is right: a text, or the value of an answer that must be a JSON object.
+Expected = str | dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Question:
-    """One line of a question file; ``image`` is an existing file, ``answers`` any of them."""
+    """One line of a question file.
+
+    Attributes:
+        image: an existing file.
+        question: what is asked.
+        answers: each of them is right.
+        family: what it is counted with.
+        line: its number in the file.
+        constraint: what the answer is made to be, of the line's JSON schema.
+    """
 
     image: Path
     question: str
-    answers: tuple[str, ...]
+    answers: tuple[Expected, ...]
     family: str
     line: int
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -94,10 +108,12 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
     """Read the first ``limit`` questions of a file with one JSON object a line.
 
     A line has ``image`` (path of a picture, relative to the file and not outside its directory),
-    ``question``, ``answer`` (text or a list of texts) and, if wanted, ``family``.
+    ``question``, ``answer`` (a text, a JSON object, or a list of them) and, if wanted, ``family``
+    and ``json_schema``, which the answer is made to fit.
 
     Raises:
         QuestionFileError: the file cannot be read or a line is wrong; names file and line.
+        EdgeVLError: a line has a schema, and ``llguidance`` is not installed.
     """
     path = Path(path)
     try:
@@ -132,17 +148,16 @@ def _question(line: str, path: Path, number: int) -> Question:
             raise QuestionFileError(f"{where}: `{field}` must be a text, not empty")
     _check_unicode(value["question"], "question", where)
     answers = value.get("answer")
-    answers = [answers] if isinstance(answers, str) else answers
-    if (
-        not isinstance(answers, list)
-        or not answers
-        or not all(isinstance(answer, str) and normalise(answer) for answer in answers)
+    answers = answers if isinstance(answers, list) else [answers]
+    if not answers or not all(
+        isinstance(answer, dict) or (isinstance(answer, str) and normalise(answer))
+        for answer in answers
     ):
         raise QuestionFileError(
-            f"{where}: `answer` must be a text or a list of texts, not empty (numbers in quotes)"
+            f"{where}: `answer` must be a text, not empty (numbers in quotes), an object, or a "
+            "list of them"
         )
-    for answer in answers:
-        _check_unicode(answer, "answer", where)
+    _check_unicode(json.dumps(answers, ensure_ascii=False), "answer", where)
     family = value.get("family", "all")
     if not isinstance(family, str) or not family:
         raise QuestionFileError(f"{where}: `family` must be a text, not empty")
@@ -153,7 +168,17 @@ def _question(line: str, path: Path, number: int) -> Question:
         tuple(answers),
         family,
         number,
+        _constraint(value["json_schema"], where) if "json_schema" in value else None,
     )
+
+
+def _constraint(schema: Any, where: str) -> Constraint:
+    from edgevl.generate.constraint import Constraint
+
+    try:
+        return Constraint.json_schema(schema)
+    except PromptError as error:
+        raise QuestionFileError(f"{where}: {error}") from None
 
 
 def _check_unicode(text: str, field: str, where: str) -> None:
@@ -187,20 +212,57 @@ def normalise(text: str) -> str:
     return text.rstrip(_TRAILING + " ")
 
 
-def is_right(text: str, answers: Sequence[str]) -> bool:
+def is_right(text: str, answers: Sequence[Expected]) -> bool:
     """Tell whether ``text`` is one of ``answers``.
 
-    Texts are compared as ``normalise`` writes them. Where an expected answer has boxes, the boxes
+    Texts are compared as ``normalise`` writes them. Where an expected text has boxes, the boxes
     alone count: as many as expected, and a mean IoU of at least ``IOU_THRESHOLD``.
+
+    An expected object is the value of an answer in JSON: the same keys with the same values, texts
+    compared as above, objects in a list in any order. A box in it is a text, ``<box>[[…]]</box>``,
+    and in the answer a list of four numbers, or a list of such lists.
     """
-    boxes = parse_boxes(text)
-    for answer in answers:
-        if expected := parse_boxes(answer):
-            if mean_iou(boxes, expected) >= IOU_THRESHOLD:
-                return True
-        elif normalise(text) == normalise(answer):
-            return True
-    return False
+    return any(
+        _same(_json_of(text), answer) if isinstance(answer, dict) else _same(text, answer)
+        for answer in answers
+    )
+
+
+def _json_of(text: str) -> Any:
+    """Return the value of JSON text, fenced or not; None, which is no object, if it is none."""
+    bare = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+    try:
+        return json.loads(bare)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _same(given: Any, expected: Any) -> bool:
+    if isinstance(expected, str) and (boxes := parse_boxes(expected)):
+        text = given if isinstance(given, str) else f"<box>{json.dumps(given)}</box>"
+        return mean_iou(parse_boxes(text), boxes) >= IOU_THRESHOLD
+    if isinstance(expected, str):
+        return isinstance(given, str) and normalise(given) == normalise(expected)
+    if isinstance(expected, dict):
+        return (
+            isinstance(given, dict)
+            and given.keys() == expected.keys()
+            and all(_same(given[key], expected[key]) for key in expected)
+        )
+    if isinstance(expected, list):
+        if not isinstance(given, list) or len(given) != len(expected):
+            return False
+        if not all(isinstance(item, dict) for item in expected):
+            return all(map(_same, given, expected))
+        left = list(given)
+        for item in expected:
+            place = next((i for i, other in enumerate(left) if _same(other, item)), None)
+            if place is None:
+                return False
+            del left[place]
+        return True
+    # True is not 1.
+    return isinstance(given, bool) == isinstance(expected, bool) and given == expected
 
 
 def evaluate_vqa(
@@ -237,5 +299,6 @@ def ask_question(model: Model, question: Question, **options: Any) -> tuple[Outc
     Unless they say otherwise the answer is greedy, whatever defaults the checkpoint has: figures
     are to be the same every time, and to tell of the model alone.
     """
-    answer = model.ask(question.question, images=[question.image], **{**GREEDY, **options})
+    options = {**GREEDY, "constraint": question.constraint, **options}
+    answer = model.ask(question.question, images=[question.image], **options)
     return Outcome(question, answer.text, is_right(answer.text, question.answers)), answer
