@@ -1,5 +1,6 @@
 """What the README promises: the shipped model answers about the pictures in examples/."""
 
+import json
 import re
 from pathlib import Path
 
@@ -30,6 +31,27 @@ def ask(question, picture, *options):
 def test_examples(capsys, picture, question, answer):
     assert ask(question, picture) == 0
     assert capsys.readouterr().out.strip().casefold() == answer.casefold()
+
+
+@pytest.mark.parametrize(
+    ("picture", "question", "value"),
+    [
+        ("meter.png", "Read the meter.", {"number": 7305}),
+        ("meter.png", "读数是多少？", {"读数": "7305"}),
+        ("word.png", "What word is this?", {"text": "Coffee"}),
+        ("shapes.png", "How many shapes are there?", {"count": 4}),
+        ("shapes.png", "What color is the star?", {"color": "purple"}),
+    ],
+)
+def test_json_of_a_schema(capsys, tmp_path, picture, question, value):
+    """The question need not speak of JSON, and nothing bounds a number but what is seen."""
+    kinds = {int: "integer", str: "string"}
+    properties = {key: {"type": kinds[type(item)]} for key, item in value.items()}
+    schema = {"type": "object", "properties": properties, "required": list(value)}
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(schema), "utf-8")
+    assert ask(question, picture, "--json-schema", str(path)) == 0
+    assert json.loads(capsys.readouterr().out) == value
 
 
 def test_boxes_of_an_example(capsys, tmp_path):

@@ -4,6 +4,7 @@ import functools
 import random
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from phrasings import (
     AGAIN,
@@ -31,29 +32,43 @@ LANGUAGES = ("en", "zh")
 FAMILIES = ("display", "label", "handwriting", "words", "shape_name", "shape_count", "shape_locate")
 
 
+BOX_WEIGHT = 2.0  # of the numbers of a box, against the words around it
+
+
+@dataclass
+class Span:
+    """Characters of an answer that weigh more or less than others, or that tell a box."""
+
+    start: int
+    end: int
+    weight: float
+    box: Box | None = None
+
+
 @dataclass
 class Turn:
-    """One question and its answer; `box` is the one in the answer, if any."""
+    """One question and its answer; `value` is the answer's if it is JSON."""
 
     question: str
     answer: str
     family: str
-    box: Box | None = None
+    spans: tuple[Span, ...] = ()
+    value: Any = None
 
 
-_ZH_COLOURS = dict(zip(COLOURS, "红色 绿色 蓝色 黄色 橙色 紫色 黑色 白色".split(), strict=True))
-_ZH_SHAPES = dict(
+ZH_COLOURS = dict(zip(COLOURS, "红色 绿色 蓝色 黄色 橙色 紫色 黑色 白色".split(), strict=True))
+ZH_SHAPES = dict(
     zip(SHAPES, "圆形 正方形 三角形 五角星 心形 菱形 十字形 月牙形".split(), strict=True)
 )
 
-_READING = {
+READING = {
     "display": (DISPLAY, "display"),
     "label": (LABEL, "label"),
     "handwriting": (HANDWRITING, "handwriting"),
 }
 
 
-def _phrase(rng: random.Random, pool: Pool, language: str, **parts: str) -> str:
+def phrase(rng: random.Random, pool: Pool, language: str, **parts: str) -> str:
     """A question of the pool, now and then typed carelessly."""
     question = rng.choice(pool[language]).format(**parts)
     if rng.random() < 0.08:
@@ -63,27 +78,29 @@ def _phrase(rng: random.Random, pool: Pool, language: str, **parts: str) -> str:
     return question
 
 
-def _noun(shape: str, colour: str, language: str) -> str:
+def noun_of(shape: str, colour: str, language: str) -> str:
+    """`red circle`, `红色的圆形`."""
     if language == "en":
         return f"{colour} {shape}"
-    return f"{_ZH_COLOURS[colour]}的{_ZH_SHAPES[shape]}"
+    return f"{ZH_COLOURS[colour]}的{ZH_SHAPES[shape]}"
 
 
 def _named(shape: Shape, language: str) -> str:
     """`a red circle`, `红色的圆形`."""
-    noun = _noun(shape.name, shape.colour, language)
+    noun = noun_of(shape.name, shape.colour, language)
     if language == "zh":
         return noun
     return f"{'an' if noun[0] == 'o' else 'a'} {noun}"
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
+    """The shapes of a kind in English."""
     return shape + ("es" if shape == "cross" else "s")
 
 
-def _coordinates(shape: Shape) -> str:
+def box_of(shape: Shape) -> list[int]:
     """The box in thousandths of the picture, in steps of ten: finer would be noise at 96 pixels."""
-    return "[" + ", ".join(str(round(edge * 100) * 10) for edge in shape.box) + "]"
+    return [round(edge * 100) * 10 for edge in shape.box]
 
 
 def describe(scene: Scene, language: str) -> str:
@@ -107,10 +124,10 @@ def describe(scene: Scene, language: str) -> str:
 
 def _reading_turn(rng: random.Random, scene: Scene, language: str) -> Turn:
     if scene.kind == "word":
-        return Turn(_phrase(rng, WORD, language), scene.text, "words")
-    own, family = _READING[scene.kind]
+        return Turn(phrase(rng, WORD, language), scene.text, "words")
+    own, family = READING[scene.kind]
     pool = own if rng.random() < 0.5 else ANY_NUMBER
-    return Turn(_phrase(rng, pool, language), scene.text, family)
+    return Turn(phrase(rng, pool, language), scene.text, family)
 
 
 def _answer_language(rng: random.Random, question: str, language: str) -> tuple[str, str]:
@@ -127,18 +144,18 @@ def _name_turn(rng: random.Random, scene: Scene, language: str) -> Turn | None:
         Counter(s.colour for s in scene.shapes),
     )
     if len(scene.shapes) == 1 and rng.random() < 0.6:
-        question, language = _answer_language(rng, _phrase(rng, NAME, language), language)
+        question, language = _answer_language(rng, phrase(rng, NAME, language), language)
         return Turn(question, _named(scene.shapes[0], language), "shape_name")
     shape = rng.choice(scene.shapes)
     if kinds[shape.name] == 1 and rng.random() < 0.75:
-        name = shape.name if language == "en" else _ZH_SHAPES[shape.name]
-        question = _phrase(rng, COLOUR_OF, language, shape=name)
+        name = shape.name if language == "en" else ZH_SHAPES[shape.name]
+        question = phrase(rng, COLOUR_OF, language, shape=name)
         question, language = _answer_language(rng, question, language)
-        answer = shape.colour if language == "en" else _ZH_COLOURS[shape.colour]
+        answer = shape.colour if language == "en" else ZH_COLOURS[shape.colour]
         return Turn(question, answer, "shape_name")
     if colours[shape.colour] == 1:
-        colour = shape.colour if language == "en" else _ZH_COLOURS[shape.colour]
-        question = _phrase(rng, SHAPE_OF, language, colour=colour)
+        colour = shape.colour if language == "en" else ZH_COLOURS[shape.colour]
+        question = phrase(rng, SHAPE_OF, language, colour=colour)
         question, language = _answer_language(rng, question, language)
         return Turn(question, _named(shape, language), "shape_name")
     return None
@@ -153,28 +170,27 @@ def _count_turn(rng: random.Random, scene: Scene, language: str, of_all: float =
         number = len(scene.shapes)
     elif choice < 0.58:
         name = rng.choice([s.name for s in scene.shapes] if rng.random() < 0.85 else SHAPES)
-        what = _plural(name) if english else _ZH_SHAPES[name]
+        what = plural(name) if english else ZH_SHAPES[name]
         number = sum(s.name == name for s in scene.shapes)
     else:
         colour = rng.choice(
             [s.colour for s in scene.shapes] if rng.random() < 0.85 else list(COLOURS)
         )
-        what = f"{colour} shapes" if english else f"{_ZH_COLOURS[colour]}的形状"
+        what = f"{colour} shapes" if english else f"{ZH_COLOURS[colour]}的形状"
         number = sum(s.colour == colour for s in scene.shapes)
-    return Turn(_phrase(rng, COUNT, language, what=what), str(number), "shape_count")
+    return Turn(phrase(rng, COUNT, language, what=what), str(number), "shape_count")
 
 
 def _locate_turn(rng: random.Random, scene: Scene, language: str) -> Turn | None:
     shape = rng.choice(scene.shapes)
     if sum((s.name, s.colour) == (shape.name, shape.colour) for s in scene.shapes) > 1:
         return None
-    what = _noun(shape.name, shape.colour, language)
-    return Turn(
-        _phrase(rng, WHERE, language, what=what),
-        f"<ref>{what}</ref><box>[{_coordinates(shape)}]</box>",
-        "shape_locate",
-        shape.box,
-    )
+    what = noun_of(shape.name, shape.colour, language)
+    question = phrase(rng, WHERE, language, what=what)
+    head = f"<ref>{what}</ref>"
+    box = f"<box>[{box_of(shape)}]"
+    span = Span(len(head), len(head) + len(box), BOX_WEIGHT, shape.box)
+    return Turn(question, f"{head}{box}</box>", "shape_locate", (span,))
 
 
 def _exists_turn(rng: random.Random, scene: Scene, language: str) -> Turn:
@@ -183,14 +199,14 @@ def _exists_turn(rng: random.Random, scene: Scene, language: str) -> Turn:
         there = rng.choice(scene.shapes)
         shape, colour = there.name, there.colour
     found = any((s.name, s.colour) == (shape, colour) for s in scene.shapes)
-    question = _phrase(rng, EXISTS, language, what=_noun(shape, colour, language))
+    question = phrase(rng, EXISTS, language, what=noun_of(shape, colour, language))
     question = question.replace(" a orange", " an orange")
     return Turn(question, (("No", "Yes") if language == "en" else ("没有", "有"))[found], "exists")
 
 
 def describe_turn(rng: random.Random, scene: Scene, language: str) -> Turn:
     """A request for a description."""
-    return Turn(_phrase(rng, DESCRIBE, language), describe(scene, language), "describe")
+    return Turn(phrase(rng, DESCRIBE, language), describe(scene, language), "describe")
 
 
 _SHAPE_TURNS = {"shape_name": _name_turn, "shape_count": _count_turn, "shape_locate": _locate_turn}
@@ -225,14 +241,14 @@ def picture_turns(rng: random.Random, scene: Scene) -> list[Turn]:
 
 def again_turn(rng: random.Random, scene: Scene, language: str) -> Turn:
     """A follow-up about a new picture that means the question asked before."""
-    return Turn(_phrase(rng, AGAIN, language), scene.text, "several")
+    return Turn(phrase(rng, AGAIN, language), scene.text, "several")
 
 
 def several_turn(rng: random.Random, scenes: list[Scene], language: str) -> Turn:
     """A question about one of two pictures by its place."""
     place = rng.randrange(2)
     return Turn(
-        _phrase(rng, OF_SEVERAL, language, place=PLACES[language][place]),
+        phrase(rng, OF_SEVERAL, language, place=PLACES[language][place]),
         scenes[place].text,
         "several",
     )

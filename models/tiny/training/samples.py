@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset
 
 from edgevl.preprocess.tiles import choose_grid, split
+from json_answers import json_talk, mixed_turns, told_turns
+from phrasings import JSON_SYSTEM
 from pictures import DRAWERS
 from prompts import SYSTEM_MESSAGES, answer_part, image_part, system_part, user_part
 from questions import (
@@ -24,12 +26,11 @@ from questions import (
     small_talk,
 )
 from scenes import PATCHES, Box, Scene, Style
-from schedule import difficulty, mixture
+from schedule import difficulty, json_share, mixture
 
 TILE = 96
 MAX_TILES = 2
-BOX_WEIGHT = 2.0  # of the tokens of a box, against the words around it
-LONGEST = 256  # tokens of a conversation
+LONGEST = 368  # tokens of a conversation
 
 Weights = dict[str, float]
 
@@ -89,16 +90,34 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None) -> None:
         self._tokenizer = tokenizer
-        self._box_tokens = tokenizer.token_to_id("<box>"), tokenizer.token_to_id("</box>")
         self._answered = False
         self.sample = Sample()
         if system is not None:
-            self._add(system_part(system), 0.0)
+            self._add(system_part(system))
 
-    def _add(self, text: str, weight: float) -> None:
+    def _add(self, text: str) -> None:
         ids = self._tokenizer.encode(text).ids
         self.sample.ids += ids
-        self.sample.weights += [weight * len(ids) ** -0.6] * len(ids)
+        self.sample.weights += [0.0] * len(ids)
+
+    def _answer(self, turn: Turn) -> None:
+        """A long answer weighs less than its length, or boxes would outweigh reading."""
+        encoded = self._tokenizer.encode(answer_part(turn.answer))
+        weights = [1.0] * len(encoded.ids)
+        for span in turn.spans:
+            places = [
+                place
+                for place, (start, _) in enumerate(encoded.offsets)
+                if span.start <= start < span.end
+            ]
+            for place in places:
+                weights[place] = span.weight
+            if span.box:
+                first = len(self.sample.ids)
+                self.sample.said += [(first + place, span.box) for place in places]
+        scale = sum(weight > 0 for weight in weights) ** -0.6
+        self.sample.ids += encoded.ids
+        self.sample.weights += [weight * scale for weight in weights]
 
     def turn(
         self,
@@ -107,10 +126,7 @@ class Writer:
         captions: Sequence[str] = (),
         most: int = MAX_TILES,
     ) -> None:
-        """The question with the pictures it brings, of at most `most` tiles each, and the answer.
-
-        A long answer weighs less than its length, or boxes would outweigh reading.
-        """
+        """A question with the pictures it brings, of at most `most` tiles each, and its answer."""
         text = "\n" if self._answered else ""  # the newline that ends the turn before
         parts = []
         for place, scene in enumerate(scenes):
@@ -121,15 +137,8 @@ class Writer:
             last = len(self.sample.tiles) - 1
             self.sample.boxes += [(last, _middle_patch(s.box), s.box) for s in scene.shapes]
             parts.append((captions[place] if captions else "") + image_part(len(tiles)))
-        self._add(text + user_part("".join(parts) + turn.question), 0.0)
-        start = len(self.sample.ids)
-        self._add(answer_part(turn.answer), 1.0)
-        if turn.box:
-            ids, (opening, closing) = self.sample.ids, self._box_tokens
-            places = range(ids.index(opening, start), ids.index(closing, start))
-            self.sample.said += [(place, turn.box) for place in places]
-            for place in places:
-                self.sample.weights[place] *= BOX_WEIGHT
+        self._add(text + user_part("".join(parts) + turn.question))
+        self._answer(turn)
         self._answered = True
 
 
@@ -138,24 +147,51 @@ def _scene(rng: random.Random, style: Style, kinds: Weights) -> Scene:
     return DRAWERS[kind](rng, style)
 
 
-def conversation(rng: random.Random, tokenizer: Tokenizer, style: Style, kinds: Weights) -> Sample:
+def conversation(
+    rng: random.Random, tokenizer: Tokenizer, style: Style, kinds: Weights, json_share: float = 0.0
+) -> Sample:
     """A random conversation; the few long ones would take a third of the time and are left out."""
     while True:
-        sample = _any_conversation(rng, tokenizer, style, kinds)
+        if rng.random() < json_share:
+            sample = _json_conversation(rng, tokenizer, style, kinds)
+        else:
+            sample = _any_conversation(rng, tokenizer, style, kinds)
         if len(sample.ids) <= LONGEST:
             return sample
+
+
+def _system(rng: random.Random) -> str | None:
+    if rng.random() > 0.15:
+        return None
+    return SYSTEM_MESSAGES[0] if rng.random() < 0.25 else rng.choice(SYSTEM_MESSAGES)
+
+
+def _most_tiles(rng: random.Random) -> int:
+    """Some runtimes give every picture one tile, whatever its proportions."""
+    return 1 if rng.random() < 0.2 else MAX_TILES
+
+
+def _json_conversation(
+    rng: random.Random, tokenizer: Tokenizer, style: Style, kinds: Weights
+) -> Sample:
+    """About one picture, with JSON among the answers."""
+    told = rng.random() < 0.04
+    writer = Writer(tokenizer, rng.choice(JSON_SYSTEM) if told else _system(rng))
+    if rng.random() < 0.02:
+        writer.turn(json_talk(rng))
+        return writer.sample
+    scene, most = _scene(rng, style, kinds), _most_tiles(rng)
+    for place, turn in enumerate((told_turns if told else mixed_turns)(rng, scene)):
+        writer.turn(turn, [] if place else [scene], most=most)
+    return writer.sample
 
 
 def _any_conversation(
     rng: random.Random, tokenizer: Tokenizer, style: Style, kinds: Weights
 ) -> Sample:
     """Mostly one picture, sometimes two, sometimes none."""
-    system = None
-    if rng.random() < 0.15:
-        system = SYSTEM_MESSAGES[0] if rng.random() < 0.25 else rng.choice(SYSTEM_MESSAGES)
-    writer = Writer(tokenizer, system)
-    # Some runtimes give every picture one tile, whatever its proportions.
-    most = 1 if rng.random() < 0.2 else MAX_TILES
+    writer = Writer(tokenizer, _system(rng))
+    most = _most_tiles(rng)
     form = rng.random()
     if form < 0.05:
         writer.turn(small_talk(rng))
@@ -273,17 +309,20 @@ class Stream(IterableDataset):
         recent: list[list[Sample]] = []
         while True:
             step = int(self._step)
-            style, kinds = Style(difficulty(step)), mixture(step)
+            style, kinds, share = Style(difficulty(step)), mixture(step), json_share(step)
             samples = [
-                conversation(rng, self._tokenizer, style, kinds)
+                conversation(rng, self._tokenizer, style, kinds, share)
                 for _ in range(self.GROUP * self._batch_size)
             ]
             # By cost: batches with little padding, and processes that need not wait for each other.
             samples.sort(key=lambda s: (len(s.tiles), len(s.ids)))
             again = order.choice(recent) if recent else samples
             recent = [*recent, samples][-self.RECENT :]
+            # The longest sixth in half batches, which bounds the memory.
+            half, cut = self._batch_size // 2, len(samples) - 2 * self._batch_size
+            places = [(s, s + self._batch_size) for s in range(0, cut, self._batch_size)]
+            places += [(s, s + half) for s in range(cut, len(samples), half)]
             for group in (samples, again):
-                starts = list(range(0, len(group), self._batch_size))
-                order.shuffle(starts)
-                for start in starts:
-                    yield collate(group[start : start + self._batch_size])
+                order.shuffle(places)
+                for start, end in places:
+                    yield collate(group[start:end])

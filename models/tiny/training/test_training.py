@@ -1,6 +1,7 @@
 # ruff: noqa: D103 - the names of the tests say what they test
 """Sanity of the generator and of the checkpoint: `pytest models/tiny/training`."""
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -14,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import glyphs
 import tokenizer as tiny_tokenizer
 from checkpoint import load, new_model, rounded, save
+from json_answers import KEYS, NEW_KEYS, json_turn
 from pictures import DRAWERS, draw_shapes
 from questions import FAMILIES, LANGUAGES
 from samples import TILE, collate, conversation, family_question, single
-from scenes import GLYPHS, PATCH_CLASSES, PATCHES, SHAPES, Style
+from scenes import COLOURS, GLYPHS, PATCH_CLASSES, PATCHES, SHAPES, Style
+from words import WORDS
 
 KINDS = dict.fromkeys(DRAWERS, 1.0)
 
@@ -109,3 +112,54 @@ def test_checkpoint_comes_back(tokenizer, tmp_path):
         assert torch.equal(stored, rounded(value).float()), name
         bound = 2.0**-7 if value.ndim > 1 else 2.0**-8  # half a step, and half of bfloat16's
         assert torch.all((stored - value).abs() <= 1.5 * bound * value.abs()), name
+
+
+@pytest.mark.parametrize("form", ["asked", "any", "schema", "told"])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_json_answers_are_the_values_they_stand_for(form, language, tokenizer):
+    rng = random.Random(f"{form} {language}")
+    for kind in DRAWERS:
+        for _ in range(30):
+            scene = DRAWERS[kind](rng, Style(), size=(96, 96))
+            turn = json_turn(rng, scene, language, form)
+            if turn is None:
+                continue
+            assert json.loads(turn.answer) == turn.value
+            sample = single(tokenizer, scene, turn)
+            learned = [i for i, w in zip(sample.ids, sample.weights, strict=True) if w]
+            text = tokenizer.decode(learned, skip_special_tokens=False)
+            whole = turn.answer + tiny_tokenizer.END_OF_TURN
+            if form in ("asked", "told"):  # nothing is forced
+                assert text == whole
+            elif form == "any":  # the object is, its keys are not
+                assert text == whole[1:]
+            elif isinstance(turn.value, dict):  # keys are, values are not
+                assert not any(f'{key}":' in text for key in turn.value)
+            if kind == "word":
+                assert list(turn.value.values()) == [scene.text]
+            elif kind != "shapes":
+                assert [int(value) for value in turn.value.values()] == [int(scene.text)]
+
+
+def test_counts_and_lists_in_json_are_right():
+    rng = random.Random(4)
+    for _ in range(100):
+        scene = draw_shapes(rng, Style())
+        counted = json_turn(rng, scene, "en", "told", "count")
+        asked = [s for s in (*SHAPES, *COLOURS) if s in counted.question.lower()]
+        shown = [s for s in scene.shapes if not asked or asked[0] in (s.name, s.colour)]
+        assert counted.value == {"count": len(shown)}
+        listed = json_turn(rng, scene, "en", "told", "all").value["shapes"]
+        assert [(s["shape"], s["color"]) for s in listed] == [
+            (s.name, s.colour) for s in scene.shapes
+        ]
+        for item, shape in zip(listed, scene.shapes, strict=True):
+            if "box" in item:
+                np.testing.assert_allclose(np.array(item["box"]) / 1000, shape.box, atol=0.006)
+
+
+def test_new_keys_are_new():
+    for concept, names in NEW_KEYS.items():
+        for language in LANGUAGES:
+            trained = {name for of in KEYS.values() for name in of[language].lower().split()}
+            assert not {*trained, *WORDS} & set(names[language].lower().split()), concept

@@ -1,15 +1,18 @@
 """Trains the tiny model.
 
-    python models/tiny/training/train.py --out models/tiny --work DIR [--resume]
+    python models/tiny/training/train.py --out models/tiny --work DIR [--from CHECKPOINT] [--resume]
 
-`--work` keeps the resumable state; `--out` receives the checkpoint every few minutes. One process
-with one thread a core: at this size that trains a quarter faster than one process with two threads.
+`--work` keeps the resumable state; `--out` receives the checkpoint every few minutes. `--from` goes
+on from weights alone, at the step from which on there is JSON, and leaves the vision tower as it
+is; to resume that, give both. One process with one thread a core: at this size that trains a
+quarter faster than one process with two threads.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -19,17 +22,18 @@ from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
 
 import tokenizer as tiny_tokenizer
-from checkpoint import new_model, save, to_pixels
+from checkpoint import load, new_model, save, to_pixels
 from questions import FAMILIES, LANGUAGES
 from samples import Batch, Stream, collate, family_question, single
 from scenes import FIRST_MIDDLE, PATCH_CLASSES, Style
-from schedule import STEPS, difficulty, rate
+from schedule import JSON_FROM, STEPS, difficulty, rate
 
 PROCESSES = 2
 BATCH = 32  # conversations a process and step
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
 PATCH_LOSS = 0.5  # of the heads against the answers
 BOX_LOSS = 8.0  # of the boxes against the patches
+HEAD_ALONE = 200  # steps in which a new head learns from a trained model, and it not from the head
 REPORT_EVERY = 50  # steps
 VALIDATE_EVERY = 400
 SAVE_EVERY_S = 240
@@ -43,8 +47,11 @@ class Trainer(torch.nn.Module):
     being written: a number to regress on is found sooner than its digits.
     """
 
-    def __init__(self, model: InternVLForConditionalGeneration) -> None:
+    def __init__(self, model: InternVLForConditionalGeneration, sees: bool = True) -> None:
+        """Take a model; unless it `sees`, its vision tower is not trained."""
         super().__init__()
+        model.model.vision_tower.requires_grad_(sees)
+        self.sees = sees
         self.model = model
         hidden_size = model.config.vision_config.hidden_size
         self.patch_head = torch.nn.Linear(hidden_size, PATCH_CLASSES)
@@ -58,6 +65,7 @@ class Trainer(torch.nn.Module):
         weight[0] = 0.15  # most patches show nothing
         weight[FIRST_MIDDLE:] = 3.0  # and few are the middle of a shape
         self.register_buffer("_class_weight", weight, persistent=False)
+        self.head_alone = False
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The text model's last hidden state [B, T, H]."""
@@ -81,18 +89,21 @@ class Trainer(torch.nn.Module):
         answers = (each * weights[wanted]).sum() / weights.sum()
         if not self._seen:
             return answers, answers.new_zeros(())
-        patches = self._seen[0][:, 1:]
-        shown = functional.cross_entropy(
-            self.patch_head(patches).float().flatten(0, 1),
-            batch.classes.flatten().long(),
-            weight=self._class_weight,
-        )
-        if len(batch.boxes):
+        shown = answers.new_zeros(())
+        if self.sees:
+            patches = self._seen[0][:, 1:]
+            shown = functional.cross_entropy(
+                self.patch_head(patches).float().flatten(0, 1),
+                batch.classes.flatten().long(),
+                weight=self._class_weight,
+            )
+        if self.sees and len(batch.boxes):
             tiles, middles = batch.middles.T
             boxes = self.box_head(patches[tiles, middles]).float()
             shown = shown + BOX_LOSS * functional.l1_loss(boxes, batch.boxes)
         if len(batch.said):
             rows, places = batch.places.T
+            hidden = hidden.detach() if self.head_alone else hidden
             said = self.said_head(hidden[rows, places]).float()
             shown = shown + BOX_LOSS * functional.l1_loss(said, batch.said)
         return answers, shown
@@ -102,6 +113,8 @@ def optimizers(trainer: Trainer) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for all that is an embedding or a vector."""
     matrices, others = [], []
     for name, parameter in trainer.named_parameters():
+        if not parameter.requires_grad:
+            continue
         inside = "layer" in name or "projector.linear" in name
         (matrices if inside and parameter.ndim == 2 else others).append(parameter)
     return [
@@ -179,12 +192,15 @@ def train(process: int, arguments: argparse.Namespace) -> None:
         world_size=PROCESSES,
     )
     tokenizer = Tokenizer.from_file(str(arguments.work / "tokenizer.json"))
-    trainer = Trainer(new_model(tokenizer))
+    step, seconds = 0, 0.0
+    model = new_model(tokenizer)
+    if arguments.start:
+        model, step = load(arguments.start)[0].train(), JSON_FROM
+    trainer = Trainer(model, sees=arguments.start is None)
     for parameter in trainer.parameters():  # a batch without pictures gives some no gradient
         parameter.grad = torch.zeros_like(parameter)
     both = optimizers(trainer)
     base_rates = [[group["lr"] for group in o.param_groups] for o in both]
-    step, seconds = 0, 0.0
     state_file = arguments.work / "state.pt"
     if arguments.resume:
         state = torch.load(state_file, weights_only=True)
@@ -222,6 +238,7 @@ def train(process: int, arguments: argparse.Namespace) -> None:
             for group, base in zip(optimizer.param_groups, bases, strict=True):
                 group["lr"] = base * rate(step)
         drawn_for.fill_(step)
+        trainer.head_alone = not trainer.sees and step < JSON_FROM + HEAD_ALONE
         with torch.autocast("cpu", dtype=torch.bfloat16):
             answers, shown = trainer.loss(batch)
         (answers + PATCH_LOSS * shown).backward()
@@ -258,16 +275,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="folder of the resumable state")
+    parser.add_argument("--from", dest="start", type=Path, help="checkpoint to go on from")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
     parser.add_argument("--steps", type=int, default=STEPS, help="stop before the schedule does")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     (arguments.work / "rendezvous").unlink(missing_ok=True)
     if not (arguments.work / "tokenizer.json").exists():
-        tiny_tokenizer.build().save(str(arguments.work / "tokenizer.json"))
-    # Keep freed memory: handing it back after every tensor costs a quarter of the time.
+        if arguments.start:
+            shutil.copy(arguments.start / "tokenizer.json", arguments.work)
+        else:
+            tiny_tokenizer.build().save(str(arguments.work / "tokenizer.json"))
+    # Keep freed memory: handing it back after every tensor costs a quarter of the time. Of the
+    # largest tensors, of long batches, it would pile up.
     os.environ |= {
-        "MALLOC_MMAP_THRESHOLD_": "8589934592",
+        "MALLOC_MMAP_THRESHOLD_": "33554432",
         "MALLOC_TRIM_THRESHOLD_": "2147483648",
         "MALLOC_TOP_PAD_": "268435456",
     }
