@@ -39,7 +39,10 @@ def server(tmp_path, request):
             address = re.search(r"http://[\d.]+:\d+", line).group()
             # Read on, or the server would wait for the pipe.
             with subprocess.Popen(["cat"], stdin=process.stderr, stdout=output):
-                yield address, process, log
+                try:
+                    yield address, process, log
+                finally:
+                    process.kill()  # or what is read has no end
         finally:
             process.kill()
             process.wait()
