@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ class FakeModel:
         self.engine = SimpleNamespace(notes=())
         self.defaults: dict[str, Any] = {}
         self.checkpoint = SimpleNamespace(
-            config=SimpleNamespace(sampling=self.defaults, ignored=())
+            path=Path("/models/tiny"), config=SimpleNamespace(sampling=self.defaults, ignored=())
         )
 
     def load(self, model: str, **options: Any) -> FakeModel:

@@ -37,7 +37,7 @@ EXPECTED = {
     "bad picture": {400},
     "picture bomb": {400},
     "file url": {400},
-    "unknown field": {400},
+    "unknown field": {200},
     "wrong type": {400},
     "no messages": {400},
     "unknown model": {404},

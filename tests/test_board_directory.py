@@ -117,7 +117,7 @@ def test_emulated(board):
     for path in board.glob("*.axmodel"):
         path.write_bytes(layout.EMULATED_MAGIC + b"kind layer")
     assert BoardModel.open(board).emulated
-    (board / "qwen3_post.axmodel").write_bytes(b"x")
+    (board / "qwen3_post.axmodel").write_bytes(b"a model that Pulsar2 made")
     with pytest.raises(BoardError, match="some models are a board's and some the emulator's"):
         BoardModel.open(board)
 
@@ -182,7 +182,7 @@ def test_arrays_that_are_no_embedding(tmp_path, content):
         path.write_bytes(content)
     else:
         np.save(path, content)
-    with pytest.raises(BoardError, match=r"not a NumPy array|expected float32 \[600, 56\]"):
+    with pytest.raises(BoardError, match=r"not a whole NumPy array|expected float32 \[600, 56\]"):
         EmbeddingFile(path, 600, 56)
 
 
