@@ -228,10 +228,13 @@ def test_tiny_keeps_its_answers(tmp_path, capsys):
     assert vqa["questions"] == 560
     assert vqa["original"] > 0.97
     assert vqa["quantized"] >= vqa["original"] - 0.01
-    # On so few held-out tokens, and with so small a loss, either may come out the larger.
+    # On so few held-out tokens, 130, and with so small a loss, either may come out the larger. But
+    # rounding to the nearest is 12 % off, and GPTQ regains a part of that.
     perplexity = report["perplexity"]
-    assert perplexity["quantized"] != perplexity["original"]
-    assert perplexity["quantized"] == pytest.approx(perplexity["original"], rel=0.05)
+    original = perplexity["original"]
+    assert perplexity["quantized"] != original
+    assert perplexity["quantized"] == pytest.approx(original, rel=0.1)
+    assert abs(perplexity["quantized"] - original) < 0.75 * abs(perplexity["rtn"] - original)
     assert report["sizes"]["quantized_bytes"] < 0.75 * report["sizes"]["original_bytes"]
     # What comes out goes in nowhere again.
     assert main(["quantize", str(output), "-o", str(tmp_path / "again")]) == 1
