@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -289,11 +289,14 @@ def load_template(checkpoint: ModelDirectory) -> ChatTemplate:
     Raises:
         CheckpointError: The template is malformed, or ``config.json`` names an unknown one.
     """
-    name = (checkpoint.read_json("config.json") or {}).get("template")
+    config = checkpoint.read_json("config.json") or {}
+    name = config.get("template")
     stored = _stored_template(checkpoint, with_tokenizer=name is None)
     if name is None and stored is not None:
         return stored
-    named = _named_template(checkpoint, "internvl2_5" if name is None else name)
+    named = _named_template("internvl2_5" if name is None else name)
+    if named is not None and config.get("system_message") is not None:
+        named = replace(named, system_message=checkpoint.config.system_message)
     if stored is not None and (
         named is None or default_system_message(stored) in ("", named.system_message)
     ):
@@ -306,14 +309,11 @@ def load_template(checkpoint: ModelDirectory) -> ChatTemplate:
     return named
 
 
-def _named_template(checkpoint: ModelDirectory, name: object) -> ChatMLTemplate | None:
-    """Return the template of a name, with the checkpoint's own system message if it has one."""
+def _named_template(name: object) -> ChatMLTemplate | None:
+    """Return the template of a name, if there is one."""
     if not isinstance(name, str) or name not in _BUILT_IN:
         return None
-    separator, system_message = _BUILT_IN[name]
-    if (checkpoint.read_json("config.json") or {}).get("system_message") is not None:
-        system_message = checkpoint.config.system_message
-    return ChatMLTemplate(separator, system_message)
+    return ChatMLTemplate(*_BUILT_IN[name])
 
 
 def _stored_template(checkpoint: ModelDirectory, with_tokenizer: bool) -> JinjaTemplate | None:
