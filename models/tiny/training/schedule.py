@@ -8,7 +8,7 @@ be far better than the latest.
 import numpy as np
 
 JSON_FROM = 13_700  # the first 13,700 steps knew nothing of JSON
-STEPS = 17_050
+STEPS = 21_000
 EASY_STEPS = 900  # the pictures' difficulty rises from 0.15 to 1 until then
 
 # Step and factor of the learning rate; linear between.
@@ -18,7 +18,8 @@ _RATES = (
     (7400, 0.12), (7899, 0.0), (7900, 0.05), (7960, 0.30), (9899, 0.0), (9900, 0.05),
     (9960, 0.30), (10500, 0.15), (10550, 0.50), (11000, 0.50), (11999, 0.0), (12000, 0.05),
     (12060, 0.50), (12500, 0.50), (13299, 0.0), (13300, 0.02),
-    (13320, 0.15), (13699, 0.0), (13700, 0.02), (13780, 0.50), (15150, 0.50), (STEPS, 0.0),
+    (13320, 0.15), (13699, 0.0), (13700, 0.02), (13780, 0.50), (15150, 0.50), (17049, 0.0),
+    (17050, 0.02), (17120, 0.45), (18900, 0.45), (STEPS, 0.0),
 )  # fmt: skip
 
 # From which step, how much of each kind of picture.
@@ -40,6 +41,8 @@ _KINDS = (
     (13_300, {"display": 0.8, "label": 0.3, "handwriting": 4.0, "word": 1.2, "shapes": 5.0}),
     (13_700, {"display": 1.2, "label": 0.5, "handwriting": 3.0, "word": 2.0, "shapes": 6.5}),
     (15_650, {"display": 0.8, "label": 0.3, "handwriting": 2.2, "word": 1.6, "shapes": 8.5}),
+    (17_050, {"display": 0.4, "label": 0.2, "handwriting": 1.3, "word": 0.9, "shapes": 9.0}),
+    (18_200, {"display": 0.5, "label": 0.3, "handwriting": 1.4, "word": 2.2, "shapes": 9.0}),
 )
 
 
@@ -60,4 +63,4 @@ def mixture(step: int) -> dict[str, float]:
 
 def json_share(step: int) -> float:
     """Share of the conversations that have JSON among their answers."""
-    return 0.55 if step >= JSON_FROM else 0.0
+    return 0.0 if step < JSON_FROM else 0.55 if step < 17_050 else 0.75
