@@ -21,10 +21,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from edgevl.checkpoint import ModelConfig
 from edgevl.checkpoint.layouts import TEXT, expected_tensors
-from edgevl.checkpoint.presets import PRESETS
-from edgevl.checkpoint.synth import random_values
-from edgevl.checkpoint.synth_config import internvl_chat_files
 from edgevl.checkpoint.writer import TensorSpec, encode, write_safetensors
+from edgevl.synth.config_files import internvl_chat_files
+from edgevl.synth.presets import PRESETS
+from edgevl.synth.writer import random_values
 
 #: Parts of our names and what GGUF has instead, applied in this order.
 NAMES = {

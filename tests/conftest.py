@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from edgevl.checkpoint.presets import PRESETS
-from edgevl.checkpoint.synth import write_checkpoint
+from edgevl.synth.presets import PRESETS
+from edgevl.synth.writer import write_checkpoint
 
 # A shell's background job, or nohup, has them ignored, and what tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

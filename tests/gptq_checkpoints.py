@@ -8,9 +8,9 @@ import numpy as np
 from edgevl.checkpoint import Checkpoint, StoredTensor
 from edgevl.checkpoint.gptq import pack_layer
 from edgevl.checkpoint.layouts import TEXT
-from edgevl.checkpoint.presets import PRESETS
-from edgevl.checkpoint.synth import write_checkpoint as write_random
 from edgevl.quantize.output import write_checkpoint
+from edgevl.synth.presets import PRESETS
+from edgevl.synth.writer import write_checkpoint as write_random
 
 QUANTIZATION = {
     "quant_method": "gptq",

@@ -11,10 +11,10 @@ import pytest
 import edgevl
 from edgevl import cli
 from edgevl.checkpoint.layouts import expected_tensors
-from edgevl.checkpoint.presets import PRESETS
 from edgevl.engine import WeightBytes
 from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError
 from edgevl.evaluate import bench, roofline
+from edgevl.synth.presets import PRESETS
 
 WEIGHTS = WeightBytes(vision=1_000_000, text=4_000_000, embedding=600 * 100, cache_per_token=500)
 

@@ -19,9 +19,9 @@ from edgevl.axera.planning.timing import (
     post_time_ms,
 )
 from edgevl.axera.targets import AX630C, AX650, TARGETS
-from edgevl.checkpoint.presets import PRESETS
 from edgevl.cli.plan import TARGET_NAMES
 from edgevl.errors import BoardError
+from edgevl.synth.presets import PRESETS
 from fake_npu import write_board
 
 SHAPE = BoardShape()

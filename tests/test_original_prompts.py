@@ -16,9 +16,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from edgevl.checkpoint import Checkpoint, ModelDirectory
-from edgevl.checkpoint.presets import PRESETS
 from edgevl.generate.text import spoken_text
 from edgevl.preprocess import Message, PromptEncoder, prepare_picture
+from edgevl.synth.presets import PRESETS
 
 TINY = Path(__file__).parents[1] / "models" / "tiny"
 #: In the order of their ids in InternVL3.5's tokenizer, after those of Qwen3.

@@ -7,9 +7,9 @@ import pytest
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, GPTQWeight, StoredTensor
 from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD
-from edgevl.checkpoint.presets import PRESETS
 from edgevl.engine.plan import PRECISIONS, exact_group, make_plan, vision_layers
 from edgevl.errors import EdgeVLError
+from edgevl.synth.presets import PRESETS
 from storage import TEXT, write_directory
 from test_gptq_storage import gptq_tensors, quantized
 

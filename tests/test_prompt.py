@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.presets import PRESETS
-from edgevl.checkpoint.synth import write_checkpoint
 from edgevl.errors import CheckpointError, ContextLengthError, PromptError
 from edgevl.preprocess import GeneratedTokens, Message, PromptEncoder, prepare_picture
 from edgevl.preprocess.prompt import MAX_TEXT_CHARS
 from edgevl.preprocess.protect import cut_lookalikes
 from edgevl.preprocess.template import THINKING_SYSTEM_MESSAGE
 from edgevl.preprocess.tokenizer import encode_text
+from edgevl.synth.presets import PRESETS
+from edgevl.synth.writer import write_checkpoint
 
 TURN = "<|im_start|>{}\n{}<|im_end|>\n"
 ASSISTANT = "<|im_start|>assistant\n"

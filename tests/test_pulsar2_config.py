@@ -13,8 +13,8 @@ from edgevl.axera.compiler.pulsar2_config import (
     field_table,
     load_config,
 )
-from edgevl.checkpoint.presets import PRESETS
 from edgevl.errors import BoardError
+from edgevl.synth.presets import PRESETS
 
 CONFIG = PRESETS["internvl3_5-1b"].config
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]

@@ -12,13 +12,13 @@ from safetensors import deserialize
 from tokenizers import Tokenizer
 
 from edgevl.checkpoint import Checkpoint, expected_tensors
-from edgevl.checkpoint import synth as synth_module
-from edgevl.checkpoint.presets import PRESETS
-from edgevl.checkpoint.synth import LAYOUTS, random_values, stored_bytes, write_checkpoint
-from edgevl.checkpoint.synth_tokenizer import build_tokenizer
 from edgevl.checkpoint.writer import TensorSpec, encode, plan_shards, to_bfloat16
 from edgevl.cli import main
 from edgevl.errors import CheckpointError
+from edgevl.synth import writer as synth_module
+from edgevl.synth.presets import PRESETS
+from edgevl.synth.tokenizer import build_tokenizer
+from edgevl.synth.writer import LAYOUTS, random_values, stored_bytes, write_checkpoint
 
 MINI = PRESETS["mini-qwen3"].config
 

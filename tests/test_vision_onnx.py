@@ -16,12 +16,12 @@ from edgevl.axera.compiler import vision_onnx
 from edgevl.axera.compiler.vision_graph import vision_graph
 from edgevl.axera.compiler.vision_onnx import LEAST_COSINE, cosine_to_reference, write_vision_onnx
 from edgevl.checkpoint import Checkpoint, expected_tensors, parse_config
-from edgevl.checkpoint.presets import PRESETS
-from edgevl.checkpoint.synth import write_checkpoint
 from edgevl.engine import ReferenceEngine
 from edgevl.engine.reference import VISION_PREFIXES
 from edgevl.errors import BoardError
 from edgevl.machine import this_machine
+from edgevl.synth.presets import PRESETS
+from edgevl.synth.writer import write_checkpoint
 from storage import CHAT, random_tensors, write_directory
 
 # All that an InternViT needs; compilers of boards know them.

@@ -51,7 +51,7 @@ def model_inputs(checkpoint: Checkpoint, picture: str) -> tuple[np.ndarray, np.n
 
 def write_hf_twin(checkpoint: Checkpoint, directory: Path) -> Path:
     """Write the same model in transformers' layout, float32."""
-    from edgevl.checkpoint.synth_config import hf_files
+    from edgevl.synth.config_files import hf_files
     from storage import hf_names, write_tensors
 
     directory.mkdir()
@@ -103,8 +103,8 @@ def compute(checkpoint: Checkpoint, picture: str) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Compute every case and store the results."""
-    from edgevl.checkpoint.presets import PRESETS
-    from edgevl.checkpoint.synth import write_checkpoint
+    from edgevl.synth.presets import PRESETS
+    from edgevl.synth.writer import write_checkpoint
 
     stored = {}
     with tempfile.TemporaryDirectory() as scratch:

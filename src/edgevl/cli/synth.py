@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from edgevl.checkpoint.presets import PRESETS
-from edgevl.checkpoint.synth import DTYPES, LAYOUTS, stored_bytes, write_checkpoint
 from edgevl.cli.terminal import is_terminal
+from edgevl.synth.presets import PRESETS
+from edgevl.synth.writer import DTYPES, LAYOUTS, stored_bytes, write_checkpoint
 
 
 def _parse_size(context: click.Context, parameter: click.Parameter, value: str) -> int:

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 
 from edgevl.checkpoint.config import MAX_VOCAB_SIZE
 from edgevl.checkpoint.jsonfile import parse_object
-from edgevl.checkpoint.qwen_bpe import qwen_bpe
 from edgevl.errors import CheckpointError
+from edgevl.preprocess.qwen_bpe import qwen_bpe
 
 if TYPE_CHECKING:
     from edgevl.checkpoint import ModelDirectory

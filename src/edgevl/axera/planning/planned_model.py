@@ -11,10 +11,10 @@ from edgevl.checkpoint import locate
 from edgevl.checkpoint.config import MAX_POSITIONS, ModelConfig
 from edgevl.checkpoint.jsonfile import Fields
 from edgevl.checkpoint.opening import open_model
-from edgevl.checkpoint.presets import PRESETS
-from edgevl.checkpoint.synth_tokenizer import build_tokenizer
 from edgevl.preprocess import Message, PromptEncoder
 from edgevl.preprocess.template import ChatMLTemplate
+from edgevl.synth.presets import PRESETS
+from edgevl.synth.tokenizer import build_tokenizer
 
 
 @dataclass(frozen=True)

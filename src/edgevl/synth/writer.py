@@ -25,12 +25,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from edgevl.checkpoint.config import ModelConfig
 from edgevl.checkpoint.layouts import expected_tensors, hf_names
-from edgevl.checkpoint.synth_config import CHAT_TEMPLATE, hf_files, internvl_chat_files
-from edgevl.checkpoint.synth_tokenizer import (
-    QWEN_BASE_VOCABULARY,
-    build_tokenizer,
-    special_tokens,
-)
 from edgevl.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     TensorSpec,
@@ -38,6 +32,12 @@ from edgevl.checkpoint.writer import (
     write_safetensors,
 )
 from edgevl.errors import CheckpointError
+from edgevl.synth.config_files import CHAT_TEMPLATE, hf_files, internvl_chat_files
+from edgevl.synth.tokenizer import (
+    QWEN_BASE_VOCABULARY,
+    build_tokenizer,
+    special_tokens,
+)
 from edgevl.work import check_disk, check_target
 
 #: Layouts that can be written: OpenGVLab's own, and that of the "-HF" repositories.

@@ -12,7 +12,7 @@ from edgevl.checkpoint.config import (
     TextModelType,
     VisionConfig,
 )
-from edgevl.checkpoint.synth_tokenizer import QWEN_BASE_VOCABULARY
+from edgevl.synth.tokenizer import QWEN_BASE_VOCABULARY
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Synthetic checkpoints: real shapes and files, random weights."""
