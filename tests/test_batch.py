@@ -16,8 +16,8 @@ import pytest
 import edgevl
 from clips import write_clip
 from edgevl import Constraint, cli
+from edgevl.batch import answer_rows, answering, open_batch, rows, run_batch
 from edgevl.errors import CheckpointError, EdgeVLError, PromptError
-from edgevl.generate.batch import answer_rows, answering, open_batch, rows, run_batch
 from edgevl.preprocess import folder, load_image, prepare_picture, prepare_video
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -10,9 +10,9 @@ import pytest
 
 import edgevl
 from edgevl import cli
+from edgevl.batch.line import FIELDS
 from edgevl.checkpoint.config import parse_sampling
 from edgevl.errors import EdgeVLError, PromptError
-from edgevl.generate.batch.line import FIELDS
 from edgevl.generate.sampling import Sampler, SamplingParams, _likeliest, _place
 from edgevl.options import OPTIONS
 

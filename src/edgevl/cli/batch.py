@@ -13,8 +13,8 @@ from edgevl.cli.options import answer_options, as_unicode, engine_options, read_
 from edgevl.cli.terminal import chinese, print_json, progress_bar
 
 if TYPE_CHECKING:
+    from edgevl.batch import BatchInput, BatchResult
     from edgevl.generate import Model
-    from edgevl.generate.batch import BatchInput, BatchResult
 
 
 @click.command("batch")
@@ -74,7 +74,7 @@ def command(
     """  # noqa: D301
     question = as_unicode(question)
     # What can fail at once fails before the model is loaded.
-    from edgevl.generate.batch import check_output, open_batch
+    from edgevl.batch import check_output, open_batch
 
     to_stdout = str(output) == "-"
     if not to_stdout:
@@ -112,7 +112,7 @@ def command(
 
 def _print(model: Model, questions: BatchInput, options: dict[str, Any]) -> BatchResult:
     """Write every row to standard output as soon as it is there."""
-    from edgevl.generate.batch import BatchResult, answer_rows
+    from edgevl.batch import BatchResult, answer_rows
 
     rows = failed = 0
     for result in answer_rows(model, questions.rows(), **options):
@@ -131,7 +131,7 @@ def _write(
     options: dict[str, Any],
 ) -> BatchResult:
     """Write the rows to a file, with a bar on the terminal."""
-    from edgevl.generate.batch import run_batch
+    from edgevl.batch import run_batch
 
     try:
         with progress_bar("回答" if chinese() else "answers") as show:

@@ -6,8 +6,8 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
+from edgevl.batch.rows import Row
 from edgevl.errors import ContextLengthError, ImageError, PromptError, VideoError
-from edgevl.generate.batch.rows import Row
 from edgevl.generate.model import Model
 from edgevl.preprocess import prepare_picture, prepare_video
 from edgevl.preprocess.picture import most_tiles

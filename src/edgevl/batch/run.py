@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgevl.batch.answering import answer_rows
+from edgevl.batch.rows import BatchError, BatchInput
 from edgevl.checkpoint import Checkpoint
-from edgevl.generate.batch.answering import answer_rows
-from edgevl.generate.batch.rows import BatchError, BatchInput
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.model import Model
 from edgevl.work import opened, publish

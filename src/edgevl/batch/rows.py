@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from edgevl.batch.line import parse_line
 from edgevl.errors import EdgeVLError
-from edgevl.generate.batch.line import parse_line
 from edgevl.preprocess.folder import PICTURE_SUFFIXES, VIDEO_SUFFIXES, find_files
 
 #: Longest line of a file, in bytes: a picture of the largest size in a ``data:`` URL, and more.
