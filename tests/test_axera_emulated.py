@@ -31,14 +31,14 @@ from edgevl.synth.writer import write_checkpoint
 pytest.importorskip("cffi")
 if native_missing() is not None:
     pytest.skip("the native engine is not built", allow_module_level=True)
-emulate = pytest.importorskip("edgevl.axera.compiler.emulate")
+emulate = pytest.importorskip("edgevl.boards.emulate")
 
 try:
     emulator_directory()
 except BoardError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
-from edgevl.axera.compiler.embeddings import write_embeddings  # noqa: E402
+from edgevl.boards.embeddings import write_embeddings  # noqa: E402
 from emulated_board import Counters, Session  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

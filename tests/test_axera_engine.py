@@ -9,13 +9,13 @@ import pytest
 
 import edgevl
 from edgevl.axera import layout
+from edgevl.axera.engine import AxeraEngine
+from edgevl.axera.layout import SINGLE_STEPS
 from edgevl.axera.model.directory import BoardModel
 from edgevl.axera.npu.base import Group, TensorInfo
-from edgevl.axera.planning.plan import PrefillSteps, prefill_steps
-from edgevl.axera.planning.timing import SINGLE_STEPS
+from edgevl.boards.plan import PrefillSteps, prefill_steps
 from edgevl.checkpoint import Checkpoint, open_model
 from edgevl.engine import ReferenceEngine, load_engine
-from edgevl.engine.axera import AxeraEngine
 from edgevl.errors import BoardError, CheckpointError, EdgeVLError, PromptError
 from edgevl.generate import Model
 from edgevl.preprocess import Message, PromptEncoder, prepare_picture
@@ -426,7 +426,7 @@ def npu(monkeypatch, mini_checkpoint):
     """Let engines find an NPU in NumPy."""
     checkpoint = Checkpoint.open(mini_checkpoint("mini-qwen3"))
     runtime = FakeRuntime(checkpoint)
-    monkeypatch.setattr("edgevl.engine.axera.open_runtime", lambda emulated: runtime)
+    monkeypatch.setattr("edgevl.axera.engine.open_runtime", lambda emulated: runtime)
     yield runtime
     checkpoint.close()
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from edgevl.axera import layout
+from edgevl.axera.engine import AxeraEngine
 from edgevl.axera.model import integrity
 from edgevl.axera.model.directory import BoardModel
 from edgevl.axera.model.integrity import Content
 from edgevl.checkpoint import Checkpoint
 from edgevl.cli import main
 from edgevl.engine import native_missing
-from edgevl.engine.axera import AxeraEngine
 from edgevl.errors import BoardError, CheckpointError
 from fake_npu import FakeRuntime, write_board
 

@@ -7,10 +7,11 @@ import pytest
 
 from edgevl import cli
 from edgevl.axera.layout import BoardShape
-from edgevl.axera.planning.memory import plan_memory
-from edgevl.axera.planning.plan import PrefillSteps, make_plan, prefill_steps
-from edgevl.axera.planning.planned_model import planned_model
-from edgevl.axera.planning.timing import (
+from edgevl.boards.memory import plan_memory
+from edgevl.boards.plan import PrefillSteps, make_plan, prefill_steps
+from edgevl.boards.planned_model import planned_model
+from edgevl.boards.targets import AX630C, AX650, TARGETS
+from edgevl.boards.timing import (
     DECODE_FACTOR,
     PREFILL_FACTOR,
     VISION_MS,
@@ -18,7 +19,6 @@ from edgevl.axera.planning.timing import (
     is_published,
     post_time_ms,
 )
-from edgevl.axera.targets import AX630C, AX650, TARGETS
 from edgevl.cli.plan import TARGET_NAMES
 from edgevl.errors import BoardError
 from edgevl.synth.presets import PRESETS

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from edgevl.axera.compiler.build_log import BuildLog, explain, low_cosines
-from edgevl.axera.compiler.toolchain import Pulsar2, newest_llm_build, version
+from edgevl.boards.build_log import BuildLog, explain, low_cosines
+from edgevl.boards.toolchain import Pulsar2, newest_llm_build, version
 
 PREFIX = "2026-03-23 21:10:01.591 | INFO     | yamain.command.llm_build:llm_build:519 - "
 LOG = (

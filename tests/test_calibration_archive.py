@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgevl.axera.compiler import calibration_archive
-from edgevl.axera.compiler.calibration_archive import MAX_SAMPLES, write_calibration
-from edgevl.axera.compiler.pulsar2_config import default_config
+from edgevl.boards import calibration_archive
+from edgevl.boards.calibration_archive import MAX_SAMPLES, write_calibration
+from edgevl.boards.pulsar2_config import default_config
 from edgevl.checkpoint import Checkpoint
 from edgevl.errors import BoardError, EdgeVLError
 from edgevl.preprocess import prepare_picture

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 import vision_stand_ins
-from edgevl.axera.compiler.text_checkpoint import write_text_checkpoint
 from edgevl.axera.layout import BoardShape
+from edgevl.boards.text_checkpoint import write_text_checkpoint
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.cli import main
@@ -247,9 +247,7 @@ def test_gptq_stays_and_text_alone_has_no_vision(desk):
 
 
 def test_no_pytorch_is_needed():
-    code = (
-        "import sys, edgevl.cli.compile, edgevl.axera.compiler.run; print('torch' in sys.modules)"
-    )
+    code = "import sys, edgevl.cli.compile, edgevl.boards.run; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
@@ -421,9 +419,9 @@ def test_layers_that_are_whole_stay_when_only_their_check_fails(desk):
 
 
 def test_a_build_that_does_not_exit_is_stopped_once_all_is_done(desk):
-    desk.monkeypatch.setattr("edgevl.axera.compiler.pulsar2.EXIT_GRACE_S", 0.2)
-    desk.monkeypatch.setattr("edgevl.axera.compiler.pulsar2.STOP_GRACE_S", 0.5)
-    desk.monkeypatch.setattr("edgevl.axera.compiler.pulsar2.POLL_S", 0.1)
+    desk.monkeypatch.setattr("edgevl.boards.pulsar2.EXIT_GRACE_S", 0.2)
+    desk.monkeypatch.setattr("edgevl.boards.pulsar2.STOP_GRACE_S", 0.5)
+    desk.monkeypatch.setattr("edgevl.boards.pulsar2.POLL_S", 0.1)
     desk.set(LINGER="1")
     desk.make()
 
@@ -737,7 +735,7 @@ def test_gptq_has_its_weight_type_already(desk):
 def test_a_model_that_does_not_fit_the_board_is_refused(desk):
     from dataclasses import replace
 
-    from edgevl.axera.targets import TARGETS
+    from edgevl.boards.targets import TARGETS
 
     small = replace(TARGETS["ax630c"], memory_bytes=400_000)
     desk.monkeypatch.setitem(TARGETS, "ax630c", small)
@@ -757,7 +755,7 @@ def test_a_disk_without_room_is_told_before_the_work(desk):
 
 
 def test_a_vision_encoder_beyond_onnx_is_refused(desk, monkeypatch):
-    monkeypatch.setattr("edgevl.axera.compiler.limits.MAX_ONNX_BYTES", 1000)
+    monkeypatch.setattr("edgevl.boards.limits.MAX_ONNX_BYTES", 1000)
     status, said = desk.compile()
     assert status == 1
     assert "in float32, but an ONNX file ends at 2 GB: use a model with InternViT-300M" in said

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from edgevl.axera.compiler.pulsar2_config import (
+from edgevl.boards.pulsar2_config import (
     MAX_CONFIG_BYTES,
     Pulsar2Config,
     default_config,
@@ -232,8 +232,6 @@ def test_the_table_has_every_field():
 
 @pytest.mark.parametrize("library", ["pydantic", "json5"])
 def test_a_missing_library_says_what_to_install(library):
-    code = (
-        f"import sys; sys.modules[{library!r}] = None; import edgevl.axera.compiler.pulsar2_config"
-    )
+    code = f"import sys; sys.modules[{library!r}] = None; import edgevl.boards.pulsar2_config"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"BoardError: {library} is missing: pip install 'edgevl[axera]'" in done.stderr

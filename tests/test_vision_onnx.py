@@ -12,9 +12,9 @@ import onnx_ir
 import onnxruntime
 import pytest
 
-from edgevl.axera.compiler import vision_onnx
-from edgevl.axera.compiler.vision_graph import vision_graph
-from edgevl.axera.compiler.vision_onnx import LEAST_COSINE, cosine_to_reference, write_vision_onnx
+from edgevl.boards import vision_onnx
+from edgevl.boards.vision_graph import vision_graph
+from edgevl.boards.vision_onnx import LEAST_COSINE, cosine_to_reference, write_vision_onnx
 from edgevl.checkpoint import Checkpoint, expected_tensors, parse_config
 from edgevl.engine import ReferenceEngine
 from edgevl.engine.reference import VISION_PREFIXES
@@ -206,7 +206,7 @@ def test_too_little_memory_gives_both_numbers(checkpoint_of, tmp_path, monkeypat
 
 @pytest.mark.parametrize("library", ["onnx", "onnx_ir", "onnxslim", "onnxruntime"])
 def test_a_missing_library_says_what_to_install(checkpoint_of, tmp_path, monkeypatch, library):
-    monkeypatch.delitem(sys.modules, "edgevl.axera.compiler.vision_graph", raising=False)
+    monkeypatch.delitem(sys.modules, "edgevl.boards.vision_graph", raising=False)
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(BoardError, match=rf"{library} is missing: pip install 'edgevl\[axera\]'"):
         write_vision_onnx(checkpoint_of("layer_norm"), tmp_path / "vision.onnx")
@@ -217,7 +217,7 @@ def test_pytorch_is_not_imported(checkpoint_of, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from edgevl.axera.compiler import calibration_archive, pulsar2_config, vision_onnx
+from edgevl.boards import calibration_archive, pulsar2_config, vision_onnx
 from edgevl.checkpoint import Checkpoint
 checkpoint = Checkpoint.open({str(checkpoint_of("layer_norm").path)!r})
 vision_onnx.write_vision_onnx(checkpoint, Path("vision.onnx"))

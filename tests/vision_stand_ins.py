@@ -68,7 +68,7 @@ MODULES = {
 def install(put=sys.modules.__setitem__):
     """Put the modules where they are imported from, with ``put(name, module)``."""
     for name, functions in MODULES.items():
-        module = ModuleType(f"edgevl.axera.compiler.{name}")
+        module = ModuleType(f"edgevl.boards.{name}")
         for function in functions:
             setattr(module, function.__name__, function)
         put(module.__name__, module)

@@ -1,4 +1,4 @@
-// Model files of the emulator, as src/edgevl/axera/compiler/emulate.py writes them.
+// Model files of the emulator, as src/edgevl/boards/emulate.py writes them.
 
 #pragma once
 

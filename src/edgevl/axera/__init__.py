@@ -1,1 +1,1 @@
-"""What only boards need: compiling for Axera's NPUs, their runtime, what they can hold and when."""
+"""What runs models that were compiled for Axera's NPUs: runtimes, files, the engine."""

@@ -45,6 +45,10 @@ CHUNK_STEP, MAX_CHUNK = 16, 1024
 #: Most shape groups for prefill in one file.
 MAX_PREFILL_GROUPS = 64
 
+#: So many tokens, and one more for every so many positions of history, are computed one by one in
+#: less time than a chunk, which takes as long whatever part of it is used (as published).
+SINGLE_STEPS, HISTORY_A_STEP = 2, 384
+
 
 @dataclass(frozen=True)
 class BoardShape:
@@ -97,6 +101,16 @@ def check_shape(shape: BoardShape, text: TextConfig) -> None:
             f"--max-prefill {longest}: takes {len(shape.histories())} shape groups of --chunk "
             f"{chunk}, at most {MAX_PREFILL_GROUPS} are built: use a larger --chunk"
         )
+
+
+def pays_as_chunk(tokens: int, history: int) -> bool:
+    """Tell whether a chunk with so many tokens in it takes less time than these one by one.
+
+    Args:
+        tokens: that are left to compute.
+        history: positions that the chunk's group reads.
+    """
+    return tokens > SINGLE_STEPS + history // HISTORY_A_STEP
 
 
 def layer_file(prefix: str, chunk: int, layer: int) -> str:

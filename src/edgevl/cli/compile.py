@@ -141,9 +141,9 @@ def command(
     The result runs with `edgevl chat DIR --engine axera`; DIR/board.json says what it is. A run
     that was interrupted goes on where it stopped when the same command is given again.
     """
-    from edgevl.axera.compiler.run import compile_model
-    from edgevl.axera.compiler.settings import CompileSettings
     from edgevl.axera.layout import BoardShape
+    from edgevl.boards.run import compile_model
+    from edgevl.boards.settings import CompileSettings
 
     settings = CompileSettings(
         shape=BoardShape(context, chunk, max_prefill),

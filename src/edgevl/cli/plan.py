@@ -11,12 +11,12 @@ from edgevl.cli.terminal import print_json
 
 if TYPE_CHECKING:
     from edgevl.axera.layout import BoardShape
-    from edgevl.axera.planning.plan import BoardPlan
-    from edgevl.axera.targets import Target
+    from edgevl.boards.plan import BoardPlan
+    from edgevl.boards.targets import Target
 
 #: The model whose times are published.
 PUBLISHED_MODEL = "internvl3_5-1b"
-#: ``edgevl.axera.targets.TARGETS``, written out so that --help needs nothing else.
+#: ``edgevl.boards.targets.TARGETS``, written out so that --help needs nothing else.
 TARGET_NAMES = ("ax650", "ax630c")
 
 
@@ -78,9 +78,9 @@ def command(
     """
     from dataclasses import replace
 
-    from edgevl.axera.planning.plan import make_plan
-    from edgevl.axera.planning.planned_model import planned_model
-    from edgevl.axera.targets import TARGETS
+    from edgevl.boards.plan import make_plan
+    from edgevl.boards.planned_model import planned_model
+    from edgevl.boards.targets import TARGETS
 
     described = planned_model(model)
     given = {"context": context, "chunk": chunk, "max_prefill": max_prefill}

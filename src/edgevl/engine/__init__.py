@@ -133,8 +133,8 @@ def _axera(
     kv_cache: KVCacheFormat,
     exact_logits: bool,
 ) -> Engine:
+    from edgevl.axera.engine import AxeraEngine
     from edgevl.axera.model.directory import BoardModel
-    from edgevl.engine.axera import AxeraEngine
 
     if not isinstance(checkpoint, BoardModel):
         raise BoardError(

@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import edgevl
-from edgevl.axera.compiler.build_log import BuildLog, low_cosines
-from edgevl.axera.compiler.build_script import (
+from edgevl.axera.layout import NOT_BUILT, layer_file, post_file, vision_file
+from edgevl.axera.model.embedding_file import EMBEDDING_FILES
+from edgevl.axera.model.integrity import FILES, Content
+from edgevl.boards.build_log import BuildLog, low_cosines
+from edgevl.boards.build_script import (
     BOARD,
     BUILD,
     MODEL,
     NOT_BUILT_TEXT,
     build_script,
 )
-from edgevl.axera.compiler.commands import QK_NORM_CONFIG, text_command, vision_command
-from edgevl.axera.compiler.embeddings import write_embeddings
-from edgevl.axera.compiler.limits import check, check_decode_step, disk_bytes
-from edgevl.axera.compiler.pulsar2 import run, stop_left_over
-from edgevl.axera.compiler.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
-from edgevl.axera.compiler.text_checkpoint import check_weights, write_text_checkpoint
-from edgevl.axera.compiler.toolchain import Pulsar2, find, newest_llm_build, version
-from edgevl.axera.layout import NOT_BUILT, layer_file, post_file, vision_file
-from edgevl.axera.model.embedding_file import EMBEDDING_FILES
-from edgevl.axera.model.integrity import FILES, Content
-from edgevl.axera.targets import TARGETS
+from edgevl.boards.commands import QK_NORM_CONFIG, text_command, vision_command
+from edgevl.boards.embeddings import write_embeddings
+from edgevl.boards.limits import check, check_decode_step, disk_bytes
+from edgevl.boards.pulsar2 import run, stop_left_over
+from edgevl.boards.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
+from edgevl.boards.targets import TARGETS
+from edgevl.boards.text_checkpoint import check_weights, write_text_checkpoint
+from edgevl.boards.toolchain import Pulsar2, find, newest_llm_build, version
 from edgevl.checkpoint import Checkpoint, locate
 from edgevl.checkpoint.hub import model_name
 from edgevl.checkpoint.opening import open_checkpoint
@@ -260,8 +260,8 @@ class _Compilation:
         """Write the ONNX file, its configuration and pictures: -> cosine to the reference."""
         if not self._checkpoint.has_vision:
             return None
-        from edgevl.axera.compiler.calibration_archive import write_calibration
-        from edgevl.axera.compiler.vision_onnx import write_vision_onnx
+        from edgevl.boards.calibration_archive import write_calibration
+        from edgevl.boards.vision_onnx import write_vision_onnx
 
         checkpoint, settings, work = self._checkpoint, self._settings, self._work
         config = self._vision_config()  # a mistake in it is told before the work
@@ -299,7 +299,7 @@ class _Compilation:
 
     def _vision_config(self) -> str:
         """Return the configuration of the vision build."""
-        from edgevl.axera.compiler.pulsar2_config import default_config, load_config
+        from edgevl.boards.pulsar2_config import default_config, load_config
 
         settings, target = self._settings, TARGETS[self._settings.target]
         dataset = f"{DONE}/{CALIBRATION}"
@@ -330,7 +330,7 @@ class _Compilation:
     def _emulate(self) -> None:
         if self._done(LAYERS):
             return
-        from edgevl.axera.compiler.emulate import Post, write_emulated
+        from edgevl.boards.emulate import Post, write_emulated
 
         settings = self._settings
         files = [*self._text_files]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from edgevl.axera.compiler.build_log import BUILT
-from edgevl.axera.compiler.commands import ENVIRONMENT, MOUNTED, mount, shell
 from edgevl.axera.layout import NOT_BUILT
 from edgevl.axera.model.integrity import FILES
+from edgevl.boards.build_log import BUILT
+from edgevl.boards.commands import ENVIRONMENT, MOUNTED, mount, shell
 
 #: The directory of a dry run that has what the script works on; in it, what is moved out when all
 #: is done: a directory of files, and last what says that the model is whole.

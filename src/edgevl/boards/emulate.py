@@ -2,7 +2,7 @@
 
 They have the names, shape groups, tensors and types of compiled models. The weights are in bfloat16
 and packed for this machine's processors, and beside each group stands the time that it would take
-on a board, published or estimated (`edgevl.axera.planning.timing`).
+on a board, published or estimated (`edgevl.boards.timing`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.axera.compiler.emulated_file import (
+from edgevl.axera.layout import BoardShape, layer_file, post_file, vision_file
+from edgevl.boards import timing
+from edgevl.boards.emulated_file import (
     ALIGNMENT,
     Group,
     Numbers,
@@ -24,8 +26,6 @@ from edgevl.axera.compiler.emulated_file import (
     header,
     layer_groups,
 )
-from edgevl.axera.layout import BoardShape, layer_file, post_file, vision_file
-from edgevl.axera.planning import timing
 from edgevl.checkpoint import Checkpoint, ModelConfig, TextConfig
 from edgevl.checkpoint.config import IMAGE_MEAN, IMAGE_STD
 from edgevl.errors import BoardError

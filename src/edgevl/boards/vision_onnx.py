@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgevl.axera.compiler.limits import MAX_ONNX_BYTES
+from edgevl.boards.limits import MAX_ONNX_BYTES
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Floats
 from edgevl.engine.reference import ReferenceVision
@@ -23,7 +23,7 @@ from edgevl.quantize.calibration.drawn import draw
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from edgevl.axera.compiler.vision_graph import Weight
+    from edgevl.boards.vision_graph import Weight
 
 #: Least cosine between an image token's features from the file and from the reference engine.
 LEAST_COSINE = 0.99999
@@ -93,7 +93,7 @@ def _checked_graph(checkpoint: Checkpoint) -> tuple[ir.Model, dict[str, Weight]]
             f"{checkpoint.path}: has no vision encoder; compile the checkpoint that it was made of"
         )
     with needs("axera", BoardError):
-        from edgevl.axera.compiler.vision_graph import vision_graph
+        from edgevl.boards.vision_graph import vision_graph
     model, weights = vision_graph(checkpoint.config)
     needed = sum(4 * math.prod(weight.shape) for weight in weights.values())
     if needed > MAX_ONNX_BYTES:
@@ -118,7 +118,7 @@ def _write(model: ir.Model, weights: dict[str, Weight], checkpoint: Checkpoint, 
         import onnx_ir
         import onnxslim
 
-        from edgevl.axera.compiler.vision_graph import fill
+        from edgevl.boards.vision_graph import fill
     slim = onnx_ir.from_proto(onnxslim.slim(onnx_ir.to_proto(model)))
     fill(slim, weights, checkpoint)
     onnx_ir.save(slim, path, format="protobuf")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from edgevl.axera.layout import BoardShape
-from edgevl.axera.planning.timing import BITS, layer_weights
+from edgevl.boards.timing import BITS, layer_weights
 from edgevl.checkpoint.config import ModelConfig
 from edgevl.checkpoint.layouts import PROJECTOR, VISION, expected_tensors
 

@@ -6,16 +6,15 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgevl.axera.layout import BoardShape, check_shape
-from edgevl.axera.planning.memory import MemoryPlan, plan_memory
-from edgevl.axera.planning.timing import (
+from edgevl.axera.layout import BoardShape, check_shape, pays_as_chunk
+from edgevl.boards.memory import MemoryPlan, plan_memory
+from edgevl.boards.targets import Target
+from edgevl.boards.timing import (
     group_times_ms,
     is_published,
-    pays_as_chunk,
     post_time_ms,
     vision_time_ms,
 )
-from edgevl.axera.targets import Target
 from edgevl.checkpoint.config import ModelConfig
 from edgevl.errors import BoardError
 

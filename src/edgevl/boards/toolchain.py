@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgevl.axera.compiler.commands import docker_command
+from edgevl.boards.commands import docker_command
 from edgevl.errors import BoardError
 
 #: Seconds that it has to say its version; a container's first start is slow.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from math import prod
 
-from edgevl.axera.compiler.embeddings import embedding_bytes
-from edgevl.axera.compiler.settings import CompileSettings
-from edgevl.axera.compiler.text_checkpoint import check_weights, text_bytes
 from edgevl.axera.layout import check_shape
-from edgevl.axera.planning.memory import plan_memory
-from edgevl.axera.targets import TARGETS, Target
+from edgevl.boards.embeddings import embedding_bytes
+from edgevl.boards.memory import plan_memory
+from edgevl.boards.settings import CompileSettings
+from edgevl.boards.targets import TARGETS, Target
+from edgevl.boards.text_checkpoint import check_weights, text_bytes
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.layouts import PROJECTOR, VISION
 from edgevl.errors import BoardError

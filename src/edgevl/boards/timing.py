@@ -54,10 +54,6 @@ PREFILL_FACTOR = {"ax650": 1.0, "ax630c": VISION_MS["ax630c"] / VISION_MS["ax650
 #: Stored bits a weight: INT4 has a 16-bit scale for every 128.
 BITS = {4: 4.125, 8: 8.0}
 
-#: So many tokens, and one more for every so many positions of history, are computed one by one in
-#: less time than a chunk, which takes as long whatever part of it is used (as published).
-SINGLE_STEPS, HISTORY_A_STEP = 2, 384
-
 # The model and the shape that the published times are of.
 _SHAPE = BoardShape(context=2047, chunk=128, max_prefill=1024)
 _HIDDEN, _INTERMEDIATE, _HEADS, _KV_HEADS, _HEAD_DIM, _VOCAB = 1024, 3072, 16, 8, 128, 151936
@@ -71,7 +67,7 @@ def group_times_ms(
     Args:
         text: the text model.
         shape: what it is compiled for.
-        target: a name in `edgevl.axera.targets.TARGETS`.
+        target: a name in `edgevl.boards.targets.TARGETS`.
         weight_bits: of the layers' linear weights, 4 or 8.
     """
     weights = layer_weights(text) * BITS[weight_bits] / 8
@@ -118,16 +114,6 @@ def is_published(
         and (shape.context, shape.chunk) == (_SHAPE.context, _SHAPE.chunk)
         and shape.max_prefill <= _SHAPE.max_prefill
     )
-
-
-def pays_as_chunk(tokens: int, history: int) -> bool:
-    """Tell whether a chunk with so many tokens in it takes less time than these one by one.
-
-    Args:
-        tokens: that are left to compute.
-        history: positions that the chunk's group reads.
-    """
-    return tokens > SINGLE_STEPS + history // HISTORY_A_STEP
 
 
 def layer_weights(text: TextConfig) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from edgevl.axera.compiler.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
 from edgevl.axera.layout import BoardShape, vision_file
-from edgevl.axera.targets import TARGETS
+from edgevl.boards.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
+from edgevl.boards.targets import TARGETS
 
 #: Matrix products in bfloat16 on the convolution unit: a much shorter prefill.
 ENVIRONMENT = {"FLOAT_MATMUL_USE_CONV_EU": "1"}

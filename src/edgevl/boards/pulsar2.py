@@ -16,9 +16,9 @@ from pathlib import Path
 
 import psutil
 
-from edgevl.axera.compiler.build_log import BuildLog, explain
-from edgevl.axera.compiler.commands import ENVIRONMENT, give_back_command
-from edgevl.axera.compiler.toolchain import Pulsar2
+from edgevl.boards.build_log import BuildLog, explain
+from edgevl.boards.commands import ENVIRONMENT, give_back_command
+from edgevl.boards.toolchain import Pulsar2
 from edgevl.errors import BoardError
 from edgevl.work import MAKING, Progress, WorkDirectory
 

@@ -19,7 +19,7 @@ class CompileSettings:
     """How to compile.
 
     Attributes:
-        target: a name in `edgevl.axera.targets.TARGETS`.
+        target: a name in `edgevl.boards.targets.TARGETS`.
         shape: the shapes of the text model.
         npu_mode: NPU1, NPU2 or NPU3; None is all cores of the target.
         calibration_images: a directory or tar file of pictures for the vision encoder; None draws

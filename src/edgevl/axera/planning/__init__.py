@@ -1,1 +1,0 @@
-"""What a board holds and how long it takes, computed from shapes and published times."""
