@@ -126,8 +126,7 @@ class Ours:
 
     def __init__(self, directory: Path) -> None:
         """Load the model."""
-        from edgevl.checkpoint.opening import open_model
-        from edgevl.engine import load_engine
+        from edgevl.loading import load_engine, open_model
 
         self.model = open_model(directory, "axera")
         self.engine = load_engine(self.model, "axera")

@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import edgevl
-from edgevl.checkpoint import Checkpoint, locate
+from edgevl.checkpoint import Checkpoint
 from edgevl.evaluate import compare_vqa, evaluate_vqa, read_questions
+from edgevl.loading import locate
 from edgevl.quantize import QuantizationSettings
 from edgevl.quantize.calibration import Sample, collect
 from quantize_text import quantize_text

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-import edgevl
 from edgevl.checkpoint import Checkpoint
 from edgevl.quantize import QuantizationSettings
 from edgevl.quantize.calibration import Sample
@@ -16,6 +15,7 @@ from edgevl.quantize.config import quantization_fields
 from edgevl.quantize.layers import packed_tensors, quantize_layers
 from edgevl.quantize.output import write_checkpoint
 from edgevl.quantize.run import bfloat16_products
+from edgevl.version import __version__
 from edgevl.work import WorkDirectory
 
 
@@ -40,5 +40,5 @@ def quantize_text(
     with torch.no_grad(), bfloat16_products():
         quantize_layers(checkpoint, settings, samples, (), layers, lambda done, total: None)
     packed = packed_tensors(layers, checkpoint.config.text.num_hidden_layers)
-    fields = quantization_fields(settings, (), edgevl.__version__)
+    fields = quantization_fields(settings, (), __version__)
     write_checkpoint(checkpoint, output, packed, {}, fields)

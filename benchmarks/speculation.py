@@ -23,10 +23,11 @@ import numpy as np
 
 import edgevl
 from edgevl.checkpoint import Checkpoint
-from edgevl.engine import Engine, load_engine
+from edgevl.engine import Engine
 from edgevl.engine.plan import PRECISIONS
 from edgevl.generate import generation
 from edgevl.generate.speculation import PromptLookup
+from edgevl.loading import load_engine
 from edgevl.options import GREEDY
 from edgevl.preprocess import Message
 from prompts import PROMPTS

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import transformers_reference as theirs
-from edgevl.checkpoint import Checkpoint, locate
+from edgevl.checkpoint import Checkpoint
 from edgevl.engine import ReferenceEngine
+from edgevl.loading import locate
 from edgevl.preprocess import PromptEncoder
 
 LAYOUTS = ("internvl_chat", "hf")

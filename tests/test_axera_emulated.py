@@ -20,10 +20,11 @@ from edgevl.axera import layout
 from edgevl.axera.model.number_formats import to_device
 from edgevl.axera.npu import open_runtime
 from edgevl.axera.npu.libraries import emulator_directory
-from edgevl.checkpoint import Checkpoint, locate
+from edgevl.checkpoint import Checkpoint
 from edgevl.cli import main
 from edgevl.engine import ReferenceEngine, native_missing
 from edgevl.errors import BoardError
+from edgevl.loading import locate
 from edgevl.preprocess import prepare_picture
 from edgevl.synth.presets import PRESETS
 from edgevl.synth.writer import write_checkpoint

@@ -14,10 +14,11 @@ from edgevl.axera.layout import SINGLE_STEPS
 from edgevl.axera.model.directory import BoardModel
 from edgevl.axera.npu.base import Group, TensorInfo
 from edgevl.boards.plan import PrefillSteps, prefill_steps
-from edgevl.checkpoint import Checkpoint, open_model
-from edgevl.engine import ReferenceEngine, load_engine
+from edgevl.checkpoint import Checkpoint
+from edgevl.engine import ReferenceEngine
 from edgevl.errors import BoardError, CheckpointError, EdgeVLError, PromptError
 from edgevl.generate import Model
+from edgevl.loading import load_engine, open_model
 from edgevl.preprocess import Message, PromptEncoder, prepare_picture
 from fake_npu import Compiled, FakeRuntime, write_board
 

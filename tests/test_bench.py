@@ -8,7 +8,6 @@ import types
 import numpy as np
 import pytest
 
-import edgevl
 from edgevl import cli
 from edgevl.checkpoint.layouts import expected_tensors
 from edgevl.engine import WeightBytes
@@ -328,7 +327,7 @@ def test_context_too_short_is_one_line(mini, capsys):
 
 def test_plot_without_matplotlib_fails_before_loading(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(edgevl, "load", lambda *_, **__: pytest.fail("loaded"), raising=False)
+    monkeypatch.setattr("edgevl.generate.load", lambda *_, **__: pytest.fail("loaded"))
     assert cli.main(["bench", "m", "--plot", str(tmp_path / "a.png")]) == 1
     assert 'pip install "edgevl[bench]"' in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

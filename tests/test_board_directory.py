@@ -9,9 +9,9 @@ from edgevl.axera import layout
 from edgevl.axera.model import directory as model_directory
 from edgevl.axera.model.directory import BoardModel
 from edgevl.axera.model.embedding_file import EmbeddingFile
-from edgevl.checkpoint import Checkpoint, open_model
-from edgevl.checkpoint.opening import open_checkpoint
+from edgevl.checkpoint import Checkpoint
 from edgevl.errors import BoardError, CheckpointError
+from edgevl.loading import open_checkpoint, open_model
 from fake_npu import write_board
 
 EMBEDDING = "language_model.model.embed_tokens.weight"

@@ -22,8 +22,8 @@ import pytest
 
 from edgevl.axera import layout
 from edgevl.axera.npu.libraries import emulator_directory
-from edgevl.checkpoint import locate
 from edgevl.errors import BoardError
+from edgevl.loading import locate
 
 pytest.importorskip("cffi")
 pytest.importorskip("edgevl._native", reason="the native engine is not built")

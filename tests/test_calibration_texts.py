@@ -3,7 +3,7 @@
 import pytest
 
 import edgevl
-from edgevl.checkpoint import locate
+from edgevl.loading import locate
 from edgevl.preprocess import PromptEncoder
 from edgevl.quantize.calibration import texts
 from edgevl.quantize.calibration.texts import token_windows

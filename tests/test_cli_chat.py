@@ -44,7 +44,7 @@ def model(monkeypatch, stdin):
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
     model = FakeModel(lambda question: ["It is ", "42", "."])
-    monkeypatch.setattr("edgevl.load", model.load)
+    monkeypatch.setattr("edgevl.generate.load", model.load)
     return model
 
 

@@ -70,7 +70,7 @@ def test_a_model_is_called_by_its_last_part(tmp_path, monkeypatch, model, name):
 
 
 def test_engine_choices_are_those_of_the_registry():
-    from edgevl.engine import ENGINES as REGISTRY
+    from edgevl.loading import ENGINES as REGISTRY
 
     assert ("auto", *REGISTRY) == ENGINES
 

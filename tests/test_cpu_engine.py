@@ -35,8 +35,9 @@ import pytest
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, expected_tensors, parse_config
 from edgevl.checkpoint.layouts import EMBEDDING, vision_linears
-from edgevl.engine import KV_CACHE_FORMATS, ReferenceEngine, load_engine
+from edgevl.engine import KV_CACHE_FORMATS, ReferenceEngine
 from edgevl.errors import CheckpointError, EdgeVLError
+from edgevl.loading import load_engine
 
 native = pytest.importorskip("edgevl._native", reason="the native engine is not built")
 

@@ -190,7 +190,7 @@ def test_lists_are_those_of_pyproject():
 @pytest.mark.parametrize(("answer", "status"), [(doctor.NUMBER, 0), ("nonsense", 1)])
 def test_a_wrong_answer_is_a_problem(monkeypatch, capsys, answer, status):
     model = FakeModel(lambda question: [answer])
-    monkeypatch.setattr("edgevl.load", model.load)
+    monkeypatch.setattr("edgevl.generate.load", model.load)
     assert cli.main(["doctor", "--json"]) == status
     report = json.loads(capsys.readouterr().out)
     assert len(report["problems"]) == status
@@ -204,7 +204,7 @@ def test_a_wrong_answer_is_a_problem(monkeypatch, capsys, answer, status):
 
 def test_what_is_broken_is_reported_and_the_rest_too(monkeypatch, capsys):
     model = FakeModel(lambda question: [OSError(5, "Input/output error")])
-    monkeypatch.setattr("edgevl.load", model.load)
+    monkeypatch.setattr("edgevl.generate.load", model.load)
     monkeypatch.setitem(doctor.NEEDED, "not-there", "not_there")
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
@@ -228,7 +228,7 @@ def test_all_is_well_here(capsys):
 @pytest.fixture
 def quick(monkeypatch):
     """No model is loaded, and no NPU is found but what a test installs."""
-    monkeypatch.setattr("edgevl.load", FakeModel(lambda question: [doctor.NUMBER]).load)
+    monkeypatch.setattr("edgevl.generate.load", FakeModel(lambda question: [doctor.NUMBER]).load)
     for name in (choice.VARIABLE, libraries.DIRECTORY_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(choice, "_started", {})

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 from edgevl.axera.layout import EMULATED_MAGIC, MASKED, BoardShape
-from edgevl.checkpoint import Checkpoint, GPTQConfig, locate
+from edgevl.checkpoint import Checkpoint, GPTQConfig
 from edgevl.checkpoint.config import IMAGE_MEAN, IMAGE_STD
 from edgevl.checkpoint.writer import to_bfloat16
 from edgevl.engine import ReferenceEngine
 from edgevl.errors import BoardError
+from edgevl.loading import locate
 
 pytest.importorskip("edgevl._native", reason="the native engine is not built")
 

@@ -14,11 +14,12 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-import edgevl.checkpoint.hub as hub
+from edgevl import loading
 from edgevl.axera.layout import EMBEDDING_F32, EMBEDDING_NPY
 from edgevl.axera.model.directory import BoardModel
-from edgevl.checkpoint import Checkpoint, expected_tensors, locate, parse_config, pull
+from edgevl.checkpoint import Checkpoint, expected_tensors, hub, parse_config
 from edgevl.errors import CheckpointError, DownloadError
+from edgevl.loading import locate, pull
 from fake_npu import write_board
 from storage import CHAT, random_tensors, write_directory
 
@@ -118,7 +119,7 @@ def run(tmp_path, script, **environment):
 
 ASK = """
 import sys
-from edgevl.checkpoint import locate, pull
+from edgevl.loading import locate, pull
 from edgevl.errors import EdgeVLError
 for step in {steps!r}:
     try:
@@ -219,7 +220,7 @@ def test_what_is_no_hub_id(name, monkeypatch, tmp_path):
 
 
 def test_locate_a_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "pull", lambda *_: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(loading, "pull", lambda *_: pytest.fail("asked the Hub"))
     (tmp_path / "org" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert locate("org/model") == Path("org/model")  # a directory goes first
@@ -232,7 +233,7 @@ def test_locate_a_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", ["wheel", "checkout"])
 def test_locate_the_shipped_model(tmp_path, monkeypatch, place):
     package = tmp_path / "src" / "edgevl"
-    monkeypatch.setattr(hub, "__file__", str(package / "checkpoint" / "hub.py"))
+    monkeypatch.setattr(loading, "__file__", str(package / "loading.py"))
     with pytest.raises(CheckpointError, match="not in this installation"):
         locate("tiny")
     model = (package if place == "wheel" else tmp_path) / "models" / "tiny"
@@ -242,7 +243,7 @@ def test_locate_the_shipped_model(tmp_path, monkeypatch, place):
 
 
 def test_huggingface_hub_is_not_imported_before_it_is_needed(tmp_path):
-    script = "import sys, edgevl.checkpoint; print('huggingface_hub' in sys.modules)"
+    script = "import sys, edgevl.loading; print('huggingface_hub' in sys.modules)"
     assert run(tmp_path, script).stdout == "False\n"
 
 
@@ -261,8 +262,8 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_told_as_one(tmp_path, monke
         raise DownloadError(f"{repo}: cannot be reached")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "_cached", lambda repo: None)
-    monkeypatch.setattr(hub, "pull", no_network)
+    monkeypatch.setattr(loading, "_cached", lambda repo: None)
+    monkeypatch.setattr(loading, "pull", no_network)
     with pytest.raises(DownloadError, match="nor is there a directory models/tinny here"):
         locate("models/tinny")
 

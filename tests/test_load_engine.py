@@ -9,8 +9,9 @@ import edgevl
 from edgevl import cli
 from edgevl.checkpoint import Checkpoint
 from edgevl.cli import options
-from edgevl.engine import KV_CACHE_FORMATS, PRECISIONS, ReferenceEngine, load_engine, native_missing
+from edgevl.engine import KV_CACHE_FORMATS, PRECISIONS, ReferenceEngine, native_missing
 from edgevl.errors import EdgeVLError
+from edgevl.loading import load_engine
 
 needs_native = pytest.mark.skipif(
     native_missing() is not None, reason="the native engine is not built"

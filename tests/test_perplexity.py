@@ -341,7 +341,7 @@ def test_what_counts_all_logits_has_them_exact(directory, path, question, tmp_pa
         asked.append(exact_logits)
         return load(model, exact_logits=exact_logits, **options)
 
-    monkeypatch.setattr("edgevl.load", recorded)
+    monkeypatch.setattr("edgevl.generate.load", recorded)
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"image": "a.png", "question": "?", "answer": "x"}\n')
     vqa = ["--vqa", str(questions), "--max-tokens", "1"]
@@ -370,6 +370,6 @@ def test_wrong_usage(args, message, capsys):
 
 
 def test_the_text_is_read_before_the_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("edgevl.load", None)
+    monkeypatch.setattr("edgevl.generate.load", None)
     assert cli.main(["eval", "m", "--perplexity", str(tmp_path / "none")]) == 1
     assert "cannot be read" in capsys.readouterr().err

@@ -12,10 +12,10 @@ torch = pytest.importorskip("torch")
 
 import edgevl  # noqa: E402
 from edgevl.checkpoint import Checkpoint, GPTQConfig  # noqa: E402
-from edgevl.checkpoint.hub import model_name  # noqa: E402
 from edgevl.checkpoint.layouts import TEXT  # noqa: E402
 from edgevl.cli import main  # noqa: E402
 from edgevl.errors import CheckpointError  # noqa: E402
+from edgevl.loading import model_name  # noqa: E402
 from edgevl.quantize import QuantizationError, QuantizationSettings, quantize_checkpoint  # noqa: E402
 from edgevl.quantize.output import write_checkpoint  # noqa: E402
 from edgevl.work import WorkDirectory  # noqa: E402

@@ -8,12 +8,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from edgevl.checkpoint import Checkpoint, locate  # noqa: E402
+from edgevl.checkpoint import Checkpoint  # noqa: E402
 from edgevl.checkpoint.layouts import vision_linears  # noqa: E402
 from edgevl.checkpoint.safetensors import FLOAT_TYPES, NUMPY_TYPES, StoredTensor  # noqa: E402
 from edgevl.checkpoint.writer import encode  # noqa: E402
 from edgevl.engine import ReferenceEngine, native_missing  # noqa: E402
 from edgevl.engine.plan import vision_matrices  # noqa: E402
+from edgevl.loading import locate  # noqa: E402
 from edgevl.preprocess import prepare_picture  # noqa: E402
 from edgevl.quantize import vision  # noqa: E402
 from edgevl.quantize.settings import QuantizationError  # noqa: E402

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.engine import ReferenceEngine, load_engine
+from edgevl.engine import ReferenceEngine
 from edgevl.errors import EdgeVLError
+from edgevl.loading import load_engine
 from edgevl.machine import this_machine
 
 PRESETS = ["mini-qwen3", "mini-qwen2", "mini-llama", "mini-6b"]

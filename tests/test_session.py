@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 import edgevl
-from edgevl.checkpoint import locate
 from edgevl.errors import ContextLengthError, EdgeVLError, PromptError
 from edgevl.generate.generation import Generation
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.token_mask import TokenMasks
+from edgevl.loading import locate
 from edgevl.preprocess import GeneratedTokens, Message
 
 

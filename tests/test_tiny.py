@@ -9,10 +9,10 @@ import pytest
 
 import edgevl
 from edgevl import Constraint
-from edgevl.checkpoint import locate
 from edgevl.engine import native_missing
 from edgevl.evaluate import evaluate_vqa, read_questions
 from edgevl.generate.sampling import Sampler
+from edgevl.loading import locate
 
 HELD_OUT = Path(__file__).parents[1] / "models" / "tiny" / "heldout"
 

@@ -175,7 +175,7 @@ def test_what_is_no_object_is_wrong(text):
 @pytest.fixture
 def model(monkeypatch):
     model = FakeModel(lambda question: [question.removeprefix("say ")])
-    monkeypatch.setattr("edgevl.load", model.load)
+    monkeypatch.setattr("edgevl.generate.load", model.load)
     return model
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from edgevl.checkpoint import Checkpoint, locate
+from edgevl.checkpoint import Checkpoint
+from edgevl.loading import locate
 from edgevl.preprocess import Message, PromptEncoder, prepare_picture
 
 RESULTS = Path(__file__).parent / "data" / "transformers.npz"

@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from edgevl.version import __version__
+
 if TYPE_CHECKING:
     from edgevl.checkpoint import Checkpoint
     from edgevl.errors import (
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
         split_tool_calls,
     )
     from edgevl.preprocess import Tool, ToolCall
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Answer",

@@ -17,6 +17,7 @@ from edgevl.batch.rows import BatchError, BatchInput
 from edgevl.checkpoint import Checkpoint
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.model import Model
+from edgevl.version import __version__
 from edgevl.work import opened, publish
 
 #: The finished rows in the work directory, ``OUT.partial``.
@@ -95,10 +96,8 @@ def check_output(output: Path) -> None:
 
 def _identity(model: Model, source: BatchInput) -> dict[str, Any]:
     """Return what decides the rows, by names that a message can show."""
-    import edgevl
-
     identity = {
-        "edgevl": edgevl.__version__,
+        "edgevl": __version__,
         "model": str(model.checkpoint.path.resolve()),
         "input": str(source.path.resolve()),
         "input, its contents": source.digest,

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, fields
 
 from edgevl.axera.layout import BoardShape
 from edgevl.axera.model.directory import BOARD_FILE
-from edgevl.checkpoint import locate
 from edgevl.checkpoint.config import MAX_POSITIONS, ModelConfig
 from edgevl.checkpoint.jsonfile import Fields
-from edgevl.checkpoint.opening import open_model
+from edgevl.loading import locate, open_model
 from edgevl.preprocess import Message, PromptEncoder
 from edgevl.preprocess.template import ChatMLTemplate
 from edgevl.synth.presets import PRESETS

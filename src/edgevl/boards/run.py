@@ -12,7 +12,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import edgevl
 from edgevl.axera.layout import NOT_BUILT, layer_file, post_file, vision_file
 from edgevl.axera.model.embedding_file import EMBEDDING_FILES
 from edgevl.axera.model.integrity import FILES, Content
@@ -32,11 +31,11 @@ from edgevl.boards.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
 from edgevl.boards.targets import TARGETS
 from edgevl.boards.text_checkpoint import check_weights, write_text_checkpoint
 from edgevl.boards.toolchain import Pulsar2, find, newest_llm_build, version
-from edgevl.checkpoint import Checkpoint, locate
-from edgevl.checkpoint.hub import model_name
-from edgevl.checkpoint.opening import open_checkpoint
+from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.side_files import copy_side_files
 from edgevl.errors import BoardError
+from edgevl.loading import locate, model_name, open_checkpoint
+from edgevl.version import __version__
 from edgevl.work import (
     DONE,
     MAKING,
@@ -110,7 +109,7 @@ def compile_model(
         check(checkpoint, settings)
         check_disk(output, disk_bytes(checkpoint, settings) - _written(output), BoardError)
         begun: dict[str, object] = {
-            "edgevl": edgevl.__version__,
+            "edgevl": __version__,
             "checkpoint": checkpoint.fingerprint(),
         }
         begun |= {
@@ -154,7 +153,7 @@ class _Compilation:
         """Do everything but the assembly; return what ``board.json`` says of it."""
         settings, target = self._settings, TARGETS[self._settings.target]
         board: dict[str, Any] = {
-            "edgevl": edgevl.__version__,
+            "edgevl": __version__,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "target": target.name,
             "chip": target.chip,

@@ -10,9 +10,7 @@ from edgevl.checkpoint.config import (
 )
 from edgevl.checkpoint.directory import ModelDirectory
 from edgevl.checkpoint.gptq import GPTQWeight
-from edgevl.checkpoint.hub import locate, pull
 from edgevl.checkpoint.layouts import expected_tensors
-from edgevl.checkpoint.opening import open_model
 from edgevl.checkpoint.safetensors import StoredTensor
 
 __all__ = [
@@ -25,8 +23,5 @@ __all__ = [
     "TextConfig",
     "VisionConfig",
     "expected_tensors",
-    "locate",
-    "open_model",
     "parse_config",
-    "pull",
 ]

@@ -1,4 +1,4 @@
-"""Finding models: the shipped one, a directory, or a repository on the Hub."""
+"""Repositories on the Hub: downloading models, and finding those in its cache."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgevl.checkpoint.directory import is_directory, is_file
-from edgevl.checkpoint.opening import open_model
-from edgevl.errors import BoardError, CheckpointError, DownloadError
+from edgevl.errors import DownloadError
 
 #: What is downloaded: weights, configuration, tokenizer, models compiled for boards with their
 #: embedding in the form that takes the least space. No code, no pickles.
@@ -28,62 +26,12 @@ EMBEDDING_PATTERNS = ("*model.embed_tokens.weight.npy", "*model.embed_tokens.wei
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
-def locate(model: str | Path) -> Path:
-    """Return the directory of a model.
-
-    Args:
-        model: ``tiny``, the small model that comes with EdgeVL; a checkpoint directory or one
-            with a model compiled for a board; or a Hub id such as ``OpenGVLab/InternVL3_5-1B``,
-            which is downloaded unless it is in the cache.
-
-    Raises:
-        CheckpointError: it is none of these.
-        DownloadError: it could not be fetched.
-    """
-    if model == "tiny":
-        return _shipped(model)
-    path = Path(model)
-    if is_directory(path):
-        return path
-    name = str(model)
-    if is_file(path):
-        raise CheckpointError(
-            f"{path}: is a file; give the directory of the checkpoint, {path.parent}"
-        )
-    if isinstance(model, str) and is_repository(name):
-        try:
-            return _cached(name) or pull(name)
-        except DownloadError as error:  # a path that is mistyped may look like a Hub id
-            raise DownloadError(f"{error} (nor is there a directory {name} here)") from error
-    raise CheckpointError(
-        f"{name!r} is no model: give `tiny` (the shipped one), a directory with config.json and "
-        "model.safetensors, or a Hub id such as OpenGVLab/InternVL3_5-1B"
-    )
-
-
-def model_name(model: str | Path, path: Path) -> str:
-    """Return what a report calls a model that is at ``path``: the Hub's caches name revisions."""
-    return path.resolve().name if path == Path(model) else str(model)
-
-
 def is_repository(name: str) -> bool:
     """Whether ``name`` has the form of a Hub id, ``organisation/name``."""
     return _REPO.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
-def _shipped(name: str) -> Path:
-    """Return the directory of a model that comes with the package, installed or in the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for directory in (package / "models" / name, package.parents[1] / "models" / name):
-        if (directory / "config.json").exists():
-            return directory
-    raise CheckpointError(
-        f"the shipped model {name!r} is not in this installation ({package / 'models' / name}); "
-        "install the edgevl wheel, or run inside a full checkout"
-    )
-
-
-def pull(repo: str, out: str | Path | None = None) -> Path:
+def download(repo: str, out: str | Path | None = None) -> Path:
     """Download a model from the Hub; what is there already is not fetched again.
 
     Only weights in safetensors, models compiled for boards, configuration and tokenizer files are
@@ -94,14 +42,9 @@ def pull(repo: str, out: str | Path | None = None) -> Path:
         repo: Hub id, such as ``OpenGVLab/InternVL3_5-1B``.
         out: directory for the files; by default the Hub's cache.
 
-    Returns:
-        The directory of the checkpoint, which has been opened once to see that it is whole.
-
     Raises:
         DownloadError: no network, no such repository, no access, no space; the message says what
             to do.
-        CheckpointError: what was downloaded is not a checkpoint that is supported.
-        BoardError: it is an incomplete model for a board.
     """
     if not is_repository(repo):
         raise DownloadError(
@@ -120,20 +63,16 @@ def pull(repo: str, out: str | Path | None = None) -> Path:
                 _snapshot(repo, (pattern,), local_dir=out)
     except Exception as error:  # the hub, its HTTP library and the system raise many kinds
         raise DownloadError(_explain(repo, error)) from error
-    open_model(directory).close()
     return directory
 
 
-def _cached(repo: str) -> Path | None:
-    """Return the directory of a checkpoint that is whole in the Hub's cache; asks no network."""
-    try:
-        directory = _snapshot(repo, PATTERNS, local_files_only=True)
-        model = open_model(directory)
-        model.close()
-    except (BoardError, CheckpointError, OSError, ValueError):
-        return None
-    # Older versions of huggingface_hub do not know whether a download was interrupted.
-    return directory if (model.path / "tokenizer_config.json").exists() else None
+def cached(repo: str) -> Path:
+    """Return the directory of a repository in the Hub's cache; asks no network.
+
+    Raises:
+        OSError, ValueError: it is not there.
+    """
+    return _snapshot(repo, PATTERNS, local_files_only=True)
 
 
 def _snapshot(repo: str, patterns: Sequence[str], **options: Any) -> Path:

@@ -54,7 +54,7 @@ class LazyGroup(click.Group):
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from edgevl import __version__
+        from edgevl.version import __version__
 
         click.echo(f"edgevl {__version__}")
         ctx.exit()

@@ -93,10 +93,11 @@ def command(
             require_matplotlib()
         from tqdm import tqdm
 
-        import edgevl
         from edgevl.evaluate.bench import run_bench
 
-        load = edgevl.load  # imports what it needs, which is not part of loading a model
+        # Imports what it needs, which is not part of loading a model.
+        from edgevl.generate import load
+
         note(f"loading {model} …")
         started = time.perf_counter()
         loaded = load(model, **loading)

@@ -83,7 +83,7 @@ def command(as_json: bool) -> int:
 
 def examine() -> dict[str, Any]:
     """Look at everything; ``problems`` has a line for each thing that must be mended."""
-    from edgevl import __version__
+    from edgevl.version import __version__
 
     problems: list[str] = []
     packages = _packages(problems)
@@ -242,9 +242,9 @@ def _hub() -> dict[str, Any]:
 
 def _tiny() -> dict[str, Any]:
     """Load the shipped model and ask it something that can be checked."""
-    import edgevl
+    from edgevl.generate import load
 
-    model = edgevl.load("tiny")
+    model = load("tiny")
     started = time.perf_counter()
     answer = model.ask("What number is this?", images=[_picture()], max_tokens=32)
     return {

@@ -153,7 +153,7 @@ def _load(
     name: str, against: str | None, loading: dict[str, Any], exact_logits: bool = False
 ) -> tuple[Model, Model | None]:
     """Load the model, and the one to compare with: where there is one, both with exact logits."""
-    import edgevl
+    from edgevl.generate import load
 
     exact_logits = exact_logits or against is not None
     models: list[Model] = []
@@ -161,7 +161,7 @@ def _load(
         if each is None:
             return models[0], None
         note(f"loading {each} …")
-        models.append(edgevl.load(each, exact_logits=exact_logits, **loading))
+        models.append(load(each, exact_logits=exact_logits, **loading))
         show_notes(models[-1].engine.notes)
     return models[0], models[1]
 

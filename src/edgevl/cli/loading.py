@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 def load_model(model: str, **options: Any) -> Model:
     """Load a model with what `engine_options` gave; tell who waits, and what there is to note."""
-    import edgevl
+    from edgevl.generate import load
 
     note(f"{'正在加载' if chinese() else 'loading'} {model} …")
-    loaded = edgevl.load(model, **options)
+    loaded = load(model, **options)
     config = loaded.checkpoint.config
     show_notes([*loaded.engine.notes, *_describe_sampling(config.sampling), *config.ignored])
     return loaded

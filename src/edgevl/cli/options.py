@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-#: What ``edgevl.engine.load_engine`` accepts, written out so that --help needs no NumPy.
+#: What ``edgevl.loading.load_engine`` accepts, written out so that --help needs no NumPy.
 ENGINES = ("auto", "cpu", "reference", "axera")
 #: What it accepts as a precision.
 PRECISIONS = ("auto", "int4", "int8", "bf16")

@@ -22,6 +22,6 @@ def command(repo: str, output: Path | None) -> None:
     Prints the directory. An interrupted download goes on where it stopped. The environment
     variable HF_ENDPOINT names a mirror; HF_HUB_OFFLINE=1 forbids the network.
     """
-    from edgevl.checkpoint import pull
+    from edgevl.loading import pull
 
     click.echo(pull(repo, output))

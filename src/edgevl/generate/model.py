@@ -7,12 +7,13 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgevl.checkpoint import ModelDirectory, locate, open_model
-from edgevl.engine import Engine, KVCacheFormat, Precision, load_engine
+from edgevl.checkpoint import ModelDirectory
+from edgevl.engine import Engine, KVCacheFormat, Precision
 from edgevl.engine.base import Floats
 from edgevl.generate.answer import Answer
 from edgevl.generate.decoding import AnswerGenerator
 from edgevl.generate.session import Session, Stream
+from edgevl.loading import load_engine, locate, open_model
 from edgevl.preprocess import Prompt, PromptEncoder, Tool
 from edgevl.preprocess.video import DEFAULT_FRAMES
 
@@ -31,7 +32,7 @@ def load(
     Args:
         model: ``tiny``, a checkpoint directory, a board's model directory, or a Hub id, which is
             downloaded if need be.
-        engine: ``auto`` or a name in `edgevl.engine.ENGINES`.
+        engine: ``auto`` or a name in `edgevl.loading.ENGINES`.
         max_context: most tokens of prompt and answer; default and limit is what the model was
             trained for. Memory follows use.
         precision: of the weights in memory. ``auto`` takes 4-bit GPTQ as it is and everything else

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 
-import edgevl
-from edgevl.checkpoint import Checkpoint, locate
-from edgevl.checkpoint.hub import model_name
-from edgevl.checkpoint.opening import open_checkpoint
+from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Floats
 from edgevl.evaluate import read_questions
 from edgevl.evaluate.bench import peak_rss_bytes
+from edgevl.loading import locate, model_name, open_checkpoint
 from edgevl.machine import this_machine
 from edgevl.quantize.calibration import CalibrationSet, collect, saved
 from edgevl.quantize.config import quantization_fields
@@ -31,6 +29,7 @@ from edgevl.quantize.report import write_report
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 from edgevl.quantize.verify import compare_accuracy, compare_answers, load, verify
 from edgevl.quantize.vision import VisionQuantization, quantize_vision
+from edgevl.version import __version__
 from edgevl.work import Progress, WorkDirectory, check_target, identity, opened, publish
 
 #: The finished checkpoint in the work directory, before it is moved to its place.
@@ -81,7 +80,7 @@ def quantize_checkpoint(
     path = locate(model)
     with open_checkpoint(path) as checkpoint, torch.no_grad():
         check(checkpoint, settings)
-        begun = {"edgevl": edgevl.__version__, "checkpoint": checkpoint.fingerprint()}
+        begun = {"edgevl": __version__, "checkpoint": checkpoint.fingerprint()}
         begun |= {name: identity(value) for name, value in asdict(settings).items()}
         with opened(output, begun, settled=SETTLED, error=QuantizationError) as work:
             report: dict[str, Any] = {"model": model_name(model, path)}
@@ -152,7 +151,7 @@ class _Run:
         checkpoint, settings = self._checkpoint, self._settings
         calibration = self._calibration()
         report: dict[str, Any] = {
-            "edgevl": edgevl.__version__,
+            "edgevl": __version__,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": {"cpu": this_machine().cpu, "threads": torch.get_num_threads()},
             "calibration": calibration.summary(),
@@ -230,7 +229,7 @@ class _Run:
         made = self._work.path / MADE
         shutil.rmtree(made, ignore_errors=True)  # of a run that was interrupted
         made.mkdir()
-        fields = quantization_fields(self._settings, keep, edgevl.__version__)
+        fields = quantization_fields(self._settings, keep, __version__)
         with self._progress("writing") as progress:
             write_checkpoint(self._checkpoint, made, packed, smoothed, fields, progress)
         return made

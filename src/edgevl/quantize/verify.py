@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-import edgevl
+from edgevl import generate
 from edgevl.checkpoint import Checkpoint, StoredTensor
-from edgevl.engine import Precision, load_engine
+from edgevl.engine import Precision
 from edgevl.engine.base import Floats
 from edgevl.errors import EdgeVLError
 from edgevl.evaluate import Outcome, evaluate_vqa, read_questions
 from edgevl.generate import Model
+from edgevl.loading import load_engine
 from edgevl.options import GREEDY
 from edgevl.quantize.calibration import Example, Sample
 from edgevl.quantize.settings import QuantizationError
@@ -143,11 +144,11 @@ def load(path: Path, precision: Precision = "auto") -> Model:
     """
     with no_cache():
         try:
-            return edgevl.load(path, precision=precision)
+            return generate.load(path, precision=precision)
         except EdgeVLError:
             if precision == "auto":
                 raise
-            return edgevl.load(path)
+            return generate.load(path)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from fastapi.security import HTTPBearer
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import edgevl
 from edgevl.serve import chat, completions
 from edgevl.serve.errors import add_error_handlers, error_responses, unavailable
 from edgevl.serve.ignored import HEADER as IGNORED_HEADER
@@ -20,6 +19,7 @@ from edgevl.serve.middleware import BodyLimit, HostCheck, KeyCheck
 from edgevl.serve.page_gate import PageGate
 from edgevl.serve.responses import ModelBody, ModelList, Status
 from edgevl.serve.service import Service, service_of
+from edgevl.version import __version__
 
 _API = (chat.PATH, completions.PATH, "/v1/models")
 
@@ -99,7 +99,7 @@ def create_app(service: Service, page: PageGate | None = None) -> FastAPI:
         page: what is at ``/``, if there is a page.
     """
     settings = service.settings
-    app = FastAPI(title="EdgeVL", version=edgevl.__version__, redoc_url=None)
+    app = FastAPI(title="EdgeVL", version=__version__, redoc_url=None)
     app.state.service = service
     add_error_handlers(app)
     guards: list[Any] = []

@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import aclosing, asynccontextmanager
 from typing import TypeAlias
 
-import edgevl
 from edgevl.errors import FetchError
 from edgevl.optional import needs
 from edgevl.preprocess.sources import short_name
 from edgevl.serve.addresses import is_public
+from edgevl.version import __version__
 
 with needs("serve", FetchError):
     import httpx2
@@ -142,7 +142,7 @@ class Fetcher:
         headers = {
             "Host": url.netloc.decode(),
             "Accept-Encoding": "identity",
-            "User-Agent": f"edgevl/{edgevl.__version__}",
+            "User-Agent": f"edgevl/{__version__}",
         }
         extensions = {
             "sni_hostname": host,  # TLS: the name whose certificate is asked for and checked
