@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from edgevl.axera import layout
-from edgevl.axera.model.number_formats import STORED, from_device, to_device
 from edgevl.axera.npu.base import Call, Group, Memory, NpuModel, Runtime, TensorInfo
+from edgevl.axera.number_formats import STORED, from_device, to_device
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.reference import (
     ReferenceEngine,

@@ -17,9 +17,9 @@ import pytest
 
 import edgevl
 from edgevl.axera import layout
-from edgevl.axera.model.number_formats import to_device
 from edgevl.axera.npu import open_runtime
 from edgevl.axera.npu.libraries import emulator_directory
+from edgevl.axera.number_formats import to_device
 from edgevl.checkpoint import Checkpoint
 from edgevl.cli import main
 from edgevl.engine import ReferenceEngine, native_missing

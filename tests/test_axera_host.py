@@ -19,7 +19,7 @@ import axera_host  # noqa: E402
 from edgevl.axera.engine import AxeraEngine  # noqa: E402
 from edgevl.axera.layout import EMBEDDING_NPY, BoardShape  # noqa: E402
 from edgevl.axera.model.directory import BoardModel  # noqa: E402
-from edgevl.axera.model.number_formats import from_device, to_device  # noqa: E402
+from edgevl.axera.number_formats import from_device, to_device  # noqa: E402
 from edgevl.checkpoint import Checkpoint  # noqa: E402
 
 SHAPE = BoardShape(context=63, chunk=16, max_prefill=32)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, GPTQWeight, StoredTensor, expected_tensors
-from edgevl.checkpoint.config import parse_config
+from edgevl.checkpoint.config_parser import parse_config
 from edgevl.checkpoint.gptq import packed_shapes
 from edgevl.engine import ReferenceEngine
 from edgevl.errors import CheckpointError

@@ -6,8 +6,8 @@ from edgevl.checkpoint.config import (
     ModelConfig,
     TextConfig,
     VisionConfig,
-    parse_config,
 )
+from edgevl.checkpoint.config_parser import parse_config
 from edgevl.checkpoint.directory import ModelDirectory
 from edgevl.checkpoint.gptq import GPTQWeight
 from edgevl.checkpoint.layouts import expected_tensors

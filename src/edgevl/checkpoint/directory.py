@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgevl.checkpoint.config import ModelConfig, parse_config
+from edgevl.checkpoint.config import ModelConfig
+from edgevl.checkpoint.config_parser import parse_config
 from edgevl.checkpoint.jsonfile import parse_object, read_text
 from edgevl.errors import CheckpointError
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.axera.model.number_formats import STORED
+from edgevl.axera.number_formats import STORED
 from edgevl.errors import BoardError
 
 #: Places of tensors begin at multiples of this many bytes.
@@ -36,7 +36,7 @@ class TensorInfo:
 
     Attributes:
         name: its name.
-        dtype: one of `edgevl.axera.model.number_formats.STORED`.
+        dtype: one of `edgevl.axera.number_formats.STORED`.
         shape: sizes, outermost first.
     """
 
