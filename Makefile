@@ -7,7 +7,7 @@
 #   make sanitize        the same with the address, undefined-behaviour and thread sanitizers
 #   make test-aarch64    the same for 64-bit Arm, with a cross compiler and qemu
 #   make quantize        quantize the shipped model, with PyTorch
-#   make lint            ruff, mypy and clang-format
+#   make lint            ruff, mypy, import-linter and clang-format
 #   make bench           time the shipped model on this machine
 #   make bench-compare   compare with other stacks; see benchmarks/README.md
 #   make bench-serving   compare with other servers
@@ -92,6 +92,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 bench: $(VENV)/.installed
