@@ -82,6 +82,14 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"edgevl {edgevl.__version__}\n"
 
 
+def test_public_names():
+    import edgevl
+
+    assert all(getattr(edgevl, name) is not None for name in edgevl.__all__)
+    with pytest.raises(AttributeError, match="'edgevl' has no attribute 'nonsense'"):
+        edgevl.nonsense  # noqa: B018
+
+
 @pytest.mark.parametrize("args", [["nonsense"], ["chat"], ["--nonsense"], ["eval", "tiny"]])
 def test_wrong_usage_is_2(args, capsys):
     assert cli.main(args) == 2
@@ -94,7 +102,7 @@ def failing_pull(monkeypatch, error):
     def pull(repo, out):
         raise error
 
-    monkeypatch.setattr("edgevl.checkpoint.pull", pull)
+    monkeypatch.setattr("edgevl.loading.pull", pull)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +145,7 @@ def test_interrupt_is_130_and_quiet(monkeypatch, capsys):
 
 
 def test_pull_prints_the_directory(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("edgevl.checkpoint.pull", lambda repo, out: out / repo)
+    monkeypatch.setattr("edgevl.loading.pull", lambda repo, out: out / repo)
     assert cli.main(["pull", "a/b", "-o", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/a/b\n"
 

@@ -63,18 +63,35 @@ __all__ = [
 ]
 
 
+#: Where each public name is imported from, when it is first used.
+_HOMES = {
+    "Answer": "edgevl.generate",
+    "BoardError": "edgevl.errors",
+    "Checkpoint": "edgevl.checkpoint",
+    "CheckpointError": "edgevl.errors",
+    "Constraint": "edgevl.generate",
+    "ContextLengthError": "edgevl.errors",
+    "DownloadError": "edgevl.errors",
+    "EdgeVLError": "edgevl.errors",
+    "ImageError": "edgevl.errors",
+    "Model": "edgevl.generate",
+    "PromptError": "edgevl.errors",
+    "SamplingParams": "edgevl.generate",
+    "Session": "edgevl.generate",
+    "Stream": "edgevl.generate",
+    "Tool": "edgevl.preprocess",
+    "ToolCall": "edgevl.preprocess",
+    "VideoError": "edgevl.errors",
+    "load": "edgevl.generate",
+    "split_tool_calls": "edgevl.generate",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'edgevl' has no attribute {name!r}")
-    home = "generate"
-    if name.endswith("Error"):
-        home = "errors"
-    elif name == "Checkpoint":
-        home = "checkpoint"
-    elif name.startswith("Tool"):
-        home = "preprocess"
-    value = getattr(import_module(f"edgevl.{home}"), name)
+    value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
