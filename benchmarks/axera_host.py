@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -249,9 +250,9 @@ def measure(
                 if turn:  # the first round warms up
                     samples.setdefault((subject.name, step), []).append(measured)
     for subject in subjects:
-        copied = subject.copied(lambda subject=subject: subject.prefill(prompt))
+        copied = subject.copied(partial(subject.prefill, prompt))
         samples[subject.name, "prefill"][0].copied_bytes = copied
-        copied = subject.copied(lambda subject=subject: subject.decode(int(answer[0])))
+        copied = subject.copied(partial(subject.decode, int(answer[0])))
         samples[subject.name, "token"][0].copied_bytes = copied
     machine = this_machine()
     return {

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
     parser.add_argument("--seeds", type=int, default=3, help="of the calibration")
+    parser.add_argument("--samples", type=int, default=128, help="sequences to calibrate on")
     arguments = parser.parse_args()
     questions = read_questions(arguments.questions)
     pictures = sorted({question.image for question in questions})
@@ -49,8 +50,8 @@ def main() -> None:
         (directory / "pictures").mkdir()
         for picture in seen:
             shutil.copy(picture, directory / "pictures")
-        given = QuantizationSettings(calibration_images=directory / "pictures")
-        drawn = QuantizationSettings()
+        drawn = QuantizationSettings(samples=arguments.samples)
+        given = replace(drawn, calibration_images=directory / "pictures")
         rows = {
             "nothing: rounded to nearest": replace(drawn, method="rtn"),
             "conversations without pictures": drawn,

@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -61,17 +62,20 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151_936)
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(args.tokenizer)
-    masks = TokenMasks(tokenizer, {tokenizer.token_to_id("<|im_end|>")})
+    end = tokenizer.token_to_id("<|im_end|>")
+    if end is None:
+        parser.error(f"{args.tokenizer}: it has no <|im_end|>")
+    masks = TokenMasks(tokenizer, {end})
     logits = np.random.default_rng(0).standard_normal(args.vocabulary, np.float32)
     first_ms = timed(lambda: masks.start(Constraint.json_object()))[1]
     report: dict[str, object] = {"first_answer_ms": round(first_ms)}
     for name, (constraint, answer) in CASES.items():
         starts, tokens = [], []
         for _ in range(9):
-            mask, start_ms = timed(lambda constraint=constraint: masks.start(constraint))
+            mask, start_ms = timed(partial(masks.start, constraint))
             starts.append(start_ms)
             for token_id in tokenizer.encode(answer, add_special_tokens=False).ids:
-                tokens.append(timed(lambda mask=mask: mask.apply(logits))[1])
+                tokens.append(timed(partial(mask.apply, logits))[1])
                 mask.accept(token_id)
         report[name] = {
             "start_ms": round(statistics.median(starts), 2),

@@ -10,8 +10,10 @@ import sys
 import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from peers import PEERS, Peer
+from peers import PEERS
+from peers.base import Peer
 
 HERE = Path(__file__).resolve().parent
 #: Where ``edgevl`` is imported from if it is not installed.
@@ -22,7 +24,24 @@ class UnavailableError(Exception):
     """A peer cannot be set up, built or run here; the message says why."""
 
 
-def python_of(peer: type[Peer], work: Path) -> Path:
+class Installed(Protocol):
+    """What has an environment of its own: a peer, or what else says how to install it."""
+
+    @property
+    def name(self) -> str:
+        """As in `Peer`, and so are the others."""
+
+    @property
+    def requirements(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def requirements_alone(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def pip_options(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def pip_environment(self) -> dict[str, str]: ...  # noqa: D102
+
+
+def python_of(peer: Installed | type[Peer], work: Path) -> Path:
     """Return the Python that runs a peer."""
     if not peer.requirements:
         return Path(sys.executable)
@@ -34,7 +53,7 @@ def models_of(peer: type[Peer], work: Path) -> Path:
     return work / "models" / (peer.models_of or peer.name)
 
 
-def install(peer: type[Peer], work: Path) -> None:
+def install(peer: Installed | type[Peer], work: Path) -> None:
     """Make a peer's environment, unless it is there with the same requirements.
 
     Raises:

@@ -125,7 +125,8 @@ def measure(
         start_servers(arguments.only, setting, clients, running, unavailable)
         loads, rates = run_rounds(running, probe, clients, arguments)
     finally:
-        for process in (*running.values(), *([probe] if probe else [])):
+        started: list[RunningServer | Worker] = [*running.values(), *([probe] if probe else [])]
+        for process in started:
             process.close()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

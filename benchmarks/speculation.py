@@ -30,7 +30,7 @@ from edgevl.generate.speculation import PromptLookup
 from edgevl.loading import load_engine
 from edgevl.options import GREEDY
 from edgevl.preprocess import Message
-from prompts import PROMPTS
+from speculation_prompts import PROMPTS
 
 #: The small model loops when it chats, and a loop is too easily foretold.
 SAMPLING: dict[str, dict[str, Any]] = {"chat": {"repetition_penalty": 1.1}}

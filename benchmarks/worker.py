@@ -83,7 +83,7 @@ def peer_handlers(peer: Any, token_ids: np.ndarray, tile: np.ndarray) -> dict[st
 
     def check(path: str, text: bool, vision: bool) -> None:
         """Save what the peer computes, to compare it with the others'."""
-        arrays = {}
+        arrays: dict[str, Any] = {}
         if text:
             peer.prefill(token_ids[:64])
             arrays["logits"] = np.ravel(peer.logits())

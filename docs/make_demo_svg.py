@@ -1,7 +1,11 @@
 """Write docs/demo.svg: pictures, and what `edgevl chat` really answered about them.
 
-python docs/make_demo_svg.py
+    python docs/make_demo_svg.py [DIRECTORY]
+
+DIRECTORY is where the file goes instead of docs.
 """
+
+from __future__ import annotations
 
 import base64
 import html
@@ -83,7 +87,8 @@ def main() -> None:
         + "\n".join(body)
         + "\n</svg>\n"
     )
-    (ROOT / "docs" / "demo.svg").write_text(svg, encoding="utf-8")
+    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs"
+    (directory / "demo.svg").write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

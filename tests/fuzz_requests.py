@@ -285,7 +285,7 @@ def main() -> int:
     """Try as many as the arguments say."""
     import edgevl.serve.service
 
-    edgevl.serve.service.Scheduler = CheckingScheduler  # type: ignore[misc,assignment]
+    edgevl.serve.service.Scheduler = CheckingScheduler  # type: ignore[attr-defined,assignment]
     count, seed = (int(argument) for argument in (*sys.argv[1:], "0")[:2])
     statuses, failures = asyncio.run(fuzz(Application(), count, seed))
     print(f"{count} bodies: {dict(sorted(statuses.items()))}; {len(failures)} failures")

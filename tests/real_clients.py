@@ -255,7 +255,7 @@ def with_langchain(url: str, said: str) -> Tries:
 
     model = ChatOpenAI(
         model="tiny", base_url=url, api_key="none", max_tokens=MAX_TOKENS, temperature=0
-    )  # type: ignore[arg-type]
+    )
     seen = [HumanMessage(content=SEEN[0]["content"])]
 
     def chat() -> str:
@@ -418,7 +418,7 @@ def with_instructor(url: str, said: str) -> Tries:
         )
 
     def stream() -> str:
-        partial = instructor.Partial[_reading()]  # type: ignore[misc]
+        partial = instructor.Partial[_reading()]
         client = instructor.from_openai(
             openai.OpenAI(base_url=url, api_key="none"), mode=instructor.Mode.JSON_SCHEMA
         )

@@ -9,8 +9,7 @@ import pytest
 
 from edgevl.checkpoint import Checkpoint
 
-# Not first: there is another `compare` beside.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "quantizers"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "quantizers"))
 
 import corpus
 import llama

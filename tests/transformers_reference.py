@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -66,7 +67,7 @@ def write_hf_twin(checkpoint: Checkpoint, directory: Path) -> Path:
     return directory
 
 
-def load_transformers(directory: Path):
+def load_transformers(directory: Path) -> Any:
     """Load a directory in transformers' layout into its own InternVL, float32."""
     import torch
     from transformers import InternVLForConditionalGeneration
@@ -107,7 +108,7 @@ def main() -> None:
     from edgevl.synth.presets import PRESETS
     from edgevl.synth.writer import write_checkpoint
 
-    stored = {}
+    stored: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for model in MODELS:
             directory = Path(scratch) / model

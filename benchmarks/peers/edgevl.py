@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,9 @@ class EdgeVL(Peer):
         """Load everything: there is one precision for both parts."""
         import edgevl
 
-        model = edgevl.load(
-            (directory / "checkpoint").resolve(), engine="cpu", precision=text, threads=threads
-        )
+        precision: Any = text  # `load` says which ones there are
+        checkpoint = (directory / "checkpoint").resolve()
+        model = edgevl.load(checkpoint, "cpu", precision=precision, threads=threads)
         self._engine = model.engine
         self._logits = np.empty(0, np.float32)
 

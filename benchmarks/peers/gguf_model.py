@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from edgevl.checkpoint import Checkpoint
 
 #: Part of a canonical name -> GGUF's.
 TEXT_LAYER = {
@@ -30,7 +35,7 @@ VISION_LAYER = {
 }
 
 
-def write_text(checkpoint, path: Path) -> None:
+def write_text(checkpoint: Checkpoint, path: Path) -> None:
     """Write the decoder (Qwen3) with its tokenizer, in bfloat16, vectors in float32."""
     import gguf
 
@@ -61,7 +66,7 @@ def write_text(checkpoint, path: Path) -> None:
     _write(writer, checkpoint, names, gguf.GGMLQuantizationType.BF16)
 
 
-def write_vision(checkpoint, path: Path, quantization: str) -> None:
+def write_vision(checkpoint: Checkpoint, path: Path, quantization: str) -> None:
     """Write encoder and projector; linear layers in "f16" or "q8_0"."""
     import gguf
 
@@ -109,7 +114,7 @@ def write_vision(checkpoint, path: Path, quantization: str) -> None:
     _write(writer, checkpoint, names, kind)
 
 
-def _write(writer, checkpoint, names: dict[str, str], kind) -> None:
+def _write(writer: Any, checkpoint: Checkpoint, names: dict[str, str], kind: Any) -> None:
     """Write tensors: matrices as ``kind``, vectors and what is not multiplied in float32."""
     for name, stored in names.items():
         data = checkpoint.tensor(name)
@@ -129,7 +134,7 @@ def _write(writer, checkpoint, names: dict[str, str], kind) -> None:
     writer.close()
 
 
-def _add(writer, name: str, data, kind) -> None:
+def _add(writer: Any, name: str, data: NDArray[Any], kind: Any) -> None:
     import gguf
 
     if data.ndim == 2 and "position" not in name:
@@ -138,10 +143,10 @@ def _add(writer, name: str, data, kind) -> None:
         writer.add_tensor(name, np.ascontiguousarray(data, np.float32))
 
 
-def _add_tokenizer(writer, checkpoint, vocabulary: int) -> None:
+def _add_tokenizer(writer: Any, checkpoint: Checkpoint, vocabulary: int) -> None:
     import gguf
 
-    tokenizer = json.loads(checkpoint.read_text("tokenizer.json"))
+    tokenizer = json.loads(checkpoint.read_text("tokenizer.json") or "{}")
     tokens = [f"[PAD{number}]" for number in range(vocabulary)]
     kinds = [gguf.TokenType.UNUSED] * vocabulary
     for token, number in tokenizer["model"]["vocab"].items():

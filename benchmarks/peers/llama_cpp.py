@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +115,7 @@ class LlamaCppAVX2(LlamaCpp):
 class Mtmd:
     """llama.cpp's vision encoder, bound to a loaded text model."""
 
-    def __init__(self, llama, path: Path, threads: int) -> None:
+    def __init__(self, llama: Any, path: Path, threads: int) -> None:
         """Load the encoder."""
         import llama_cpp.mtmd_cpp as mtmd
 
@@ -129,7 +129,7 @@ class Mtmd:
         if not self._context:
             raise RuntimeError(f"mtmd_init_from_file cannot load {path}")
         self._hidden = llama.n_embd()
-        self._chunk = None
+        self._chunk: Any = None
 
     def encode(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Encode a tile; preparing the picture is done once and belongs to no step."""
@@ -141,7 +141,7 @@ class Mtmd:
         features = self._mtmd.mtmd_get_output_embd(self._context)
         return np.ctypeslib.as_array(features, (tokens, self._hidden)).copy()
 
-    def _image_chunk(self, pixels: NDArray[np.float32]):
+    def _image_chunk(self, pixels: NDArray[np.float32]) -> Any:
         mtmd = self._mtmd
         mean = np.array((0.485, 0.456, 0.406), np.float32)
         deviation = np.array((0.229, 0.224, 0.225), np.float32)

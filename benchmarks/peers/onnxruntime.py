@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,14 @@ class ONNXRuntime(Peer):
         source = directory / "text-bf16"
         write_text_model(checkpoint, source)
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4"]
-        paths = ["-i", source, "-o", directory / "text-int4", "-c", directory / "cache"]
+        paths = [
+            "-i",
+            str(source),
+            "-o",
+            str(directory / "text-int4"),
+            "-c",
+            str(directory / "cache"),
+        ]
         options = ["--extra_options", "block_size=128", "accuracy_level=4"]
         subprocess.run([*builder, *paths, "-e", "cpu", *options], check=True)
         shutil.rmtree(source)
@@ -63,7 +71,7 @@ class ONNXRuntime(Peer):
 
     def __init__(self, directory: Path, text: str | None, vision: str | None, threads: int) -> None:
         """Load what is asked for."""
-        self._generator = None
+        self._generator: Any = None
         if text:
             import onnxruntime_genai as genai
 

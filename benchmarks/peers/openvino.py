@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,7 +147,7 @@ def _build_vision(checkpoint: Path, directory: Path) -> None:
     openvino.save_model(quantized, directory / "vision-int8.xml")
 
 
-def _keep_last_position(model) -> None:
+def _keep_last_position(model: Any) -> None:
     """Put a slice before the head, so that a prompt computes one position's logits."""
     from openvino import opset13 as ops
 

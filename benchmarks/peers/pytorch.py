@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +30,17 @@ class PyTorch(Peer):
 
         torch.set_num_threads(threads)
         self._torch = torch
-        self._dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[text or vision]
+        self._dtype = torch.bfloat16 if "bf16" in (text, vision) else torch.float32
         model = load_model((directory / "checkpoint").resolve(), self._dtype)
-        self._vision = vision_module(model) if vision else None
+        if vision:
+            self._vision = vision_module(model)
         if text:
             self._text, self._head = model.model.language_model, model.lm_head
         self._logits = torch.empty(0)
 
     def prefill(self, token_ids: NDArray[np.int64]) -> None:
         """Prefill a new cache."""
-        self._cache = None
+        self._cache: Any = None
         self._step(self._torch.from_numpy(token_ids)[None])
 
     def decode(self, tokens: int) -> None:
@@ -46,7 +48,7 @@ class PyTorch(Peer):
         for _ in range(tokens):
             self._step(self._logits.argmax().reshape(1, 1))
 
-    def _step(self, token_ids) -> None:
+    def _step(self, token_ids: Any) -> None:
         out = self._text(input_ids=token_ids, past_key_values=self._cache, use_cache=True)
         self._cache = out.past_key_values
         self._logits = self._head(out.last_hidden_state[0, -1])

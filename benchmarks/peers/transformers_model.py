@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-def load_model(checkpoint: Path, dtype):
+def load_model(checkpoint: Path, dtype: Any) -> Any:
     """Load a checkpoint in the ``-HF`` layout as transformers' InternVL, for inference."""
     import torch
     from transformers import InternVLForConditionalGeneration
@@ -19,20 +20,20 @@ def load_model(checkpoint: Path, dtype):
     ).eval()
 
 
-def vision_module(model):
+def vision_module(model: Any) -> Any:
     """Return encoder, pixel shuffle and projector: pixels [1, 3, S, S] -> features [1, T, H]."""
     import torch
 
     config = model.config.vision_config
     side = config.image_size[0] // config.patch_size[0]
 
-    class Vision(torch.nn.Module):
+    class Vision(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.tower = model.model.vision_tower
             self.projector = model.model.multi_modal_projector
 
-        def forward(self, pixels):
+        def forward(self, pixels: Any) -> Any:
             patches = self.tower(pixels).last_hidden_state[:, 1:]
             grid = patches.reshape(1, side, side, config.hidden_size)
             shuffled = model.model.pixel_shuffle(grid, model.config.downsample_ratio)

@@ -43,7 +43,6 @@ def load(model: Path, original: Path | None) -> torch.nn.Module:
     return loaded.eval()
 
 
-@torch.inference_mode()
 def window_loss(model: torch.nn.Module, window: torch.Tensor) -> float:
     """Return the mean negative log likelihood of a window's tokens, int64 [T]."""
     hidden = model.model(window[None], use_cache=False).last_hidden_state[0, :-1]
@@ -69,7 +68,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load(arguments.model, arguments.original)
     windows = torch.from_numpy(np.load(arguments.tokens).astype(np.int64))
-    print(json.dumps([window_loss(model, window) for window in windows]))
+    with torch.inference_mode():
+        print(json.dumps([window_loss(model, window) for window in windows]))
 
 
 if __name__ == "__main__":
