@@ -52,7 +52,7 @@ def test_the_same_version_and_a_doctored_one(compare, tmp_path):
     doctored = interpreter(tmp_path / "other", f"cat {shlex.quote(str(tmp_path / 'other.json'))}")
     status, lines = compare(replay, doctored)
     assert status == 1
-    first, answer, *helped, last = lines
+    first, *helped, answer, last = lines
     assert first == "API /info/title: is gone"
     assert answer.startswith('cpu int4 bf16, questions.jsonl:1: "5" (')
     assert answer.endswith('), then "6"')
