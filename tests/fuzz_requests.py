@@ -190,7 +190,7 @@ class CheckingScheduler(EagerScheduler):
 
     def __init__(self, model: Any, max_sequences: int = 16, max_queue: int = 64) -> None:
         """Take the model's tokenizer."""
-        super().__init__(model, max_sequences, max_queue)
+        super().__init__(model, max_sequences, max_queue)  # type: ignore[no-untyped-call]
         self._masks = TokenMasks(model.prompts.tokenizer, model.prompts.stop_ids)
 
     def prepare(self, constraint: Any) -> None:
