@@ -129,7 +129,7 @@ def values(spec: TensorSpec, stored: Mapping[str, Any], config: ModelConfig) -> 
         "attn_k": config.text.num_key_value_heads,
     }.get(name.split(".")[-2])
     if heads is not None:  # llama.cpp interleaves the two halves that the rotary embedding turns
-        tensor = tensor.reshape(heads, -1, 2, tensor.shape[1]).swapaxes(1, 2).reshape(spec.shape)
+        tensor = tensor.reshape(heads, -1, 2, spec.shape[1]).swapaxes(1, 2).reshape(spec.shape)
     return tensor.astype(np.float32)
 
 
