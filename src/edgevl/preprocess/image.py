@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import (
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
     ImageFile,
+    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -71,17 +73,6 @@ _STRIP_PIXELS = 2**21  # converted or reduced at a time
 _one_large = threading.Lock()
 
 _MAX, _SMIN, _SMAX = 281, 340, 341  # TIFF's MaxSampleValue, SMinSampleValue, SMaxSampleValue
-_ORIENTATION_TAG = 0x0112
-# EXIF orientation -> what brings the picture upright (as in PIL.ImageOps.exif_transpose).
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -313,7 +304,6 @@ def _finish(opened: _Opened, wanted: Wanted | None) -> tuple[Image.Image, tuple[
             if opened.is_ours:
                 image.close()
     _check_size(rgb.size, name)  # what was decoded, should it differ from the header
-    rgb.info = {}  # the orientation is spent; a second load_image must not apply it again
     return rgb, (width, height)
 
 
@@ -354,10 +344,7 @@ def _reduced(image: Image.Image, size: tuple[int, int], wanted: Wanted | None) -
     if wanted is None:
         return size
     width, height = size
-    if _orientation(image) >= 5:  # a quarter
-        wide, high = wanted(height, width)[::-1]
-    else:
-        wide, high = wanted(width, height)
+    wide, high = wanted(height, width)[::-1] if _turned(image) else wanted(width, height)
     return min(width, REDUCING_GAP * wide), min(height, REDUCING_GAP * high)
 
 
@@ -365,10 +352,12 @@ def _upright(
     rgb: Image.Image, image: Image.Image, size: tuple[int, int]
 ) -> tuple[Image.Image, int, int]:
     """Turn what became of ``image``: -> picture, width and height it has unless reduced."""
-    orientation = _orientation(image)
-    if orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
-    return rgb, *(size[::-1] if orientation >= 5 else size)
+    rgb.info = {}  # the orientation is spent; a second load_image must not apply it again
+    exif = rgb.getexif()
+    exif[ExifTags.Base.Orientation] = _orientation(image)
+    ImageOps.exif_transpose(rgb, in_place=True)
+    exif.clear()
+    return rgb, *(size[::-1] if _turned(image) else size)
 
 
 def _in_strips(
@@ -445,9 +434,14 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 def _orientation(image: Image.Image) -> int:
     try:
         # After load(): Pillow's TIFF reader turns the picture itself and then drops the tag.
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata does not make the pixels unreadable
         return 1
+
+
+def _turned(image: Image.Image) -> bool:
+    """Return whether the picture is to be turned by a quarter."""
+    return _orientation(image) in range(5, 9)
 
 
 def _of_rows(values: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
