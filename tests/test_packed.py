@@ -9,6 +9,7 @@ import stat
 import numpy as np
 import pytest
 
+import edgevl
 import packed_layout
 from edgevl.checkpoint import Checkpoint, GPTQConfig
 from edgevl.checkpoint.writer import to_bfloat16
@@ -138,7 +139,6 @@ def test_threads_do_not_change_a_byte(mini_checkpoint):
 def directory(mini_checkpoint, tmp_path, monkeypatch):
     """A checkpoint of a test's own, large enough to be cached."""
     monkeypatch.setattr(packing, "CACHE_FROM_BYTES", 0)
-    monkeypatch.delenv("EDGEVL_CACHE", raising=False)
     return shutil.copytree(mini_checkpoint("mini-qwen3"), tmp_path / "model")
 
 
@@ -292,9 +292,7 @@ def test_a_full_disk_leaves_nothing_behind(directory, team, monkeypatch):
 
 
 def test_small_models_and_those_who_ask_are_not_cached(directory, team, monkeypatch):
-    monkeypatch.setenv("EDGEVL_CACHE", "0")
-    check(load(directory, team))
-    monkeypatch.delenv("EDGEVL_CACHE")
+    edgevl.load(directory, cache=False)
     monkeypatch.setattr(packing, "CACHE_FROM_BYTES", 64 << 20)
     check(load(directory, team))
     assert not (directory / ".edgevl").exists()

@@ -128,12 +128,14 @@ def load_engine(
     threads: int | None = None,
     kv_cache: KVCacheFormat = "bf16",
     exact_logits: bool = False,
+    cache: bool = True,
 ) -> Engine:
     """Load ``checkpoint`` into the engine of that name.
 
     ``auto`` is ``axera`` for a model that was compiled for a board; otherwise ``cpu`` or, where
     that cannot run, ``reference`` with a warning. With ``exact_logits`` those of all tokens are as
     good as those of the best: see `make_plan`; those of the other engines are in any case.
+    ``cache`` is for ``cpu``: see `CpuModel`.
 
     Raises:
         EdgeVLError: an argument is not one of its choices, or a number is out of range.
@@ -152,7 +154,9 @@ def load_engine(
             engine, precision, threads, kv_cache = "reference", "auto", None, "bf16"
         else:
             engine = "cpu"
-    return ENGINES[engine](checkpoint, max_context, precision, threads, kv_cache, exact_logits)
+    return ENGINES[engine](
+        checkpoint, max_context, precision, threads, kv_cache, exact_logits, cache
+    )
 
 
 def _cpu(
@@ -162,6 +166,7 @@ def _cpu(
     threads: int | None,
     kv_cache: KVCacheFormat,
     exact_logits: bool,
+    cache: bool,
 ) -> Engine:
     weights = _weights(checkpoint, "cpu")
     if reason := native_missing():
@@ -175,6 +180,7 @@ def _cpu(
         threads=threads,
         kv_cache=kv_cache,
         exact_logits=exact_logits,
+        cache=cache,
     ).engine()
 
 
@@ -185,6 +191,7 @@ def _reference(
     threads: int | None,
     kv_cache: KVCacheFormat,
     exact_logits: bool,
+    cache: bool,
 ) -> Engine:
     if precision != "auto" or threads is not None or kv_cache != "bf16":
         raise EdgeVLError(
@@ -201,6 +208,7 @@ def _axera(
     threads: int | None,
     kv_cache: KVCacheFormat,
     exact_logits: bool,
+    cache: bool,
 ) -> Engine:
     from edgevl.axera.engine import AxeraEngine
     from edgevl.axera.model.directory import BoardModel
@@ -235,7 +243,7 @@ def _weights(checkpoint: ModelDirectory, engine: str) -> Checkpoint:
 
 
 _Loader = Callable[
-    [ModelDirectory, "int | None", Precision, "int | None", KVCacheFormat, bool], Engine
+    [ModelDirectory, "int | None", Precision, "int | None", KVCacheFormat, bool, bool], Engine
 ]
 
 #: Engines by name, the preferred first.

@@ -72,6 +72,7 @@ class CpuModel:
         threads: int | None = None,
         kv_cache: KVCacheFormat = "bf16",
         exact_logits: bool = False,
+        cache: bool = True,
         isa: str = "",
     ) -> None:
         """Pack the weights of ``checkpoint``, or map them from its cache.
@@ -88,6 +89,8 @@ class CpuModel:
                 and a long context is read in less time.
             exact_logits: compute the logits of all tokens as well as those of the best, slower and
                 with more memory: see `make_plan`. Weights are packed anew, the cache is left alone.
+            cache: map the weights from the file beside the checkpoint, or leave it there; without,
+                they are packed in memory.
             isa: instruction set; default is the environment's ``EDGEVL_ISA``, or else the best.
 
         Raises:
@@ -116,10 +119,10 @@ class CpuModel:
         # leaves 100 MB of free memory behind that malloc would keep.
         checkpoint.release()
         trim_heap()
-        if exact_logits:  # a second cache would not be worth its disk
-            packed = pack_in_memory(checkpoint, self.plan, self._team)
-        else:
+        if cache and not exact_logits:  # a second file would not be worth its disk
             packed = packed_matrices(checkpoint, self.plan, precision, self._team)
+        else:
+            packed = pack_in_memory(checkpoint, self.plan, self._team)
         for matrix in self.plan.matrices:
             model, _, name = matrix.name.partition(".")
             data = packed[matrix.name]

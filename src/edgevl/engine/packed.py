@@ -4,8 +4,6 @@ The cache is ``.edgevl/<precision>-<key>.safetensors`` in the checkpoint's direc
 the checkpoint's fingerprint, the plan, and the layout's version, so that a file that is found is
 the right one. It is written beside and renamed: several processes may write it at once, and one
 of them wins. Where it cannot be written, the model is packed in memory at every start.
-
-``EDGEVL_CACHE=0`` in the environment neither reads nor writes it.
 """
 
 from __future__ import annotations
@@ -62,7 +60,7 @@ def packed_matrices(
         CheckpointError: the quantization of a weight is damaged.
     """
     total = sum(map(packed_bytes, plan.matrices))
-    if total < CACHE_FROM_BYTES or os.environ.get("EDGEVL_CACHE") == "0":
+    if total < CACHE_FROM_BYTES:
         return pack_in_memory(checkpoint, plan, team)
     path = cache_path(checkpoint, plan, precision)
     if is_file(path):

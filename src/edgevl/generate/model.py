@@ -26,6 +26,7 @@ def load(
     threads: int | None = None,
     kv_cache: KVCacheFormat = "bf16",
     exact_logits: bool = False,
+    cache: bool = True,
 ) -> Model:
     """Load a model.
 
@@ -42,6 +43,8 @@ def load(
             long context is read in less time.
         exact_logits: compute the logits of all tokens as well as those of the best. Answers do not
             need it; comparisons of whole distributions do. Slower, and takes more memory.
+        cache: keep what large weights are packed to in ``.edgevl`` beside the checkpoint, where
+            the next start finds it.
 
     Raises:
         CheckpointError: the checkpoint is missing, malformed, or not supported.
@@ -53,7 +56,7 @@ def load(
     checkpoint = open_model(locate(model), engine)
     prompts = PromptEncoder(checkpoint)  # first: what parsing takes is free again for the weights
     loaded = load_engine(
-        checkpoint, engine, max_context, precision, threads, kv_cache, exact_logits
+        checkpoint, engine, max_context, precision, threads, kv_cache, exact_logits, cache
     )
     return Model(checkpoint, loaded, prompts, load_ms=1000 * (time.perf_counter() - started))
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,8 +61,7 @@ def verify(
                         f"{made}: {part} of {name} is not what was written; is the disk damaged?"
                     )
         checkpoint.release()
-        with no_cache():
-            logits = load_engine(checkpoint).prefill(sample.embeddings, 0)
+        logits = load_engine(checkpoint, cache=False).prefill(sample.embeddings, 0)
     if not np.isfinite(logits).all():
         raise QuantizationError(f"{made}: its logits are not finite numbers")
     if expected is not None:
@@ -142,27 +139,12 @@ def load(path: Path, precision: Precision = "auto") -> Model:
 
     Where the memory does not suffice for ``precision``, it is "auto".
     """
-    with no_cache():
-        try:
-            return generate.load(path, precision=precision)
-        except EdgeVLError:
-            if precision == "auto":
-                raise
-            return generate.load(path)
-
-
-@contextmanager
-def no_cache() -> Iterator[None]:
-    """Keep packed weights in memory only."""
-    before = os.environ.get("EDGEVL_CACHE")
-    os.environ["EDGEVL_CACHE"] = "0"
     try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["EDGEVL_CACHE"]
-        else:
-            os.environ["EDGEVL_CACHE"] = before
+        return generate.load(path, precision=precision, cache=False)
+    except EdgeVLError:
+        if precision == "auto":
+            raise
+        return generate.load(path, cache=False)
 
 
 def _both(original: Path, made: Path, ask: Callable[[Model], T]) -> tuple[T, T]:
