@@ -303,7 +303,7 @@ def test_a_second_turn_with_pictures(boards, mini_checkpoint):
             first = [prepare_picture(pictures[0], checkpoint.config, 2)]
             chat.messages[:] = [Message.user("What?", first), Message.assistant("A box.")]
             prompt = chat.prompt("And these?", list(pictures[1:]))
-            blocks = model.force(prompt, [5, 6, 7])
+            blocks = model.score(prompt, [5, 6, 7])
             logits.append(np.concatenate([np.array(block) for block in blocks]))
             cached.append(chat.ask("And these?", list(pictures[1:]), max_tokens=1).usage)
     check(*logits)

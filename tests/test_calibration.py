@@ -15,7 +15,7 @@ from edgevl.quantize.calibration import collect, enough, saved
 from edgevl.quantize.calibration.conversations import ConversationLog, converse
 from edgevl.quantize.calibration.drawn import draw
 from edgevl.quantize.calibration.pictures import FoundPicture
-from edgevl.quantize.calibration.plan import heldout_count, kinds, requests
+from edgevl.quantize.calibration.requests import heldout_count, kinds, requests
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 
 #: The package's function of this name hides its module.

@@ -237,7 +237,7 @@ def test_questions_against_another(model, other, question):
         np.concatenate(
             [
                 block.copy()
-                for block in each.force(
+                for block in each.score(
                     each.chat().prompt(question.question, [question.image]), answer.token_ids
                 )
             ]
@@ -260,7 +260,7 @@ def test_a_model_follows_itself(directory, question):
 def test_forced_answers_have_the_logits_of_generated_ones(model, question):
     image, ids = question.image, (5, 6, 7)
     blocks = [
-        block.copy() for block in model.force(model.chat().prompt("What is this?", [image]), ids)
+        block.copy() for block in model.score(model.chat().prompt("What is this?", [image]), ids)
     ]
     chat = model.chat()
     prompt = chat.ask("What is this?", images=[image], max_tokens=1).usage.prompt_tokens
@@ -277,7 +277,7 @@ def test_forced_answers_have_the_logits_of_generated_ones(model, question):
 def test_an_answer_beyond_the_context(directory):
     model = edgevl.load(directory, engine="reference", max_context=60)
     with pytest.raises(ContextLengthError, match="prompt and answer are"):
-        list(model.force(model.chat().prompt("Hello"), range(60)))
+        list(model.score(model.chat().prompt("Hello"), range(60)))
 
 
 # --- the command -----------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_logprobs_are_of_the_whole_distribution(scheduler, model):
     answer = request.result()
     logprobs = [entry for chunk in request.chunks for entry in chunk.logprobs]
     assert [entry.token_id for entry in logprobs] == list(answer.token_ids)
-    rows = np.concatenate([block.copy() for block in model.force(prompt, answer.token_ids)])
+    rows = np.concatenate([block.copy() for block in model.score(prompt, answer.token_ids)])
     for entry, row in zip(logprobs, rows.astype(np.float64), strict=False):
         expected = row - row.max() - np.log(np.exp(row - row.max()).sum())
         np.testing.assert_allclose(entry.logprob, expected[entry.token_id], atol=1e-4)

@@ -495,7 +495,7 @@ def test_what_other_parts_log_is_json_without_the_users_words(capsys):
 def test_the_place_of_the_model_is_not_told(path, said, told):
     service = Service(Settings(name="tiny"))
     service._path = path
-    assert service.told(EdgeVLError(said)).detail.message == told
+    assert service.client_error(EdgeVLError(said)).detail.message == told
 
 
 def test_what_pages_of_others_may_not_do(scripted):

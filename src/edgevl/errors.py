@@ -1,4 +1,4 @@
-"""Errors raised on purpose: each one line that names the file, the value and the mend."""
+"""Errors raised on purpose: each one line that names the file, the value and the fix."""
 
 
 class EdgeVLError(Exception):

@@ -73,7 +73,7 @@ def check_shape(shape: BoardShape, text: TextConfig) -> None:
     """Refuse shapes that contradict one another or the model.
 
     Raises:
-        BoardError: names the option, its value and the mend.
+        BoardError: names the option, its value and the fix.
     """
     chunk, context, longest = shape.chunk, shape.context, shape.max_prefill
     if not 0 < chunk <= MAX_CHUNK or chunk % CHUNK_STEP:

@@ -25,7 +25,7 @@ def check(checkpoint: Checkpoint, settings: CompileSettings) -> None:
     """Refuse what cannot be compiled, or would not fit the board.
 
     Raises:
-        BoardError: names what it is and the mend.
+        BoardError: names what it is and the fix.
     """
     target = TARGETS[settings.target]
     check_npu_mode(settings, target)
@@ -55,7 +55,7 @@ def check_text(checkpoint: Checkpoint, settings: CompileSettings) -> None:
     """Refuse text weights that Pulsar2 does not take, and options that they leave no room for.
 
     Raises:
-        BoardError: names the field or option and the mend.
+        BoardError: names the field or option and the fix.
     """
     vocabulary = checkpoint.config.text.vocab_size
     if not 0 <= settings.post_topk <= vocabulary:

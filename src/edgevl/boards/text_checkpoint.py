@@ -86,7 +86,7 @@ def check_weights(checkpoint: Checkpoint) -> GPTQConfig | None:
         How the linear layers are quantized, or None.
 
     Raises:
-        BoardError: names the field or the weight, and the mend.
+        BoardError: names the field or the weight, and the fix.
     """
     config = _config_of_linears(checkpoint)
     if config is None:

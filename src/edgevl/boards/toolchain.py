@@ -80,7 +80,7 @@ def find(given: str | None) -> Pulsar2:
             the program on PATH.
 
     Raises:
-        BoardError: it is not there, or Docker cannot be used; says how to mend it.
+        BoardError: it is not there, or Docker cannot be used; says how to fix it.
     """
     if given is None:
         program = shutil.which("pulsar2")

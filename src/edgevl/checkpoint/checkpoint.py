@@ -61,7 +61,7 @@ class Checkpoint(ModelDirectory):
 
         Raises:
             CheckpointError: the directory is not a checkpoint that is supported, whole and
-                well-formed; the message names the file, what is wrong, and the mend.
+                well-formed; the message names the file, what is wrong, and the fix.
         """
         path = Path(path)
         if not is_directory(path):

@@ -27,7 +27,7 @@ SYSTEM_MESSAGE = (
     "多模态大语言模型。"
 )
 
-#: Why InternVL3.5-Flash is refused, and the mend.
+#: Why InternVL3.5-Flash is refused, and the fix.
 FLASH_REFUSED = (
     "InternVL3.5-Flash is not supported yet; take the model of the same size without Flash, such "
     "as OpenGVLab/InternVL3_5-1B"

@@ -206,7 +206,7 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
 
 
 def _refuse_other_formats(head: bytes, size: int, path: Path) -> None:
-    """Raise with the right mend for what people commonly have in place of the weights."""
+    """Raise with the right fix for what people commonly have in place of the weights."""
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty; download it again")
     if head[8:9] == b"{":

@@ -33,7 +33,7 @@ def refuse_other_kinds(weights: Weights) -> None:
     """Refuse models that are known and not supported, by their tensors.
 
     Raises:
-        CheckpointError: names the tensor, the kind, and the mend.
+        CheckpointError: names the tensor, the kind, and the fix.
     """
     adapter = weights.directory / "adapter_model.safetensors"
     if adapter.exists() and adapter not in weights.paths:

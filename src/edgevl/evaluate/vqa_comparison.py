@@ -109,7 +109,7 @@ def _compare_answer(
 ) -> None:
     """Count the positions of an answer of ``against``."""
     reference, other = (
-        each.force(
+        each.score(
             each.chat(max_tiles=max_tiles).prompt(
                 question.question, [question.image], len(answer.token_ids) + 1
             ),

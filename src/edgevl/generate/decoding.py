@@ -62,7 +62,7 @@ class AnswerGenerator:
         with self._turn():
             return (yield from self._run(prompt, params, started))
 
-    def force(self, prompt: Prompt, token_ids: Sequence[int]) -> Generator[Floats, None, None]:
+    def score(self, prompt: Prompt, token_ids: Sequence[int]) -> Generator[Floats, None, None]:
         """Yield the logits with which a given answer would be generated (teacher forcing).
 
         Those of each of ``token_ids`` come first, then those of the token after them: in blocks,

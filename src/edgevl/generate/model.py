@@ -135,7 +135,7 @@ class Model:
         """
         return Session(self.checkpoint, self._generator, system, thinking, max_tiles, tools)
 
-    def force(self, prompt: Prompt, token_ids: Sequence[int]) -> Generator[Floats, None, None]:
+    def score(self, prompt: Prompt, token_ids: Sequence[int]) -> Generator[Floats, None, None]:
         """Yield the logits with which a given answer would be generated (teacher forcing).
 
         Args:
@@ -150,7 +150,7 @@ class Model:
             ContextLengthError: prompt and answer exceed the engine's context.
             EdgeVLError: this thread has an answer of this model under way.
         """
-        return self._generator.force(prompt, token_ids)
+        return self._generator.score(prompt, token_ids)
 
     def embed(self, prompt: Prompt) -> Floats:
         """Return what the decoder reads: float32 [T, H], features of pictures in their places.

@@ -36,7 +36,7 @@ WAKE_S = 0.1
 LEAST_WAIT_S, MOST_WAIT_S = 1.0, 60.0
 
 
-class Ticket:
+class Request:
     """A request that waits or is being answered."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Ticket:
         deliver: Callable[[Event], object],
         client: str,
     ) -> None:
-        """Keep what belongs to a request; `Scheduler.submit` makes tickets."""
+        """Keep what belongs to a request; `Scheduler.submit` makes requests."""
         self.generation = generation
         self.client = client
         self.cancelled = False
@@ -103,10 +103,10 @@ class Scheduler:
         self.prompts = model.prompts
         self._masks = TokenMasks(model.prompts.tokenizer, model.prompts.stop_ids)
         self._slots = Slots(model.engine, max_sequences)
-        self._queue: FairQueue[Ticket] = FairQueue()
-        self._prefilling: list[Ticket] = []  # each shorter than what was left of the one before
+        self._queue: FairQueue[Request] = FairQueue()
+        self._prefilling: list[Request] = []  # each shorter than what was left of the one before
         self._rounds = 0
-        self._decoding: list[Ticket] = []
+        self._decoding: list[Request] = []
         self._mean_s = LEAST_WAIT_S
         self._closing = False
         self._changed = threading.Condition()
@@ -135,7 +135,7 @@ class Scheduler:
         deliver: Callable[[Event], object],
         client: str = "",
         top_logprobs: int | None = None,
-    ) -> Ticket:
+    ) -> Request:
         """Queue a request.
 
         Args:
@@ -162,12 +162,12 @@ class Scheduler:
             time.perf_counter(),
             top_logprobs,
         )
-        ticket = Ticket(self, generation, deliver, client)
+        request = Request(self, generation, deliver, client)
         with self._changed:
             self._check_open()
-            self._queue.put(client, ticket)
+            self._queue.put(client, request)
             self._changed.notify()
-        return ticket
+        return request
 
     def prepare(self, constraint: Constraint) -> None:
         """Do what takes long the first time that answers are constrained, and check that one.
@@ -178,13 +178,13 @@ class Scheduler:
         """
         self._masks.check(constraint)
 
-    def cancel(self, ticket: Ticket) -> None:
-        """See `Ticket.cancel`."""
+    def cancel(self, request: Request) -> None:
+        """See `Request.cancel`."""
         with self._changed:
-            ticket.cancelled = True
-            waited = self._queue.remove(ticket.client, ticket)
+            request.cancelled = True
+            waited = self._queue.remove(request.client, request)
         if waited:
-            self._end(ticket)
+            self._end(request)
 
     def run(
         self, prompt: Prompt, params: SamplingParams, started: float
@@ -195,7 +195,7 @@ class Scheduler:
         ``started`` is not used: the time in which a request waits counts anyway.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        ticket = self.submit(prompt, params, events.put)
+        request = self.submit(prompt, params, events.put)
         try:
             while True:
                 try:
@@ -209,7 +209,7 @@ class Scheduler:
                     return event
                 yield from event.pieces
         finally:
-            ticket.cancel()
+            request.cancel()
 
     def close(self, timeout_s: float) -> None:
         """Refuse new requests, and cancel those that are not answered within ``timeout_s``."""
@@ -218,8 +218,8 @@ class Scheduler:
             self._changed.notify()
         self._thread.join(timeout_s)
         while self._thread.is_alive():
-            for ticket in self._all():
-                ticket.cancel()
+            for request in self._all():
+                request.cancel()
             self._thread.join(0.1)
 
     def _check_open(self) -> None:
@@ -232,7 +232,7 @@ class Scheduler:
                 min(max(wait_s, LEAST_WAIT_S), MOST_WAIT_S),
             )
 
-    def _all(self) -> list[Ticket]:
+    def _all(self) -> list[Request]:
         with self._changed:
             return [*self._prefilling, *self._decoding, *self._queue]
 
@@ -255,104 +255,104 @@ class Scheduler:
                 self._decode()
 
     def _drop_cancelled(self) -> None:
-        for ticket in [*self._prefilling, *self._decoding]:
-            if ticket.cancelled:
-                self._end(ticket)
+        for request in [*self._prefilling, *self._decoding]:
+            if request.cancelled:
+                self._end(request)
 
     def _start_next(self) -> None:
         """Give the next request a slot, if there is one."""
         with self._changed:
             if not self._queue:
                 return
-            client, ticket = self._queue.get()
-            generation = ticket.generation
+            client, request = self._queue.get()
+            generation = request.generation
             slot = None
-            if not self._prefilling or ticket.left < self._prefilling[-1].left:
+            if not self._prefilling or request.left < self._prefilling[-1].left:
                 try:
                     slot = self._slots.take(generation.prompt, generation.most_tokens)
                 except Exception as error:  # there is no memory for a sequence
-                    self._end(ticket, error)
+                    self._end(request, error)
                     return
             if slot is None:
-                self._queue.put_back(client, ticket)
+                self._queue.put_back(client, request)
                 return
-            ticket.begun = time.perf_counter()
-            ticket.slot = slot
-            ticket.prefill = generation.prefill(slot, slot.engine.chunk)
-            self._prefilling.append(ticket)
+            request.begun = time.perf_counter()
+            request.slot = slot
+            request.prefill = generation.prefill(slot, slot.engine.chunk)
+            self._prefilling.append(request)
 
-    def _prefill(self, ticket: Ticket) -> None:
+    def _prefill(self, request: Request) -> None:
         """Compute a tile or a chunk of a prompt."""
-        assert ticket.prefill is not None
+        assert request.prefill is not None
         try:
-            next(ticket.prefill)
+            next(request.prefill)
         except StopIteration as stop:
-            self._prefilling.remove(ticket)
-            self._decoding.append(ticket)
-            self._pass_on(ticket, stop.value)
+            self._prefilling.remove(request)
+            self._decoding.append(request)
+            self._pass_on(request, stop.value)
         except Exception as error:
-            self._end(ticket, error)
+            self._end(request, error)
 
     def _decode(self) -> None:
         """Compute a token of every answer; of one alone, more where a draft is right."""
-        tickets = list(self._decoding)
+        requests = list(self._decoding)
         begun = time.perf_counter()
         try:
-            if len(tickets) == 1:
-                (ticket,) = tickets
-                waited_ms = 1000 * (begun - ticket.latest_token)
-                self._pass_on(ticket, ticket.generation.step(_slot(ticket), waited_ms))
+            if len(requests) == 1:
+                (request,) = requests
+                waited_ms = 1000 * (begun - request.latest_token)
+                self._pass_on(request, request.generation.step(_slot(request), waited_ms))
                 return
             logits = decode_together(
-                [_slot(ticket) for ticket in tickets],
-                [ticket.generation.latest for ticket in tickets],
+                [_slot(request) for request in requests],
+                [request.generation.latest for request in requests],
             )
         except Exception as error:
-            for ticket in tickets:
-                self._end(ticket, error)
+            for request in requests:
+                self._end(request, error)
             return
         now = time.perf_counter()
-        for ticket, row in zip(tickets, logits, strict=True):
+        for request, row in zip(requests, logits, strict=True):
             try:
-                chunk = ticket.generation.take(row, 1000 * (now - ticket.latest_token))
+                chunk = request.generation.take(row, 1000 * (now - request.latest_token))
             except Exception as error:
-                self._end(ticket, error)
+                self._end(request, error)
             else:
-                self._pass_on(ticket, chunk)
+                self._pass_on(request, chunk)
 
     def _cut_one(self) -> None:
         """End the answer that has grown most beyond what was reserved for it."""
-        ticket = max(self._decoding, key=lambda each: len(_slot(each)) - _slot(each).reserved)
-        self._pass_on(ticket, ticket.generation.cut())
+        request = max(self._decoding, key=lambda each: len(_slot(each)) - _slot(each).reserved)
+        self._pass_on(request, request.generation.cut())
 
-    def _pass_on(self, ticket: Ticket, chunk: Chunk) -> None:
-        ticket.latest_token = time.perf_counter()
+    def _pass_on(self, request: Request, chunk: Chunk) -> None:
+        request.latest_token = time.perf_counter()
         if chunk.token_ids or chunk.pieces:
-            ticket.deliver(chunk)
-        if ticket.generation.finish_reason:
-            self._end(ticket)
+            request.deliver(chunk)
+        if request.generation.finish_reason:
+            self._end(request)
 
-    def _end(self, ticket: Ticket, error: Exception | None = None) -> None:
+    def _end(self, request: Request, error: Exception | None = None) -> None:
         """Give the slot back and deliver the last event."""
         for under_way in (self._prefilling, self._decoding):
-            if ticket in under_way:
-                under_way.remove(ticket)
-        if ticket.prefill is not None:
-            ticket.prefill.close()
-        if ticket.slot is not None:
-            self._slots.release(ticket.slot)
-            duration_s = time.perf_counter() - ticket.begun
+            if request in under_way:
+                under_way.remove(request)
+        if request.prefill is not None:
+            request.prefill.close()
+        if request.slot is not None:
+            self._slots.release(request.slot)
+            duration_s = time.perf_counter() - request.begun
             self._mean_s += LATEST * (duration_s - self._mean_s)
         if error is None:
-            if not ticket.generation.finish_reason:
-                ticket.generation.finish_reason = "cancelled"
-            ticket.deliver(ticket.generation.answer(self.model.load_ms))
+            if not request.generation.finish_reason:
+                request.generation.finish_reason = "cancelled"
+            request.deliver(request.generation.answer(self.model.load_ms))
         else:
             if not isinstance(error, EdgeVLError):
                 log.error("an answer failed", exc_info=error)
-            ticket.deliver(error)
+            request.deliver(error)
 
 
-def _slot(ticket: Ticket) -> Slot:
-    assert ticket.slot is not None
-    return ticket.slot
+def _slot(request: Request) -> Slot:
+    assert request.slot is not None
+    return request.slot

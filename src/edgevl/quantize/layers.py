@@ -125,18 +125,18 @@ def check_sizes(checkpoint: Checkpoint, settings: QuantizationSettings) -> None:
     """Refuse a model with weights that groups or words do not divide.
 
     Raises:
-        QuantizationError: names the weight and the mend.
+        QuantizationError: names the weight and the fix.
     """
     per_word = 32 // BITS[settings.text]
     for name in LINEARS:  # all layers have the same shapes
         outputs, inputs = checkpoint.shape(f"{layer_name(0)}{name}.weight")
         if inputs % settings.group_size or outputs % per_word:
             fits = [size for size in sorted(GROUP_SIZES, reverse=True) if inputs % size == 0]
-            mend = f"use --group-size {fits[0]}" if fits and outputs % per_word == 0 else ""
+            fix = f"use --group-size {fits[0]}" if fits and outputs % per_word == 0 else ""
             raise QuantizationError(
                 f"{checkpoint.path}: {name} has {inputs} inputs and {outputs} outputs, which "
                 f"groups of {settings.group_size} and words of {per_word} do not divide: "
-                f"{mend or 'use --text none'}"
+                f"{fix or 'use --text none'}"
             )
 
 

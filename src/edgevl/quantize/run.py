@@ -100,7 +100,7 @@ def check(checkpoint: Checkpoint, settings: QuantizationSettings) -> None:
     """Refuse what cannot be quantized, before any work.
 
     Raises:
-        QuantizationError: names what it is and the mend.
+        QuantizationError: names what it is and the fix.
     """
     if settings.text == settings.vision == "none":
         raise QuantizationError("--text none and --vision none leave nothing to quantize")

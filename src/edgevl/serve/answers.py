@@ -14,7 +14,7 @@ import anyio.to_thread
 from edgevl.generate.answer import Answer, Usage
 from edgevl.generate.generation import Chunk
 from edgevl.generate.sampling import SamplingParams
-from edgevl.generate.scheduler import Event, Scheduler, Ticket
+from edgevl.generate.scheduler import Event, Request, Scheduler
 from edgevl.preprocess import Prompt
 from edgevl.serve.errors import unavailable
 
@@ -80,7 +80,7 @@ async def answer_all(
 
         return deliver
 
-    tickets: list[Ticket] = []
+    requests: list[Request] = []
     try:
         for number, question in enumerate(questions):
             if not scheduler.alive:
@@ -93,10 +93,10 @@ async def answer_all(
                 client,
                 top_logprobs,
             )
-            # A constraint may take seconds to start. Who leaves meanwhile waits for the ticket, to
+            # A constraint may take seconds to start. Who leaves meanwhile waits for the request, to
             # cancel it.
-            tickets.append(await anyio.to_thread.run_sync(submit))
-        under_way = len(tickets)
+            requests.append(await anyio.to_thread.run_sync(submit))
+        under_way = len(requests)
         while under_way:
             number, event = await events.get()
             if isinstance(event, Exception):
@@ -110,8 +110,8 @@ async def answer_all(
                 record.answers.append(event)
             yield number, event
     finally:
-        for ticket in tickets:
-            ticket.cancel()
+        for request in requests:
+            request.cancel()
 
 
 def total_usage(answers: Sequence[tuple[int, Answer]], n: int) -> Usage:

@@ -22,7 +22,7 @@ from edgevl.serve.conversation import encode
 from edgevl.serve.errors import ApiError, blamed_on, error_responses
 from edgevl.serve.logprobs import TokenTexts
 from edgevl.serve.requests import ChatRequest, PlainFormat
-from edgevl.serve.respond import AnswerResponse, Plan
+from edgevl.serve.respond import AnswerResponse, Job
 from edgevl.serve.responses import (
     CallReply,
     ChatChoice,
@@ -64,7 +64,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     ignored = service.ignored.headers(body)
     _check(body)
 
-    async def prepare() -> Plan:
+    async def prepare() -> Job:
         loaded = service.loaded(body.model)
         tools = shown_tools(body)
         constraint = None
@@ -81,7 +81,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         most = loaded.scheduler.max_context
         max_tokens = body.max_completion_tokens or body.max_tokens or most
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return Plan(
+        return Job(
             loaded,
             questions(body, loaded, [prompt], max_tokens, service.settings.max_queue, constraint),
             body.n or 1,

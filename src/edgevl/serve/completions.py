@@ -19,7 +19,7 @@ from edgevl.serve.chat import EVENTS
 from edgevl.serve.errors import blamed_on, error_responses
 from edgevl.serve.logprobs import TokenTexts
 from edgevl.serve.requests import CompletionRequest
-from edgevl.serve.respond import AnswerResponse, Plan
+from edgevl.serve.respond import AnswerResponse, Job
 from edgevl.serve.responses import (
     Completion,
     CompletionChoice,
@@ -48,7 +48,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     service.check_name(body.model)
     ignored = service.ignored.headers(body)
 
-    async def prepare() -> Plan:
+    async def prepare() -> Job:
         loaded = service.loaded(body.model)
         with blamed_on("prompt"):
             context = loaded.scheduler.max_context
@@ -57,7 +57,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
             )
             for prompt in prompts:
                 check_length(prompt, context)
-        return Plan(
+        return Job(
             loaded,
             questions(
                 body,

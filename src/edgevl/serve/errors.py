@@ -195,10 +195,10 @@ def add_error_handlers(app: FastAPI) -> None:
     """Give every error of ``app`` that shape."""
 
     async def own(request: Request, error: Exception) -> JSONResponse:
-        told: ApiError = request.app.state.service.told(error)
-        if told.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-            request.scope["edgevl.record"].error = told.detail.message
-        return told.response()
+        failure: ApiError = request.app.state.service.client_error(error)
+        if failure.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            request.scope["edgevl.record"].error = failure.detail.message
+        return failure.response()
 
     async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

@@ -41,7 +41,7 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Job:
     """What is to be done for a request.
 
     Attributes:
@@ -69,7 +69,7 @@ class AnswerResponse(Response):
     def __init__(
         self,
         request: Request,
-        prepare: Callable[[], Awaitable[Plan]],
+        prepare: Callable[[], Awaitable[Job]],
         stream: bool,
         include_usage: bool,
         headers: Mapping[str, str],
@@ -130,7 +130,7 @@ class AnswerResponse(Response):
         except Exception as error:
             if not self._begun:
                 raise
-            failure = self._service.told(error)
+            failure = self._service.client_error(error)
             self._record.aborted = failure.detail.code or failure.detail.type
             if failure.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 self._record.error = failure.detail.message
@@ -154,13 +154,11 @@ class AnswerResponse(Response):
 
     async def _models(self) -> AsyncGenerator[BaseModel, None]:
         """Yield the events, or the whole response."""
-        plan = await self._prepare()
-        writer, record = plan.writer, self._record
+        job = await self._prepare()
+        writer, record = job.writer, self._record
         answers: list[tuple[int, Answer]] = []
         async with aclosing(
-            answer_all(
-                plan.loaded.scheduler, plan.questions, self._client, plan.top_logprobs, record
-            )
+            answer_all(job.loaded.scheduler, job.questions, self._client, job.top_logprobs, record)
         ) as events:
             async for number, event in events:
                 if isinstance(event, Answer):
@@ -171,7 +169,7 @@ class AnswerResponse(Response):
                 for model in models:
                     if self._stream:
                         yield model
-        record.usage = total_usage(answers, plan.n)
+        record.usage = total_usage(answers, job.n)
         usage, timings = _usage(record.usage), _timings(min(answers)[1].timings)
         if not self._stream:
             yield writer.whole(usage, timings)

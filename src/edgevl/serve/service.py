@@ -102,7 +102,7 @@ class Service:
             raise unavailable("the server stops: ask another one")
         return self._loaded
 
-    def told(self, error: Exception) -> ApiError:
+    def client_error(self, error: Exception) -> ApiError:
         """Return what a client is told of ``error``: nothing of where the model is.
 
         Its frames are cleared. They hold bodies and pictures, and may hold on to one another until
@@ -112,10 +112,10 @@ class Service:
         while cause is not None:
             traceback.clear_frames(cause.__traceback__)
             cause = cause.__cause__ or cause.__context__
-        told = as_api_error(error)
+        failure = as_api_error(error)
         path = rf"(?<![\w./-]){re.escape(self._path)}(?![\w-])"  # nothing that only contains it
-        told.detail.message = re.sub(path, lambda _: self.settings.name, told.detail.message)
-        return told
+        failure.detail.message = re.sub(path, lambda _: self.settings.name, failure.detail.message)
+        return failure
 
     def check_name(self, name: str) -> None:
         """Check that ``name`` is the model's.

@@ -173,9 +173,9 @@ class AxRuntime(Runtime):
         self.system = open_library(self.functions, "ax_sys", directory)
         self.engine = open_library(self.functions, "ax_engine", directory)
         self.token = self.functions.new("signed char[]", b"edgevl\0")
-        mend = _NO_NPU if directory is None else ""
+        fix = _NO_NPU if directory is None else ""
         there = f"{library_path('ax_sys', directory)} is there, but"
-        check_status(self.system.AX_SYS_Init(), f"{there} AX_SYS_Init", mend)
+        check_status(self.system.AX_SYS_Init(), f"{there} AX_SYS_Init", fix)
         attributes = self.functions.new("NpuAttributes *")
         # Where another program has set the NPU's mode it is kept; the default is all cores as one.
         if self.engine.AX_ENGINE_GetVNPUAttr(attributes):
@@ -183,7 +183,7 @@ class AxRuntime(Runtime):
         status = self.engine.AX_ENGINE_Init(attributes)
         if status:
             self.system.AX_SYS_Deinit()
-        check_status(status, f"{there} AX_ENGINE_Init", mend)
+        check_status(status, f"{there} AX_ENGINE_Init", fix)
 
     def info(self) -> NpuInfo:
         """Ask the library for its version, and the board's drivers for chip and memory."""

@@ -102,7 +102,7 @@ def optional(library: Any, function: str) -> Any:
     return getattr(library, function, None)
 
 
-def check_status(status: int, what: str, mend: str = "") -> None:
+def check_status(status: int, what: str, fix: str = "") -> None:
     """Raise a BoardError if a function of the C API did not return 0."""
     if status:
-        raise BoardError(f"{what} failed with status 0x{status & 0xFFFFFFFF:08X}{mend}")
+        raise BoardError(f"{what} failed with status 0x{status & 0xFFFFFFFF:08X}{fix}")

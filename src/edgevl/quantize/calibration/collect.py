@@ -33,7 +33,7 @@ from edgevl.quantize.calibration.pictures import (
     open_pictures,
     set_apart,
 )
-from edgevl.quantize.calibration.plan import Kind, Request, heldout_count, kinds, requests
+from edgevl.quantize.calibration.requests import Kind, Request, heldout_count, kinds, requests
 from edgevl.quantize.calibration.sample import Sample
 from edgevl.quantize.calibration.texts import MAX_WINDOW, token_windows
 from edgevl.quantize.calibration.thumbnail import thumbnail
@@ -116,7 +116,7 @@ def _key(checkpoint: Checkpoint, settings: QuantizationSettings, text_only: bool
 
 
 class _Collector:
-    """Reads the user's files, plans, and has the conversations."""
+    """Reads the user's files, chooses questions, and has the conversations."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class _Collector:
         text_only: bool,
         stack: contextlib.ExitStack,
     ) -> None:
-        """Plan everything; ``stack`` closes the files."""
+        """Choose everything; ``stack`` closes the files."""
         self._model = model
         self._checkpoint = checkpoint
         self._settings = settings
@@ -211,7 +211,7 @@ class _Collector:
     def _image(self, picture: Any) -> Image.Image:
         if not isinstance(picture, FoundPicture):
             return draw(picture.kind, picture.seed).image
-        assert self._files is not None  # the plan has found pictures only from there
+        assert self._files is not None  # pictures are found only there
         try:
             return load_image(self._files.read(picture.place))
         except ImageError as error:

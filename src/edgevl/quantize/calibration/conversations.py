@@ -13,7 +13,7 @@ from PIL import Image
 
 from edgevl.generate import Model
 from edgevl.preprocess import GeneratedTokens, Message, Picture, Prompt, PromptEncoder
-from edgevl.quantize.calibration.plan import Request
+from edgevl.quantize.calibration.requests import Request
 from edgevl.quantize.calibration.sample import Sample
 
 #: Tokens of a reply, and how it is drawn: varied, but still what the model would say.

@@ -93,12 +93,12 @@ def requests(
     found: Sequence[FoundPicture] = (),
     max_tiles: int = max(_MAX_TILES),
 ) -> list[Request | None]:
-    """Plan conversations, English and Chinese in turn.
+    """Choose conversations, English and Chinese in turn.
 
     Args:
         kinds: what each is about; a ``window`` needs no conversation and gets None.
         seed: of everything random.
-        heldout: whether they are held out; others are planned than otherwise.
+        heldout: whether they are held out; others are chosen than otherwise.
         found: the user's pictures for them, used again, with other questions, if they are few.
         max_tiles: most tiles of a picture that the model takes.
     """
@@ -127,7 +127,7 @@ def _about_pictures(
     found: Sequence[FoundPicture],
     max_tiles: int,
 ) -> Request:
-    """Plan the conversation number ``index`` about pictures of this kind."""
+    """Choose the conversation number ``index`` about pictures of this kind."""
     two = rng.random() < _TWO_PICTURES and (kind == "drawn" or len(found) > 1)
     pictures: list[DrawnPicture | FoundPicture] = []
     for number in range(index, index + 1 + two):
