@@ -10,11 +10,10 @@ from pathlib import Path
 
 from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.generation import Chunk
-from edgevl.generate.logprobs import TokenLogprobs
+from edgevl.generate.sampling import TokenLogprobs
 from edgevl.generate.text import Piece
-from edgevl.serve.app import create_app
+from edgevl.serve.app import PageGate, create_app
 from edgevl.serve.listening import listen, url_of
-from edgevl.serve.page_gate import PageGate
 from edgevl.serve.run import Server
 from edgevl.serve.service import Service
 from edgevl.serve.settings import Settings

@@ -13,7 +13,7 @@ from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD  # noqa: E402
 from edgevl.engine import ReferenceEngine  # noqa: E402
 from edgevl.quantize import QuantizationError, QuantizationSettings  # noqa: E402
 from edgevl.quantize import layers as layers_module  # noqa: E402
-from edgevl.quantize.calibration.sample import Sample  # noqa: E402
+from edgevl.quantize.calibration.calibration_set import Sample  # noqa: E402
 from edgevl.quantize.decoder import LINEARS, layer_name  # noqa: E402
 from edgevl.quantize.layers import check_sizes, packed_tensors, quantize_layers  # noqa: E402
 from edgevl.quantize.measure import measure  # noqa: E402

@@ -16,7 +16,7 @@ import pytest
 
 from edgevl.errors import FetchError
 from edgevl.serve import fetch
-from edgevl.serve.addresses import is_public
+from edgevl.serve.fetch import is_public
 
 PUBLIC, OTHER = "93.184.215.14", "2606:4700::6810:84e5"
 FILE = bytes(range(256)) * 1000

@@ -24,8 +24,7 @@ from edgevl import cli
 from edgevl.errors import CheckpointError, EdgeVLError, ImageError, PromptError, QueueFullError
 from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.constraint import Constraint
-from edgevl.generate.logprobs import TokenLogprobs
-from edgevl.generate.sampling import SamplingParams
+from edgevl.generate.sampling import SamplingParams, TokenLogprobs
 from edgevl.serve.logprobs import TokenTexts
 from edgevl.serve.logs import log_to_stderr
 from edgevl.serve.requests import ChatRequest, CompletionRequest

@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.loading import load_model
-from edgevl.cli.options import answer_options, as_unicode, engine_options, read_constraint
+from edgevl.cli.options import (
+    answer_options,
+    as_unicode,
+    engine_options,
+    load_model,
+    read_constraint,
+)
 from edgevl.cli.terminal import chinese, print_json, progress_bar
 
 if TYPE_CHECKING:

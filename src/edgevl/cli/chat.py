@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevl.cli.answer import print_answer
-from edgevl.cli.loading import load_model
-from edgevl.cli.options import answer_options, as_unicode, engine_options, read_constraint
+from edgevl.cli.options import (
+    answer_options,
+    as_unicode,
+    engine_options,
+    load_model,
+    read_constraint,
+)
 from edgevl.cli.terminal import is_terminal, print_json, replacing
 from edgevl.errors import EdgeVLError
 

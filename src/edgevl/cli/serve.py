@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.loading import load_model
-from edgevl.cli.options import engine_options, listen_options, model_name
+from edgevl.cli.options import engine_options, listen_options, load_model, model_name
 from edgevl.cli.terminal import tell
 from edgevl.machine import share_heap
 from edgevl.optional import needs
@@ -119,9 +118,8 @@ def command(
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
-    from edgevl.serve.app import create_app
+    from edgevl.serve.app import PageGate, create_app
     from edgevl.serve.listening import is_loopback, listen, url_of
-    from edgevl.serve.page_gate import PageGate
     from edgevl.serve.run import Server, run
     from edgevl.serve.service import Service
     from edgevl.serve.settings import Settings

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from edgevl.cli.loading import load_model
-from edgevl.cli.options import engine_options, listen_options, model_name
+from edgevl.cli.options import engine_options, listen_options, load_model, model_name
 from edgevl.cli.terminal import chinese, tell
 from edgevl.machine import share_heap
 from edgevl.optional import needs

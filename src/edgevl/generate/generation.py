@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from edgevl.engine.base import Floats
 from edgevl.errors import ContextLengthError
 from edgevl.generate.answer import Answer, Timings, Usage
-from edgevl.generate.logprobs import TokenLogprobs, token_logprobs
 from edgevl.generate.prefix import PrefixRunner
-from edgevl.generate.sampling import Sampler, SamplingParams
+from edgevl.generate.sampling import Sampler, SamplingParams, TokenLogprobs, token_logprobs
 from edgevl.generate.speculation import PromptLookup
 from edgevl.generate.text import AnswerText, Piece
 from edgevl.generate.token_mask import TokenMask, TokenMasks

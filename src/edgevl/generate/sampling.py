@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from edgevl.engine.base import Floats
 from edgevl.errors import EdgeVLError, PromptError
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.token_mask import TokenMask
@@ -229,3 +230,36 @@ def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     least = np.partition(found, -count)[-count]
     above, equal = ids[found > least], ids[found == least]
     return np.sort(np.concatenate((above, equal[: count - len(above)])))
+
+
+#: Stands for the logarithm of probabilities that are 0 in float32; JSON has no infinity.
+LEAST = -9999.0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A chosen token, the logarithm of its probability, and the likeliest tokens in its place.
+
+    Attributes:
+        token_id: the token.
+        logprob: of the model's own distribution: before temperature, penalties and constraints.
+        top: (token id, log-probability) of the likeliest tokens, in order.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def token_logprobs(logits: Floats, token_id: int, count: int) -> TokenLogprobs:
+    """Return the log-probability of a token and of the ``count`` likeliest: logits [V]."""
+    highest = logits.max()
+    total = float(highest) + float(np.log(np.exp(logits - highest).sum(dtype=np.float64)))
+    count = min(count, len(logits))
+    top = np.argpartition(-logits, count - 1)[:count] if count else np.empty(0, np.int64)
+    top = top[np.argsort(-logits[top], kind="stable")]
+
+    def of(token: int) -> float:
+        return max(float(logits[token]) - total, LEAST)
+
+    return TokenLogprobs(token_id, of(token_id), tuple((int(i), of(int(i))) for i in top))

@@ -13,11 +13,10 @@ from torch import Tensor
 from edgevl.checkpoint import Checkpoint, StoredTensor
 from edgevl.checkpoint.gptq import pack_layer
 from edgevl.machine import trim_heap
-from edgevl.quantize.calibration.sample import Sample
-from edgevl.quantize.config import BITS
+from edgevl.quantize.calibration.calibration_set import Sample
 from edgevl.quantize.decoder import LINEARS, layer_name, load_layer
 from edgevl.quantize.gptq import Refinements
-from edgevl.quantize.settings import GROUP_SIZES, QuantizationError, QuantizationSettings
+from edgevl.quantize.settings import BITS, GROUP_SIZES, QuantizationError, QuantizationSettings
 from edgevl.quantize.text import States, quantize_layer, ticks
 from edgevl.work import Steps, WorkDirectory
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, TEXT
 from edgevl.evaluate.agreement import Comparison
-from edgevl.quantize.calibration.sample import Sample
+from edgevl.quantize.calibration.calibration_set import Sample
 from edgevl.quantize.decoder import load_tensor
 from edgevl.quantize.text import States
 

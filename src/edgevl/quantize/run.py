@@ -21,12 +21,11 @@ from edgevl.evaluate.bench import peak_rss_bytes
 from edgevl.loading import locate, model_name, open_checkpoint
 from edgevl.machine import this_machine
 from edgevl.quantize.calibration import CalibrationSet, collect, saved
-from edgevl.quantize.config import quantization_fields
 from edgevl.quantize.layers import check_sizes, packed_tensors, quantize_layers
 from edgevl.quantize.measure import Cost, measure
 from edgevl.quantize.output import Packed, part_bytes, write_checkpoint
 from edgevl.quantize.report import write_report
-from edgevl.quantize.settings import QuantizationError, QuantizationSettings
+from edgevl.quantize.settings import QuantizationError, QuantizationSettings, quantization_fields
 from edgevl.quantize.verify import compare_accuracy, compare_answers, load, verify
 from edgevl.quantize.vision import VisionQuantization, quantize_vision
 from edgevl.version import __version__

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import anyio
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response
@@ -16,7 +18,6 @@ from edgevl.serve.errors import add_error_handlers, error_responses, unavailable
 from edgevl.serve.ignored import HEADER as IGNORED_HEADER
 from edgevl.serve.logs import RequestLog
 from edgevl.serve.middleware import BodyLimit, HostCheck, KeyCheck
-from edgevl.serve.page_gate import PageGate
 from edgevl.serve.responses import ModelBody, ModelList, Status
 from edgevl.serve.service import Service, service_of
 from edgevl.version import __version__
@@ -130,3 +131,35 @@ def create_app(service: Service, page: PageGate | None = None) -> FastAPI:
         app.add_middleware(HostCheck)
     app.add_middleware(RequestLog, service=service)
     return app
+
+
+class PageGate:
+    """An application that passes on to another, as soon as there is one."""
+
+    def __init__(self) -> None:
+        """Have none yet."""
+        self._app: ASGIApp = PlainTextResponse("The model is being loaded: try again.\n", 503)
+        self._closed = asyncio.Event()
+        self._under_way: set[anyio.CancelScope] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request."""
+        scope["edgevl.page"] = True  # no line in the log: a page asks for a hundred things
+        with anyio.CancelScope() as cancelling:
+            self._under_way.add(cancelling)
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._under_way.discard(cancelling)
+
+    async def open(self, app: FastAPI) -> None:
+        """Pass on to ``app`` from when it has started; return when it has ended, after `close`."""
+        async with app.router.lifespan_context(app):
+            self._app = app
+            await self._closed.wait()
+
+    def close(self) -> None:
+        """Let the application end, and with it what browsers keep open as long as they show it."""
+        self._closed.set()
+        for cancelling in list(self._under_way):
+            cancelling.cancel()

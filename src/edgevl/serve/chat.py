@@ -13,7 +13,7 @@ from starlette.responses import Response
 from edgevl.generate.answer import Answer
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.generation import Chunk
-from edgevl.generate.logprobs import TokenLogprobs
+from edgevl.generate.sampling import TokenLogprobs
 from edgevl.generate.scheduler import Scheduler
 from edgevl.generate.tool_calls import ToolCallSplitter
 from edgevl.preprocess.tools import Tool, ToolCall

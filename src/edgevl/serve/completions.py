@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from edgevl.generate.answer import Answer
 from edgevl.generate.generation import Chunk
-from edgevl.generate.logprobs import TokenLogprobs
+from edgevl.generate.sampling import TokenLogprobs
 from edgevl.preprocess import Prompt, PromptEncoder
 from edgevl.serve.bodies import BodyRoute
 from edgevl.serve.chat import EVENTS

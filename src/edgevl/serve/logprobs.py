@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders
 
-from edgevl.generate.logprobs import TokenLogprobs
+from edgevl.generate.sampling import TokenLogprobs
 from edgevl.generate.text import hidden_ids
 from edgevl.serve.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 

@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from edgevl.axera.npu import close_runtimes
 from edgevl.generate.model import Model
 from edgevl.generate.scheduler import Scheduler
+from edgevl.serve.app import PageGate
 from edgevl.serve.listening import signals_end_well
 from edgevl.serve.logs import log_to_stderr
-from edgevl.serve.page_gate import PageGate
 from edgevl.serve.protocol import Protocol
 from edgevl.serve.service import Service
 

@@ -18,7 +18,7 @@ from edgevl.errors import ImageError
 from edgevl.generate import Model
 from edgevl.preprocess import load_image, prepare_picture
 from edgevl.quantize.calibration import enough, stored
-from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example
+from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example, Sample
 from edgevl.quantize.calibration.conversations import (
     ConversationLog,
     converse,
@@ -34,7 +34,6 @@ from edgevl.quantize.calibration.pictures import (
     set_apart,
 )
 from edgevl.quantize.calibration.requests import Kind, Request, heldout_count, kinds, requests
-from edgevl.quantize.calibration.sample import Sample
 from edgevl.quantize.calibration.texts import MAX_WINDOW, token_windows
 from edgevl.quantize.calibration.thumbnail import thumbnail
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings

@@ -13,8 +13,8 @@ from PIL import Image
 
 from edgevl.generate import Model
 from edgevl.preprocess import GeneratedTokens, Message, Picture, Prompt, PromptEncoder
+from edgevl.quantize.calibration.calibration_set import Sample
 from edgevl.quantize.calibration.requests import Request
-from edgevl.quantize.calibration.sample import Sample
 
 #: Tokens of a reply, and how it is drawn: varied, but still what the model would say.
 MAX_REPLY_TOKENS, TEMPERATURE, TOP_P = 96, 0.7, 0.95

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.layouts import TEXT
-from edgevl.quantize.calibration.sample import Sample
+from edgevl.quantize.calibration.calibration_set import Sample
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 
 #: Fewer sequences are no sample of anything.

@@ -16,8 +16,7 @@ from edgevl.checkpoint.layouts import EMBEDDING
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import TensorSpec, raw, write_file
 from edgevl.errors import CheckpointError
-from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example
-from edgevl.quantize.calibration.sample import Sample
+from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example, Sample
 
 
 def save(path: Path, calibration: CalibrationSet, key: str) -> None:
