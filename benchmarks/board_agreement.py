@@ -78,7 +78,7 @@ def compare(
         # What ended the answer was chosen too, but is not part of it.
         gaps, allowed = [], math.inf
         prompt = shadow.prompt(text, images, len(answer.token_ids) + 1)
-        blocks = reference.force(prompt, answer.token_ids)
+        blocks = reference.score(prompt, answer.token_ids)
         logits = np.concatenate([np.array(block) for block in blocks])[: len(answer.token_ids)]
         for row, token_id in zip(logits, answer.token_ids, strict=True):
             gaps.append(float(row.max() - row[token_id]))
