@@ -11,6 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgevl.files import system_text as _read
+
 #: Flag in /proc/cpuinfo -> the name people know it by; x86 first, then Arm.
 FEATURES = {
     "avx2": "AVX2",
@@ -189,14 +191,6 @@ def _fields(text: str) -> dict[str, str]:
 
 def _board() -> str:
     return _read(Path("/proc/device-tree/model")).strip("\0 \n")
-
-
-def _read(path: Path) -> str:
-    """Return a small system file, or nothing where it cannot be read."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def share_heap() -> None:

@@ -31,7 +31,8 @@ from PIL import (
 )
 
 from edgevl.errors import ImageError
-from edgevl.preprocess.sources import data_url, first_line, reading, short_name
+from edgevl.files import first_line, reading
+from edgevl.preprocess.sources import data_url, short_name
 
 #: What a picture may be given as: path, ``"-"`` or ``data:`` URL, encoded bytes, picture, array.
 ImageSource: TypeAlias = (
@@ -192,7 +193,7 @@ def _from_string(source: str) -> _Opened:
 def _from_path(path: str | bytes) -> _Opened:
     name = short_name(os.fsdecode(path))
     with (
-        reading(name, "picture", ImageError),
+        reading(name, ImageError, "picture file"),
         Path(os.fsdecode(path)).expanduser().open("rb") as file,
     ):
         # Bounded, so that a device or pipe without an end is refused rather than read.

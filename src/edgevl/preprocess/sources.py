@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import string
-from collections.abc import Iterator
-from contextlib import contextmanager
 from urllib.parse import unquote_to_bytes
 
 from edgevl.errors import EdgeVLError
@@ -55,28 +53,8 @@ def data_url(url: str, max_bytes: int, error_type: type[EdgeVLError]) -> bytes:
         raise error_type(f"the data: URL is not valid base64 ({error})") from None
 
 
-@contextmanager
-def reading(name: str, what: str, error_type: type[EdgeVLError]) -> Iterator[None]:
-    """Turn what goes wrong while the file ``name``, a ``what``, is read into ``error_type``."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise error_type(f"{name}: no such file") from None
-    except IsADirectoryError:
-        raise error_type(f"{name}: is a directory; give a {what} file") from None
-    except OSError as error:
-        raise error_type(f"{name}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RuntimeError) as error:  # a NUL in the path; ~ of an unknown user
-        raise error_type(f"{name}: not a path ({error})") from None
-
-
 def short_name(name: str) -> str:
     """Return a path or URL fit for a message: one line, at most 100 characters."""
     name = name.encode("utf-8", "backslashreplace").decode()
     name = "".join(char if char.isprintable() else "?" for char in name[:200])
     return name if len(name) <= 100 else f"{name[:97]}…"
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what ``error`` says, or its name."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edgevl.checkpoint.config import SYSTEM_MESSAGE
 from edgevl.errors import CheckpointError
+from edgevl.files import first_line
 
 if TYPE_CHECKING:
     from edgevl.checkpoint import ModelDirectory
@@ -175,7 +176,9 @@ class JinjaTemplate:
         try:
             self._template = environment.from_string(source)
         except Exception as error:  # a template may fail in any way, here and in _render
-            raise CheckpointError(f"{origin}: malformed chat template ({_reason(error)})") from None
+            raise CheckpointError(
+                f"{origin}: malformed chat template ({first_line(error)})"
+            ) from None
         self._lists: set[str] = set()
         for role in ("user", "system", "assistant"):
             self._find_form(role)
@@ -239,7 +242,7 @@ class JinjaTemplate:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{self.origin}: the chat template refuses the messages ({_reason(error)})"
+                f"{self.origin}: the chat template refuses the messages ({first_line(error)})"
             ) from None
         return "".join(pieces)
 
@@ -383,7 +386,3 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from edgevl.checkpoint.config import MAX_VOCAB_SIZE
 from edgevl.checkpoint.jsonfile import parse_object
 from edgevl.errors import CheckpointError
+from edgevl.files import first_line
 from edgevl.preprocess.qwen_bpe import qwen_bpe
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def load_tokenizer(checkpoint: ModelDirectory) -> Tokenizer:
         raise
     except BaseException as error:
         _raise_unless_malformed(error)
-        raise CheckpointError(f"{source}: malformed tokenizer ({_first_line(error)})") from None
+        raise CheckpointError(f"{source}: malformed tokenizer ({first_line(error)})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _add_tokens(tokenizer, checkpoint, config)
@@ -164,7 +165,7 @@ def _add_tokens(tokenizer: Tokenizer, checkpoint: ModelDirectory, config: dict[s
                 special = content in listed
                 wanted[number] = AddedToken(content, normalized=False, special=special)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: malformed added token ({_first_line(error)})") from None
+        raise CheckpointError(f"{source}: malformed added token ({first_line(error)})") from None
     present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for token_id, token in sorted(wanted.items()):
         if token.content not in present:
@@ -182,7 +183,3 @@ def _special_contents(config: dict[str, Any]) -> set[str]:
     values = [*values, *(value for key, value in config.items() if key.endswith("_token"))]
     contents = (value.get("content") if isinstance(value, dict) else value for value in values)
     return {content for content in contents if isinstance(content, str)}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from edgevl.errors import EdgeVLError, VideoError
+from edgevl.files import first_line, reading
 from edgevl.optional import needs
-from edgevl.preprocess.sources import data_url, first_line, reading, short_name
+from edgevl.preprocess.sources import data_url, short_name
 
 if TYPE_CHECKING:
     from av import Packet
@@ -63,7 +64,7 @@ def locate(
                 f"{name}: videos are not fetched from the network; download it first and give its "
                 "path"
             )
-    with reading(name, "video", VideoError):
+    with reading(name, VideoError, "video file"):
         place = Path(path).expanduser()
         status = place.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -102,7 +103,7 @@ def opened(name: str, data: bytes | Path) -> Iterator[tuple[InputContainer, Vide
     with needs("video", VideoError):
         import av
     options = {"format_whitelist": _CONTAINERS, "max_pixels": str(MAX_FRAME_PIXELS)}
-    with reading(name, "video", VideoError):
+    with reading(name, VideoError, "video file"):
         file = _file(data)
     try:
         with file:

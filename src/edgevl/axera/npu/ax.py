@@ -40,6 +40,7 @@ from edgevl.axera.npu.libraries import (
     optional,
 )
 from edgevl.errors import BoardError
+from edgevl.files import system_text
 
 #: Bytes of the CPU's cache line.
 CACHE_LINE = 64
@@ -128,10 +129,7 @@ def read_cmm(path: Path) -> tuple[int | None, int | None]:
     The line looks like ``total size=4194304KB(4096MB),used=283228KB(276MB + 604KB),remain=…KB(…)``
     (from programs that read it; there is no documentation). None is what it does not say.
     """
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return None, None
+    text = system_text(path)
 
     def kilobytes(name: str) -> int | None:
         found = re.findall(rf"\b{name}\s*[=:]\s*(\d+)\s*KB", text, re.IGNORECASE)
@@ -144,10 +142,7 @@ def read_cmm(path: Path) -> tuple[int | None, int | None]:
 
 
 def _line(path: Path) -> str:
-    try:
-        return " ".join(path.read_text(errors="replace").strip("\0 \n").split())
-    except OSError:
-        return ""
+    return " ".join(system_text(path).strip("\0 \n").split())
 
 
 class AxRuntime(Runtime):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgevl.errors import ImageError
+from edgevl.files import first_line
 from edgevl.preprocess.folder import PICTURE_SUFFIXES, find_files, has_suffix
 from edgevl.preprocess.image import MAX_BYTES, load_image
 from edgevl.quantize.settings import QuantizationError
@@ -133,7 +134,7 @@ class _Tar(PictureFiles):
         except QuantizationError as error:
             raise QuantizationError(f"{path}: {error}") from None
         except Exception as error:  # decompressors raise nearly anything on damaged input
-            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
+            reason = first_line(error).rstrip(":")
             raise QuantizationError(
                 f"{path}: not a whole tar file ({reason}); name a tar file or a directory of "
                 "pictures"
