@@ -56,10 +56,10 @@ def test_too_little_text_says_how_much_there_is_and_is_needed(tmp_path, tokenize
 
 def test_files_that_cannot_be_read(tmp_path, tokenizer, monkeypatch):
     path = tmp_path / "a.txt"
-    with pytest.raises(QuantizationError, match=r"a\.txt: no such file; give files of plain text"):
+    with pytest.raises(QuantizationError, match=r"a\.txt: no such file"):
         token_windows([path], tokenizer, 1)
     path.write_bytes(b"good \xff bad")
-    with pytest.raises(QuantizationError, match=r"a\.txt: not UTF-8 at byte 5; convert it"):
+    with pytest.raises(QuantizationError, match=r"a\.txt: not UTF-8 at byte 5: convert it"):
         token_windows([path], tokenizer, 1)
     monkeypatch.setattr(texts, "MAX_FILE_BYTES", 5)
     with pytest.raises(QuantizationError, match=r"a\.txt: larger than"):

@@ -426,7 +426,7 @@ def test_json_schema_reaches_the_model(model, tmp_path):
         (b'{"not": {}}', '["not"]'),
         (b"{", "is not JSON"),
         (b'"\xff"', "not UTF-8"),
-        (b'"' + b"x" * 200_000 + b'"', "exceeds 131072 bytes"),
+        (b'"' + b"x" * 200_000 + b'"', "larger than the limit of 131072 bytes"),
     ],
 )
 def test_a_bad_schema_fails_before_the_model_is_loaded(model, tmp_path, capsys, data, says):

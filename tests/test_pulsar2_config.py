@@ -205,7 +205,7 @@ def test_broken_files_are_refused(load, kind):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(BoardError, match=r"none\.json: not a regular file"):
+    with pytest.raises(BoardError, match=r"none\.json: no such file"):
         load_config(tmp_path / "none.json")
 
 

@@ -78,7 +78,7 @@ def test_bad_lines_are_named(folder, line, message):
 def test_bad_files(folder):
     with pytest.raises(QuestionFileError, match="no questions"):
         read_questions(write(folder))
-    with pytest.raises(QuestionFileError, match="No such file"):
+    with pytest.raises(QuestionFileError, match="no such file"):
         read_questions(folder / "none.jsonl")
     with pytest.raises(QuestionFileError, match="directory"):
         read_questions(folder)

@@ -45,7 +45,12 @@ def reading(name: object, error: type[Exception], what: str = "file") -> Iterato
 
 
 def read_text(
-    path: Path, max_bytes: int, error: type[Exception], *, may_be_pipe: bool = False
+    path: Path,
+    max_bytes: int,
+    error: type[Exception],
+    *,
+    name: str = "",
+    may_be_pipe: bool = False,
 ) -> str:
     """Read a UTF-8 file of at most ``max_bytes``; a byte order mark is left out.
 
@@ -53,23 +58,25 @@ def read_text(
         path: the file.
         max_bytes: the limit.
         error: what is raised.
+        name: what the message calls it; default: ``path``.
         may_be_pipe: whether it may be a pipe or device, which could be waited for without an end.
 
     Raises:
         error: it cannot be read, is too large, or is not UTF-8.
     """
-    with reading(path, error):
+    name = name or str(path)
+    with reading(name, error):
         status = path.stat()
         is_file = stat.S_ISREG(status.st_mode)
         if not is_file and not may_be_pipe:
-            raise error(f"{path}: not a regular file")
+            raise error(f"{name}: not a regular file")
         with path.open("rb") as file:
             # `read` allocates what it is asked for, so of files it is not asked for the limit.
             data = file.read((min(status.st_size, max_bytes) if is_file else max_bytes) + 1)
-    return as_text(data, max_bytes, path, error)
+    return as_text(data, max_bytes, name, error)
 
 
-def as_text(data: bytes, max_bytes: int, name: object, error: type[Exception]) -> str:
+def as_text(data: bytes, max_bytes: int, name: str, error: type[Exception]) -> str:
     """Return UTF-8 bytes as text; see `read_text`."""
     if len(data) > max_bytes:
         limit = f"{max_bytes >> 20} MiB" if max_bytes >> 20 else f"{max_bytes} bytes"

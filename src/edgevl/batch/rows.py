@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from edgevl.batch.line import parse_line
 from edgevl.errors import EdgeVLError
+from edgevl.files import reading
 from edgevl.preprocess.folder import PICTURE_SUFFIXES, VIDEO_SUFFIXES, find_files
 
 #: Longest line of a file, in bytes: a picture of the largest size in a ``data:`` URL, and more.
@@ -91,7 +92,7 @@ def open_batch(path: str | Path, question: str | None = None) -> BatchInput:
     path = Path(path)
     if question is not None and not question.strip():
         raise BatchError("the question is empty: say what is to be asked")
-    try:
+    with reading(path, BatchError):
         if path.is_dir():
             return _Directory(path, question)
         if path.name.lower().endswith(PICTURE_SUFFIXES + VIDEO_SUFFIXES) and path.is_file():
@@ -101,8 +102,6 @@ def open_batch(path: str | Path, question: str | None = None) -> BatchInput:
             )
         if path.is_file():
             return _Lines(path, question)
-    except OSError as error:
-        raise BatchError(f"{path}: cannot be read ({error.strerror or error})") from None
     raise BatchError(
         f"{path}: no such file or directory; give a directory of pictures and videos, or a file of "
         "JSON lines"
@@ -155,18 +154,14 @@ class _Lines(BatchInput):
         return self._count
 
     def rows(self, start: int = 0) -> Iterator[Row]:
-        try:
-            with self.path.open("rb") as file:
-                for number, line in islice(_lines(file), start, self._count):
-                    if line is None:
-                        error = f"line {number}: over the limit of {MAX_LINE_BYTES >> 20} MiB"
-                        yield Row(f"line {number}", error=error)
-                        continue
-                    known, error = parse_line(line, number, self.path.parent, self.question)
-                    yield Row(**known, error=error)
-        except OSError as problem:
-            reason = problem.strerror or problem
-            raise BatchError(f"{self.path}: cannot be read ({reason})") from None
+        with reading(self.path, BatchError), self.path.open("rb") as file:
+            for number, line in islice(_lines(file), start, self._count):
+                if line is None:
+                    error = f"line {number}: over the limit of {MAX_LINE_BYTES >> 20} MiB"
+                    yield Row(f"line {number}", error=error)
+                    continue
+                known, error = parse_line(line, number, self.path.parent, self.question)
+                yield Row(**known, error=error)
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:

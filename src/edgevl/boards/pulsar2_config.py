@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from edgevl.checkpoint import ModelConfig
-from edgevl.checkpoint.jsonfile import read_text, shown
-from edgevl.errors import BoardError, CheckpointError
+from edgevl.checkpoint.jsonfile import shown
+from edgevl.errors import BoardError
+from edgevl.files import read_text
 from edgevl.optional import needs
 from edgevl.preprocess.tiles import byte_statistics
 
@@ -293,10 +294,7 @@ def load_config(path: Path) -> Pulsar2Config:
         BoardError: the file cannot be read, is too large, or is no such JSON; or a field is
             unknown, missing, or has a value that is not allowed.
     """
-    try:
-        text = read_text(path, MAX_CONFIG_BYTES)
-    except CheckpointError as error:
-        raise BoardError(str(error)) from None
+    text = read_text(path, MAX_CONFIG_BYTES, BoardError)
     try:
         values = json5.loads(text, allow_duplicate_keys=False)
     except RecursionError:

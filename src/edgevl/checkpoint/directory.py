@@ -7,12 +7,15 @@ from typing import Any
 
 from edgevl.checkpoint.config import ModelConfig
 from edgevl.checkpoint.config_parser import parse_config
-from edgevl.checkpoint.jsonfile import parse_object, read_text
+from edgevl.checkpoint.jsonfile import parse_object
 from edgevl.errors import CheckpointError
+from edgevl.files import read_text
 
-#: Largest configuration file and largest other JSON file that is parsed, in bytes.
+#: Largest configuration file, other JSON file and text that is read, in bytes (`tokenizer.json` of
+#: InternVL3.5 has 11 MB).
 MAX_CONFIG_BYTES = 2 << 20
 MAX_JSON_BYTES = 16 << 20
+MAX_TEXT_BYTES = 64 << 20
 
 
 class ModelDirectory:
@@ -38,7 +41,7 @@ class ModelDirectory:
         Raises:
             CheckpointError: it cannot be read, is not UTF-8, or is larger than 64 MiB.
         """
-        return _read_text(self.path, filename)
+        return _read_text(self.path, filename, MAX_TEXT_BYTES)
 
     def read_json(self, filename: str) -> dict[str, Any] | None:
         """Return the JSON object in a file of the directory, or None if it is not there.
@@ -92,15 +95,13 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def _read_text(directory: Path, filename: str, limit: int | None = None) -> str | None:
+def _read_text(directory: Path, filename: str, max_bytes: int) -> str | None:
     if Path(filename).name != filename:
         raise CheckpointError(f"{filename!r} is not the plain name of a file in {directory}")
     path = directory / filename
-    if not path.exists():
-        return None
-    return read_text(path) if limit is None else read_text(path, limit)
+    return read_text(path, max_bytes, CheckpointError) if path.exists() else None
 
 
-def _read_json(directory: Path, filename: str, limit: int) -> dict[str, Any] | None:
-    text = _read_text(directory, filename, limit)
+def _read_json(directory: Path, filename: str, max_bytes: int) -> dict[str, Any] | None:
+    text = _read_text(directory, filename, max_bytes)
     return None if text is None else parse_object(text, str(directory / filename))

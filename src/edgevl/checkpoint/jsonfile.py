@@ -9,44 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from edgevl.errors import CheckpointError
 
-#: Largest JSON or text side file that is read, in bytes (tokenizer.json of InternVL3.5 has 11 MB).
-MAX_TEXT_BYTES = 64 << 20
 #: Integers of more digits are taken as infinite: parsing takes time with the square of the length.
 MAX_INTEGER_DIGITS = 300
 
 _Choice = TypeVar("_Choice", bound=str)
 #: Marks a field that has no default.
 REQUIRED: Any = object()
-
-
-def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """Read a UTF-8 file of at most ``limit`` bytes.
-
-    Raises:
-        CheckpointError: the file cannot be read, is too large, or is not UTF-8.
-    """
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: not a regular file")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            # `read` allocates what it is asked for, so it is not asked for the limit.
-            data = file.read(min(size, limit) + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if len(data) > limit:
-        raise CheckpointError(f"{path}: larger than the limit of {limit} bytes for such a file")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{path}: not UTF-8 text (byte {error.start}); download the file again"
-        ) from None
 
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:

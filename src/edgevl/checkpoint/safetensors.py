@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.checkpoint.jsonfile import Fields, parse_object, read_text, shown
+from edgevl.checkpoint.jsonfile import Fields, parse_object, shown
 from edgevl.errors import CheckpointError
+from edgevl.files import read_text, reading
 
 #: Largest header in bytes. The format allows 100 MB; known files stay below 1 MB.
 MAX_HEADER_BYTES = 8 << 20
@@ -130,25 +131,22 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            if not path.is_file():  # opening a pipe would wait for ever
-                raise CheckpointError(f"{path}: not a regular file")
-            with path.open("rb") as file:
-                head = file.read(16)
-                size = file.seek(0, 2)
-                _refuse_other_formats(head, size, path)
-                (header_size,) = struct.unpack("<Q", head[:8])
-                if header_size > MAX_HEADER_BYTES or header_size > size - 8:
-                    raise CheckpointError(
-                        f"{path}: the header claims {header_size} bytes, of a file of {size} "
-                        f"(limit {MAX_HEADER_BYTES}); damaged or not safetensors, download it again"
-                    )
-                file.seek(8)
-                header = file.read(header_size)
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                descriptor = os.dup(file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path}: not a regular file")
+        with reading(path, CheckpointError), path.open("rb") as file:
+            head = file.read(16)
+            size = file.seek(0, 2)
+            _refuse_other_formats(head, size, path)
+            (header_size,) = struct.unpack("<Q", head[:8])
+            if header_size > MAX_HEADER_BYTES or header_size > size - 8:
+                raise CheckpointError(
+                    f"{path}: the header claims {header_size} bytes, of a file of {size} "
+                    f"(limit {MAX_HEADER_BYTES}); damaged or not safetensors, download it again"
+                )
+            file.seek(8)
+            header = file.read(header_size)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            descriptor = os.dup(file.fileno())
         self._map: mmap.mmap | None = mapped
         self._descriptor = descriptor
         self._close_descriptor = weakref.finalize(self, os.close, descriptor)
@@ -372,10 +370,8 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         return _indexed_files(index)
-    try:
+    with reading(directory, CheckpointError):
         names = sorted(path.name for path in directory.iterdir())
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be read ({error.strerror or error})") from None
     found = [directory / name for name in names if name.endswith(".safetensors")]
     if len(found) > MAX_SHARDS:
         raise CheckpointError(f"{directory}: {len(found)} files, expected at most {MAX_SHARDS}")
@@ -403,8 +399,8 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     """Return the shards that an index names, all inside its directory."""
-    fields = Fields(parse_object(read_text(index, MAX_INDEX_BYTES), str(index)), str(index))
-    weight_map = fields.fields("weight_map").values
+    text = read_text(index, MAX_INDEX_BYTES, CheckpointError)
+    weight_map = Fields(parse_object(text, str(index)), str(index)).fields("weight_map").values
     # Only the files are of interest: which tensors are in them, they say themselves.
     names = {name for name in weight_map.values() if isinstance(name, str)}
     if not names or len(names) > MAX_SHARDS:

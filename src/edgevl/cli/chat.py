@@ -19,6 +19,7 @@ from edgevl.cli.options import (
 )
 from edgevl.cli.terminal import is_terminal, print_json, replacing
 from edgevl.errors import EdgeVLError
+from edgevl.files import as_text
 
 if TYPE_CHECKING:
     from edgevl.engine import KVCacheFormat, Precision
@@ -155,12 +156,8 @@ def _read_question() -> str:
     if sys.stdin is None:
         raise click.UsageError("standard input is closed: give the question with -q TEXT")
     data = sys.stdin.buffer.read(MAX_QUESTION_BYTES + 1)
-    if len(data) > MAX_QUESTION_BYTES:
-        raise click.UsageError(f"the question exceeds {MAX_QUESTION_BYTES} bytes: shorten it")
-    try:
-        return data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise click.UsageError("the question on standard input is not UTF-8 text") from None
+    name = "the question on standard input"
+    return as_text(data, MAX_QUESTION_BYTES, name, click.UsageError).strip()
 
 
 def _format(path: Path) -> str:

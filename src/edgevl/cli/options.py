@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import click
 
 from edgevl.cli.terminal import chinese, note, show_notes
-from edgevl.errors import EdgeVLError, PromptError
+from edgevl.errors import PromptError
+from edgevl.files import read_text
 from edgevl.options import OPTIONS, Option
 
 if TYPE_CHECKING:
@@ -167,16 +168,12 @@ def read_constraint(
 
     if json_schema is None:
         return Constraint.json_object()
-    with json_schema.open("rb") as file:
-        data = file.read(MAX_CONSTRAINT_BYTES + 1)
+    name = f"--json-schema {json_schema}"
+    text = read_text(json_schema, MAX_CONSTRAINT_BYTES, PromptError, name=name, may_be_pipe=True)
     try:
-        if len(data) > MAX_CONSTRAINT_BYTES:
-            raise PromptError(f"the file exceeds {MAX_CONSTRAINT_BYTES} bytes: shorten it")
-        return Constraint.json_schema(data.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise EdgeVLError(f"--json-schema {json_schema}: the file is not UTF-8 text") from None
+        return Constraint.json_schema(text)
     except PromptError as error:
-        raise PromptError(f"--json-schema {json_schema}: {error}") from None
+        raise PromptError(f"{name}: {error}") from None
 
 
 def _sampling_option(option: Option) -> Callable[[Function], Function]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevl import files
 from edgevl.errors import CheckpointError, EdgeVLError
 from edgevl.evaluate.agreement import Comparison, Perplexity, check_same_tokens
 
@@ -57,17 +58,7 @@ def read_text(path: str | Path) -> str:
     Raises:
         TextFileError: it cannot be read, is larger than `MAX_TEXT_BYTES`, or is not UTF-8.
     """
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
-    except OSError as error:
-        raise TextFileError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(data) > MAX_TEXT_BYTES:
-        raise TextFileError(f"{path}: larger than {MAX_TEXT_BYTES >> 20} MiB; take a part of it")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextFileError(f"{path}: not UTF-8 at byte {error.start}; convert it") from None
+    return files.read_text(Path(path), MAX_TEXT_BYTES, TextFileError, may_be_pipe=True)
 
 
 def text_windows(

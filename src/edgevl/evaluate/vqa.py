@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgevl.errors import EdgeVLError, PromptError
 from edgevl.evaluate.boxes import mean_iou, parse_boxes
+from edgevl.files import read_text
 from edgevl.options import GREEDY
 
 if TYPE_CHECKING:
@@ -116,16 +117,9 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
         EdgeVLError: a line has a schema, and ``llguidance`` is not installed.
     """
     path = Path(path)
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise QuestionFileError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; split it")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise QuestionFileError(f"{path}: not UTF-8 at byte {error.start}; convert it") from None
-    except OSError as error:
-        raise QuestionFileError(f"{path}: cannot be read: {error.strerror}") from None
+    text = read_text(path, MAX_FILE_BYTES, QuestionFileError, may_be_pipe=True)
     questions = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             questions.append(_question(line, path, number))
             if len(questions) == limit:

@@ -16,9 +16,10 @@ from edgevl.axera.layout import EMULATED_MAGIC, NOT_BUILT, layer_file, post_file
 from edgevl.axera.model.embedding_file import EMBEDDING_FILES, EmbeddingFile
 from edgevl.axera.model.integrity import Content, check_contents, check_sizes, listed_files
 from edgevl.checkpoint.config import MAX_TILES, ModelConfig
-from edgevl.checkpoint.directory import ModelDirectory, is_directory, read_config
-from edgevl.checkpoint.jsonfile import Fields, parse_object, read_text
-from edgevl.errors import BoardError
+from edgevl.checkpoint.directory import MAX_JSON_BYTES, ModelDirectory, is_directory, read_config
+from edgevl.checkpoint.jsonfile import Fields, parse_object
+from edgevl.errors import BoardError, CheckpointError
+from edgevl.files import read_text, reading
 
 #: Directories below the given one in which files are looked for.
 MAX_DEPTH = 2
@@ -157,10 +158,8 @@ def walk(root: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
 
     def visit(directory: Path, depth: int) -> Iterator[Path]:
         nonlocal left
-        try:
+        with reading(directory, BoardError):
             entries = sorted(directory.iterdir())
-        except OSError as error:
-            raise BoardError(f"{directory}: cannot be read ({error.strerror})") from None
         left -= len(entries)
         if left < 0:
             raise BoardError(f"{root}: more than {MAX_ENTRIES} files: give the model's directory")
@@ -270,7 +269,7 @@ def _find_vision(root: Path, files: Sequence[Path], image_size: int) -> Path | N
 def _board(directory: Path) -> Fields:
     """Return what ``board.json`` says: nothing if there is none, as in the vendor's directories."""
     path = directory / BOARD_FILE
-    text = read_text(path, 16 << 20) if path.is_file() else "{}"
+    text = read_text(path, MAX_JSON_BYTES, CheckpointError) if path.is_file() else "{}"
     return Fields(parse_object(text, str(path)), str(path))
 
 
@@ -285,11 +284,8 @@ def _with_tiles(config: ModelConfig, board: Fields) -> ModelConfig:
 
 
 def _is_emulated(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(EMULATED_MAGIC))
-    except OSError as error:
-        raise BoardError(f"{path}: cannot be read ({error.strerror})") from None
+    with reading(path, BoardError), path.open("rb") as file:
+        start = file.read(len(EMULATED_MAGIC))
     if not start:
         raise BoardError(f"{path}: the file is empty: copy or download it again")
     if start.startswith(b"version https://git-lfs"):

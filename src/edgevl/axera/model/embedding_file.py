@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from edgevl.axera.layout import EMBEDDING_BF16, EMBEDDING_F32, EMBEDDING_NPY
 from edgevl.axera.number_formats import from_device
 from edgevl.errors import BoardError
+from edgevl.files import reading
 
 #: The forms, the smallest first.
 EMBEDDING_FILES = (EMBEDDING_BF16, EMBEDDING_NPY, EMBEDDING_F32)
@@ -31,7 +32,7 @@ class EmbeddingFile:
         """
         self.path = path
         shape = (vocab_size, hidden_size)
-        try:
+        with reading(path, BoardError):
             if path.suffix == ".npy":
                 self._rows = self._open_npy(shape)
                 return
@@ -43,8 +44,6 @@ class EmbeddingFile:
                     f"{hidden_size} numbers as config.json says: copy or download it again"
                 )
             self._rows = np.memmap(path, stored, "r", shape=shape)
-        except OSError as error:
-            raise BoardError(f"{path}: cannot be read ({error.strerror or error})") from None
 
     def rows(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the embeddings of tokens: int [T] -> float32 [T, H].

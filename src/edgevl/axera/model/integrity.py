@@ -14,14 +14,14 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevl.checkpoint.jsonfile import Fields, parse_object, read_text
+from edgevl.checkpoint.jsonfile import Fields, parse_object
 from edgevl.errors import BoardError, CheckpointError
+from edgevl.files import read_text, reading, replacing
 
 #: The field of ``board.json`` with an object for each file: name -> ``bytes``, ``sha256``.
 FILES = "files"
@@ -83,10 +83,8 @@ def check_sizes(paths: Iterable[Path], listed: Mapping[str, Content]) -> None:
         expected = listed.get(path.name)
         if expected is None:
             continue
-        try:
+        with reading(path, BoardError):
             size = path.stat().st_size
-        except OSError as error:
-            raise BoardError(f"{path}: cannot be read ({error.strerror})") from None
         if size != expected.nbytes:
             raise BoardError(
                 f"{path}: {size} bytes, compiled were {expected.nbytes} as board.json says: copy "
@@ -108,13 +106,11 @@ def check_contents(paths: Iterable[Path], listed: Mapping[str, Content]) -> None
             expected = listed.get(path.name)
             if expected is None:
                 continue
-            try:
+            with reading(path, BoardError):
                 key, state = str(path.resolve()), _state(path)
                 if known.get(key) == [*state, expected.sha256]:
                     continue
                 content = Content.of(path)
-            except OSError as error:
-                raise BoardError(f"{path}: cannot be read ({error.strerror})") from None
             if content != expected:
                 raise BoardError(f"{path}: {_difference(content, listed)}")
             found[key] = [*state, content.sha256]
@@ -151,7 +147,8 @@ def _recall(place: Path | None) -> dict[str, Any]:
     """Return what is remembered: nothing if that cannot be read."""
     try:
         if place is not None:
-            return parse_object(read_text(place, _MAX_MEMORY_BYTES), str(place))
+            text = read_text(place, _MAX_MEMORY_BYTES, CheckpointError)
+            return parse_object(text, str(place))
     except CheckpointError:
         pass
     return {}
@@ -162,11 +159,5 @@ def _remember(place: Path, found: Mapping[str, list[Any]]) -> None:
     memory = {path: state for path, state in _recall(place).items() if Path(path).exists()}
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump({**memory, **found}, file)
-            Path(name).replace(place)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with replacing(place) as file:
+            file.write(json.dumps({**memory, **found}).encode())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgevl.errors import ImageError
-from edgevl.files import first_line
+from edgevl.files import first_line, reading
 from edgevl.preprocess.folder import PICTURE_SUFFIXES, find_files, has_suffix
 from edgevl.preprocess.image import MAX_BYTES, load_image
 from edgevl.quantize.settings import QuantizationError
@@ -63,7 +63,7 @@ def open_pictures(path: Path) -> PictureFiles:
         QuantizationError: it is neither, is damaged, or has no file with a picture's suffix.
         ImageError: a directory has far too many.
     """
-    try:
+    with reading(path, QuantizationError):
         if path.is_dir():
             files: PictureFiles = _Directory(path)
         elif path.is_file():
@@ -72,8 +72,6 @@ def open_pictures(path: Path) -> PictureFiles:
             raise QuantizationError(
                 f"{path}: no such directory or tar file; name one that has pictures"
             )
-    except OSError as error:
-        raise QuantizationError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not len(files):
         raise QuantizationError(
             f"{path}: has no pictures; name a directory or tar file with "
@@ -93,11 +91,9 @@ class _Directory(PictureFiles):
         return len(self._paths)
 
     def read(self, place: int) -> bytes:
-        try:
-            with self._paths[place].open("rb") as file:
-                return file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise ImageError(f"{self._paths[place]}: cannot be read ({error})") from None
+        path = self._paths[place]
+        with reading(path, ImageError), path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
 
 
 class _BoundedTarInfo(tarfile.TarInfo):

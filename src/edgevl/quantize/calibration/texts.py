@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from edgevl.files import read_text
 from edgevl.quantize.calibration.pictures import spread
 from edgevl.quantize.settings import QuantizationError
 
@@ -27,27 +28,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     Raises:
         QuantizationError: one cannot be read, is too large, or is not UTF-8.
     """
-    return list(dict.fromkeys(_read(path) for path in paths))
-
-
-def _read(path: Path) -> str:
-    try:
-        if not path.is_file():  # a pipe or device may have no end
-            raise QuantizationError(f"{path}: no such file; give files of plain text")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            # `read` allocates what it is asked for, so it is not asked for the limit.
-            data = file.read(min(size, MAX_FILE_BYTES) + 1)
-    except OSError as error:
-        raise QuantizationError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise QuantizationError(
-            f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; give a part of it"
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise QuantizationError(f"{path}: not UTF-8 at byte {error.start}; convert it") from None
+    return list(dict.fromkeys(read_text(path, MAX_FILE_BYTES, QuantizationError) for path in paths))
 
 
 def token_windows(
