@@ -173,7 +173,7 @@ def test_every_kind_of_model_can_be_asked(mini_checkpoint, preset, tmp_path):
 
 def test_a_finished_one_is_loaded_without_an_engine(model, calibration, work):
     assert_equal(saved(model.checkpoint, SETTINGS, work), calibration)
-    assert not list(work.glob("*.part"))
+    assert not list(work.glob(".unfinished-*"))
     for other in (replace(SETTINGS, seed=1), replace(SETTINGS, samples=9)):
         assert saved(model.checkpoint, other, work) is None
     assert saved(model.checkpoint, SETTINGS, work, text_only=True) is None
@@ -193,10 +193,8 @@ def test_conversations_of_another_checkpoint_are_dropped(model, work, calibratio
     request = requests(kinds(SETTINGS, 8), 0, False, max_tiles=2)[0]
     log = ConversationLog(tmp_path / "conversations.jsonl", model.checkpoint.fingerprint())
     assert log.replies(request)
-    log.close()
     log = ConversationLog(tmp_path / "conversations.jsonl", "another")
     assert log.replies(request) is None
-    log.close()
 
 
 def test_text_alone_goes_with_drawn_pictures(model, text, tmp_path):

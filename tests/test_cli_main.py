@@ -10,7 +10,6 @@ import pytest
 
 from edgevl import cli
 from edgevl.cli.options import ENGINES, model_name
-from edgevl.cli.terminal import replacing
 from edgevl.errors import CheckpointError
 
 
@@ -172,36 +171,6 @@ def test_full_disk_is_one_line():
         done = run("--help", stdout=full)
     assert done.returncode == 1
     assert done.stderr.decode() == "edgevl: error: No space left on device\n"
-
-
-def test_replacing_leaves_nothing_behind_on_failure(tmp_path):
-    target = tmp_path / "out.txt"
-    target.write_text("old")
-    with pytest.raises(TypeError), replacing(target) as file:
-        file.write("not bytes")
-    assert target.read_text() == "old"
-    with replacing(target) as file:
-        file.write(b"new")
-    assert target.read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
-
-
-def test_replacing_names_the_file_it_cannot_write(tmp_path):
-    with pytest.raises(OSError, match="cannot be written"), replacing(tmp_path / "no" / "out"):
-        pass
-    with pytest.raises(IsADirectoryError), replacing(tmp_path):
-        pass
-
-
-def test_replacing_does_not_replace_a_device_or_a_pipe(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with replacing(pipe) as file:
-        file.write(b"through")
-    assert os.read(reader, 100) == b"through"
-    os.close(reader)
-    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize(("args", "status"), [([], 2), (["-q", "x", "-i", "-"], 1)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import TensorSpec, raw, write_file
 from edgevl.errors import EdgeVLError
+from edgevl.files import UNFINISHED, replacing, sync_file
 
 #: Opens a stretch of work of some name; within, is told what is done of it, and what there is.
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], object]]]
@@ -67,7 +67,7 @@ class WorkDirectory:
             OSError: the disk is full.
         """
         specs = [TensorSpec(n, _TYPES[t.dtype.name], t.shape) for n, t in tensors.items()]
-        with self._replacing(name) as path, path.open("wb") as file:
+        with replacing(self.path / name, sync=True) as file:
             write_file(file, specs, map(raw, tensors.values()))
 
     def open(self, name: str) -> SafetensorsFile:
@@ -80,8 +80,8 @@ class WorkDirectory:
 
     def save_json(self, name: str, value: object) -> None:
         """Write a JSON file."""
-        with self._replacing(name) as path:
-            path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        with replacing(self.path / name, sync=True) as file:
+            file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
     def load_json(self, name: str) -> Any:
         """Read a JSON file that `save_json` wrote."""
@@ -117,16 +117,9 @@ class WorkDirectory:
             raise
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             if file.is_file():
-                _sync(file)
+                sync_file(file)
         self.product(name).parent.mkdir(exist_ok=True)
         path.rename(self.product(name))
-
-    @contextmanager
-    def _replacing(self, name: str) -> Iterator[Path]:
-        beside = self.path / f"{name}.new"
-        yield beside
-        _sync(beside)
-        beside.replace(self.path / name)
 
 
 class Steps:
@@ -203,6 +196,8 @@ def opened(
             raise error(f"{path}: another process is writing it") from None
         work = WorkDirectory(path)
         try:
+            for left in path.glob(UNFINISHED + "*"):  # of a run that was killed
+                left.unlink()
             _resume(work, run, settled, error)
             try:
                 yield work
@@ -298,9 +293,3 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Have a file's data on the disk before anything is renamed."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from PIL import Image
 
 from edgevl.checkpoint import Checkpoint
 from edgevl.errors import BoardError, ImageError
+from edgevl.files import replacing
 from edgevl.preprocess import load_image
 from edgevl.preprocess.tiles import split
 from edgevl.quantize.calibration.drawn import draw
@@ -43,26 +44,23 @@ def write_calibration(
         How many were written: fewer than wanted if there are fewer different pictures.
 
     Raises:
-        BoardError: ``samples`` is out of range, or the file cannot be written.
+        BoardError: ``samples`` is out of range.
+        OSError: the file cannot be written.
         EdgeVLError: the pictures cannot be read.
     """
     if not 1 <= samples <= MAX_SAMPLES:
         raise BoardError(f"{samples} calibration samples: choose 1 to {MAX_SAMPLES}")
     size = checkpoint.config.vision.image_size
     images = _drawn(samples) if source is None else _found(source, samples)
-    beside = path.with_name(path.name + ".partial")
-    try:
-        with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index, image in enumerate(images):
-                data = _png(split(image, size, 1, 1, thumbnail=False)[0])
-                info = tarfile.TarInfo(f"{index:04}.png")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        beside.replace(path)
-    except OSError as error:
-        raise BoardError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    with (
+        replacing(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for index, image in enumerate(images):
+            data = _png(split(image, size, 1, 1, thumbnail=False)[0])
+            info = tarfile.TarInfo(f"{index:04}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
     return index + 1
 
 

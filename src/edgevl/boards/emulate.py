@@ -29,6 +29,7 @@ from edgevl.boards.emulated_file import (
 from edgevl.checkpoint import Checkpoint, ModelConfig, TextConfig
 from edgevl.checkpoint.config import IMAGE_MEAN, IMAGE_STD
 from edgevl.errors import BoardError
+from edgevl.files import replacing
 from edgevl.machine import this_machine
 
 try:
@@ -126,21 +127,15 @@ def _write(
     team: _native.Team,
 ) -> None:
     """Write a file beside its place, a matrix at a time, and rename it."""
-    beside = path.with_name(f".unfinished-{path.name}")
-    try:
-        with beside.open("wb") as file:
-            file.write(begin)
-            for matrix in matrices.values():
-                data = packed.aligned_zeros(packed.packed_bytes(matrix))
-                packed.pack_matrix(checkpoint, matrix, data, team)
-                file.write(data.data)
-            for vector in vectors.values():
-                file.write(vector.tobytes())
-                file.write(bytes(-vector.nbytes % ALIGNMENT))
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(begin)
+        for matrix in matrices.values():
+            data = packed.aligned_zeros(packed.packed_bytes(matrix))
+            packed.pack_matrix(checkpoint, matrix, data, team)
+            file.write(data.data)
+        for vector in vectors.values():
+            file.write(vector.tobytes())
+            file.write(bytes(-vector.nbytes % ALIGNMENT))
 
 
 def _weights(matrices: Matrices, vectors: Vectors) -> list[Weight]:

@@ -15,6 +15,7 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Floats
 from edgevl.engine.reference import ReferenceVision
 from edgevl.errors import BoardError
+from edgevl.files import replacing
 from edgevl.machine import this_machine
 from edgevl.optional import needs
 from edgevl.preprocess.tiles import byte_statistics, split, to_pixels
@@ -59,12 +60,12 @@ def write_vision_onnx(checkpoint: Checkpoint, path: Path, uint8_input: bool = Fa
 
     Raises:
         BoardError: the model has no vision or too large a one, the machine has too little memory,
-            the two differ by more than rounding does, the file cannot be written, or a library is
-            missing.
+            the two differ by more than rounding does, or a library is missing.
+        OSError: the file cannot be written.
     """
     model, weights = _checked_graph(checkpoint)
-    beside = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as file:
+        beside = Path(file.name)  # the libraries open it themselves
         _write(model, weights, checkpoint, beside)
         cosine = cosine_to_reference(checkpoint, beside, uint8_input)
         if not cosine >= LEAST_COSINE:  # so that NaN fails too
@@ -74,11 +75,6 @@ def write_vision_onnx(checkpoint: Checkpoint, path: Path, uint8_input: bool = Fa
                 "damaged, or a library computes wrongly: get the checkpoint again, or other "
                 "versions of onnx, onnxslim and onnxruntime"
             )
-        beside.replace(path)
-    except OSError as error:
-        raise BoardError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        beside.unlink(missing_ok=True)
     return cosine
 
 

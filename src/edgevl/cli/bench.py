@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevl.cli.options import engine_options
-from edgevl.cli.terminal import is_terminal, note, print_json, replacing
+from edgevl.cli.terminal import is_terminal, note, print_json
+from edgevl.files import replacing
 
 if TYPE_CHECKING:
     from edgevl.evaluate.bench import BenchResult

@@ -17,9 +17,9 @@ from edgevl.cli.options import (
     load_model,
     read_constraint,
 )
-from edgevl.cli.terminal import is_terminal, print_json, replacing
+from edgevl.cli.terminal import is_terminal, print_json
 from edgevl.errors import EdgeVLError
-from edgevl.files import as_text
+from edgevl.files import as_text, replacing
 
 if TYPE_CHECKING:
     from edgevl.engine import KVCacheFormat, Precision

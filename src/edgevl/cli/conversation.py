@@ -17,8 +17,9 @@ from edgevl.cli.answer import PlainPrinter, Printer, print_answer
 from edgevl.cli.commands import COMMANDS, help_text
 from edgevl.cli.dropped import find_files, unquoted
 from edgevl.cli.prompt import keys_wait, line_reader
-from edgevl.cli.terminal import can_move, chinese, reason, replacing, tell
+from edgevl.cli.terminal import can_move, chinese, reason, tell
 from edgevl.errors import EdgeVLError
+from edgevl.files import replacing
 from edgevl.options import OPTIONS
 from edgevl.preprocess import Video, load_image, open_video
 from edgevl.preprocess.folder import PICTURE_SUFFIXES, VIDEO_SUFFIXES

@@ -13,7 +13,8 @@ import click
 from click.core import ParameterSource
 
 from edgevl.cli.options import engine_options
-from edgevl.cli.terminal import is_terminal, note, print_json, replacing, show_notes
+from edgevl.cli.terminal import is_terminal, note, print_json, show_notes
+from edgevl.files import replacing
 
 if TYPE_CHECKING:
     from tqdm import tqdm

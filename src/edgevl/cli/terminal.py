@@ -6,11 +6,9 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
@@ -122,34 +120,3 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], object]]:
             bar.update(done - bar.n)
 
         yield show
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file beside ``path`` and rename it on success; on failure leave nothing behind.
-
-    A device or pipe, such as ``/dev/stdout``, is written straight: a file must not take its place.
-
-    Raises:
-        OSError: the directory does not exist, is not writable, or is full.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(21, "is a directory; name a file", str(path))
-    if path.exists() and not path.is_file():
-        with path.open("wb") as file:
-            yield file
-        return
-    try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)  # mkstemp makes files private
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

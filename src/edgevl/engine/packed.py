@@ -13,7 +13,6 @@ import hashlib
 import logging
 import mmap
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import TensorSpec, write_file
 from edgevl.engine.plan import MatrixPlan, PackingPlan, Part
 from edgevl.errors import CheckpointError
+from edgevl.files import UNFINISHED, replacing
 
 Bytes = NDArray[np.uint8]
 
@@ -191,17 +191,8 @@ def write_cache(path: Path, checkpoint: Checkpoint, plan: PackingPlan, team: _na
 
     path.parent.mkdir(exist_ok=True)
     _remove_leftovers(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write_file(file, specs, pieces(), alignment=ALIGNMENT)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(file.fileno(), 0o666 & ~umask)  # mkstemp makes files private
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        write_file(file, specs, pieces(), alignment=ALIGNMENT)
 
 
 def read_cache(path: Path, plan: PackingPlan, threads: int) -> dict[str, Bytes]:
@@ -245,7 +236,7 @@ def _remove_leftovers(path: Path) -> None:
     precision = path.name.partition("-")[0]
     for other in path.parent.iterdir():
         with contextlib.suppress(OSError):
-            unfinished = other.name.startswith(".unfinished-")
+            unfinished = other.name.startswith(UNFINISHED)
             abandoned = unfinished and time.time() - other.stat().st_mtime > ABANDONED_SECONDS
             outdated = other.name.startswith(f"{precision}-") and other != path
             if abandoned or outdated:

@@ -38,7 +38,7 @@ from edgevl.synth.tokenizer import (
     build_tokenizer,
     special_tokens,
 )
-from edgevl.work import check_disk, check_target
+from edgevl.work import check_disk, check_target, publish
 
 #: Layouts that can be written: OpenGVLab's own, and that of the "-HF" repositories.
 LAYOUTS = ("internvl_chat", "hf")
@@ -127,9 +127,7 @@ def write_checkpoint(
     try:
         _write_side_files(config, partial, layout, dtype, tokenizer)
         write_safetensors(partial, list(sources), produce, shard_bytes, progress)
-        if target.exists():
-            target.rmdir()  # empty, as checked
-        partial.rename(target)
+        publish(partial, directory)
     except BaseException as error:  # Ctrl-C too: nothing half-written stays behind
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):

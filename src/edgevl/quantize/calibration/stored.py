@@ -16,6 +16,7 @@ from edgevl.checkpoint.layouts import EMBEDDING
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import TensorSpec, raw, write_file
 from edgevl.errors import CheckpointError
+from edgevl.files import replacing
 from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example, Sample
 
 
@@ -50,10 +51,8 @@ def save(path: Path, calibration: CalibrationSet, key: str) -> None:
         TensorSpec("is_image", "U8", (tokens,)),
         TensorSpec("record", "U8", (len(record),)),
     ]
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
+    with replacing(path) as file:
         write_file(file, tensors, _pieces(calibration, record))
-    beside.replace(path)
 
 
 def _pieces(calibration: CalibrationSet, record: bytes) -> Iterator[bytes | memoryview]:
