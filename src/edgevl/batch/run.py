@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 from edgevl.batch.answering import answer_rows
 from edgevl.batch.rows import BatchError, BatchInput
 from edgevl.checkpoint import Checkpoint
+from edgevl.files import Journal, sync_file
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.model import Model
 from edgevl.version import __version__
@@ -22,8 +21,6 @@ from edgevl.work import opened, publish
 
 #: The finished rows in the work directory, ``OUT.partial``.
 ROWS = "rows.jsonl"
-#: How often they are forced to the disk: a power cut costs no more than this.
-SYNC_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -66,19 +63,19 @@ def run_batch(
     begun = json.loads(json.dumps(begun, default=_digest))
     with opened(output, begun, settled=ROWS, error=BatchError) as work:
         path = work.path / ROWS
-        done, failed = _recover(path)
-        synced = time.monotonic()
+        rows = Journal(path)
+        done = failed = 0
+        for row in rows.recover():
+            done += 1
+            failed += "error" in row
         with closing(answer_rows(model, source.rows(done), **options)) as results:
             for result in results:
-                sync = time.monotonic() - synced > SYNC_SECONDS
-                synced = time.monotonic() if sync else synced
-                _append(path, result, sync)
+                rows.add(result)
                 done += 1
                 failed += "error" in result
                 if progress is not None:
                     progress(done, len(source))
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(path)
         check_output(output)
         publish(path, output)
     return BatchResult(done, failed)
@@ -111,33 +108,3 @@ def _identity(model: Model, source: BatchInput) -> dict[str, Any]:
 def _digest(constraint: Constraint) -> str:
     """Return what tells constraints apart, and is short enough for a message."""
     return hashlib.sha256(constraint.grammar.encode()).hexdigest()[:16]
-
-
-def _recover(path: Path) -> tuple[int, int]:
-    """Cut off what an interrupted run has not written to its end: -> rows done, failed."""
-    done = failed = end = 0
-    if not path.exists():
-        return 0, 0
-    with path.open("rb+") as file:
-        for line in file:
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                break
-            done += 1
-            failed += "error" in row
-            end += len(line)
-        file.truncate(end)
-    return done, failed
-
-
-def _append(path: Path, result: Mapping[str, Any], sync: bool) -> None:
-    """Write one line; half a surrogate pair, as in names that are not UTF-8, as its escape."""
-    line = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
-    with path.open("ab") as file:
-        file.write(line.encode(errors="backslashreplace"))
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())

@@ -153,7 +153,6 @@ class _Collector:
         ]
         fingerprint = checkpoint.fingerprint()
         self._log = ConversationLog(work / "conversations.jsonl", fingerprint)
-        stack.callback(self._log.close)
 
     def run(self, progress: Callable[[int, int], object] | None) -> CalibrationSet:
         """Make every sample."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from edgevl.files import Journal
 from edgevl.generate import Model
 from edgevl.preprocess import GeneratedTokens, Message, Picture, Prompt, PromptEncoder
 from edgevl.quantize.calibration.calibration_set import Sample
@@ -95,8 +94,7 @@ def _end_of_turn(prompts: PromptEncoder) -> list[int]:
 class ConversationLog:
     """A file to which each finished conversation is added, so that none is had twice.
 
-    Its first line names the checkpoint; what is there of another one is dropped, and so is a last
-    line that was not finished.
+    Its first line names the checkpoint; what is there of another one is dropped.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -105,22 +103,20 @@ class ConversationLog:
         Raises:
             OSError: it cannot be read or written.
         """
-        self._known: dict[str, list[Reply]] = {}
-        header = _line({"format": _FORMAT, "checkpoint": fingerprint})
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if not lines or lines[0] != header:
-            lines = [header]
-            path.write_bytes(header)
-        whole = len(header)
-        for line in lines[1:]:
-            entry = _parsed(line)
-            if entry is None:
-                break
-            self._known[entry[0]] = entry[1]
-            whole += len(line)
-        self._file = path.open("r+b")
-        self._file.seek(whole)
-        self._file.truncate()
+        self._journal = Journal(path)
+        header = {"format": _FORMAT, "checkpoint": fingerprint}
+        first, *known = [*self._journal.recover()] or [{}]
+        if first != header:
+            path.unlink(missing_ok=True)
+            self._journal.add(header)
+            known = []
+        self._known = {
+            entry["request"]: [
+                Reply(tuple(reply["token_ids"]), reply["text"], reply["finish_reason"])
+                for reply in entry["replies"]
+            ]
+            for entry in known
+        }
 
     def replies(self, request: Request) -> list[Reply] | None:
         """Return what the model said to ``request``, or None if that is not known."""
@@ -128,37 +124,11 @@ class ConversationLog:
 
     def add(self, request: Request, replies: Sequence[Reply]) -> None:
         """Keep a finished conversation."""
-        self._file.write(
-            _line(
-                {
-                    "request": request.digest,
-                    "kind": request.kind,
-                    "questions": request.questions,
-                    "replies": [asdict(reply) for reply in replies],
-                }
-            )
+        self._journal.add(
+            {
+                "request": request.digest,
+                "kind": request.kind,
+                "questions": request.questions,
+                "replies": [asdict(reply) for reply in replies],
+            }
         )
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-
-
-def _parsed(line: bytes) -> tuple[str, list[Reply]] | None:
-    """Return a line's request and replies; None if it is damaged."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        value = json.loads(line)
-        replies = [
-            Reply(tuple(map(int, reply["token_ids"])), reply["text"], reply["finish_reason"])
-            for reply in value["replies"]
-        ]
-        return str(value["request"]), replies
-    except (ValueError, KeyError, TypeError):
-        return None
