@@ -259,7 +259,7 @@ def test_a_directory_that_cannot_be_written(directory, team, monkeypatch):
     def refuse(*args, **options):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(packing.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(packing, "replacing", refuse)
     check(load(directory, team))
     assert cache_files(directory) == []
     shutil.rmtree(directory / ".edgevl")
