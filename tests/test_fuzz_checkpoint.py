@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import edgevl
 from edgevl.checkpoint import Checkpoint, expected_tensors, parse_config
-from edgevl.checkpoint.jsonfile import parse_object
 from edgevl.checkpoint.safetensors import SafetensorsFile, Weights
 from edgevl.errors import CheckpointError
+from edgevl.json_input import parse_object
 from edgevl.loading import locate
 from edgevl.preprocess import Message, PromptEncoder
 from storage import CONFIGS, hf_names, random_tensors, safetensors_bytes, write_directory

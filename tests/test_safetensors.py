@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from edgevl.checkpoint.jsonfile import Fields, parse_object
 from edgevl.checkpoint.safetensors import SafetensorsFile, StoredTensor, Weights
 from edgevl.errors import CheckpointError
+from edgevl.json_input import Fields, parse_object
 from storage import safetensors_bytes, to_bf16
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}

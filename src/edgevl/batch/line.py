@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from edgevl.errors import PromptError
+from edgevl.json_input import parse_object
 from edgevl.options import OPTIONS
 from edgevl.preprocess.video import MAX_SAMPLED
 
@@ -39,23 +39,21 @@ def parse_line(
         an empty text.
     """
     known: dict[str, Any] = {"id": f"line {number}"}
+    where = f"line {number}"
     try:
-        _read(line, directory, question, known)
+        value = parse_object(line, where, PromptError)
+        _read(value, directory, question, known)
+    except PromptError as error:
+        return known, str(error)
     except ValueError as error:
-        return known, f"line {number}: {error}"
+        return known, f"{where}: {error}"
     return known, ""
 
 
-def _read(line: bytes, directory: Path, question: str | None, known: dict[str, Any]) -> None:
+def _read(
+    value: dict[str, Any], directory: Path, question: str | None, known: dict[str, Any]
+) -> None:
     """Fill ``known``; a ValueError says what is wrong."""
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}); write one object a line") from None
-    if not isinstance(value, dict):
-        raise ValueError('not an object; write {"image": …, "question": …}')
     fields = {name: each for name, each in value.items() if each is not None}
     _read_sources(fields, directory, known)
     if "id" in fields:

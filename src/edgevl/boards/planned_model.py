@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from edgevl.axera.layout import BoardShape
 from edgevl.axera.model.directory import BOARD_FILE
 from edgevl.checkpoint.config import MAX_POSITIONS, ModelConfig
-from edgevl.checkpoint.jsonfile import Fields
+from edgevl.json_input import Fields
 from edgevl.loading import locate, open_model
 from edgevl.preprocess import Message, PromptEncoder
 from edgevl.preprocess.template import ChatMLTemplate

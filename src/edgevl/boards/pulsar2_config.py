@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from edgevl.checkpoint import ModelConfig
-from edgevl.checkpoint.jsonfile import shown
 from edgevl.errors import BoardError
 from edgevl.files import read_text
+from edgevl.json_input import shown
 from edgevl.optional import needs
 from edgevl.preprocess.tiles import byte_statistics
 

@@ -34,9 +34,9 @@ from edgevl.checkpoint.config import (
     TextConfig,
     VisionConfig,
 )
-from edgevl.checkpoint.jsonfile import Fields, shown
 from edgevl.checkpoint.layouts import vision_linears
 from edgevl.errors import CheckpointError, PromptError
+from edgevl.json_input import Fields, shown
 from edgevl.options import OPTIONS
 
 

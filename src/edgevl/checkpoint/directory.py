@@ -7,9 +7,9 @@ from typing import Any
 
 from edgevl.checkpoint.config import ModelConfig
 from edgevl.checkpoint.config_parser import parse_config
-from edgevl.checkpoint.jsonfile import parse_object
 from edgevl.errors import CheckpointError
 from edgevl.files import read_text
+from edgevl.json_input import parse_object
 
 #: Largest configuration file, other JSON file and text that is read, in bytes (`tokenizer.json` of
 #: InternVL3.5 has 11 MB).

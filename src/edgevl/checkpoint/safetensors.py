@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.checkpoint.jsonfile import Fields, parse_object, shown
 from edgevl.errors import CheckpointError
-from edgevl.files import read_text, reading
+from edgevl.files import reading
+from edgevl.json_input import Fields, parse_object, shown
 
 #: Largest header in bytes. The format allows 100 MB; known files stay below 1 MB.
 MAX_HEADER_BYTES = 8 << 20
@@ -399,8 +399,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     """Return the shards that an index names, all inside its directory."""
-    text = read_text(index, MAX_INDEX_BYTES, CheckpointError)
-    weight_map = Fields(parse_object(text, str(index)), str(index)).fields("weight_map").values
+    weight_map = Fields.read(index, MAX_INDEX_BYTES).fields("weight_map").values
     # Only the files are of interest: which tensors are in them, they say themselves.
     names = {name for name in weight_map.values() if isinstance(name, str)}
     if not names or len(names) > MAX_SHARDS:

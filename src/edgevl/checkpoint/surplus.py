@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 
 from edgevl.checkpoint.config import FLASH_REFUSED
-from edgevl.checkpoint.jsonfile import shown
 from edgevl.checkpoint.safetensors import FLOAT_TYPES, Weights
 from edgevl.errors import CheckpointError
+from edgevl.json_input import shown
 
 _MERGE = (
     "a LoRA adapter, which is not applied here: merge it into the model (merge_and_unload of "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgevl.errors import EdgeVLError, PromptError
 from edgevl.evaluate.boxes import mean_iou, parse_boxes
 from edgevl.files import read_text
+from edgevl.json_input import parse_object
 from edgevl.options import GREEDY
 
 if TYPE_CHECKING:
@@ -131,12 +132,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
 
 def _question(line: str, path: Path, number: int) -> Question:
     where = f"{path}:{number}"
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise QuestionFileError(f"{where}: not JSON ({error}); write one object a line") from None
-    if not isinstance(value, dict):
-        raise QuestionFileError(f'{where}: not an object; write {{"image": …, "question": …}}')
+    value = parse_object(line, where, QuestionFileError)
     for field in ("image", "question"):
         if not isinstance(value.get(field), str) or not value[field].strip():
             raise QuestionFileError(f"{where}: `{field}` must be a text, not empty")

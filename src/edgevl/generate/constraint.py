@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from edgevl.bounded_json import bounded_json, check_size
 from edgevl.errors import PromptError, SchemaError
 from edgevl.generate.json_schema import find_fault, patterns, simplify
+from edgevl.json_input import bounded_json, check_size
 from edgevl.optional import needs
 from edgevl.preprocess.tools import CALL_END, CALL_START, Tool, check_tools
 
@@ -192,7 +192,7 @@ class Constraint:
                 ),
             )
         except ValueError as error:  # what Python takes for JSON and others do not: "\ud800"
-            raise PromptError(f"{name} is not JSON ({error}): correct it") from None
+            raise PromptError(f"{name}: not JSON ({error}): correct it") from None
 
 
 def import_llguidance() -> ModuleType:

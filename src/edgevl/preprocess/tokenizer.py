@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from edgevl.checkpoint.config import MAX_VOCAB_SIZE
-from edgevl.checkpoint.jsonfile import parse_object
 from edgevl.errors import CheckpointError
 from edgevl.files import first_line
+from edgevl.json_input import parse_object
 from edgevl.preprocess.qwen_bpe import qwen_bpe
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgevl.bounded_json import bounded_json, check_size
 from edgevl.errors import PromptError
+from edgevl.json_input import bounded_json, check_size
 
 #: Most tools of a request, as in OpenAI's API.
 MAX_TOOLS = 128

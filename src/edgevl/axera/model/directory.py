@@ -17,9 +17,9 @@ from edgevl.axera.model.embedding_file import EMBEDDING_FILES, EmbeddingFile
 from edgevl.axera.model.integrity import Content, check_contents, check_sizes, listed_files
 from edgevl.checkpoint.config import MAX_TILES, ModelConfig
 from edgevl.checkpoint.directory import MAX_JSON_BYTES, ModelDirectory, is_directory, read_config
-from edgevl.checkpoint.jsonfile import Fields, parse_object
-from edgevl.errors import BoardError, CheckpointError
-from edgevl.files import read_text, reading
+from edgevl.errors import BoardError
+from edgevl.files import reading
+from edgevl.json_input import Fields
 
 #: Directories below the given one in which files are looked for.
 MAX_DEPTH = 2
@@ -269,8 +269,7 @@ def _find_vision(root: Path, files: Sequence[Path], image_size: int) -> Path | N
 def _board(directory: Path) -> Fields:
     """Return what ``board.json`` says: nothing if there is none, as in the vendor's directories."""
     path = directory / BOARD_FILE
-    text = read_text(path, MAX_JSON_BYTES, CheckpointError) if path.is_file() else "{}"
-    return Fields(parse_object(text, str(path)), str(path))
+    return Fields.read(path, MAX_JSON_BYTES) if path.is_file() else Fields({}, str(path))
 
 
 def _with_tiles(config: ModelConfig, board: Fields) -> ModelConfig:

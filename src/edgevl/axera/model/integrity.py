@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevl.checkpoint.jsonfile import Fields, parse_object
 from edgevl.errors import BoardError, CheckpointError
-from edgevl.files import read_text, reading, replacing
+from edgevl.files import reading, replacing
+from edgevl.json_input import Fields
 
 #: The field of ``board.json`` with an object for each file: name -> ``bytes``, ``sha256``.
 FILES = "files"
@@ -147,8 +147,7 @@ def _recall(place: Path | None) -> dict[str, Any]:
     """Return what is remembered: nothing if that cannot be read."""
     try:
         if place is not None:
-            text = read_text(place, _MAX_MEMORY_BYTES, CheckpointError)
-            return parse_object(text, str(place))
+            return dict(Fields.read(place, _MAX_MEMORY_BYTES).values)
     except CheckpointError:
         pass
     return {}

@@ -1,4 +1,4 @@
-"""Bounded JSON: everything that a checkpoint says about itself comes through here.
+"""JSON from outside: what checkpoints, compiled models, files of questions and requests bring.
 
 What is in a file beside the fields that are asked for is not judged: tools write NaN, keys twice,
 and 1000000000000000019884624838656 for "no limit". A field that is used is checked as it is read.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from edgevl.errors import CheckpointError
+from edgevl.errors import CheckpointError, PromptError
+from edgevl.files import read_text
 
 #: Integers of more digits are taken as infinite: parsing takes time with the square of the length.
 MAX_INTEGER_DIGITS = 300
@@ -21,25 +23,100 @@ _Choice = TypeVar("_Choice", bound=str)
 REQUIRED: Any = object()
 
 
-def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; of a key that occurs twice, the last counts.
+def parse_json(
+    text: str | bytes, where: str, error: type[Exception], max_levels: int | None = None
+) -> Any:
+    """Parse JSON; of a key that occurs twice, the last counts.
+
+    Args:
+        text: it, as UTF-8 where it is bytes.
+        where: leads messages.
+        error: what is raised.
+        max_levels: how deep objects and arrays may be nested. Where it is given, NaN, infinities
+            and absurdly long integers are refused as well.
 
     Raises:
-        CheckpointError: not JSON, not an object, nested too deep; ``where`` leads the message.
+        error: not JSON, or nested too deep.
     """
     try:
-        value = json.loads(text, parse_int=_integer)
+        if not isinstance(text, str):
+            text = text.decode("utf-8-sig")
+        if max_levels is None:
+            return json.loads(text, parse_int=_integer)
+        value = json.loads(text, parse_constant=_refuse)
+        if _levels(value) > max_levels:
+            raise RecursionError
+        return value
+    except UnicodeDecodeError as problem:
+        raise error(f"{where}: not UTF-8 at byte {problem.start}: correct it") from None
+    except ValueError as problem:
+        raise error(f"{where}: not JSON ({problem}): correct it, or get it again") from None
     except RecursionError:
-        raise CheckpointError(f"{where}: JSON nested too deep") from None
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{where}: not UTF-8 text") from None
-    except ValueError as error:
-        raise CheckpointError(
-            f"{where}: not valid JSON ({error}); the file is damaged, download it again"
-        ) from None
+        limit = f"more than {max_levels} levels" if max_levels else "too deep"
+        raise error(f"{where}: not JSON that is read, nested {limit}: flatten it") from None
+
+
+def parse_object(
+    text: str | bytes, where: str, error: type[Exception] = CheckpointError
+) -> dict[str, Any]:
+    """Parse a JSON object; see `parse_json`.
+
+    Raises:
+        error: not JSON, not an object, nested too deep.
+    """
+    value = parse_json(text, where, error)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: a JSON object is expected, not {kind(value)}")
+        raise error(f"{where}: not an object but {kind(value)}: a JSON object is expected, {{…}}")
     return value
+
+
+def bounded_json(where: str, value: Any, max_bytes: int, max_levels: int) -> tuple[str, Any]:
+    """Return JSON that a request brings, as text and as what it parses to.
+
+    Args:
+        where: leads messages.
+        value: either of the two.
+        max_bytes: most bytes of the text.
+        max_levels: how deep objects and arrays may be nested.
+
+    Raises:
+        PromptError: it is not JSON, or exceeds a bound.
+    """
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"{where}: not JSON ({error}): correct it") from None
+    check_size(where, text, max_bytes)
+    return text, parse_json(text, where, PromptError, max_levels)
+
+
+def check_size(name: str, text: str, max_bytes: int) -> None:
+    """Check that text is Unicode and of at most ``max_bytes`` in UTF-8.
+
+    Raises:
+        PromptError: it is not; ``name`` leads the message.
+    """
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise PromptError(f"{name} is not Unicode text: correct it") from None
+    if size > max_bytes:
+        raise PromptError(f"{name} has {size} bytes: the limit is {max_bytes}")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _levels(value: Any) -> int:
+    """Return how deep objects and arrays are nested; no recursion, however deep."""
+    count, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        count += 1
+        level = [
+            child for item in level for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return count
 
 
 def _integer(digits: str) -> int | float:
@@ -68,15 +145,29 @@ class Fields:
     Args:
         values: the object.
         where: file, and path of the object inside it, for errors.
+        error: what is raised for a field.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], where: str, error: type[Exception] = CheckpointError
+    ) -> None:
         self.values = values
         self.where = where
+        self._error = error
 
-    def error(self, name: str, problem: str) -> CheckpointError:
+    @classmethod
+    def read(cls, path: Path, max_bytes: int, error: type[Exception] = CheckpointError) -> Fields:
+        """Read a file of at most ``max_bytes``.
+
+        Raises:
+            error: it cannot be read, is too large, or no JSON object.
+        """
+        text = read_text(path, max_bytes, error)
+        return cls(parse_object(text, str(path), error), str(path), error)
+
+    def error(self, name: str, problem: str) -> Exception:
         """Make the error for a field."""
-        return CheckpointError(f"{self.where}: field {name!r} {problem}")
+        return self._error(f"{self.where}: field {name!r} {problem}")
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
@@ -147,7 +238,7 @@ class Fields:
         value = self._get(name, default)
         if not isinstance(value, dict):
             raise self.error(name, f"is {shown(value)}, expected an object")
-        return Fields(value, f"{self.where}: {name}")
+        return Fields(value, f"{self.where}: {name}", self._error)
 
     def square(self, name: str, low: int, high: int, default: Any = REQUIRED) -> int:
         """Return the side of a square, stored as an integer or as a list of two equal ones."""
@@ -156,4 +247,4 @@ class Fields:
             if len(value) != 2 or value[0] != value[1]:
                 raise self.error(name, f"is {shown(value)}, expected one size or two equal sizes")
             value = value[0]
-        return Fields({name: value}, self.where).integer(name, low, high)
+        return Fields({name: value}, self.where, self._error).integer(name, low, high)
