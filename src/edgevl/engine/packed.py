@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import logging
 import mmap
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
