@@ -42,6 +42,23 @@ def test_a_character_comes_whole_and_at_once(tokenizer):
     ]  # fmt: skip
 
 
+@given(text=st.text(st.sampled_from("ab 熊猫🐼é")))
+def test_bytes_in_a_row_that_are_characters_only_together(text):
+    """As with SentencePiece's vocabularies: what has no token is bytes, and words have theirs."""
+    names = [*(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "▁", "ab", "▁a"]
+    merges = [("a", "b"), ("▁", "a")]
+    model = models.BPE({name: i for i, name in enumerate(names)}, merges, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    ids = tokenizer.encode(text.replace(" ", "▁")).ids
+    assert tokenizer.decode(ids) == text
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
 def test_bytes_that_never_become_a_character_show_at_the_end(tokenizer):
     ids = tokenizer.encode("熊").ids[:2]
     assert stream(tokenizer, ids)[:2] == ["", ""]

@@ -32,9 +32,11 @@ class Detokenizer:
         """Hide the special tokens that steer a conversation; keep those that speak."""
         self._tokenizer = tokenizer
         self._hidden = hidden_ids(tokenizer)
-        # The last token given out, then those that are not; `_shown` characters of them are out.
-        # One stays since decoding may depend on the token before (a leading space).
+        # The tokens of what was given out last, then `_waiting` that are not; `_shown` characters
+        # are out. Decoding may depend on the tokens before: a leading space, or bytes in a row,
+        # which some tokenizers make characters of only if all of them are whole.
         self._ids: list[int] = []
+        self._waiting = 0
         self._shown = 0
 
     def add(self, token_id: int) -> str:
@@ -42,6 +44,7 @@ class Detokenizer:
         if token_id in self._hidden:
             return ""
         self._ids.append(token_id)
+        self._waiting += 1
         text = self._decode()
         if text.endswith(REPLACEMENT):
             if len(self._ids) < MAX_WAITING:
@@ -52,7 +55,7 @@ class Detokenizer:
             self._shown = len(self._decode()) - held
             return piece
         piece = text[self._shown :]
-        self._ids = self._ids[-1:]
+        self._ids, self._waiting = self._ids[-self._waiting :], 0
         self._shown = len(self._decode())
         return piece
 
