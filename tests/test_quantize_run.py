@@ -226,14 +226,14 @@ def test_tiny_keeps_its_answers(tmp_path, capsys):
     assert report["settings"]["samples"] == {"value": 32, "source": "command line"}
     vqa = report["vqa"]
     assert vqa["questions"] == 560
-    assert vqa["original"] > 0.97
+    assert vqa["original"] > 0.96  # tests/test_tiny.py holds each family
     assert vqa["quantized"] >= vqa["original"] - 0.01
     # On so few held-out tokens, 130, and with so small a loss, either may come out the larger. But
     # rounding to the nearest is 12 % off, and GPTQ regains a part of that.
     perplexity = report["perplexity"]
     original = perplexity["original"]
     assert perplexity["quantized"] != original
-    assert perplexity["quantized"] == pytest.approx(original, rel=0.1)
+    assert perplexity["quantized"] == pytest.approx(original, rel=0.05)
     assert abs(perplexity["quantized"] - original) < 0.75 * abs(perplexity["rtn"] - original)
     assert report["sizes"]["quantized_bytes"] < 0.75 * report["sizes"]["original_bytes"]
     # What comes out goes in nowhere again.

@@ -15,8 +15,8 @@ from edgevl.engine import native_missing
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 TINY = ROOT / "models" / "tiny"
-#: Scripts that are not run here, and what tests them. Of the quantizers' only functions are, for they
-#: need packages of their own. Calibrating takes a minute with the fewest samples that there may be.
+#: Scripts that are not run here, and what tests them. Of the quantizers' only functions are: they
+#: need packages of their own. Calibrating takes a minute with the fewest samples there may be.
 ELSEWHERE = {
     "benchmarks/calibration.py": "",
     "benchmarks/compare.py": "test_benchmarks.py",
