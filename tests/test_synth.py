@@ -92,6 +92,14 @@ def test_both_layouts_hold_the_same_model(preset, seed, mini_checkpoint):
             np.testing.assert_array_equal(ours.tensor(name), theirs.tensor(name), err_msg=name)
 
 
+def test_earlier_names_of_the_modules():
+    from edgevl.checkpoint import presets, synth
+    from edgevl.synth.writer import write_checkpoint
+
+    assert presets.PRESETS is PRESETS
+    assert synth.write_checkpoint is write_checkpoint
+
+
 def test_seeds_differ(mini_checkpoint):
     name = "language_model.model.embed_tokens.weight"
     with (
