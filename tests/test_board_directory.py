@@ -220,7 +220,7 @@ def test_layers_below_are_no_checkpoint_either(board):
 
 def test_a_configuration_that_is_malformed(board):
     (board / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
         BoardModel.open(board)
 
 

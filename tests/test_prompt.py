@@ -502,9 +502,9 @@ def test_a_tokenizer_from_vocabulary_and_merges(chat_layout, tmp_path, side_file
 @pytest.mark.parametrize(
     ("files", "drop", "reason"),
     [
-        ({"tokenizer__json": "{"}, [], "tokenizer.json: not valid JSON"),
+        ({"tokenizer__json": "{"}, [], "tokenizer.json: not JSON"),
         ({"tokenizer__json": '{"model": 3}'}, [], "tokenizer.json: malformed"),
-        ({"tokenizer__json": "[]"}, [], "tokenizer.json: a JSON object"),
+        ({"tokenizer__json": "[]"}, [], "tokenizer.json: not an object but a list"),
         ({}, ["tokenizer.json"], "no tokenizer"),
         ({"vocab__json": "{}"}, ["tokenizer.json"], "no tokenizer"),
         ({"vocab__json": '{"a": "b"}', "merges__txt": ""}, ["tokenizer.json"], "vocab.json"),
