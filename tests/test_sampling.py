@@ -14,6 +14,7 @@ from edgevl.batch.line import FIELDS
 from edgevl.checkpoint.config_parser import parse_sampling
 from edgevl.errors import EdgeVLError, PromptError
 from edgevl.generate.sampling import Sampler, SamplingParams, _likeliest, _place
+from edgevl.loading import locate
 from edgevl.options import OPTIONS
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
@@ -459,7 +460,7 @@ def test_a_checkpoint_with_junk_loads_and_says_so(with_generation, capsys):
 def test_figures_are_greedy_whatever_the_checkpoint_says(with_generation, tmp_path, monkeypatch):
     from edgevl.evaluate import evaluate_vqa, read_questions
 
-    shutil.copy(edgevl.checkpoint.locate("tiny").parents[1] / "examples" / "meter.png", tmp_path)
+    shutil.copy(locate("tiny").parents[1] / "examples" / "meter.png", tmp_path)
     (tmp_path / "q.jsonl").write_text('{"image": "meter.png", "question": "?", "answer": "1"}\n')
     model = edgevl.load(with_generation(**QWEN3, repetition_penalty=2.0), engine="reference")
     seen = []

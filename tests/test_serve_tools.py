@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import edgevl
-import edgevl.checkpoint
 from edgevl.generate.constraint import Constraint
+from edgevl.loading import locate
 from edgevl.preprocess.tools import Tool
 from running_server import METER, ScriptedScheduler, picture, serving, text, user
 
@@ -362,7 +362,7 @@ QWEN3_TEMPLATE = (Path(__file__).parent / "data" / "qwen3_chat_template.jinja").
 def qwen3(monkeypatch, tmp_path):
     """The shipped model with Qwen3's template, which has three kinds of ``enable_thinking``."""
     monkeypatch.setattr("edgevl.serve.service.Scheduler", ScriptedScheduler)
-    path = shutil.copytree(edgevl.checkpoint.locate("tiny"), tmp_path / "tiny")
+    path = shutil.copytree(locate("tiny"), tmp_path / "tiny")
     (path / "chat_template.jinja").write_text(QWEN3_TEMPLATE)
     with serving(lambda: edgevl.load(path, threads=1)) as running, client_of(running.url) as it:
         yield it, running.service.scheduler
