@@ -114,7 +114,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _is_compiled(path: Path) -> bool:
-    # Imported here: a room further on, which few models need.
+    # Imported here, as few models need it.
     from edgevl.axera.model.directory import holds_compiled
 
     return not any(path.glob("*.safetensors")) and holds_compiled(path)
