@@ -124,7 +124,13 @@ class Number(str):
     """A number as it is written, which JSON may have as a number or as text."""
 
 
-class Choice(str):
+class Told(str):
+    """A text about the shape in a box, if it is about one."""
+
+    box: Box | None = None
+
+
+class Choice(Told):
     """One of the texts `of`; `usual` if it is said as a model would say it without a schema."""
 
     of: tuple[str, ...]
@@ -154,7 +160,11 @@ class Layout:
 
 
 def write(value: Any, layout: Layout, form: str = "asked") -> tuple[str, list[Span]]:
-    """JSON text, and the weights of the parts that do not weigh 1."""
+    """JSON text, and the weights of the parts that do not weigh 1 or that tell a box.
+
+    Every part of an object that is about one shape tells its box: the next part to be written is
+    learned together with which shape it is about.
+    """
     text = ""
     spans: list[Span] = []
 
@@ -164,17 +174,18 @@ def write(value: Any, layout: Layout, form: str = "asked") -> tuple[str, list[Sp
             spans.append(Span(len(text), len(text) + len(part), weight, box))
         text += part
 
-    def put(value: Any, level: int = 0) -> None:
+    def put(value: Any, level: int = 0, box: Box | None = None) -> None:
         if isinstance(value, Corners):
             numbers = (layout.comma if layout.indent is None else ", ").join(map(str, value))
             add("[" + numbers, VALUE_WEIGHT, value.box)
             add("]")
             return
         if not isinstance(value, (dict, list)):
-            add(json.dumps(value, ensure_ascii=False), VALUE_WEIGHT)
+            add(json.dumps(value, ensure_ascii=False), VALUE_WEIGHT, box)
             return
         opening, closing = "{}" if isinstance(value, dict) else "[]"
-        add(opening, 0.0 if level == 0 and form != "asked" else 1.0)
+        box = _box_of_all(value) if isinstance(value, dict) else None
+        add(opening, 0.0 if level == 0 and form != "asked" else 1.0, box)
         for place, item in enumerate(value):
             if place:
                 # Where a schema lets an object end or go on, it is to end.
@@ -183,10 +194,10 @@ def write(value: Any, layout: Layout, form: str = "asked") -> tuple[str, list[Sp
             if layout.indent is not None:
                 add("\n" + " " * layout.indent * (level + 1))
             if isinstance(value, dict):
-                add('"')
-                add(f'{item}":', 0.0 if form == "schema" else 1.0)
+                add('"', 1.0, box)
+                add(f'{item}":', 0.0 if form == "schema" else 1.0, box)
                 add(layout.colon[1:])
-                put(value[item], level + 1)
+                put(value[item], level + 1, box)
             else:
                 put(item, level + 1)
         if layout.indent is not None:
@@ -195,6 +206,12 @@ def write(value: Any, layout: Layout, form: str = "asked") -> tuple[str, list[Sp
 
     put(value)
     return text, spans
+
+
+def _box_of_all(value: dict[str, Any]) -> Box | None:
+    """The box of the one shape that an object is about."""
+    boxes = {item.box for item in value.values() if isinstance(item, (Told, Corners))} - {None}
+    return boxes.pop() if len(boxes) == 1 else None
 
 
 def schema_of(value: Any, rng: random.Random) -> dict[str, Any]:
@@ -278,7 +295,9 @@ def json_turn(
             [only] = value.values()
             value = only if isinstance(only, list) and isinstance(only[0], dict) else value
     answer, spans = write(value, layout, "asked" if form == "told" else form)
-    return Turn(question, answer, "json", tuple(spans), value)
+    values = value.values() if isinstance(value, dict) else [value]
+    lists = [item for item in values if isinstance(item, list) and not isinstance(item, Corners)]
+    return Turn(question, answer, "json", tuple(spans), value, max(map(len, lists), default=1))
 
 
 def _draw(rng: random.Random, weights: dict[str, float]) -> str:
@@ -443,15 +462,15 @@ def _corners(shape: Shape) -> Corners:
 
 def _facts(shapes: list[Shape], language: str, say: Say) -> list[dict[str, Any]]:
     """What there is to say of each shape."""
-    return [
-        {
-            "shape": say(shape.name),
-            "colour": say(shape.colour),
-            "noun": noun_of(shape.name, shape.colour, language),
-            "box": _corners(shape),
-        }
-        for shape in shapes
-    ]
+
+    def facts(shape: Shape) -> dict[str, Any]:
+        noun = Told(noun_of(shape.name, shape.colour, language))
+        texts = {"shape": say(shape.name), "colour": say(shape.colour), "noun": noun}
+        for text in texts.values():
+            text.box = shape.box
+        return texts | {"box": _corners(shape)}
+
+    return [facts(shape) for shape in shapes]
 
 
 def _one_topic(rng: random.Random, scene: Scene, language: str, say: Say) -> Topic | None:
@@ -571,7 +590,7 @@ def mixed_turns(rng: random.Random, scene: Scene) -> list[Turn]:
         turns = [json_turn(rng, scene, rng.choice(LANGUAGES))]
         if choice < 0.3:
             turns.insert(choice < 0.15, turn(0.0))
-    elif choice < 0.4:
+    elif choice < 0.55:
         turns = [json_turn(rng, scene, rng.choice(LANGUAGES), topic="all")]
     else:
         turns = [turn(0.65) for _ in range(rng.choice((3, 4, 5)))]

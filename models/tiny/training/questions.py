@@ -47,13 +47,17 @@ class Span:
 
 @dataclass
 class Turn:
-    """One question and its answer; `value` is the answer's if it is JSON."""
+    """One question and its answer; `value` is the answer's if it is JSON.
+
+    An answer of several `parts`, one for each shape it lists, weighs as much as these alone would.
+    """
 
     question: str
     answer: str
     family: str
     spans: tuple[Span, ...] = ()
     value: Any = None
+    parts: int = 1
 
 
 ZH_COLOURS = dict(zip(COLOURS, "红色 绿色 蓝色 黄色 橙色 紫色 黑色 白色".split(), strict=True))
@@ -205,8 +209,16 @@ def _exists_turn(rng: random.Random, scene: Scene, language: str) -> Turn:
 
 
 def describe_turn(rng: random.Random, scene: Scene, language: str) -> Turn:
-    """A request for a description."""
-    return Turn(phrase(rng, DESCRIBE, language), describe(scene, language), "describe")
+    """A request for a description; each shape's name tells its box."""
+    answer = describe(scene, language)
+    spans, end = [], 0
+    for shape in scene.shapes:
+        named = _named(shape, language)
+        start = answer.lower().index(named, end)
+        end = start + len(named)
+        spans.append(Span(start, end, 1.0, shape.box))
+    question = phrase(rng, DESCRIBE, language)
+    return Turn(question, answer, "describe", tuple(spans), parts=max(1, len(spans)))
 
 
 _SHAPE_TURNS = {"shape_name": _name_turn, "shape_count": _count_turn, "shape_locate": _locate_turn}
@@ -230,7 +242,7 @@ def picture_turns(rng: random.Random, scene: Scene) -> list[Turn]:
     count_turn = functools.partial(_count_turn, of_all=0.12)
     makers = rng.choices(
         (_name_turn, count_turn, _locate_turn, _exists_turn, describe_turn),
-        weights=(16, 28, 53, 1, 2),
+        weights=(16, 26, 46, 2, 10),
         k=rng.choice((4, 5, 6, 7)),
     )
     if _name_turn not in makers and rng.random() < 0.3:

@@ -115,7 +115,7 @@ class Writer:
             if span.box:
                 first = len(self.sample.ids)
                 self.sample.said += [(first + place, span.box) for place in places]
-        scale = sum(weight > 0 for weight in weights) ** -0.6
+        scale = (sum(weight > 0 for weight in weights) / turn.parts) ** -0.6
         self.sample.ids += encoded.ids
         self.sample.weights += [weight * scale for weight in weights]
 
