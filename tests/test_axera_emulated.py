@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,62 @@ def test_a_model_of_more_bytes_than_the_library_counts(tiny, monkeypatch):
     monkeypatch.setattr("edgevl.axera.npu.ax.MAX_BYTES", 1000)
     with pytest.raises(BoardError, match="bytes; the NPU's library takes 1000 at most"):
         edgevl.load(tiny)
+
+
+class Interrupted:
+    """A library during whose calls something happens that gives back what the NPU lends."""
+
+    def __init__(self, library, happens):
+        self._library, self._happens = library, happens
+
+    def __getattr__(self, name):
+        call = getattr(self._library, name)
+        if not name.endswith(("MemFree", "rtFree", "DestroyHandle", "EngineUnload")):
+            return call
+
+        def interrupted(*arguments):
+            status = call(*arguments)
+            self._happens()
+            return status
+
+        return interrupted
+
+
+LIBRARIES = {"ax": ("system", "engine"), "axcl": ("library",)}
+
+
+def prepare_interrupted(runtime, npu, monkeypatch, tiny, happens):
+    """What the emulator has counted, and memory and a model whose closing something interrupts."""
+    before = counters()
+    for name in LIBRARIES[npu]:
+        monkeypatch.setattr(runtime, name, Interrupted(getattr(runtime, name), happens))
+    things = [runtime.allocate(4096), runtime.load(tiny / layout.layer_file("qwen3", 128, 0))]
+    return before, things
+
+
+def test_a_signal_while_something_is_given_back(npu, tiny, monkeypatch):
+    def happens():
+        raise KeyboardInterrupt  # as a signal does right after the call
+
+    before, things = prepare_interrupted(open_runtime(True), npu, monkeypatch, tiny, happens)
+    for thing in things:
+        with pytest.raises(KeyboardInterrupt):
+            thing.close()
+        thing.close()  # as the end of the process does once more
+    assert counters()["models"] == before["models"]
+    assert counters()["problems"] == before["problems"]
+
+
+def test_two_threads_give_back_the_same(npu, tiny, monkeypatch):
+    before, things = prepare_interrupted(
+        open_runtime(True), npu, monkeypatch, tiny, lambda: time.sleep(0.05)
+    )
+    with ThreadPoolExecutor(2) as threads:
+        for thing in things:
+            for closed in [threads.submit(thing.close) for _ in range(2)]:
+                closed.result()
+    assert counters()["models"] == before["models"]
+    assert counters()["problems"] == before["problems"]
 
 
 def test_memory_is_given_back(npu, tiny):

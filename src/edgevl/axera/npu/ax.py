@@ -221,7 +221,7 @@ class AxMemory(Memory):
             self._physical, self._address, reserved, ALIGNMENT, runtime.token
         )
         if status:
-            runtime.let_go(self)
+            self.close()
             raise BoardError(
                 f"no {size} bytes of NPU memory (CMM) left, status 0x{status & 0xFFFFFFFF:08X}: "
                 "end other programs that use the NPU, or compile with a shorter --context"
@@ -250,11 +250,13 @@ class AxMemory(Memory):
 
     def close(self) -> None:
         """Free the memory."""
-        if self._physical[0]:
-            self._bytes = np.empty(0, np.uint8)
-            self._system.AX_SYS_MemFree(self._physical[0], self._address[0])
-            self._physical[0] = 0
-        self._runtime.let_go(self)
+        with self._runtime.giving_back(self):
+            if self._physical[0]:
+                self._bytes = np.empty(0, np.uint8)
+                try:
+                    self._system.AX_SYS_MemFree(self._physical[0], self._address[0])
+                finally:
+                    self._physical[0] = 0
 
 
 class AxModel(NpuModel):
@@ -305,10 +307,12 @@ class AxModel(NpuModel):
 
     def close(self) -> None:
         """Unload the model."""
-        if self._handle[0]:
-            self.engine.AX_ENGINE_DestroyHandle(self._handle[0])
-            self._handle[0] = self.functions.NULL
-        self._runtime.let_go(self)
+        with self._runtime.giving_back(self):
+            if self._handle[0]:
+                try:
+                    self.engine.AX_ENGINE_DestroyHandle(self._handle[0])
+                finally:
+                    self._handle[0] = self.functions.NULL
 
     def _tables(self) -> list[Any]:
         """Return the tables of tensors, one a group."""

@@ -187,7 +187,7 @@ class AxclMemory(Memory):
         runtime.hold(self)
         status = runtime.enter().axclrtMalloc(self._memory, size, _NORMAL_PAGES)
         if status:
-            runtime.let_go(self)
+            self.close()
             raise BoardError(
                 f"no {size} bytes of the card's memory left, status 0x{status & 0xFFFFFFFF:08X}: "
                 "end other programs that use it, or compile with a shorter --context"
@@ -221,10 +221,13 @@ class AxclMemory(Memory):
 
     def close(self) -> None:
         """Free the memory."""
-        if self._memory[0]:
-            self._runtime.enter().axclrtFree(self._memory[0])
-            self._memory[0] = self._runtime.functions.NULL
-        self._runtime.let_go(self)
+        with self._runtime.giving_back(self):
+            if self._memory[0]:
+                library = self._runtime.enter()
+                try:
+                    library.axclrtFree(self._memory[0])
+                finally:
+                    self._memory[0] = self._runtime.functions.NULL
 
 
 class AxclModel(NpuModel):
@@ -266,15 +269,20 @@ class AxclModel(NpuModel):
 
     def close(self) -> None:
         """Unload the model and its calls."""
-        if self._loaded[0] != _NO_MODEL:
+        with self.runtime.giving_back(self):
+            if self._loaded[0] == _NO_MODEL:
+                return
             library = self.runtime.enter()
             for buffers in self.calls:
                 if buffers[0]:
-                    library.axclrtEngineDestroyIO(buffers[0])
-                    buffers[0] = self.runtime.functions.NULL
-            library.axclrtEngineUnload(self._loaded[0])
-            self._loaded[0] = _NO_MODEL
-        self.runtime.let_go(self)
+                    try:
+                        library.axclrtEngineDestroyIO(buffers[0])
+                    finally:
+                        buffers[0] = self.runtime.functions.NULL
+            try:
+                library.axclrtEngineUnload(self._loaded[0])
+            finally:
+                self._loaded[0] = _NO_MODEL
 
     def _groups(self, library: Any) -> tuple[Group, ...]:
         count = self.runtime.functions.new("int32_t *")

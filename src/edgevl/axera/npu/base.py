@@ -182,9 +182,17 @@ class Runtime(ABC):
         """
         self._held.add(thing)
 
-    def let_go(self, thing: Memory | NpuModel) -> None:
-        """Forget something that has given back what it took."""
-        self._held.discard(thing)
+    @contextmanager
+    def giving_back(self, thing: Memory | NpuModel) -> Iterator[None]:
+        """Let no other thread close the same thing in the block, and forget it at the end.
+
+        A signal may raise an exception right after any call of the block, and then something else
+        closes the thing once more. So what a call gives back is marked as given back in a
+        ``finally``, in which no call comes before the mark.
+        """
+        with self._lock:
+            yield
+            self._held.discard(thing)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -115,7 +115,7 @@ class VendorModel(NpuModel):
             with redirect_stdout(sys.stderr):
                 self.session: Any = runtime.session(str(path))
         except Exception as error:  # as it comes: RuntimeError, ValueError, OSError
-            runtime.let_go(self)
+            self.close()
             raise BoardError(f"{path}: axengine cannot load it ({error})") from None
         # The package has no way to ask for the number of groups but this error.
         groups: list[Group] = []
@@ -135,8 +135,8 @@ class VendorModel(NpuModel):
 
     def close(self) -> None:
         """Let the session go."""
-        self.session = None
-        self._runtime.let_go(self)
+        with self._runtime.giving_back(self):
+            self.session = None
 
     def _tensors(self, nodes: Sequence[Any]) -> tuple[TensorInfo, ...]:
         return tuple(
