@@ -18,9 +18,10 @@ import edgevl
 from edgevl.page import create_page
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from page_browser import EXAMPLES, answered, ask, attach, chromium, open_page, served  # noqa: E402
+from page_browser import answered, ask, attach, chromium, open_page, served  # noqa: E402
+from repository import EXAMPLES  # noqa: E402
 
 COLOURS = 128
 

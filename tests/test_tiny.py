@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,8 +12,7 @@ from edgevl.engine import native_missing
 from edgevl.evaluate import evaluate_vqa, read_questions
 from edgevl.generate.sampling import Sampler
 from edgevl.loading import locate
-
-HELD_OUT = Path(__file__).parents[1] / "models" / "tiny" / "heldout"
+from repository import HELDOUT
 
 #: Least share of right answers: two to five points below what the shipped weights reach, so that
 #: rounding on another processor does not fail the test and a damaged engine or model does.
@@ -31,7 +29,7 @@ LEAST_ACCURACY = {
 
 @pytest.fixture(scope="module")
 def questions():
-    questions = read_questions(HELD_OUT / "questions.jsonl")
+    questions = read_questions(HELDOUT / "questions.jsonl")
     assert len(questions) >= 500
     return questions
 
@@ -73,7 +71,7 @@ LEAST_JSON_ACCURACY = {
 
 @pytest.fixture(scope="module")
 def json_families():
-    questions = read_questions(HELD_OUT / "json.jsonl")
+    questions = read_questions(HELDOUT / "json.jsonl")
     result = evaluate_vqa(edgevl.load("tiny", engine="reference"), questions, max_tokens=400)
     return result.to_dict()["families"]
 

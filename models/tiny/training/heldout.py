@@ -4,7 +4,8 @@
 
 Another seed than training's, handwritten digits that training leaves out, and, like a camera's,
 JPEG files. `questions.jsonl` has the questions of the seven families, `json.jsonl` others on the
-same pictures, whose answers are JSON: of a schema, or because the question asks for it.
+same pictures, whose answers are JSON: of a schema, or because the question asks for it. Their keys
+are for what is asked and mean it; those of `json_odd.jsonl` need not.
 
 With `--seed` the questions are others, to choose weights by.
 """
@@ -91,17 +92,20 @@ def _named_in(value: Any) -> Iterator[str]:
             yield from _named_in(item)
 
 
-def json_questions(rng: random.Random, scenes: list[tuple[str, Scene]]) -> list[dict[str, Any]]:
-    """Lines about pictures that are there, each picture with its name."""
+def json_questions(
+    rng: random.Random, scenes: list[tuple[str, Scene]], keys: str
+) -> list[dict[str, Any]]:
+    """Lines about pictures that are there, each with its name; `keys` is as for `json_turn`."""
     lines = []
     for family, (kinds, topics) in JSON_FAMILIES.items():
         while sum(line["family"] == family for line in lines) < JSON_QUESTIONS:
             language = LANGUAGES[len(lines) % len(LANGUAGES)]
             kind = rng.choice(kinds)
             name, scene = rng.choice([each for each in scenes if each[1].kind == kind])
-            asked, new = family == "json_asked", family == "json_new_keys"
+            asked = family == "json_asked"
             form = "asked" if asked else "schema"
-            turn = json_turn(rng, scene, language, form, rng.choice(topics), new)
+            of = "new" if family == "json_new_keys" else keys
+            turn = json_turn(rng, scene, language, form, rng.choice(topics), of)
             # Four numbers apart are compared as numbers, which boxes are not.
             if turn is None or not isinstance(turn.value, dict):
                 continue
@@ -141,8 +145,9 @@ def main() -> None:
             for turn in turns
         ]
     _write(folder / "questions.jsonl", lines)
-    json_rng = random.Random(f"{arguments.seed} json")
-    _write(folder / "json.jsonl", json_questions(json_rng, scenes))
+    for name, keys in (("json", "usual"), ("json_odd", "odd")):
+        json_rng = random.Random(f"{arguments.seed} json")
+        _write(folder / f"{name}.jsonl", json_questions(json_rng, scenes, keys))
 
 
 if __name__ == "__main__":

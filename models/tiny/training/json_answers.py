@@ -235,7 +235,7 @@ def json_turn(
     language: str,
     form: str | None = None,
     topic: str | None = None,
-    new_keys: bool = False,
+    keys: str = "odd",
 ) -> Turn | None:
     """A question about the picture and its answer as JSON; None if the picture does not admit it.
 
@@ -246,7 +246,9 @@ def json_turn(
         form: asked, any or schema, as told above, or drawn; "told" is JSON that something before
             the question has asked for.
         topic: what to ask about a picture of shapes, one of `TOPICS`, or drawn.
-        new_keys: whether keys are those that training never sees.
+        keys: "usual" for an object with keys for what is asked, whose names mean it; "new" for such
+            names that training never sees; "odd" to draw, now and then, names that mean nothing,
+            other facts than what is asked, and counts as text.
     """
     form = form or _draw(rng, FORMS)
     say = _speech(rng, language, form == "schema")
@@ -260,8 +262,8 @@ def json_turn(
     if named:
         # Programs have English names more often than Chinese questions are English.
         other = rng.random() < (0.45 if language == "zh" else 0.04)
-        keys = LANGUAGES[(LANGUAGES.index(language) + other) % len(LANGUAGES)]
-        value = _object(rng, about, keys, new_keys)
+        keys_language = LANGUAGES[(LANGUAGES.index(language) + other) % len(LANGUAGES)]
+        value = _object(rng, about, keys_language, keys)
     else:
         value = {
             _key(rng, concept, language): about.main
@@ -271,7 +273,7 @@ def json_turn(
         }
     nested = any(isinstance(item, (dict, list)) for item in value.values())
     like = named and form == "asked" and (nested or rng.random() < 0.4)
-    value = _typed(rng, value, free=form == "schema" or like)
+    value = _typed(rng, value, form == "schema" or like, keys)
     question = about.question
     if like:
         example = json.dumps(_example(rng, value), ensure_ascii=False)
@@ -368,27 +370,27 @@ def _example(rng: random.Random, value: Any) -> Any:
     return {bool: True, int: 0}[type(value)]
 
 
-def _typed(rng: random.Random, value: Any, free: bool) -> Any:
+def _typed(rng: random.Random, value: Any, free: bool, keys: str) -> Any:
     """The value with numbers as numbers, or, where there is a choice, sometimes as text."""
     if isinstance(value, dict):
-        return {key: _typed(rng, item, free) for key, item in value.items()}
+        return {key: _typed(rng, item, free, keys) for key, item in value.items()}
     if isinstance(value, Corners):
         return value
     if isinstance(value, list):
-        return [_typed(rng, item, False) for item in value]
+        return [_typed(rng, item, False, keys) for item in value]
     if isinstance(value, Number):
         return str(value) if free and rng.random() < 0.38 else int(value)
     if isinstance(value, int) and not isinstance(value, bool) and free and rng.random() < 0.08:
-        return str(value)
+        return value if keys == "usual" else str(value)
     return value
 
 
-def _object(rng: random.Random, about: Topic, language: str, new: bool) -> dict[str, Any]:
+def _object(rng: random.Random, about: Topic, language: str, keys: str) -> dict[str, Any]:
     """An object with keys that somebody else has chosen."""
-    if rng.random() < 0.12 and not new:
+    if rng.random() < 0.12 and keys == "odd":
         name = _key(rng, "main", language, True) if rng.random() < 0.5 else _any_key(rng)
         return {name: about.main}
-    if new or rng.random() < 0.72:
+    if keys != "odd" or rng.random() < 0.72:
         concepts = rng.sample(about.asked, len(about.asked))
         if len(concepts) > 1 and rng.random() < 0.3:
             concepts = concepts[:1]
@@ -405,7 +407,7 @@ def _object(rng: random.Random, about: Topic, language: str, new: bool) -> dict[
                 value |= corners
                 continue
             fact = corners if choice < 0.05 else [fact] if choice < 0.06 else fact
-        name = _key(rng, concept, language, True, new)
+        name = _key(rng, concept, language, True, keys == "new")
         if concept == "shapes":
             fact = _items(rng, fact, language)
         value[name] = fact
