@@ -20,7 +20,7 @@ from gguf import GGUFReader, TokenType, dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from edgevl.checkpoint import ModelConfig
-from edgevl.checkpoint.layouts import TEXT, expected_tensors
+from edgevl.checkpoint.architecture import TEXT, expected_tensors
 from edgevl.checkpoint.writer import TensorSpec, encode, write_safetensors
 from edgevl.synth.config_files import internvl_chat_files
 from edgevl.synth.presets import PRESETS

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.layouts import TEXT, expected_tensors
+from edgevl.checkpoint.architecture import TEXT, expected_tensors
 from edgevl.checkpoint.writer import TensorSpec, encode, write_safetensors
 
 

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.layouts import expected_tensors
+from edgevl.checkpoint.architecture import expected_tensors
 from llama import plain_name
 
 #: Positions whose logits are held at once.

@@ -37,7 +37,7 @@ def round_to_nearest(model: Path, tokens: np.ndarray, directory: Path, group_siz
 def edgevl(model: Path, tokens: np.ndarray, directory: Path, group_size: int) -> None:
     """EdgeVL's text half; MODEL is its checkpoint. `edgevl quantize` would add pictures."""
     from edgevl.checkpoint import Checkpoint
-    from edgevl.checkpoint.layouts import EMBEDDING
+    from edgevl.checkpoint.architecture import EMBEDDING
     from edgevl.quantize import QuantizationSettings
     from edgevl.quantize.calibration import Sample
 

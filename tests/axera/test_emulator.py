@@ -31,7 +31,7 @@ pytest.importorskip("edgevl._native", reason="the native engine is not built")
 from edgevl.axera.npu.libraries import emulator_directory
 from edgevl.boards.emulate import Post, write_emulated
 from edgevl.boards.timing import group_times_ms
-from edgevl.engine.plan import vision_layers
+from edgevl.checkpoint.architecture import vision_layers
 
 try:
     emulator_directory()

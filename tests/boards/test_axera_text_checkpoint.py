@@ -8,7 +8,7 @@ import pytest
 from edgevl.boards.embeddings import embedding_bytes, write_embeddings
 from edgevl.boards.text_checkpoint import check_weights, text_bytes, write_text_checkpoint
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, TEXT
+from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, TEXT
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import to_bfloat16
 from edgevl.engine import ReferenceEngine

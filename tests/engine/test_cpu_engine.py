@@ -34,7 +34,7 @@ import numpy as np
 import pytest
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, expected_tensors, parse_config
-from edgevl.checkpoint.layouts import EMBEDDING, vision_linears
+from edgevl.checkpoint.architecture import EMBEDDING, vision_linears
 from edgevl.engine import KV_CACHE_FORMATS, ReferenceEngine
 from edgevl.errors import CheckpointError, EdgeVLError
 from edgevl.loading import load_engine
@@ -42,9 +42,9 @@ from edgevl.loading import load_engine
 native = pytest.importorskip("edgevl._native", reason="the native engine is not built")
 
 from dequantized import Dequantized, RoundedReference  # noqa: E402
+from edgevl.checkpoint.architecture import head_weight, vision_layers  # noqa: E402
 from edgevl.engine import cpu  # noqa: E402
 from edgevl.engine.cpu import CpuModel  # noqa: E402
-from edgevl.engine.plan import head_weight, vision_layers  # noqa: E402
 from edgevl.machine import this_machine  # noqa: E402
 from random_inputs import off, random_ids, random_tiles  # noqa: E402
 from storage import CHAT, TEXT, changed, random_tensors, write_directory  # noqa: E402
@@ -158,7 +158,7 @@ def test_vision_agrees_with_the_reference(checkpoint, precision, team):
 @pytest.mark.parametrize("kept", [slice(0, None, 3), slice(1, None, 2), slice(4)])
 def test_vision_with_layers_kept_in_bfloat16(checkpoint, kept, team):
     """qkv of one layer, what follows it in both, or one layer whole."""
-    keep = tuple(vision_linears(2)[kept])
+    keep = tuple(vision_linears(checkpoint.config)[kept])
     checkpoint.config = dataclasses.replace(checkpoint.config, vision_keep=keep)
     vision_agrees(checkpoint, "int8", team)
 

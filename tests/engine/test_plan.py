@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, GPTQWeight, StoredTensor
-from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD
-from edgevl.engine.plan import PRECISIONS, exact_group, make_plan, vision_layers
+from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, vision_layers
+from edgevl.engine.plan import PRECISIONS, exact_group, make_plan
 from edgevl.errors import EdgeVLError
 from stored_gptq import gptq_checkpoint, quantized
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgevl import cli
-from edgevl.checkpoint.layouts import expected_tensors
+from edgevl.checkpoint.architecture import expected_tensors
 from edgevl.engine import WeightBytes
 from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError
 from edgevl.evaluate import bench, roofline

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from edgevl.checkpoint import Checkpoint  # noqa: E402
-from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD  # noqa: E402
+from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD  # noqa: E402
 from edgevl.engine import ReferenceEngine  # noqa: E402
 from edgevl.quantize import QuantizationError, QuantizationSettings  # noqa: E402
 from edgevl.quantize import layers as layers_module  # noqa: E402

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 import edgevl  # noqa: E402
 from edgevl.checkpoint import Checkpoint, GPTQConfig  # noqa: E402
-from edgevl.checkpoint.layouts import TEXT  # noqa: E402
+from edgevl.checkpoint.architecture import TEXT  # noqa: E402
 from edgevl.cli import main  # noqa: E402
 from edgevl.errors import CheckpointError  # noqa: E402
 from edgevl.loading import model_name  # noqa: E402

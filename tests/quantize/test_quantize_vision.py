@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from edgevl.checkpoint import Checkpoint  # noqa: E402
-from edgevl.checkpoint.layouts import vision_linears  # noqa: E402
+from edgevl.checkpoint.architecture import vision_linears  # noqa: E402
 from edgevl.checkpoint.safetensors import FLOAT_TYPES, NUMPY_TYPES, StoredTensor  # noqa: E402
 from edgevl.checkpoint.writer import encode  # noqa: E402
 from edgevl.engine import ReferenceEngine, native_missing  # noqa: E402
@@ -122,7 +122,7 @@ def test_factors_are_powers_of_two_that_take_peaks_down():
 def test_smoothed_tensors_compute_the_same_to_the_last_bit(tmp_path, mini):
     """For weights in bfloat16 too; a factor for every layer that can have one."""
     rng = np.random.default_rng(3)
-    names = [n for n in vision_linears(mini.config.vision.num_hidden_layers) if producer(n)]
+    names = [n for n in vision_linears(mini.config) if producer(n)]
     assert len(names) == 3 * 2 + 1
     factors = {
         name: np.exp2(rng.integers(-5, 6, mini.shape(name)[1])).astype(np.float32) for name in names
@@ -164,7 +164,7 @@ def test_outliers_are_smoothed_away(tmp_path, mini):
     # Factors are off by the square root of two at most, and so is what is left.
     assert result.error < 1.5 * before.error
     linears = {linear.weight: linear for linear in result.linears}
-    assert list(linears) == vision_linears(mini.config.vision.num_hidden_layers)
+    assert list(linears) == vision_linears(mini.config)
     for weight, linear in linears.items():
         assert (linear.strength is not None) == (producer(weight) is not None)
         if linear.strength is not None:
@@ -175,7 +175,7 @@ def test_outliers_are_smoothed_away(tmp_path, mini):
 
 def test_nothing_is_changed_without_gain(mini):
     tiles = random_tiles(mini.config, 8)
-    names = {name for name in vision_linears(2) if producer(name)}
+    names = {name for name in vision_linears(mini.config) if producer(name)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vision, "LEAST_GAIN", 0.9)
         result = quantize_vision(mini, tiles, tiles)
@@ -275,7 +275,7 @@ def test_a_rounded_network_is_the_rounded_reference(mini):
     from dequantized import Dequantized, RoundedReference
     from edgevl import _native
 
-    kept = tuple(vision_linears(2)[::2])
+    kept = tuple(vision_linears(mini.config)[::2])
     mini.config = dataclasses.replace(mini.config, vision_keep=kept)
     tiles = random_tiles(mini.config, 2)
     expected = RoundedReference(Dequantized(mini, "auto", _native.Team(1))).encode_images(tiles)

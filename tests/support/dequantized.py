@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np
 
 import packed_layout
-from edgevl.checkpoint.layouts import LM_HEAD
+from edgevl.checkpoint.architecture import LM_HEAD
 from edgevl.engine import ReferenceEngine
 from edgevl.engine import reference as ref
 from edgevl.engine.packed import pack_in_memory

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from edgevl.checkpoint import Checkpoint, StoredTensor
+from edgevl.checkpoint.architecture import TEXT
 from edgevl.checkpoint.gptq import pack_layer
-from edgevl.checkpoint.layouts import TEXT
 from edgevl.quantize.output import write_checkpoint
 from edgevl.synth.presets import PRESETS
 from edgevl.synth.writer import write_checkpoint as write_random

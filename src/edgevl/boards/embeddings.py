@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgevl.axera.layout import EMBEDDING_BF16, EMBEDDING_F32, EMBEDDING_NPY
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.layouts import EMBEDDING
+from edgevl.checkpoint.architecture import EMBEDDING
 from edgevl.checkpoint.writer import encode, raw
 
 #: Rows that are converted at once.

@@ -11,7 +11,7 @@ from edgevl.boards.settings import CompileSettings
 from edgevl.boards.targets import TARGETS, Target
 from edgevl.boards.text_checkpoint import check_weights, text_bytes
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.layouts import PROJECTOR, VISION
+from edgevl.checkpoint.architecture import PROJECTOR, VISION
 from edgevl.errors import BoardError
 
 #: Most bytes of weights in an ONNX file: that is one protobuf message, which ends at 2 GiB, and the

@@ -7,8 +7,8 @@ from math import prod
 
 from edgevl.axera.layout import BoardShape
 from edgevl.boards.timing import BITS, layer_weights
+from edgevl.checkpoint.architecture import PROJECTOR, VISION, expected_tensors
 from edgevl.checkpoint.config import ModelConfig
-from edgevl.checkpoint.layouts import PROJECTOR, VISION, expected_tensors
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, StoredTensor
-from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, TEXT
+from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, TEXT
 from edgevl.checkpoint.side_files import TOKENIZER_FILES, copy_side_files
 from edgevl.checkpoint.text_json import text_json
 from edgevl.checkpoint.writer import (

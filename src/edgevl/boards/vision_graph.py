@@ -20,8 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgevl.checkpoint import Checkpoint, ModelConfig, expected_tensors
-from edgevl.checkpoint.layouts import PROJECTOR, VISION
-from edgevl.engine.plan import vision_layers
+from edgevl.checkpoint.architecture import PROJECTOR, VISION, vision_layers
 from edgevl.engine.reference import PROJECTOR_NORM_EPS
 
 #: Names of the graph's input, float32 [1, 3, tile, tile], and output, float32 [1, T, H].

@@ -1,5 +1,6 @@
 """Checkpoints: what is on disk. Nothing that is read here is ever executed."""
 
+from edgevl.checkpoint.architecture import expected_tensors
 from edgevl.checkpoint.checkpoint import Checkpoint
 from edgevl.checkpoint.config import (
     GPTQConfig,
@@ -10,7 +11,6 @@ from edgevl.checkpoint.config import (
 from edgevl.checkpoint.config_parser import parse_config
 from edgevl.checkpoint.directory import ModelDirectory
 from edgevl.checkpoint.gptq import GPTQWeight
-from edgevl.checkpoint.layouts import expected_tensors
 from edgevl.checkpoint.safetensors import StoredTensor
 
 __all__ = [

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, TEXT, expected_tensors
 from edgevl.checkpoint.config import GPTQConfig, ModelConfig
 from edgevl.checkpoint.directory import ModelDirectory, is_directory, read_config
 from edgevl.checkpoint.gptq import GPTQWeight, packed_shapes, stored_config
-from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, TEXT, StoredNames, expected_tensors
+from edgevl.checkpoint.layouts import StoredNames
 from edgevl.checkpoint.safetensors import FLOAT_TYPES, FilePlace, StoredTensor, Weights
 from edgevl.checkpoint.surplus import refuse_other_kinds, refuse_surplus
 from edgevl.errors import CheckpointError

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
+from edgevl.checkpoint.architecture import vision_linears
 from edgevl.checkpoint.config import (
     FLASH_REFUSED,
     IMAGE_MEAN,
@@ -34,7 +36,6 @@ from edgevl.checkpoint.config import (
     TextConfig,
     VisionConfig,
 )
-from edgevl.checkpoint.layouts import vision_linears
 from edgevl.errors import CheckpointError, PromptError
 from edgevl.json_input import Fields, shown
 from edgevl.options import OPTIONS
@@ -105,6 +106,8 @@ def parse_config(
         ignored=ignored,
         **pictures,
     )
+    if vision:
+        parsed = replace(parsed, vision_keep=_parse_vision_keep(top, parsed))
     return ("gptq_text" if text is top else model_type), parsed
 
 
@@ -171,7 +174,6 @@ def _parse_pictures(top: Fields, processor: Fields) -> dict[str, Any]:
         "select_layer": top.integer(
             "vision_feature_layer" if hf else "select_layer", -layers - 1, layers, -1
         ),
-        "vision_keep": _parse_vision_keep(top, layers),
         **_parse_tiles(top, processor, vision.image_size if hf else None),
     }
 
@@ -417,13 +419,13 @@ def _named_settings(fields: Fields, stored: GPTQFormat) -> tuple[GPTQConfig, ...
     return tuple(named)
 
 
-def _parse_vision_keep(top: Fields, layers: int) -> tuple[str, ...]:
+def _parse_vision_keep(top: Fields, config: ModelConfig) -> tuple[str, ...]:
     """Return what ``edgevl_quantization``, written by `edgevl quantize`, keeps in bfloat16."""
     fields = top.fields("edgevl_quantization", {}).fields("vision", {})
     fields.choice("format", ("int8",), "int8")
     if not fields.has("keep"):
         return ()
-    names, known = fields.values["keep"], set(vision_linears(layers))
+    names, known = fields.values["keep"], set(vision_linears(config))
     if not isinstance(names, list) or len(names) > len(known):
         raise fields.error(
             "keep", f"is {shown(names)}, expected a list of at most {len(known)} names"

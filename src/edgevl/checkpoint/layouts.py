@@ -1,117 +1,14 @@
-"""Names of tensors: the canonical ones, and what each layout calls them on disk.
-
-Canonical are the names of the ``internvl_chat`` layout. Linear weights are [out, in].
-"""
+"""What each layout calls tensors on disk; the canonical names are in `architecture`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Collection, Iterable
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from edgevl.checkpoint.config import ModelConfig, TextConfig, VisionConfig
-
-VISION = "vision_model."
-PROJECTOR = "mlp1."
-TEXT = "language_model.model."
-EMBEDDING = TEXT + "embed_tokens.weight"
-LM_HEAD = "language_model.lm_head.weight"
+from edgevl.checkpoint.architecture import LM_HEAD, TEXT, VISION
 
 _T = TypeVar("_T")
 _D = TypeVar("_D")
-
-
-def expected_tensors(config: ModelConfig, vision: bool = True) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a model, by canonical name.
-
-    Args:
-        config: the model's configuration.
-        vision: whether to list the vision encoder and the projector too.
-    """
-    tensors: dict[str, tuple[int, ...]] = {}
-    if vision:
-        tensors.update(_vision_tensors(config.vision))
-        tensors.update(_projector_tensors(config))
-    tensors.update(_text_tensors(config.text))
-    return tensors
-
-
-def vision_linears(layers: int) -> list[str]:
-    """Return the weights of the linear layers of vision encoder and projector, in order.
-
-    The patch embedding, a convolution, is not among them.
-    """
-    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    encoder = [
-        f"{VISION}encoder.layers.{layer}.{part}.weight" for layer in range(layers) for part in parts
-    ]
-    return [*encoder, PROJECTOR + "1.weight", PROJECTOR + "3.weight"]
-
-
-def _linear(
-    name: str, outputs: int, inputs: int, bias: bool
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield name + ".weight", (outputs, inputs)
-    if bias:
-        yield name + ".bias", (outputs,)
-
-
-def _vision_tensors(vision: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, patch = vision.hidden_size, vision.patch_size
-    embeddings = VISION + "embeddings."
-    yield embeddings + "class_embedding", (1, 1, hidden)
-    yield embeddings + "patch_embedding.weight", (hidden, 3, patch, patch)
-    yield embeddings + "patch_embedding.bias", (hidden,)
-    yield embeddings + "position_embedding", (1, 1 + vision.num_patches, hidden)
-    for index in range(vision.num_hidden_layers):
-        layer = f"{VISION}encoder.layers.{index}."
-        for norm in ("norm1", "norm2"):
-            yield f"{layer}{norm}.weight", (hidden,)
-            if vision.norm_type == "layer_norm":
-                yield f"{layer}{norm}.bias", (hidden,)
-        yield from _linear(layer + "attn.qkv", 3 * hidden, hidden, vision.qkv_bias)
-        if vision.use_qk_norm:
-            # Over all heads at once, not per head as in Qwen3.
-            yield layer + "attn.q_norm.weight", (hidden,)
-            yield layer + "attn.k_norm.weight", (hidden,)
-        yield from _linear(layer + "attn.proj", hidden, hidden, True)
-        yield from _linear(layer + "mlp.fc1", vision.intermediate_size, hidden, True)
-        yield from _linear(layer + "mlp.fc2", hidden, vision.intermediate_size, True)
-        yield layer + "ls1", (hidden,)
-        yield layer + "ls2", (hidden,)
-
-
-def _projector_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    merged, hidden = config.vision.hidden_size * config.shuffle**2, config.text.hidden_size
-    yield PROJECTOR + "0.weight", (merged,)
-    yield PROJECTOR + "0.bias", (merged,)
-    yield from _linear(PROJECTOR + "1", hidden, merged, True)
-    yield from _linear(PROJECTOR + "3", hidden, hidden, True)
-
-
-def _text_tensors(text: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, head_dim = text.hidden_size, text.head_dim
-    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    yield EMBEDDING, (text.vocab_size, hidden)
-    for index in range(text.num_hidden_layers):
-        layer = f"{TEXT}layers.{index}."
-        yield layer + "input_layernorm.weight", (hidden,)
-        attention = layer + "self_attn."
-        yield from _linear(attention + "q_proj", queries, hidden, text.attention_bias)
-        yield from _linear(attention + "k_proj", keys, hidden, text.attention_bias)
-        yield from _linear(attention + "v_proj", keys, hidden, text.attention_bias)
-        if text.use_qk_norm:
-            yield attention + "q_norm.weight", (head_dim,)
-            yield attention + "k_norm.weight", (head_dim,)
-        yield from _linear(attention + "o_proj", hidden, queries, text.attention_output_bias)
-        yield layer + "post_attention_layernorm.weight", (hidden,)
-        yield from _linear(layer + "mlp.gate_proj", text.intermediate_size, hidden, text.mlp_bias)
-        yield from _linear(layer + "mlp.up_proj", text.intermediate_size, hidden, text.mlp_bias)
-        yield from _linear(layer + "mlp.down_proj", hidden, text.intermediate_size, text.mlp_bias)
-    yield TEXT + "norm.weight", (hidden,)
-    if not text.tie_word_embeddings:
-        yield LM_HEAD, (text.vocab_size, hidden)
-
 
 #: Where the text model's tensors may be, most specific first: internvl_chat and older HF files;
 #: transformers 5; a text model alone.

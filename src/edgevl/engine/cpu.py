@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from edgevl import _native
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.layouts import EMBEDDING, PROJECTOR, TEXT, VISION
+from edgevl.checkpoint.architecture import (
+    EMBEDDING,
+    Component,
+    Matrix,
+    Vector,
+    head_weight,
+    text_components,
+    vision_components,
+    vision_layers,
+)
 from edgevl.engine.base import (
     KV_CACHE_FORMATS,
     BatchedEngine,
@@ -26,14 +35,7 @@ from edgevl.engine.base import (
     WeightBytes,
 )
 from edgevl.engine.packed import convertible, pack_in_memory, packed_bytes, packed_matrices
-from edgevl.engine.plan import (
-    PANEL,
-    PackingPlan,
-    Precision,
-    head_weight,
-    make_plan,
-    vision_layers,
-)
+from edgevl.engine.plan import PANEL, PackingPlan, Precision, make_plan
 from edgevl.engine.reference import PROJECTOR_NORM_EPS, inverse_frequencies
 from edgevl.errors import CheckpointError, EdgeVLError
 from edgevl.machine import this_machine, trim_heap
@@ -384,38 +386,8 @@ def stored_rows(checkpoint: Checkpoint, name: str) -> _native.Stored | _native.I
 def text_vectors(checkpoint: Checkpoint) -> _native.Tensors:
     """Return the decoder's norms and biases."""
     text = checkpoint.config.text
-    stored = {"norm": "norm.weight"}
-    vectors: _native.Tensors = {"inverse_frequencies": inverse_frequencies(text)}
-    for layer in range(text.num_hidden_layers):
-        name = f"layers.{layer}."
-        stored[name + "input_norm"] = name + "input_layernorm.weight"
-        stored[name + "post_norm"] = name + "post_attention_layernorm.weight"
-        if text.use_qk_norm:
-            stored[name + "q_norm"] = name + "self_attn.q_norm.weight"
-            stored[name + "k_norm"] = name + "self_attn.k_norm.weight"
-        if text.attention_output_bias:
-            stored[name + "o_bias"] = name + "self_attn.o_proj.bias"
-        if text.attention_bias:
-            parts = [_panels(checkpoint, f"{name}self_attn.{part}_proj.bias") for part in "qkv"]
-            vectors[name + "qkv_bias"] = np.concatenate(parts).reshape(-1)
-        if text.mlp_bias:
-            parts = [_panels(checkpoint, f"{name}mlp.{part}_proj.bias") for part in ("gate", "up")]
-            vectors[name + "gate_up_bias"] = np.stack(parts, axis=1).reshape(-1)
-            stored[name + "down_bias"] = name + "mlp.down_proj.bias"
-    for name, tensor in stored.items():
-        vectors[name] = vector(checkpoint, TEXT + tensor)
-    return vectors
-
-
-def vector(checkpoint: Checkpoint, name: str) -> Floats:
-    """Return a copy of a tensor as float32: a view would keep its file mapped."""
-    return np.array(checkpoint.tensor(name))
-
-
-def _panels(checkpoint: Checkpoint, name: str) -> Floats:
-    """Return a bias of the text model padded and cut like the rows of its weight: [panels, 16]."""
-    bias = checkpoint.tensor(TEXT + name)
-    return np.pad(bias, (0, -len(bias) % PANEL)).reshape(-1, PANEL)
+    vectors = _vectors(checkpoint, text_components(text))
+    return {"inverse_frequencies": inverse_frequencies(text), **vectors}
 
 
 def vision_vectors(checkpoint: Checkpoint) -> _native.Tensors:
@@ -423,28 +395,28 @@ def vision_vectors(checkpoint: Checkpoint) -> _native.Tensors:
     if not checkpoint.has_vision:
         return {}
     config = checkpoint.config
-    stored = {
-        "patch_bias": VISION + "embeddings.patch_embedding.bias",
-        "projector.norm": PROJECTOR + "0.weight",
-        "projector.norm_bias": PROJECTOR + "0.bias",
-        "projector.fc1_bias": PROJECTOR + "1.bias",
-        "projector.fc2_bias": PROJECTOR + "3.bias",
-    }
-    for layer in range(vision_layers(config)):
-        source, name = f"{VISION}encoder.layers.{layer}.", f"layers.{layer}."
-        parts = {"proj_bias": "attn.proj.bias", "ls1": "ls1", "ls2": "ls2"}
-        parts |= {"fc1_bias": "mlp.fc1.bias", "fc2_bias": "mlp.fc2.bias"}
-        for norm in ("norm1", "norm2"):
-            parts[norm] = norm + ".weight"
-            if config.vision.norm_type == "layer_norm":
-                parts[norm + "_bias"] = norm + ".bias"
-        if config.vision.qkv_bias:
-            parts["qkv_bias"] = "attn.qkv.bias"
-        if config.vision.use_qk_norm:
-            parts |= {"q_norm": "attn.q_norm.weight", "k_norm": "attn.k_norm.weight"}
-        stored |= {name + part: source + tensor for part, tensor in parts.items()}
-    vectors: _native.Tensors = {name: vector(checkpoint, source) for name, source in stored.items()}
-    embeddings = VISION + "embeddings."
-    vectors["class_embedding"] = vector(checkpoint, embeddings + "class_embedding").reshape(-1)
-    vectors["position_embedding"] = vector(checkpoint, embeddings + "position_embedding")[0]
+    return _vectors(checkpoint, vision_components(config, vision_layers(config)))
+
+
+def _vectors(checkpoint: Checkpoint, components: Iterable[Component]) -> _native.Tensors:
+    """Return vectors and biases as float32; copies, as a view would keep its file mapped."""
+    vectors: _native.Tensors = {}
+    for component in components:
+        if isinstance(component, Vector):
+            values = np.array(checkpoint.tensor(component.name))
+            while values.ndim > 1 and len(values) == 1:
+                values = values[0]
+            vectors[component.native] = values
+        elif component.linears[0].bias:
+            vectors[component.native + "_bias"] = _bias(checkpoint, component)
     return vectors
+
+
+def _bias(checkpoint: Checkpoint, matrix: Matrix) -> Floats:
+    """Return the biases of a matrix, padded and placed like the rows of its weights."""
+    biases = [np.array(checkpoint.tensor(linear.name + ".bias")) for linear in matrix.linears]
+    if len(biases) == 1:
+        return biases[0]
+    panels = [np.pad(bias, (0, -len(bias) % PANEL)).reshape(-1, PANEL) for bias in biases]
+    together = np.stack(panels, axis=1) if matrix.alternate else np.concatenate(panels)
+    return together.reshape(-1)

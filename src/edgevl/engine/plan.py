@@ -8,14 +8,20 @@ INT4 and INT8 multiply with activations rounded to int8, with a scale for each t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from edgevl.checkpoint import Checkpoint, GPTQWeight, ModelConfig
+from edgevl.checkpoint.architecture import (
+    Matrix,
+    matrices,
+    text_components,
+    vision_components,
+    vision_layers,
+)
 from edgevl.checkpoint.gptq import group_length
-from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, PROJECTOR, TEXT, VISION
 from edgevl.errors import EdgeVLError
 
 Format = Literal["int4", "int8", "bf16"]
@@ -93,20 +99,10 @@ def make_plan(
     if precision not in PRECISIONS:
         raise EdgeVLError(f"precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}")
     text = _Text(checkpoint, precision, exact_logits)
-    matrices = list(text.matrices())
+    plans = list(text.matrices())
     if checkpoint.has_vision:
-        matrices += vision_matrices(checkpoint.config, precision)
-    return PackingPlan(tuple(matrices), text.exact_head, tuple(text.notes))
-
-
-def vision_layers(config: ModelConfig) -> int:
-    """Return how many layers of the vision encoder run: those up to ``select_layer``."""
-    return range(config.vision.num_hidden_layers + 1)[config.select_layer]
-
-
-def head_weight(config: ModelConfig) -> str:
-    """Return the name of the output layer's weight: that of the embedding where they are tied."""
-    return EMBEDDING if config.text.tie_word_embeddings else LM_HEAD
+        plans += vision_matrices(checkpoint.config, precision)
+    return PackingPlan(tuple(plans), text.exact_head, tuple(text.notes))
 
 
 def exact_group(packed: GPTQWeight) -> int | None:
@@ -148,40 +144,17 @@ class _Text:
         self._rounded = 0
 
     def matrices(self) -> Iterator[MatrixPlan]:
-        for layer in range(self._checkpoint.config.text.num_hidden_layers):
-            stored, name = f"{TEXT}layers.{layer}.", f"text.layers.{layer}."
-            attention, mlp = stored + "self_attn.", stored + "mlp."
-            yield self._joined(name + "qkv", [f"{attention}{part}_proj" for part in "qkv"])
-            yield self._joined(name + "o", [attention + "o_proj"])
-            yield self._interleaved(name + "gate_up", mlp + "gate_proj", mlp + "up_proj")
-            yield self._joined(name + "down", [mlp + "down_proj"])
-        yield self._head()
+        for matrix in matrices(text_components(self._checkpoint.config.text)):
+            yield self._head(matrix) if matrix.native == "head" else self._matrix(matrix)
         if self._rounded:
             self.notes.append(
                 f"{self._rounded} GPTQ matrices are not symmetric 4-bit in groups that follow each "
                 f"other: they are rounded to {'INT8' if self._precision == 'auto' else 'INT4'}"
             )
 
-    def _joined(self, name: str, linears: list[str]) -> MatrixPlan:
-        """One after the other, each padded to whole panels."""
-        parts, panel = [], 0
-        for linear in linears:
-            rows = self._checkpoint.shape(linear + ".weight")[0]
-            parts.append(Part(linear + ".weight", rows, panel))
-            panel += _padded(rows, PANEL) // PANEL
-        # A matrix of one part keeps its number of rows.
-        return self._matrix(name, parts, parts[0].rows if len(parts) == 1 else panel * PANEL)
-
-    def _interleaved(self, name: str, even: str, odd: str) -> MatrixPlan:
-        """Panel by panel in turn."""
-        rows = self._checkpoint.shape(even + ".weight")[0]
-        parts = [
-            Part(linear + ".weight", rows, first, 2) for first, linear in enumerate((even, odd))
-        ]
-        return self._matrix(name, parts, 2 * _padded(rows, PANEL))
-
-    def _matrix(self, name: str, parts: list[Part], rows: int) -> MatrixPlan:
-        cols = self._checkpoint.shape(parts[0].weight)[1]
+    def _matrix(self, matrix: Matrix) -> MatrixPlan:
+        parts, rows = _placed(matrix)
+        cols = matrix.linears[0].inputs
         precision = self._precision
         kind: Format = "int8" if precision == "auto" else precision
         group, exact = default_group(cols), False
@@ -193,17 +166,15 @@ class _Text:
                 kind, group, exact = "int4", shared, True
             elif any(gptq):
                 self._rounded += 1
-        return MatrixPlan(name, kind, rows, cols, group, tuple(parts), exact)
+        return MatrixPlan("text." + matrix.native, kind, rows, cols, group, parts, exact)
 
-    def _head(self) -> MatrixPlan:
-        weight = head_weight(self._checkpoint.config)
-        rows, cols = self._checkpoint.shape(weight)
-        matrix = self._matrix("text.head", [Part(weight, rows)], rows)
-        if self._precision in ("auto", "int4") and self._checkpoint.gptq(weight) is None:
+    def _head(self, matrix: Matrix) -> MatrixPlan:
+        plan = self._matrix(matrix)
+        [linear] = matrix.linears
+        if self._precision in ("auto", "int4") and self._checkpoint.gptq(linear.weight) is None:
             self.exact_head = not self._exact_logits
-            kind: Format = "bf16" if self._exact_logits else "int4"
-            return MatrixPlan("text.head", kind, rows, cols, matrix.group, matrix.parts)
-        return matrix
+            return replace(plan, format="bf16" if self._exact_logits else "int4")
+        return plan
 
 
 def vision_matrices(config: ModelConfig, precision: Precision) -> Iterator[MatrixPlan]:
@@ -212,28 +183,29 @@ def vision_matrices(config: ModelConfig, precision: Precision) -> Iterator[Matri
     A token has one scale, except before ``fc2`` and ``projector.fc2``: what comes out of a GELU
     has few large values, which would take the precision from all others.
     """
-    vision, hidden = config.vision, config.text.hidden_size
-
-    def matrix(name: str, weight: str, rows: int, cols: int) -> MatrixPlan:
-        kept = precision == "bf16" or weight in config.vision_keep
+    for matrix in matrices(vision_components(config, vision_layers(config))):
+        [linear] = matrix.linears
+        cols = linear.inputs
+        # The patch embedding is small, and first: not worth an error.
+        kept = precision == "bf16" or linear.weight in config.vision_keep or bool(linear.kernel)
         kind: Format = "bf16" if kept else "int8"
-        group = default_group(cols) if name.endswith("fc2") else _padded(cols, 8)
-        return MatrixPlan("vision." + name, kind, rows, cols, group, (Part(weight, rows),))
+        group = default_group(cols) if matrix.native.endswith("fc2") else _padded(cols, 8)
+        parts, rows = _placed(matrix)
+        yield MatrixPlan("vision." + matrix.native, kind, rows, cols, group, parts)
 
-    size, inner = vision.hidden_size, vision.intermediate_size
-    pixels = 3 * vision.patch_size**2
-    patch = Part(VISION + "embeddings.patch_embedding.weight", size)
-    # Small, and first: not worth an error.
-    yield MatrixPlan("vision.patch", "bf16", size, pixels, _padded(pixels, 8), (patch,))
-    for layer in range(vision_layers(config)):
-        stored, name = f"{VISION}encoder.layers.{layer}.", f"layers.{layer}."
-        yield matrix(name + "qkv", stored + "attn.qkv.weight", 3 * size, size)
-        yield matrix(name + "proj", stored + "attn.proj.weight", size, size)
-        yield matrix(name + "fc1", stored + "mlp.fc1.weight", inner, size)
-        yield matrix(name + "fc2", stored + "mlp.fc2.weight", size, inner)
-    merged = size * config.shuffle**2
-    yield matrix("projector.fc1", PROJECTOR + "1.weight", hidden, merged)
-    yield matrix("projector.fc2", PROJECTOR + "3.weight", hidden, hidden)
+
+def _placed(matrix: Matrix) -> tuple[tuple[Part, ...], int]:
+    """Return where the weights of a matrix lie in its panels, and its rows, which pad each of them.
+
+    A matrix of one weight keeps its number of rows.
+    """
+    sizes = [_padded(linear.outputs, PANEL) // PANEL for linear in matrix.linears]
+    step = len(sizes) if matrix.alternate else 1
+    parts = tuple(
+        Part(linear.weight, linear.outputs, place if matrix.alternate else sum(sizes[:place]), step)
+        for place, linear in enumerate(matrix.linears)
+    )
+    return parts, parts[0].rows if len(parts) == 1 else sum(sizes) * PANEL
 
 
 def _padded(size: int, multiple: int) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.checkpoint.layouts import PROJECTOR, VISION
+from edgevl.checkpoint.architecture import PROJECTOR, VISION
 from edgevl.engine.base import Engine, EngineTimings, Floats
 from edgevl.errors import CheckpointError, EdgeVLError
 from edgevl.machine import this_machine

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgevl.checkpoint import Checkpoint, TextConfig
-from edgevl.checkpoint.layouts import TEXT
+from edgevl.checkpoint.architecture import TEXT
 from edgevl.engine.reference import inverse_frequencies
 
 #: The linear layers of each stage.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.layouts import EMBEDDING, LM_HEAD, TEXT
+from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, TEXT
 from edgevl.evaluate.agreement import Comparison
 from edgevl.quantize.calibration.calibration_set import Sample
 from edgevl.quantize.decoder import load_tensor

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.layouts import PROJECTOR, VISION, vision_linears
-from edgevl.engine.plan import MatrixPlan, vision_layers
+from edgevl.checkpoint.architecture import PROJECTOR, VISION, vision_layers, vision_linears
+from edgevl.engine.plan import MatrixPlan
 from edgevl.engine.reference import PROJECTOR_NORM_EPS
 
 #: Most channels of a head whose scores the engine computes in INT8.
@@ -90,7 +90,7 @@ class VisionNetwork:
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
         self.config = checkpoint.config
         layers = vision_layers(checkpoint.config)
-        linears = vision_linears(layers)
+        linears = vision_linears(checkpoint.config, layers)
         #: The weights of each stage: of the layers of the encoder that run, then the projector.
         self.stages = [linears[4 * stage : 4 * stage + 4] for stage in range(layers + 1)]
         self.path = checkpoint.path

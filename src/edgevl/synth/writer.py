@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
+from edgevl.checkpoint.architecture import expected_tensors
 from edgevl.checkpoint.config import ModelConfig
-from edgevl.checkpoint.layouts import expected_tensors, hf_names
+from edgevl.checkpoint.layouts import hf_names
 from edgevl.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     TensorSpec,

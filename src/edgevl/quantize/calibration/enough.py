@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.layouts import TEXT
+from edgevl.checkpoint.architecture import TEXT
 from edgevl.quantize.calibration.calibration_set import Sample
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.checkpoint.layouts import EMBEDDING
+from edgevl.checkpoint.architecture import EMBEDDING
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import TensorSpec, raw, write_file
 from edgevl.errors import CheckpointError
