@@ -2,7 +2,16 @@
 
 
 class EdgeVLError(Exception):
-    """Base of all errors that are the input's, the file's or the machine's fault, not a bug."""
+    """Base of all errors that are the input's, the file's or the machine's fault, not a bug.
+
+    Attributes:
+        chinese: the message in Chinese, where a user of the web page may read it; else empty.
+    """
+
+    def __init__(self, message: str, chinese: str = "") -> None:
+        """Put an error together."""
+        super().__init__(message)
+        self.chinese = chinese
 
 
 class CheckpointError(EdgeVLError):
@@ -49,8 +58,8 @@ class QueueFullError(EdgeVLError):
         retry_after_s: when to ask again, in seconds; an estimate.
     """
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, retry_after_s: float, chinese: str = "") -> None:
+        super().__init__(message, chinese)
         self.retry_after_s = retry_after_s
 
 

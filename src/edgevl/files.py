@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from edgevl.errors import EdgeVLError
+
 #: What the name of a file begins with while it is written beside its place.
 UNFINISHED = ".unfinished-"
 #: How often a journal is forced to the disk: a power cut costs no more than this.
@@ -24,7 +26,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def reading(name: object, error: type[Exception], what: str = "file") -> Iterator[None]:
+def reading(name: object, error: type[EdgeVLError], what: str = "file") -> Iterator[None]:
     """Turn what goes wrong while a path is opened and read into ``error``.
 
     Args:
@@ -35,7 +37,9 @@ def reading(name: object, error: type[Exception], what: str = "file") -> Iterato
     try:
         yield
     except FileNotFoundError:
-        raise error(f"{name}: no such file") from None
+        raise error(
+            f"{name}: no such file", f"{name}：没有这个文件，可能已过期，请重新上传"
+        ) from None
     except IsADirectoryError:
         raise error(f"{name}: is a directory; give a {what}") from None
     except OSError as problem:
@@ -47,7 +51,7 @@ def reading(name: object, error: type[Exception], what: str = "file") -> Iterato
 def read_text(
     path: Path,
     max_bytes: int,
-    error: type[Exception],
+    error: type[EdgeVLError],
     *,
     name: str = "",
     may_be_pipe: bool = False,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgevl.errors import CheckpointError, PromptError
+from edgevl.errors import CheckpointError, EdgeVLError, PromptError
 from edgevl.files import read_text
 
 #: Integers of more digits are taken as infinite: parsing takes time with the square of the length.
@@ -24,7 +24,7 @@ REQUIRED: Any = object()
 
 
 def parse_json(
-    text: str | bytes, where: str, error: type[Exception], max_levels: int | None = None
+    text: str | bytes, where: str, error: type[EdgeVLError], max_levels: int | None = None
 ) -> Any:
     """Parse JSON; of a key that occurs twice, the last counts.
 
@@ -57,7 +57,7 @@ def parse_json(
 
 
 def parse_object(
-    text: str | bytes, where: str, error: type[Exception] = CheckpointError
+    text: str | bytes, where: str, error: type[EdgeVLError] = CheckpointError
 ) -> dict[str, Any]:
     """Parse a JSON object; see `parse_json`.
 
@@ -149,14 +149,14 @@ class Fields:
     """
 
     def __init__(
-        self, values: Mapping[str, Any], where: str, error: type[Exception] = CheckpointError
+        self, values: Mapping[str, Any], where: str, error: type[EdgeVLError] = CheckpointError
     ) -> None:
         self.values = values
         self.where = where
         self._error = error
 
     @classmethod
-    def read(cls, path: Path, max_bytes: int, error: type[Exception] = CheckpointError) -> Fields:
+    def read(cls, path: Path, max_bytes: int, error: type[EdgeVLError] = CheckpointError) -> Fields:
         """Read a file of at most ``max_bytes``.
 
         Raises:

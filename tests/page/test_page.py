@@ -370,6 +370,26 @@ def test_failures_in_the_users_language(tmp_path):
     assert "secret" not in texts.failure(turn, "en")
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("empty.png", b"", "empty.png：文件是空的，不是图片"),
+        ("cut.png", METER.read_bytes()[:3000], "cut.png：图片已损坏"),
+        ("notes.txt", b"nothing", "notes.txt：不是可读取的图片，请用"),
+        ("film.mp4", b"\0\0\0\x18ftypisom", "film.mp4：这是视频而不是图片"),
+        ("gone.png", None, "gone.png：没有这个文件，可能已过期，请重新上传"),
+    ],
+)
+def test_pictures_that_fail_in_chinese(tmp_path, name, data, said):
+    path = tmp_path / name
+    if data is not None:
+        path.write_bytes(data)
+    conversation = Conversation(edgevl.load("tiny", engine="reference").chat, tmp_path)
+    for _ in conversation.ask(turn := Turn("?", (path,)), Settings()):
+        pass
+    assert texts.failure(turn, "zh").startswith(said)
+
+
 def test_refusals_in_chinese(tmp_path, monkeypatch):
     scheduler = Scheduler(model := edgevl.load("tiny"))
     conversation = Conversation(lambda *kind: Session(model.checkpoint, scheduler), tmp_path)

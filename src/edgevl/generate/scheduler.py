@@ -224,12 +224,15 @@ class Scheduler:
 
     def _check_open(self) -> None:
         if not self.alive:
-            raise EdgeVLError("the server is shutting down: ask again later")
+            raise EdgeVLError(
+                "the server is shutting down: ask again later", "服务正在关闭，请稍后再试"
+            )
         if self.waiting >= self.max_queue:
             wait_s = self._mean_s * self.waiting / self._slots.most
             raise QueueFullError(
                 f"{self.waiting} requests wait already: try again later",
                 min(max(wait_s, LEAST_WAIT_S), MOST_WAIT_S),
+                f"已有 {self.waiting} 个问题在等待，请稍后再试",
             )
 
     def _all(self) -> list[Request]:

@@ -232,7 +232,8 @@ class Session:
         if sources and not self._checkpoint.has_vision:
             raise CheckpointError(
                 f"{self._checkpoint.path} has no vision weights: it answers text only; for "
-                "pictures give the whole model"
+                "pictures give the whole model",
+                "这个模型没有视觉部分，只能回答文字问题",
             )
         return sources
 
@@ -262,7 +263,10 @@ class Session:
         if length >= context:
             raise ContextLengthError(
                 f"the message needs {length} tokens, but the context holds {context}, answer "
-                "included: shorten it, or use fewer pictures, tiles (max_tiles) or frames of videos"
+                "included: shorten it, or use fewer pictures, tiles (max_tiles) or frames of "
+                "videos",
+                f"这条消息需要 {length} 个词元，而上下文只能容纳 {context} 个（含回答）："
+                "请缩短文字，或减少图片、图块或视频帧",
             )
         return messages, prompt
 

@@ -254,9 +254,15 @@ def _remembered(turns: Sequence[Turn]) -> list[Message]:
 
 def _check(turn: Turn) -> None:
     if len(turn.text) > MAX_QUESTION:
-        raise PromptError(f"the question exceeds {MAX_QUESTION} characters: shorten it")
+        raise PromptError(
+            f"the question exceeds {MAX_QUESTION} characters: shorten it",
+            f"问题超过 {MAX_QUESTION} 个字符，请缩短",
+        )
     if len(turn.pictures) + len(turn.videos) > MAX_FILES:
-        raise PromptError(f"the question has more than {MAX_FILES} files: ask in several turns")
+        raise PromptError(
+            f"the question has more than {MAX_FILES} files: ask in several turns",
+            f"一个问题最多 {MAX_FILES} 个文件，请分几次提问",
+        )
 
 
 class Conversations:

@@ -203,9 +203,13 @@ def _from_path(path: str | bytes) -> _Opened:
 
 def _check_bytes(data: bytes, name: str) -> bytes:
     if not data:
-        raise ImageError(f"{name}: empty; not a picture")
+        raise ImageError(f"{name}: empty; not a picture", f"{name}：文件是空的，不是图片")
     if len(data) > MAX_BYTES:
-        raise ImageError(f"{name}: over the limit of {MAX_BYTES // 2**20} MiB; shrink the picture")
+        limit = f"{MAX_BYTES // 2**20} MiB"
+        raise ImageError(
+            f"{name}: over the limit of {limit}; shrink the picture",
+            f"{name}：超过 {limit} 的大小上限，请先缩小",
+        )
     return data
 
 
@@ -219,7 +223,9 @@ def _decode(data: bytes, name: str) -> _Opened:
     except ImageError:
         raise
     except Exception as error:  # decoders raise nearly anything on malformed input
-        raise ImageError(f"{name}: damaged picture ({first_line(error)})") from error
+        raise ImageError(
+            f"{name}: damaged picture ({first_line(error)})", f"{name}：图片已损坏"
+        ) from error
     _check_size(image.size, name)
     return _Opened(image, name, data)
 
@@ -233,10 +239,12 @@ def _decoder(data: bytes, name: str) -> Callable[..., Image.Image]:
             return factory
     if _is_video(data):
         raise ImageError(
-            f"{name}: a video, not a picture; give it as one (-v, /video, videos, video_url)"
+            f"{name}: a video, not a picture; give it as one (-v, /video, videos, video_url)",
+            f"{name}：这是视频而不是图片，请作为视频给出",
         )
     raise ImageError(
-        f"{name}: not a picture that can be read; give JPEG, PNG, WebP, BMP, GIF, TIFF or HEIC"
+        f"{name}: not a picture that can be read; give JPEG, PNG, WebP, BMP, GIF, TIFF or HEIC",
+        f"{name}：不是可读取的图片，请用 JPEG、PNG、WebP、BMP、GIF、TIFF 或 HEIC",
     )
 
 
@@ -244,7 +252,10 @@ def _heic_decoder(name: str) -> Callable[..., Image.Image]:
     try:
         from pillow_heif import HeifImageFile
     except ImportError:
-        raise ImageError(f"{name}: HEIC needs a decoder; pip install 'edgevl[heic]'") from None
+        raise ImageError(
+            f"{name}: HEIC needs a decoder; pip install 'edgevl[heic]'",
+            f"{name}：这里不能读取 HEIC，请改用 JPEG 或 PNG",
+        ) from None
     return HeifImageFile
 
 
@@ -299,7 +310,8 @@ def _finish(opened: _Opened, wanted: Wanted | None) -> tuple[Image.Image, tuple[
             raise
         except Exception as error:  # as in _decode
             raise ImageError(
-                f"{name}: damaged or truncated picture ({first_line(error)})"
+                f"{name}: damaged or truncated picture ({first_line(error)})",
+                f"{name}：图片已损坏",
             ) from error
         finally:
             if opened.is_ours:
@@ -425,10 +437,14 @@ def _webp(opened: _Opened, size: tuple[int, int]) -> Image.Image | None:
 def _check_size(size: tuple[int, int], name: str) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise ImageError(f"{name}: a picture of {width} × {height} pixels has nothing to see")
+        raise ImageError(
+            f"{name}: a picture of {width} × {height} pixels has nothing to see",
+            f"{name}：图片太小",
+        )
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"{name}: {width} × {height} pixels are over the limit of {MAX_PIXELS}; shrink it"
+            f"{name}: {width} × {height} pixels are over the limit of {MAX_PIXELS}; shrink it",
+            f"{name}：图片超过 {MAX_PIXELS} 像素的上限，请先缩小",
         )
 
 

@@ -169,7 +169,10 @@ class Video:
                     kept[decoded] = frame
                 decoded += 1
         if not decoded:
-            raise VideoError(f"{self.name}: damaged or truncated video (no frame can be decoded)")
+            raise VideoError(
+                f"{self.name}: damaged or truncated video (no frame can be decoded)",
+                f"{self.name}：视频已损坏或不完整",
+            )
         if decoded == self.frame_count and kept:
             yield from (kept[index] for index in indices)
             return
@@ -280,12 +283,15 @@ def open_video(source: VideoSource) -> Video:
                 seeks.append(time if packet.dts is None else packet.dts)
             if max(count, len(keyframes)) > MAX_FRAMES:
                 raise VideoError(
-                    f"{name}: over the limit of {MAX_FRAMES} frames; cut out the part that matters"
+                    f"{name}: over the limit of {MAX_FRAMES} frames; cut out the part that matters",
+                    f"{name}：超过 {MAX_FRAMES} 帧的上限，请截取需要的部分",
                 )
         unit_s = float(stream.time_base or 0)
         rate = float(stream.average_rate or 0)
     if not count:
-        raise VideoError(f"{name}: damaged or truncated video (no frames)")
+        raise VideoError(
+            f"{name}: damaged or truncated video (no frames)", f"{name}：视频已损坏或不完整"
+        )
     shown = np.sort(np.frombuffer(times, np.int64))
     if order.is_kept and (np.diff(shown) > 0).all():
         duration_s = unit_s * float(shown[-1] - shown[0])

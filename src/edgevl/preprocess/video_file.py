@@ -72,18 +72,24 @@ def locate(
     if not stat.S_ISREG(status.st_mode):
         raise VideoError(f"{name}: a device or pipe, which may have no end; give a video file")
     if not status.st_size:
-        raise VideoError(f"{name}: empty; not a video")
+        raise VideoError(f"{name}: empty; not a video", f"{name}：文件是空的，不是视频")
     if status.st_size > MAX_FILE_BYTES:
-        raise VideoError(f"{name}: over the limit of {MAX_FILE_BYTES // 2**30} GiB; shorten it")
+        limit = f"{MAX_FILE_BYTES // 2**30} GiB"
+        raise VideoError(
+            f"{name}: over the limit of {limit}; shorten it",
+            f"{name}：超过 {limit} 的大小上限，请先缩短",
+        )
     return name, place
 
 
 def _check_bytes(data: bytes, name: str) -> bytes:
     if not data:
-        raise VideoError(f"{name}: empty; not a video")
+        raise VideoError(f"{name}: empty; not a video", f"{name}：文件是空的，不是视频")
     if len(data) > MAX_MEMORY_BYTES:
+        limit = f"{MAX_MEMORY_BYTES // 2**20} MiB"
         raise VideoError(
-            f"{name}: over the limit of {MAX_MEMORY_BYTES // 2**20} MiB; give it as a file"
+            f"{name}: over the limit of {limit}; give it as a file",
+            f"{name}：超过 {limit} 的大小上限，请以文件给出",
         )
     return data
 
@@ -112,7 +118,8 @@ def opened(name: str, data: bytes | Path) -> Iterator[tuple[InputContainer, Vide
             except av.FFmpegError as error:
                 raise VideoError(
                     f"{name}: not a video that can be read ({error.strerror}); give "
-                    f"{_CONTAINER_NAMES}"
+                    f"{_CONTAINER_NAMES}",
+                    f"{name}：不是可读取的视频，请用 {_CONTAINER_NAMES}",
                 ) from None
             with container:
                 yield container, _video_stream(container, name)
@@ -122,7 +129,9 @@ def opened(name: str, data: bytes | Path) -> Iterator[tuple[InputContainer, Vide
         if type(error) is MemoryError:  # FFmpeg's is a size that the file claims
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise VideoError(f"{name}: damaged or truncated video ({reason})") from error
+        raise VideoError(
+            f"{name}: damaged or truncated video ({reason})", f"{name}：视频已损坏或不完整"
+        ) from error
 
 
 def packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
@@ -148,15 +157,21 @@ def _video_stream(container: InputContainer, name: str) -> VideoStream:
         if not stream.disposition & Disposition.attached_pic:  # the cover of a recording
             break
     else:
-        raise VideoError(f"{name}: has no moving picture; give a video")
+        raise VideoError(
+            f"{name}: has no moving picture; give a video", f"{name}：没有活动画面，不是视频"
+        )
     codec = stream.codec_context
     if codec is None:
-        raise VideoError(f"{name}: FFmpeg has no decoder for it; convert it to H.264")
+        raise VideoError(
+            f"{name}: FFmpeg has no decoder for it; convert it to H.264",
+            f"{name}：无法解码，请先转换为 H.264",
+        )
     # A decoder that refuses a size says that it is 0.
     if not 0 < codec.width * codec.height <= MAX_FRAME_PIXELS:
         raise VideoError(
             f"{name}: the size of its frames is unknown or over the limit of {MAX_FRAME_PIXELS} "
-            "pixels; convert it to a smaller size"
+            "pixels; convert it to a smaller size",
+            f"{name}：画面尺寸未知或过大，请先缩小",
         )
     codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # frames may grow on the way
     codec.thread_type = "AUTO"
