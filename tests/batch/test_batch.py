@@ -17,7 +17,7 @@ from clips import write_clip
 from edgevl import Constraint, cli
 from edgevl.batch import answer_rows, answering, open_batch, rows, run_batch
 from edgevl.errors import CheckpointError, EdgeVLError, PromptError
-from edgevl.preprocess import folder, load_image, prepare_picture, prepare_video
+from edgevl.preprocess import load_image, prepare_picture, prepare_video, sources
 from repository import EXAMPLES
 
 NUMBER = "What number is on the display?"
@@ -183,13 +183,13 @@ def test_all_that_pillow_calls_a_picture_is_one(pictures, model):
 
     formats = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
     known = [suffix for suffix, name in Image.registered_extensions().items() if name in formats]
-    assert set(known) <= {*folder.PICTURE_SUFFIXES}
+    assert set(known) <= {*sources.PICTURE_SUFFIXES}
     shutil.copy(pictures / "meter.png", pictures / "a.JFIF")  # whatever it is inside
     shutil.copy(pictures / "meter.png", pictures / "b.jpe")
     found = answered(model, pictures, question=NUMBER)
     assert [row["text"] for row in found[:2]] == ["7305", "7305"]
     assert [row["id"] for row in found[:2]] == ["a.JFIF", "b.jpe"]
-    assert {".hif", ".heic", ".heif"} <= {*folder.PICTURE_SUFFIXES}
+    assert {".hif", ".heic", ".heif"} <= {*sources.PICTURE_SUFFIXES}
 
 
 def test_files_that_hide_are_not_pictures(pictures):
@@ -442,7 +442,7 @@ def test_nor_is_one_overwritten_that_comes_to_be_meanwhile(model, pictures, tmp_
 
 
 def test_a_directory_of_too_many_files_is_refused(pictures, monkeypatch):
-    monkeypatch.setattr(folder, "MAX_FILES", 3)
+    monkeypatch.setattr(sources, "MAX_FILES", 3)
     with pytest.raises(EdgeVLError, match="more than 3 files"):
         open_batch(pictures, NUMBER)
 

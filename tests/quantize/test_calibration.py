@@ -11,7 +11,8 @@ import pytest
 
 import edgevl
 from edgevl.preprocess import Message, prepare_picture
-from edgevl.quantize.calibration import collect, enough, saved
+from edgevl.quantize.calibration import collect, saved
+from edgevl.quantize.calibration.collect import notes_on_size, widest_inputs
 from edgevl.quantize.calibration.conversations import ConversationLog, converse
 from edgevl.quantize.calibration.drawn import draw
 from edgevl.quantize.calibration.pictures import FoundPicture
@@ -279,16 +280,16 @@ def test_too_few_samples(model, tmp_path):
 
 def test_fewer_tokens_than_inputs(model, calibration, monkeypatch):
     tokens = sum(len(sample.token_ids) for sample in calibration.samples)
-    assert enough.widest_inputs(model.checkpoint) == 384
-    monkeypatch.setattr(enough, "widest_inputs", lambda checkpoint: tokens + 1)
+    assert widest_inputs(model.checkpoint) == 384
+    monkeypatch.setattr(f"{notes_on_size.__module__}.widest_inputs", lambda checkpoint: tokens + 1)
     message = rf"samples is 8: they have {tokens} tokens, fewer than the {tokens + 1} inputs of"
     with pytest.raises(QuantizationError, match=message + r".* at least 9"):
-        enough.check(calibration.samples, model.checkpoint)
-    monkeypatch.setattr(enough, "widest_inputs", lambda checkpoint: tokens // 2)
-    (note,) = enough.check(calibration.samples, model.checkpoint)
+        notes_on_size(calibration.samples, model.checkpoint)
+    monkeypatch.setattr(f"{notes_on_size.__module__}.widest_inputs", lambda checkpoint: tokens // 2)
+    (note,) = notes_on_size(calibration.samples, model.checkpoint)
     assert f"{tokens} tokens" in note
-    monkeypatch.setattr(enough, "widest_inputs", lambda checkpoint: tokens // 4)
-    assert enough.check(calibration.samples, model.checkpoint) == []
+    monkeypatch.setattr(f"{notes_on_size.__module__}.widest_inputs", lambda checkpoint: tokens // 4)
+    assert notes_on_size(calibration.samples, model.checkpoint) == []
 
 
 def test_one_picture_cannot_be_kept_apart(model, tmp_path):

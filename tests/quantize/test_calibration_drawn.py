@@ -6,7 +6,7 @@ from PIL import Image
 
 from edgevl.preprocess.tiles import choose_grid
 from edgevl.quantize.calibration.drawn import DRAWERS, draw
-from edgevl.quantize.calibration.thumbnail import MAX_BYTES, thumbnail
+from edgevl.quantize.calibration.pictures import THUMBNAIL_BYTES, thumbnail
 
 
 @pytest.mark.parametrize("kind", range(len(DRAWERS)), ids=lambda kind: DRAWERS[kind].__name__)
@@ -32,4 +32,4 @@ def test_a_thumbnail_is_small_whatever_is_in_the_picture():
     noise = np.random.default_rng(0).integers(0, 256, (900, 700, 3), np.uint8)
     data = thumbnail(Image.fromarray(noise))
     assert data.startswith(b"\xff\xd8")
-    assert len(data) <= MAX_BYTES
+    assert len(data) <= THUMBNAIL_BYTES

@@ -5,8 +5,7 @@ import pytest
 import edgevl
 from edgevl.loading import locate
 from edgevl.preprocess import PromptEncoder
-from edgevl.quantize.calibration import texts
-from edgevl.quantize.calibration.texts import token_windows
+from edgevl.quantize.calibration.conversations import token_windows
 from edgevl.quantize.settings import QuantizationError
 
 
@@ -61,6 +60,6 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer, monkeypatch):
     path.write_bytes(b"good \xff bad")
     with pytest.raises(QuantizationError, match=r"a\.txt: not UTF-8 at byte 5: convert it"):
         token_windows([path], tokenizer, 1)
-    monkeypatch.setattr(texts, "MAX_FILE_BYTES", 5)
+    monkeypatch.setattr(f"{token_windows.__module__}.MAX_FILE_BYTES", 5)
     with pytest.raises(QuantizationError, match=r"a\.txt: larger than"):
         token_windows([path], tokenizer, 1)

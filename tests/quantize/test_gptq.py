@@ -9,16 +9,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from edgevl.quantize import QuantizationError  # noqa: E402
-from edgevl.quantize.gptq import (  # noqa: E402
+from edgevl.quantize.gptq import (  # noqa: E402  # noqa: E402
     Refinements,
     Statistics,
-    quantize,
-    rounded_to_nearest,
-)
-from edgevl.quantize.grid import (  # noqa: E402
     largest,
+    quantize,
     reaching_scales,
     round_to_nearest,
+    rounded_to_nearest,
     searched_scales,
 )
 

@@ -205,7 +205,7 @@ def test_parts_can_be_left_as_they_are(quantizable_checkpoint, tmp_path, text, v
 def test_rounding_to_nearest_needs_few_samples_and_tokens(
     quantizable_checkpoint, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("edgevl.quantize.calibration.enough.widest_inputs", lambda _: 10**9)
+    monkeypatch.setattr("edgevl.quantize.calibration.collect.widest_inputs", lambda _: 10**9)
     settings = QuantizationSettings(method="rtn", group_size=32)
     report = quantize_checkpoint(quantizable_checkpoint(), tmp_path / "out", settings)
     assert report["calibration"]["samples"] == 16

@@ -14,7 +14,7 @@ from typing import IO, Any
 from edgevl.batch.line import parse_line
 from edgevl.errors import EdgeVLError
 from edgevl.files import reading
-from edgevl.preprocess.folder import PICTURE_SUFFIXES, VIDEO_SUFFIXES, find_files
+from edgevl.preprocess.sources import PICTURE_SUFFIXES, VIDEO_SUFFIXES, find_files
 
 #: Longest line of a file, in bytes: a picture of the largest size in a ``data:`` URL, and more.
 MAX_LINE_BYTES = 128 << 20

@@ -22,7 +22,7 @@ from edgevl.errors import EdgeVLError
 from edgevl.files import replacing
 from edgevl.options import OPTIONS
 from edgevl.preprocess import Video, load_image, open_video
-from edgevl.preprocess.folder import PICTURE_SUFFIXES, VIDEO_SUFFIXES
+from edgevl.preprocess.sources import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,10 +13,13 @@ from edgevl.checkpoint.config import MAX_VOCAB_SIZE
 from edgevl.errors import CheckpointError
 from edgevl.files import first_line
 from edgevl.json_input import parse_object
-from edgevl.preprocess.qwen_bpe import qwen_bpe
 
 if TYPE_CHECKING:
     from edgevl.checkpoint import ModelDirectory
+from collections.abc import Sequence
+
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import ByteLevel
 
 _QWEN2_CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -183,3 +186,32 @@ def _special_contents(config: dict[str, Any]) -> set[str]:
     values = [*values, *(value for key, value in config.items() if key.endswith("_token"))]
     contents = (value.get("content") if isinstance(value, dict) else value for value in values)
     return {content for content in contents if isinstance(content, str)}
+
+
+# Splitting pattern of their tokenizer.json.
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def qwen_bpe(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    """Return a byte-level BPE tokenizer with Qwen's normalizer and pre-tokenizer; no added tokens.
+
+    Args:
+        vocabulary: token -> id, in the characters that stand for bytes.
+        merges: pairs to merge, the most important first.
+    """
+    tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=list(merges)))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

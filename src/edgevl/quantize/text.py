@@ -15,8 +15,7 @@ from torch import Tensor
 
 from edgevl.checkpoint import TextConfig
 from edgevl.quantize.decoder import STAGES, DecoderLayer, Weights
-from edgevl.quantize.gptq import Refinements, Statistics, quantize, rounded_to_nearest
-from edgevl.quantize.grid import Rounded
+from edgevl.quantize.gptq import Refinements, Rounded, Statistics, quantize, rounded_to_nearest
 from edgevl.quantize.settings import QuantizationError
 
 

@@ -11,7 +11,7 @@ from itertools import islice
 
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
-from edgevl.preprocess.qwen_bpe import qwen_bpe
+from edgevl.preprocess.tokenizer import qwen_bpe
 
 #: Size of Qwen's vocabulary without added tokens: the first special token's id.
 QWEN_BASE_VOCABULARY = 151643

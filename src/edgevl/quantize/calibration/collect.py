@@ -13,17 +13,19 @@ import numpy as np
 from PIL import Image
 
 from edgevl.checkpoint import Checkpoint
+from edgevl.checkpoint.architecture import TEXT
 from edgevl.engine.base import Floats
 from edgevl.errors import ImageError
 from edgevl.generate import Model
 from edgevl.preprocess import load_image, prepare_picture
-from edgevl.quantize.calibration import enough, stored
-from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example, Sample
+from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example, Sample, load, save
 from edgevl.quantize.calibration.conversations import (
+    MAX_WINDOW,
     ConversationLog,
     converse,
     text_sample,
     to_sample,
+    token_windows,
 )
 from edgevl.quantize.calibration.drawn import draw
 from edgevl.quantize.calibration.pictures import (
@@ -32,10 +34,9 @@ from edgevl.quantize.calibration.pictures import (
     choose_pictures,
     open_pictures,
     set_apart,
+    thumbnail,
 )
 from edgevl.quantize.calibration.requests import Kind, Request, heldout_count, kinds, requests
-from edgevl.quantize.calibration.texts import MAX_WINDOW, token_windows
-from edgevl.quantize.calibration.thumbnail import thumbnail
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 
 #: Tiles to calibrate vision on, and held out.
@@ -79,14 +80,14 @@ def collect(
             "the original checkpoint"
         )
     assert isinstance(checkpoint, Checkpoint)  # whoever quantizes opened one
-    enough.check_count(settings.samples)
+    check_count(settings.samples)
     finished = saved(checkpoint, settings, work, text_only)
     if finished is not None:
         return finished
     with contextlib.ExitStack() as stack:
         collector = _Collector(model, checkpoint, settings, work, text_only, stack)
         calibration = collector.run(progress)
-    stored.save(_file(work), calibration, _key(checkpoint, settings, text_only))
+    save(_file(work), calibration, _key(checkpoint, settings, text_only))
     return calibration
 
 
@@ -94,7 +95,7 @@ def saved(
     checkpoint: Checkpoint, settings: QuantizationSettings, work: Path, text_only: bool = False
 ) -> CalibrationSet | None:
     """Return what `collect` completed in ``work`` for these arguments, or None; needs no engine."""
-    return stored.load(_file(work), checkpoint, _key(checkpoint, settings, text_only))
+    return load(_file(work), checkpoint, _key(checkpoint, settings, text_only))
 
 
 def _file(work: Path) -> Path:
@@ -172,7 +173,7 @@ class _Collector:
                 if progress is not None:
                     progress(len(sets[0]) + len(sets[1]), total)
         if self._settings.text != "none" and self._settings.method == "gptq":
-            self._notes += enough.check(sets[0], self._checkpoint)
+            self._notes += notes_on_size(sets[0], self._checkpoint)
         return CalibrationSet(
             tuple(sets[0]),
             tuple(sets[1]),
@@ -282,3 +283,50 @@ class _Collector:
                         }
                     )
         return result
+
+
+#: Fewer sequences are no sample of anything.
+MIN_SAMPLES = 8
+#: With fewer tokens than this many times the inputs of the widest layer, a note says so.
+GOOD_TOKENS_PER_INPUT = 4
+
+
+def check_count(samples: int) -> None:
+    """Raise a `QuantizationError` if so many sequences are too few."""
+    if samples < MIN_SAMPLES:
+        raise QuantizationError(
+            f"samples is {samples}: {MIN_SAMPLES} is the least to calibrate on, "
+            f"{QuantizationSettings.samples} the default"
+        )
+
+
+def notes_on_size(samples: Sequence[Sample], checkpoint: Checkpoint) -> list[str]:
+    """Compare the tokens of the calibration sequences with the widest layer: -> notes.
+
+    Raises:
+        QuantizationError: they are fewer than its inputs, whose second moments are then certain to
+            be singular.
+    """
+    tokens, inputs = sum(len(sample.token_ids) for sample in samples), widest_inputs(checkpoint)
+    mean = tokens / len(samples)
+    if tokens < inputs:
+        raise QuantizationError(
+            f"samples is {len(samples)}: they have {tokens} tokens, fewer than the {inputs} inputs "
+            f"of the widest layer; calibrate on at least {-(-inputs // mean):.0f}"
+        )
+    good = GOOD_TOKENS_PER_INPUT * inputs
+    if tokens >= good:
+        return []
+    return [
+        f"{tokens} tokens to calibrate on are few for a layer of {inputs} inputs; "
+        f"{-(-good // mean):.0f} samples would do"
+    ]
+
+
+def widest_inputs(checkpoint: Checkpoint) -> int:
+    """Return the most inputs of a linear layer of the decoder."""
+    return max(
+        checkpoint.shape(name)[1]
+        for name in checkpoint.names()
+        if name.startswith(TEXT) and name.endswith("_proj.weight")
+    )

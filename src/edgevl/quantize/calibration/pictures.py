@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from PIL import Image
+
 from edgevl.errors import ImageError
 from edgevl.files import first_line, reading
-from edgevl.preprocess.folder import PICTURE_SUFFIXES, find_files, has_suffix
 from edgevl.preprocess.image import MAX_BYTES, load_image
+from edgevl.preprocess.sources import PICTURE_SUFFIXES, find_files, has_suffix
 from edgevl.quantize.settings import QuantizationError
 
 #: Most members of a tar file, and most bytes that one takes which is only a header.
@@ -205,3 +208,21 @@ def set_apart(items: Sequence[_T], count: int) -> tuple[list[_T], list[_T]]:
         [item for index, item in enumerate(items) if index not in taken],
         [items[index] for index in sorted(taken)],
     )
+
+
+#: Most bytes of a picture in a report, and pixels of its sides.
+THUMBNAIL_BYTES = 20_000
+_THUMBNAIL_SIDE = 384
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """Return an RGB picture as a small JPEG, of at most `THUMBNAIL_BYTES`."""
+    small = image.copy()
+    small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    while True:
+        for quality in (80, 60, 40):
+            file = io.BytesIO()
+            small.save(file, "JPEG", quality=quality)
+            if file.tell() <= THUMBNAIL_BYTES:
+                return file.getvalue()
+        small = small.reduce(2)  # noise compresses badly
