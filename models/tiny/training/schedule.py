@@ -8,7 +8,7 @@ be far better than the latest.
 import numpy as np
 
 JSON_FROM = 13_700  # the first 13,700 steps knew nothing of JSON
-STEPS = 25_000
+STEPS = 27_100
 EASY_STEPS = 900  # the pictures' difficulty rises from 0.15 to 1 until then
 
 # Step and factor of the learning rate; linear between.
@@ -20,7 +20,8 @@ _RATES = (
     (12060, 0.50), (12500, 0.50), (13299, 0.0), (13300, 0.02),
     (13320, 0.15), (13699, 0.0), (13700, 0.02), (13780, 0.50), (15150, 0.50), (17049, 0.0),
     (17050, 0.02), (17120, 0.45), (18900, 0.45), (20999, 0.0), (21000, 0.02), (21070, 0.45),
-    (22700, 0.45), (STEPS, 0.0),
+    (22700, 0.45), (24999, 0.0), (25000, 0.02), (25040, 0.2), (25400, 0.2),
+    (26199, 0.0), (26200, 0.02), (26240, 0.28), (26600, 0.28), (STEPS, 0.0),
 )  # fmt: skip
 
 # From which step, how much of each kind of picture.
@@ -45,6 +46,8 @@ _KINDS = (
     (17_050, {"display": 0.4, "label": 0.2, "handwriting": 1.3, "word": 0.9, "shapes": 9.0}),
     (18_200, {"display": 0.5, "label": 0.3, "handwriting": 1.4, "word": 2.2, "shapes": 9.0}),
     (21_000, {"display": 0.5, "label": 0.3, "handwriting": 1.2, "word": 1.8, "shapes": 10.0}),
+    (25_000, {"display": 0.8, "label": 0.3, "handwriting": 1.8, "word": 4.5, "shapes": 8.0}),
+    (26_200, {"display": 1.2, "label": 0.4, "handwriting": 3.0, "word": 2.6, "shapes": 9.0}),
 )
 
 
