@@ -13,8 +13,7 @@ from edgevl.generate.generation import Chunk
 from edgevl.generate.sampling import TokenLogprobs
 from edgevl.generate.text import Piece
 from edgevl.serve.app import PageGate, create_app
-from edgevl.serve.listening import listen, url_of
-from edgevl.serve.run import Server
+from edgevl.serve.server import Server, listen, url_of
 from edgevl.serve.service import Service
 from edgevl.serve.settings import Settings
 from repository import EXAMPLES

@@ -119,10 +119,10 @@ def command(
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     from edgevl.serve.app import PageGate, create_app
-    from edgevl.serve.listening import is_loopback, listen, url_of
-    from edgevl.serve.run import Server, run
+    from edgevl.serve.server import Server, is_loopback, listen, run, url_of
     from edgevl.serve.service import Service
     from edgevl.serve.settings import Settings
+    from edgevl.serve.telemetry import log_to_stderr
 
     share_heap()
     sock = listen(host, port)
@@ -156,6 +156,7 @@ def command(
     if not no_ui and importlib.util.find_spec("gradio") is not None:
         gate, make_page = PageGate(), page_maker(settings.name, api_key)
     app = create_app(Service(settings), gate)
+    log_to_stderr()
     run(Server(app, lambda: load_model(model, **engine), on_ready, gate, make_page), sock)
     return 0
 

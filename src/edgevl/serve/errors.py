@@ -112,6 +112,11 @@ def unavailable(message: str) -> ApiError:
     )
 
 
+def stopping() -> ApiError:
+    """Return the error of a server that takes no more."""
+    return unavailable("the server stops: ask another one")
+
+
 def timed_out(timeout_s: float) -> ApiError:
     """Return the error of a request that took longer than the operator allows."""
     return ApiError(
