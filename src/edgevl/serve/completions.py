@@ -16,8 +16,7 @@ from edgevl.generate.tool_calls import ToolCallSplitter
 from edgevl.preprocess import Prompt
 from edgevl.preprocess.tools import Tool, ToolCall
 from edgevl.serve.conversation import constraint_on, encode, shown_tools
-from edgevl.serve.errors import ApiError
-from edgevl.serve.job import Job, encoded, sampling_params
+from edgevl.serve.job import Job, encoded
 from edgevl.serve.requests import ChatRequest, CompletionRequest, Sampling
 from edgevl.serve.responses import (
     CallReply,
@@ -33,7 +32,7 @@ from edgevl.serve.responses import (
     ReplyMessage,
     TokenTexts,
 )
-from edgevl.serve.service import Service
+from edgevl.serve.service import Loaded
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -41,18 +40,12 @@ DEFAULT_MAX_TOKENS = 16
 _CONSTRAINTS = CapacityLimiter(2)
 
 
-async def prepare_chat(body: ChatRequest, service: Service) -> Job:
+async def prepare_chat(body: ChatRequest, loaded: Loaded) -> Job:
     """Return what is to be done for a conversation.
 
     Raises:
         ApiError: the request asks for what cannot be.
     """
-    if body.top_logprobs and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-    if body.thinking and (body.formatted or body.must_call):
-        param = "response_format" if body.formatted else "tool_choice"
-        raise ApiError(400, f"{param} cannot be kept while thinking: leave one out", param)
-    loaded = service.loaded()
     tools = shown_tools(body)
     constraint = None
     if body.formatted or body.must_call:
@@ -65,27 +58,25 @@ async def prepare_chat(body: ChatRequest, service: Service) -> Job:
             limiter=_CONSTRAINTS,
         )
     prompts = await encode(body, loaded, tools)
-    max_tokens = body.max_completion_tokens or body.max_tokens or loaded.scheduler.max_context
     head = _head("chatcmpl", body)
     return Job(
-        loaded,
         prompts,
-        sampling_params(body, service, loaded, prompts, max_tokens, constraint),
+        body.max_completion_tokens or body.max_tokens or loaded.scheduler.max_context,
         (body.top_logprobs or 0) if body.logprobs else None,
         # Where calls have tags by construction, an object without them is none.
         partial(_ChatWriter, body, loaded.texts, tools, () if body.formatted else tools),
         partial(ChatChunk, object="chat.completion.chunk", **head),
         partial(ChatCompletion, object="chat.completion", **head),
+        constraint,
     )
 
 
-async def prepare_completion(body: CompletionRequest, service: Service) -> Job:
+async def prepare_completion(body: CompletionRequest, loaded: Loaded) -> Job:
     """Return what is to be done for one text or several, given as text or ids.
 
     Raises:
         ApiError: the request asks for what cannot be.
     """
-    loaded = service.loaded()
     encoder, most = loaded.scheduler.prompts, loaded.scheduler.max_context
 
     def encode_all() -> list[Prompt]:
@@ -101,12 +92,10 @@ async def prepare_completion(body: CompletionRequest, service: Service) -> Job:
         return prompts or [encoder.encode_ids(ids)]
 
     prompts = await encoded(loaded, "prompt", encode_all)
-    max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
     completion = partial(Completion, object="text_completion", **_head("cmpl", body))
     return Job(
-        loaded,
         prompts,
-        sampling_params(body, service, loaded, prompts, max_tokens),
+        body.max_tokens or DEFAULT_MAX_TOKENS,
         body.logprobs,
         partial(_CompletionWriter, body, loaded.texts),
         completion,

@@ -27,7 +27,7 @@ from edgevl.generate.answer import Answer, Usage
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.generation import Chunk
 from edgevl.generate.sampling import SamplingParams
-from edgevl.generate.scheduler import Event
+from edgevl.generate.scheduler import Event, Scheduler
 from edgevl.generate.scheduler import Request as Generating
 from edgevl.preprocess import Prompt
 from edgevl.serve.errors import ApiError, blamed_on, stopping, timed_out
@@ -60,26 +60,26 @@ class Job:
     """What is to be done for a request.
 
     Attributes:
-        loaded: what does it.
-        prompts: what to answer.
-        params: how, for each of ``n`` answers to each prompt.
+        prompts: what to answer, each as often as the request says.
+        max_tokens: most tokens of an answer.
         top_logprobs: alternatives to log for each token; None logs nothing.
-        writer: makes what puts the answer of a number into form; those to a prompt follow another.
-        event: makes an event of a stream of its choices.
+        writer: makes what puts an answer into form, of its number.
+        event: makes an event of a stream, of its choices.
         reply: makes the whole response.
+        constraint: what each answer must be.
     """
 
-    loaded: Loaded
     prompts: Sequence[Prompt]
-    params: Sequence[SamplingParams]
+    max_tokens: int
     top_logprobs: int | None
     writer: Callable[[int], Writer]
     event: Callable[..., BaseModel]
     reply: Callable[..., BaseModel]
+    constraint: Constraint | None = None
 
 
-#: Checks a request and says what is to be done.
-Prepare: TypeAlias = Callable[[Any, Service], Awaitable[Job]]
+#: Says what is to be done for a body, with what is loaded.
+Prepare: TypeAlias = Callable[[Any, Loaded], Awaitable[Job]]
 
 
 async def encoded(
@@ -103,32 +103,17 @@ async def encoded(
         return prompts
 
 
-def sampling_params(
-    body: Sampling,
-    service: Service,
-    loaded: Loaded,
-    prompts: Sequence[Prompt],
-    max_tokens: int,
-    constraint: Constraint | None = None,
-) -> list[SamplingParams]:
-    """Return how each prompt is answered, ``n`` times, with seeds that count up.
-
-    Args:
-        body: says so.
-        service: says how many answers may wait: a request with more would never be taken.
-        loaded: has the model's defaults and tokenizer.
-        prompts: what to answer.
-        max_tokens: most tokens of each answer.
-        constraint: what each answer must be.
+def all_params(body: Sampling, job: Job, loaded: Loaded, max_queue: int) -> list[SamplingParams]:
+    """Return how each prompt of a job is answered: ``n`` times, with seeds that count up.
 
     Raises:
-        ApiError: there are too many, or a parameter is out of its range.
+        ApiError: more answers than may wait, or a parameter is out of its range.
     """
     n = body.n or 1
-    most = min(MAX_ANSWERS, service.settings.max_queue)
-    if n * len(prompts) > most:
+    most = min(MAX_ANSWERS, max_queue)
+    if n * len(job.prompts) > most:
         raise ApiError(400, f"n: at most {most} answers to all prompts together", "n")
-    given = body.options() | {"max_tokens": max_tokens, "constraint": constraint}
+    given = body.options() | {"max_tokens": job.max_tokens, "constraint": job.constraint}
     if body.seed is not None:
         given["seed"] = body.seed % _SEEDS
     with blamed_on("logit_bias"):  # all else has been checked with the body
@@ -140,9 +125,13 @@ def sampling_params(
 
 
 async def answers(
-    job: Job, client: str, record: Record
+    scheduler: Scheduler,
+    questions: Iterable[tuple[Prompt, SamplingParams]],
+    client: str,
+    top_logprobs: int | None,
+    record: Record,
 ) -> AsyncGenerator[tuple[int, Chunk | Answer], None]:
-    """Queue all that a job asks; yield what comes, with the number of its answer.
+    """Queue all questions; yield what comes, with the number of the question.
 
     Whoever leaves early, by closing the generator, stops what is being computed.
 
@@ -153,7 +142,6 @@ async def answers(
         EdgeVLError: an answer cannot be computed.
     """
     loop = asyncio.get_running_loop()
-    scheduler = job.loaded.scheduler
     # What waits here is bounded by the tokens that may be generated: a reader that is slow holds
     # nobody else up.
     events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -163,17 +151,16 @@ async def answers(
             with suppress(RuntimeError):  # the loop was closed by an exit in haste
                 loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
-        return scheduler.submit(prompt, params, deliver, client, job.top_logprobs)
+        return scheduler.submit(prompt, params, deliver, client, top_logprobs)
 
     requests: list[Generating] = []
     try:
-        for prompt in job.prompts:
-            for params in job.params:
-                if not scheduler.alive:
-                    raise stopping()
-                # A constraint may take seconds to start. Who leaves meanwhile waits for the
-                # request, to cancel it.
-                requests.append(await to_thread.run_sync(submit, len(requests), prompt, params))
+        for number, question in enumerate(questions):
+            if not scheduler.alive:
+                raise stopping()
+            # A constraint may take seconds to start. Who leaves meanwhile waits for the request, to
+            # cancel it.
+            requests.append(await to_thread.run_sync(submit, number, *question))
         under_way = len(requests)
         while under_way:
             number, event = await events.get()
@@ -285,14 +272,20 @@ class AnswerResponse(Response):
 
     async def _models(self) -> AsyncGenerator[BaseModel, None]:
         """Yield the events, or the whole response."""
-        job = await self._prepare(self._body, self._service)
+        self._body.check()
+        loaded = self._service.loaded()
+        job = await self._prepare(self._body, loaded)
+        params = all_params(self._body, job, loaded, self._service.settings.max_queue)
+        questions = [(prompt, each) for prompt in job.prompts for each in params]
         options = self._body.stream_options
         include_usage = bool(options and options.include_usage)
         # Said, where the last event will have it.
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
         writers: dict[int, Writer] = {}
         ended: dict[int, Answer] = {}
-        async with aclosing(answers(job, self._client, self._record)) as events:
+        async with aclosing(
+            answers(loaded.scheduler, questions, self._client, job.top_logprobs, self._record)
+        ) as events:
             async for number, event in events:
                 if number not in writers:
                     writers[number] = job.writer(number)
@@ -304,7 +297,7 @@ class AnswerResponse(Response):
                 for choice in choices:
                     if self._stream:
                         yield job.event(choices=[choice], **usage)
-        self._record.usage = total_usage([ended[i] for i in sorted(ended)], len(job.params))
+        self._record.usage = total_usage([ended[i] for i in sorted(ended)], len(params))
         usage = {
             "usage": UsageBody.of(self._record.usage),
             "timings": TimingsBody.model_validate(ended[0].timings),

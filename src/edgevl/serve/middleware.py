@@ -45,7 +45,6 @@ _SMALL = 2**16
 _LONG = 2**12
 #: What a value may take in memory, with Pydantic's model of it: 40 to 240 bytes were measured.
 _BYTES_PER_VALUE = 256
-_RETRY_AFTER_S = 1.0
 
 _LARGE = CapacityLimiter(1)
 _URL_KEY = re.compile(rb'url"\s*:\s*\Z')
@@ -132,13 +131,15 @@ class BodyLimit:
         self._requests += 1
         try:
             self._check_head(Headers(scope=scope))
+            whole = False
             with anyio.move_on_after(self._settings.timeout_s) as in_time:
-                await self._read(body, receive)
+                whole = await self._read(body, receive)
             if in_time.cancelled_caught:
                 raise timed_out(self._settings.timeout_s)
-            await self.app(scope, receive, send)
-        except _LeftError:
-            scope["edgevl.record"].aborted = "client"
+            if whole:
+                await self.app(scope, receive, send)
+            else:
+                scope["edgevl.record"].aborted = "client"
         except ApiError as error:
             await error.response()(scope, receive, send)
         finally:
@@ -156,9 +157,10 @@ class BodyLimit:
         if len(length) > 18 or int(length) > self._settings.max_request_bytes:
             raise self._too_large()
         if self._requests > self._settings.max_queue + EXTRA_IN_FLIGHT:
-            raise busy(_RETRY_AFTER_S)
+            raise busy()
 
-    async def _read(self, body: Body, receive: Receive) -> None:
+    async def _read(self, body: Body, receive: Receive) -> bool:
+        """Read a body; return whether the client has stayed until it was whole."""
         more = True
         while more:
             with anyio.move_on_after(self._settings.stall_s) as scope:
@@ -166,28 +168,25 @@ class BodyLimit:
             if scope.cancelled_caught:
                 raise ApiError(408, "the body of the request did not come")
             if message["type"] == "http.disconnect":
-                raise _LeftError
+                return False
             chunk = message.get("body", b"")
             more = message.get("more_body", False)
             if len(body.data) + len(chunk) > self._settings.max_request_bytes:
                 raise self._too_large()
             body.hold(len(chunk))
             body.data += chunk
+        return True
 
     def _hold(self, size: int) -> None:
         self._held += size
         if self._held > self._most_held:
-            raise busy(_RETRY_AFTER_S)
+            raise busy()
 
     def _too_large(self) -> ApiError:
         most = self._settings.max_request_bytes
         return _too_large(
             f"the body is over the limit of {most} bytes: send fewer or smaller pictures"
         )
-
-
-class _LeftError(Exception):
-    """The client has left before its request was whole."""
 
 
 def _too_large(message: str) -> ApiError:

@@ -139,6 +139,13 @@ class Sampling(SamplerFields):
                 given[option.name] = getattr(self, name)
         return given
 
+    def check(self) -> None:
+        """Check what fields say together.
+
+        Raises:
+            ApiError: they exclude one another.
+        """
+
 
 class TextPart(Strict):
     """Text, taken literally."""
@@ -409,6 +416,14 @@ class ChatRequest(Sampling):
         if isinstance(self.tool_choice, AllowedChoice):
             return self.tool_choice.allowed_tools.mode == "required"
         return isinstance(self.tool_choice, NamedTool) or self.tool_choice == "required"
+
+    def check(self) -> None:
+        """As in `Sampling`."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        if self.thinking and (self.formatted or self.must_call):
+            param = "response_format" if self.formatted else "tool_choice"
+            raise ApiError(400, f"{param} cannot be kept while thinking: leave one out", param)
 
 
 PromptText = Annotated[str, Field(min_length=1)]
