@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 
@@ -17,7 +14,7 @@ from edgevl.preprocess import Prompt
 from edgevl.preprocess.tools import Tool, ToolCall
 from edgevl.serve.conversation import constraint_on, encode, shown_tools
 from edgevl.serve.job import Job, encoded
-from edgevl.serve.requests import ChatRequest, CompletionRequest, Sampling
+from edgevl.serve.requests import ChatRequest, CompletionRequest
 from edgevl.serve.responses import (
     CallReply,
     ChatChoice,
@@ -58,15 +55,15 @@ async def prepare_chat(body: ChatRequest, loaded: Loaded) -> Job:
             limiter=_CONSTRAINTS,
         )
     prompts = await encode(body, loaded, tools)
-    head = _head("chatcmpl", body)
     return Job(
+        "chatcmpl",
         prompts,
         body.max_completion_tokens or body.max_tokens or loaded.scheduler.max_context,
         (body.top_logprobs or 0) if body.logprobs else None,
         # Where calls have tags by construction, an object without them is none.
         partial(_ChatWriter, body, loaded.texts, tools, () if body.formatted else tools),
-        partial(ChatChunk, object="chat.completion.chunk", **head),
-        partial(ChatCompletion, object="chat.completion", **head),
+        partial(ChatChunk, object="chat.completion.chunk"),
+        partial(ChatCompletion, object="chat.completion"),
         constraint,
     )
 
@@ -92,8 +89,9 @@ async def prepare_completion(body: CompletionRequest, loaded: Loaded) -> Job:
         return prompts or [encoder.encode_ids(ids)]
 
     prompts = await encoded(loaded, "prompt", encode_all)
-    completion = partial(Completion, object="text_completion", **_head("cmpl", body))
+    completion = partial(Completion, object="text_completion")
     return Job(
+        "cmpl",
         prompts,
         body.max_tokens or DEFAULT_MAX_TOKENS,
         body.logprobs,
@@ -101,15 +99,6 @@ async def prepare_completion(body: CompletionRequest, loaded: Loaded) -> Job:
         completion,
         completion,
     )
-
-
-def _head(kind: str, body: Sampling) -> dict[str, Any]:
-    """Return what all events of a response have in common."""
-    return {
-        "id": f"{kind}-{uuid.uuid4().hex}",
-        "created": int(time.time()),
-        "model": body.model,
-    }
 
 
 class _ChatWriter:

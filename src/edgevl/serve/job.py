@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -60,6 +61,7 @@ class Job:
     """What is to be done for a request.
 
     Attributes:
+        kind: what the response's id begins with.
         prompts: what to answer, each as often as the request says.
         max_tokens: most tokens of an answer.
         top_logprobs: alternatives to log for each token; None logs nothing.
@@ -69,6 +71,7 @@ class Job:
         constraint: what each answer must be.
     """
 
+    kind: str
     prompts: Sequence[Prompt]
     max_tokens: int
     top_logprobs: int | None
@@ -279,16 +282,18 @@ class AnswerResponse(Response):
         questions = [(prompt, each) for prompt in job.prompts for each in params]
         options = self._body.stream_options
         include_usage = bool(options and options.include_usage)
-        # Said, where the last event will have it.
-        usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        writers: dict[int, Writer] = {}
+        head: dict[str, Any] = {
+            "id": f"{job.kind}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": self._body.model,
+        }
+        unknown = {"usage": None} if include_usage else {}  # said, as the last event will have it
+        writers = [job.writer(number) for number in range(len(questions))]
         ended: dict[int, Answer] = {}
         async with aclosing(
             answers(loaded.scheduler, questions, self._client, job.top_logprobs, self._record)
         ) as events:
             async for number, event in events:
-                if number not in writers:
-                    writers[number] = job.writer(number)
                 if isinstance(event, Answer):
                     ended[number] = event
                     choices = writers[number].end(event)
@@ -296,16 +301,16 @@ class AnswerResponse(Response):
                     choices = writers[number].add(event)
                 for choice in choices:
                     if self._stream:
-                        yield job.event(choices=[choice], **usage)
+                        yield job.event(**head, choices=[choice], **unknown)
         self._record.usage = total_usage([ended[i] for i in sorted(ended)], len(params))
         usage = {
             "usage": UsageBody.of(self._record.usage),
             "timings": TimingsBody.model_validate(ended[0].timings),
         }
         if not self._stream:
-            yield job.reply(choices=[writers[i].whole() for i in sorted(writers)], **usage)
+            yield job.reply(**head, choices=[each.whole() for each in writers], **usage)
         elif include_usage:
-            yield job.event(choices=[], **usage)
+            yield job.event(**head, choices=[], **usage)
 
     async def _event(self, send: Send, data: str, more: bool = True) -> None:
         await self._part(send, f"data: {data}\n\n".encode(), more)
