@@ -57,8 +57,8 @@ def serving(load, ready=True, make_page=None, **settings):
     """Run a server in a thread; ``load`` returns its model, ``make_page`` its page."""
     service = Service(Settings(name="tiny", **settings))
     sock = listen("127.0.0.1", 0)
-    gate = PageGate() if make_page else None
-    server = Server(create_app(service, gate), load, gate=gate, make_page=make_page)
+    page = PageGate(make_page) if make_page else None
+    server = Server(create_app(service, page), load)
     running = Running(url_of(sock), service, server)
     server = running.server
     thread = threading.Thread(target=server.run, args=([sock],))

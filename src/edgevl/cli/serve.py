@@ -141,12 +141,12 @@ def command(
             f"{settings.name} 已在 {url}/v1 提供服务（按 Ctrl-C 停止）",
         )
 
-    gate = make_page = None
+    page = None
     if not no_ui and importlib.util.find_spec("gradio") is not None:
-        gate, make_page = PageGate(), page_maker(settings.name, settings.api_key)
-    app = create_app(Service(settings), gate)
+        page = PageGate(page_maker(settings.name, settings.api_key))
+    app = create_app(Service(settings), page)
     log_to_stderr()
-    run(Server(app, lambda: load_model(model, **options), on_ready, gate, make_page), sock)
+    run(Server(app, lambda: load_model(model, **options), on_ready), sock)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -14,6 +15,8 @@ from fastapi.security import HTTPBearer
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from edgevl.generate.model import Model
+from edgevl.generate.scheduler import Scheduler
 from edgevl.serve.completions import prepare_chat, prepare_completion
 from edgevl.serve.errors import add_error_handlers, error_responses, unavailable
 from edgevl.serve.job import AnswerResponse
@@ -115,7 +118,7 @@ def create_app(service: Service, page: PageGate | None = None) -> FastAPI:
     routes = [route for route in api.routes if isinstance(route, APIRoute)]
     paths = [route.path for route in routes]
     app = FastAPI(title="EdgeVL", version=__version__, redoc_url=None)
-    app.state.service = service
+    app.state.service, app.state.page = service, page
     add_error_handlers(app)
     # For the document; `KeyCheck` is what asks.
     guards = [Depends(HTTPBearer(auto_error=False))] if settings.api_key is not None else []
@@ -160,9 +163,14 @@ def _elsewhere(page: PageGate, not_found: ASGIApp, paths: list[str]) -> ASGIApp:
 
 
 class PageGate:
-    """An application that passes on to another, as soon as there is one."""
+    """An application that passes on to another, as soon as there is one.
 
-    def __init__(self) -> None:
+    Attributes:
+        make: makes the other, once the model is loaded.
+    """
+
+    def __init__(self, make: Callable[[Model, Scheduler], FastAPI]) -> None:
+        self.make = make
         self._app: ASGIApp = PlainTextResponse("The model is being loaded: try again.\n", 503)
         self._closed = asyncio.Event()
         self._under_way: set[anyio.CancelScope] = set()

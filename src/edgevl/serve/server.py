@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from edgevl.generate.model import Model
-    from edgevl.generate.scheduler import Scheduler
     from edgevl.serve.app import PageGate
     from edgevl.serve.service import Service
 
@@ -192,8 +191,6 @@ class Server(uvicorn.Server):
         app: FastAPI,
         load: Callable[[], Model],
         on_ready: Callable[[], object] = lambda: None,
-        gate: PageGate | None = None,
-        make_page: Callable[[Model, Scheduler], FastAPI] | None = None,
     ) -> None:
         """Do nothing yet.
 
@@ -201,10 +198,9 @@ class Server(uvicorn.Server):
             app: of `create_app`.
             load: loads the model, in a thread of its own.
             on_ready: called from there when the model is ready.
-            gate: where the page goes, if there is one.
-            make_page: makes the page.
         """
         self._service: Service = app.state.service
+        self._page: PageGate | None = app.state.page
         config = uvicorn.Config(
             app,
             http=Protocol,
@@ -220,8 +216,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._load = load
         self._on_ready = on_ready
-        self._gate = gate
-        self._make_page = make_page
         self.failure: Exception | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -239,8 +233,8 @@ class Server(uvicorn.Server):
         async def close_page() -> None:
             while closing.is_alive() and not self.force_exit:
                 await asyncio.sleep(0.05)
-            if self._gate is not None:
-                self._gate.close()
+            if self._page is not None:
+                self._page.close()
 
         page_closed = asyncio.create_task(close_page())
         await super().shutdown(sockets)
@@ -250,8 +244,8 @@ class Server(uvicorn.Server):
         try:
             model = self._load()
             scheduler = self._service.start(model)
-            if self._gate is not None and self._make_page is not None:
-                opening = self._gate.open(self._make_page(model, scheduler))
+            if self._page is not None:
+                opening = self._page.open(self._page.make(model, scheduler))
                 asyncio.run_coroutine_threadsafe(opening, loop)
             self._on_ready()
         except Exception as error:
