@@ -33,7 +33,7 @@ pytest.importorskip("gradio", reason="needs edgevl[ui]")
 from edgevl.cli import ui
 from edgevl.page import blocks, create_page, guard, markup, password_check, texts
 from edgevl.page.conversation import MAX_FILES, Conversation, Conversations, Settings, Turn
-from edgevl.serve.listening import listen
+from edgevl.serve.server import listen
 
 METER, SHAPES = EXAMPLES / "meter.png", EXAMPLES / "shapes.png"
 QUESTION = "What number is on the display?"

@@ -89,6 +89,12 @@ def test_ignored_fields_are_named(server, more, named):
     assert response.headers["x-edgevl-ignored"] == named
 
 
+def test_a_field_whose_name_is_empty(server):
+    response = post(server, user="me", **{"": 1})
+    assert response.status_code == 200
+    assert response.headers["x-edgevl-ignored"] == "user, ?"
+
+
 def test_what_is_null_or_known_is_not_named(server):
     nothing = dict.fromkeys(["prediction", "audio", "functions", "function_call", "n"])
     response = post(server, **nothing, modalities=["text"], tools=[], temperature=0)

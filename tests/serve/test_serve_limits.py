@@ -25,11 +25,11 @@ from edgevl.errors import CheckpointError, EdgeVLError, ImageError, PromptError,
 from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.sampling import SamplingParams, TokenLogprobs
-from edgevl.serve.logprobs import TokenTexts
-from edgevl.serve.logs import log_to_stderr
 from edgevl.serve.requests import ChatRequest, CompletionRequest
+from edgevl.serve.responses import TokenTexts
 from edgevl.serve.service import Service
 from edgevl.serve.settings import Settings
+from edgevl.serve.telemetry import log_to_stderr
 from running_server import METER, ScriptedScheduler, picture, serving, text, user, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -708,7 +708,7 @@ def test_a_stream_out_of_time_is_no_failure_of_the_server(scripted, caplog):
 
 
 def test_the_end_of_the_server_is_logged(scripted, caplog, monkeypatch):
-    monkeypatch.setattr("edgevl.serve.run._LAST_SECONDS", 0)
+    monkeypatch.setattr("edgevl.serve.server._LAST_SECONDS", 0)
     caplog.set_level(logging.INFO, "edgevl.serve")
     with scripted(grace_s=0) as running:
         data = json.dumps(body()).encode()
@@ -913,7 +913,7 @@ def test_what_http_itself_refuses(server, sent, status, words):
 
 
 def test_a_head_that_does_not_come(scripted, monkeypatch):
-    monkeypatch.setattr("edgevl.serve.protocol.HEAD_S", 0.3)
+    monkeypatch.setattr("edgevl.serve.server.HEAD_S", 0.3)
     with scripted() as running:
         with connected(running) as silent, connected(running) as kept:
             kept.sendall(GET + HOST + b"\r\n")

@@ -13,8 +13,7 @@ from edgevl.generate.generation import Chunk
 from edgevl.generate.sampling import TokenLogprobs
 from edgevl.generate.text import Piece
 from edgevl.serve.app import PageGate, create_app
-from edgevl.serve.listening import listen, url_of
-from edgevl.serve.run import Server
+from edgevl.serve.server import Server, listen, url_of
 from edgevl.serve.service import Service
 from edgevl.serve.settings import Settings
 from repository import EXAMPLES
@@ -58,8 +57,8 @@ def serving(load, ready=True, make_page=None, **settings):
     """Run a server in a thread; ``load`` returns its model, ``make_page`` its page."""
     service = Service(Settings(name="tiny", **settings))
     sock = listen("127.0.0.1", 0)
-    gate = PageGate() if make_page else None
-    server = Server(create_app(service, gate), load, gate=gate, make_page=make_page)
+    page = PageGate(make_page) if make_page else None
+    server = Server(create_app(service, page), load)
     running = Running(url_of(sock), service, server)
     server = running.server
     thread = threading.Thread(target=server.run, args=([sock],))

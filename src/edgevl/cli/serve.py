@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from edgevl.cli.options import engine_options, listen_options, load_model, model
 from edgevl.cli.terminal import tell
 from edgevl.machine import share_heap
 from edgevl.optional import needs
+from edgevl.serve.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +46,7 @@ def _check_origins(_: click.Context, __: click.Parameter, value: tuple[str, ...]
 @click.option(
     "--max-queue",
     type=click.IntRange(1, 10_000),
-    default=64,
+    default=Settings.max_queue,
     show_default=True,
     metavar="N",
     help="Most requests that wait; more are told to come later.",
@@ -52,7 +54,7 @@ def _check_origins(_: click.Context, __: click.Parameter, value: tuple[str, ...]
 @click.option(
     "--max-request-mb",
     type=click.IntRange(1, 1024),
-    default=32,
+    default=Settings.max_request_bytes // 10**6,
     show_default=True,
     metavar="MB",
     help="Largest request, pictures included.",
@@ -61,7 +63,7 @@ def _check_origins(_: click.Context, __: click.Parameter, value: tuple[str, ...]
     "--timeout",
     "timeout_s",
     type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
+    default=Settings.timeout_s,
     show_default=True,
     metavar="S",
     help="Most seconds for a request, waiting included.",
@@ -70,7 +72,7 @@ def _check_origins(_: click.Context, __: click.Parameter, value: tuple[str, ...]
     "--grace",
     "grace_s",
     type=click.FloatRange(min=0),
-    default=10.0,
+    default=Settings.grace_s,
     show_default=True,
     metavar="S",
     help="Seconds that requests under way have when the server is stopped.",
@@ -97,17 +99,10 @@ def command(
     model: str,
     host: str,
     port: int,
-    api_key: str | None,
     served_name: str | None,
-    max_queue: int,
     max_request_mb: int,
-    timeout_s: float,
-    grace_s: float,
-    allowed_hosts: tuple[str, ...],
-    cors_origins: tuple[str, ...],
-    strict: bool,
     no_ui: bool,
-    **engine: Any,
+    **options: Any,
 ) -> int:
     """Serve MODEL to programs that speak OpenAI's API, at http://HOST:PORT/v1.
 
@@ -119,28 +114,22 @@ def command(
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     from edgevl.serve.app import PageGate, create_app
-    from edgevl.serve.listening import is_loopback, listen, url_of
-    from edgevl.serve.run import Server, run
+    from edgevl.serve.server import Server, is_loopback, listen, run, url_of
     from edgevl.serve.service import Service
-    from edgevl.serve.settings import Settings
+    from edgevl.serve.telemetry import log_to_stderr
 
     share_heap()
     sock = listen(host, port)
-    loopback = is_loopback(sock)
+    url = url_of(sock)
+    # What is no setting of the server is the engine's.
+    names = {field.name for field in fields(Settings)} & set(options)
     settings = Settings(
         name=served_name or model_name(model),
-        api_key=api_key,
-        max_queue=max_queue,
         max_request_bytes=max_request_mb * 10**6,
-        timeout_s=timeout_s,
-        grace_s=grace_s,
-        allowed_hosts=allowed_hosts,
-        cors_origins=cors_origins,
-        loopback=loopback,
-        strict=strict,
+        loopback=is_loopback(sock),
+        **{name: options.pop(name) for name in names},
     )
-    url = url_of(sock)
-    if not loopback and api_key is None:
+    if not settings.loopback and settings.api_key is None:
         tell(
             "warning: whoever reaches this machine can use the server: set EDGEVL_API_KEY",
             "警告：能访问本机的人都可以使用此服务，请设置 EDGEVL_API_KEY",
@@ -152,11 +141,12 @@ def command(
             f"{settings.name} 已在 {url}/v1 提供服务（按 Ctrl-C 停止）",
         )
 
-    gate = make_page = None
+    page = None
     if not no_ui and importlib.util.find_spec("gradio") is not None:
-        gate, make_page = PageGate(), page_maker(settings.name, api_key)
-    app = create_app(Service(settings), gate)
-    run(Server(app, lambda: load_model(model, **engine), on_ready, gate, make_page), sock)
+        page = PageGate(page_maker(settings.name, settings.api_key))
+    app = create_app(Service(settings), page)
+    log_to_stderr()
+    run(Server(app, lambda: load_model(model, **options), on_ready), sock)
     return 0
 
 

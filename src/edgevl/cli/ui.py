@@ -11,7 +11,6 @@ from edgevl.cli.options import engine_options, listen_options, load_model, model
 from edgevl.cli.terminal import chinese, tell
 from edgevl.machine import share_heap
 from edgevl.optional import needs
-from edgevl.serve.listening import is_loopback, listen, signals_end_well, url_of
 
 #: What is under way when the page ends has so long to be broken off, seconds.
 FAREWELL_S = 2
@@ -39,7 +38,7 @@ def command(
 
         from edgevl.page import page_app
         from edgevl.serve.middleware import HostCheck
-        from edgevl.serve.protocol import Protocol
+        from edgevl.serve.server import Protocol, is_loopback, listen, signals_end_well
 
     share_heap()
     # What can fail at once fails before the model is loaded.
@@ -69,6 +68,8 @@ def command(
 
 
 def _announce(sock: socket.socket, locked: bool) -> None:
+    from edgevl.serve.server import is_loopback, url_of
+
     url = url_of(sock)
     click.echo(f"页面地址：{url}/（按 Ctrl-C 结束）" if chinese() else f"{url}/  (Ctrl-C ends it)")
     if not locked and not is_loopback(sock):

@@ -1,158 +1,233 @@
-"""``POST /v1/completions``: text to go on with, without a chat template."""
+"""Chat completions and completions: from a request to its job, from an answer to its reply."""
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
-from anyio import to_thread
-from fastapi import APIRouter, Request
-from starlette.responses import Response
+from anyio import CapacityLimiter, to_thread
 
 from edgevl.generate.answer import Answer
 from edgevl.generate.generation import Chunk
-from edgevl.generate.sampling import TokenLogprobs
-from edgevl.preprocess import Prompt, PromptEncoder
-from edgevl.serve.bodies import BodyRoute
-from edgevl.serve.chat import EVENTS
-from edgevl.serve.errors import blamed_on, error_responses
-from edgevl.serve.logprobs import TokenTexts
-from edgevl.serve.requests import CompletionRequest
-from edgevl.serve.respond import AnswerResponse, Job
+from edgevl.generate.tool_calls import ToolCallSplitter
+from edgevl.preprocess import Prompt
+from edgevl.preprocess.tools import Tool, ToolCall
+from edgevl.serve.conversation import constraint_on, encode, shown_tools
+from edgevl.serve.job import Job, encoded
+from edgevl.serve.requests import ChatRequest, CompletionRequest
 from edgevl.serve.responses import (
+    CallReply,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
-    TimingsBody,
-    UsageBody,
+    FunctionReply,
+    ReplyMessage,
+    TokenTexts,
 )
-from edgevl.serve.sampling import check_length, questions
-from edgevl.serve.service import ENCODING, service_of
-
-router = APIRouter(route_class=BodyRoute)
-
-PATH = "/v1/completions"
+from edgevl.serve.service import Loaded
 
 DEFAULT_MAX_TOKENS = 16
 
+#: Schemas that are checked at the same time: some take seconds, and hold up only one another.
+_CONSTRAINTS = CapacityLimiter(2)
 
-@router.post(
-    PATH,
-    response_model=Completion,
-    responses={200: EVENTS, **error_responses(400, 401, 404, 413, 415, 429, 500, 503, 504)},
-)
-async def create_completion(body: CompletionRequest, request: Request) -> Response:
-    """Go on with a text. Special tokens in it are special tokens."""
-    service = service_of(request)
-    service.check_name(body.model)
-    ignored = service.ignored.headers(body)
 
-    async def prepare() -> Job:
-        loaded = service.loaded(body.model)
-        with blamed_on("prompt"):
-            context = loaded.scheduler.max_context
-            prompts = await to_thread.run_sync(
-                _prompts, body, loaded.prompts, context, limiter=ENCODING
-            )
-            for prompt in prompts:
-                check_length(prompt, context)
-        return Job(
-            loaded,
-            questions(
-                body,
-                loaded,
-                prompts,
-                body.max_tokens or DEFAULT_MAX_TOKENS,
-                service.settings.max_queue,
-            ),
-            body.n or 1,
-            body.logprobs,
-            _CompletionWriter(body, loaded.texts),
+async def prepare_chat(body: ChatRequest, loaded: Loaded) -> Job:
+    """Return what is to be done for a conversation.
+
+    Raises:
+        ApiError: the request asks for what cannot be.
+    """
+    tools = shown_tools(body)
+    constraint = None
+    if body.formatted or body.must_call:
+        constraint = await to_thread.run_sync(
+            constraint_on,
+            body,
+            tools,
+            loaded.scheduler,
+            abandon_on_cancel=True,
+            limiter=_CONSTRAINTS,
+        )
+    prompts = await encode(body, loaded, tools)
+    return Job(
+        "chatcmpl",
+        prompts,
+        body.max_completion_tokens or body.max_tokens or loaded.scheduler.max_context,
+        (body.top_logprobs or 0) if body.logprobs else None,
+        # Where calls have tags by construction, an object without them is none.
+        partial(_ChatWriter, body, loaded.texts, tools, () if body.formatted else tools),
+        partial(ChatChunk, object="chat.completion.chunk"),
+        partial(ChatCompletion, object="chat.completion"),
+        constraint,
+    )
+
+
+async def prepare_completion(body: CompletionRequest, loaded: Loaded) -> Job:
+    """Return what is to be done for one text or several, given as text or ids.
+
+    Raises:
+        ApiError: the request asks for what cannot be.
+    """
+    encoder, most = loaded.scheduler.prompts, loaded.scheduler.max_context
+
+    def encode_all() -> list[Prompt]:
+        prompts: list[Prompt] = []
+        ids: list[int] = []
+        for prompt in body.prompt if isinstance(body.prompt, list) else [body.prompt]:
+            if isinstance(prompt, int):
+                ids.append(prompt)
+            elif isinstance(prompt, str):
+                prompts.append(encoder.encode_text(prompt, most))
+            else:
+                prompts.append(encoder.encode_ids(prompt))
+        return prompts or [encoder.encode_ids(ids)]
+
+    prompts = await encoded(loaded, "prompt", encode_all)
+    completion = partial(Completion, object="text_completion")
+    return Job(
+        "cmpl",
+        prompts,
+        body.max_tokens or DEFAULT_MAX_TOKENS,
+        body.logprobs,
+        partial(_CompletionWriter, body, loaded.texts),
+        completion,
+        completion,
+    )
+
+
+class _ChatWriter:
+    """Writes an answer as a message: text, thoughts, and calls of tools if there are any."""
+
+    def __init__(
+        self,
+        body: ChatRequest,
+        texts: TokenTexts,
+        tools: Sequence[Tool],
+        untagged: Sequence[Tool],
+        number: int,
+    ) -> None:
+        """Begin the answer of a number; ``untagged`` tools may be called without tags."""
+        self._number = number
+        self._texts = texts
+        self._logprobs = ChatLogprobs(content=[]) if body.logprobs else None
+        self._splitter = ToolCallSplitter(untagged) if tools else None
+        self._begun = False
+        self._text = self._thoughts = self._reason = ""
+        self._calls: list[ToolCall] = []
+
+    def add(self, chunk: Chunk) -> Iterable[ChatDelta]:
+        yield from self._begin()
+        logprobs = None
+        if self._logprobs:
+            logprobs = self._texts.chat(chunk.logprobs)
+            self._logprobs.content += logprobs.content
+        deltas: list[ReplyMessage] = []
+        for piece in filter(None, chunk.pieces):
+            if piece.thinking:
+                deltas.append(ReplyMessage(reasoning_content=piece))
+            else:
+                deltas += self._said([piece] if not self._splitter else self._splitter.add(piece))
+        if not deltas and chunk.logprobs:
+            deltas = [ReplyMessage(content="")]
+        for delta in deltas:
+            yield self._delta(delta, logprobs)
+            logprobs = ChatLogprobs(content=[]) if self._logprobs else None
+
+    def end(self, answer: Answer) -> Iterable[ChatDelta]:
+        yield from self._begin()
+        for delta in self._said(self._splitter.finish() if self._splitter else ()):
+            yield self._delta(delta)
+        self._thoughts = answer.thinking
+        self._reason = answer.finish_reason
+        if self._calls and self._reason == "stop":
+            self._reason = "tool_calls"
+        yield self._delta(ReplyMessage(), finish_reason=self._reason)
+
+    def whole(self) -> ChatChoice:
+        text = self._text if self._text or not self._calls else None
+        message = ReplyMessage(role="assistant", content=text, refusal=None)
+        if self._calls:
+            message.tool_calls = list(map(_call, self._calls))
+        if self._thoughts:
+            message.reasoning_content = self._thoughts
+        return ChatChoice(
+            index=self._number,
+            message=message,
+            logprobs=self._logprobs,
+            finish_reason=self._reason,
         )
 
-    include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    return AnswerResponse(request, prepare, bool(body.stream), include_usage, ignored)
+    def _begin(self) -> Iterator[ChatDelta]:
+        """Yield the first event of an answer, which says whose it is."""
+        if not self._begun:
+            self._begun = True
+            yield self._delta(ReplyMessage(role="assistant", content=""))
+
+    def _said(self, parts: Iterable[str | ToolCall]) -> Iterator[ReplyMessage]:
+        for part in parts:
+            if isinstance(part, ToolCall):
+                yield ReplyMessage(tool_calls=[_call(part, index=len(self._calls))])
+                self._calls.append(part)
+            else:
+                yield ReplyMessage(content=part)
+                self._text += part
+
+    def _delta(
+        self,
+        delta: ReplyMessage,
+        logprobs: ChatLogprobs | None = None,
+        finish_reason: str | None = None,
+    ) -> ChatDelta:
+        return ChatDelta(
+            index=self._number, delta=delta, logprobs=logprobs, finish_reason=finish_reason
+        )
 
 
-def _prompts(body: CompletionRequest, encoder: PromptEncoder, max_tokens: int) -> list[Prompt]:
-    """Encode one prompt or several, of text or of ids."""
-    prompts: list[Prompt] = []
-    ids: list[int] = []
-    for prompt in body.prompt if isinstance(body.prompt, list) else [body.prompt]:
-        if isinstance(prompt, int):
-            ids.append(prompt)
-        elif isinstance(prompt, str):
-            prompts.append(encoder.encode_text(prompt, max_tokens))
-        else:
-            prompts.append(encoder.encode_ids(prompt))
-    return prompts or [encoder.encode_ids(ids)]
+def _call(call: ToolCall, **index: int) -> CallReply:
+    function = FunctionReply(name=call.name, arguments=call.arguments)
+    return CallReply(id=call.id, type="function", function=function, **index)
 
 
 class _CompletionWriter:
-    """Writes answers as completions: all text of the model's, thinking not told apart."""
+    """Writes an answer as text: all of the model's, thinking not told apart."""
 
-    def __init__(self, body: CompletionRequest, texts: TokenTexts) -> None:
-        self._model = body.model
-        self._logprobs = body.logprobs is not None
-        self._usage = bool(body.stream_options and body.stream_options.include_usage)
+    def __init__(self, body: CompletionRequest, texts: TokenTexts, number: int) -> None:
+        self._number = number
         self._texts = texts
-        self._id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._written: dict[int, str] = {}
-        self._token_chars: dict[int, int] = {}
-        self._tokens: dict[int, list[TokenLogprobs]] = {}
-        self._answers: dict[int, Answer] = {}
+        self._logprobs: CompletionLogprobs | None = None
+        if body.logprobs is not None:
+            self._logprobs = texts.completion([], 0)
+        self._text = self._reason = ""
+        self._characters = 0  # that begin in the tokens so far
 
-    def add(self, number: int, chunk: Chunk) -> Iterable[Completion]:
+    def add(self, chunk: Chunk) -> Iterable[CompletionChoice]:
         text = "".join(chunk.pieces)
-        self._written[number] = self._written.get(number, "") + text
+        self._text += text
         logprobs = None
         if self._logprobs:
-            offset = self._token_chars.get(number, 0)
-            logprobs = self._texts.completion(chunk.logprobs, offset)
-            characters = (self._texts.characters(token.token_id) for token in chunk.logprobs)
-            self._token_chars[number] = offset + sum(characters)
-            self._tokens.setdefault(number, []).extend(chunk.logprobs)
+            logprobs = self._texts.completion(chunk.logprobs, self._characters)
+            self._characters += sum(self._texts.characters(t.token_id) for t in chunk.logprobs)
+            for name, values in logprobs:
+                getattr(self._logprobs, name).extend(values)
         if text or chunk.logprobs:
-            yield self._event([self._choice(number, text, logprobs, None)])
+            yield self._choice(text, logprobs)
 
-    def end(self, number: int, answer: Answer) -> Iterable[Completion]:
-        self._answers[number] = answer
-        yield self._event([self._choice(number, "", None, answer.finish_reason)])
+    def end(self, answer: Answer) -> Iterable[CompletionChoice]:
+        self._reason = answer.finish_reason
+        yield self._choice("", None, self._reason)
 
-    def last(self, usage: UsageBody, timings: TimingsBody) -> Completion:
-        event = self._event([])
-        event.usage, event.timings = usage, timings
-        return event
-
-    def whole(self, usage: UsageBody, timings: TimingsBody) -> Completion:
-        choices = [
-            self._choice(
-                number,
-                self._written.get(number, ""),
-                self._texts.completion(self._tokens.get(number, []), 0) if self._logprobs else None,
-                answer.finish_reason,
-            )
-            for number, answer in sorted(self._answers.items())
-        ]
-        completion = self._event(choices)
-        completion.usage, completion.timings = usage, timings
-        return completion
+    def whole(self) -> CompletionChoice:
+        return self._choice(self._text, self._logprobs, self._reason)
 
     def _choice(
-        self, number: int, text: str, logprobs: CompletionLogprobs | None, reason: str | None
+        self, text: str, logprobs: CompletionLogprobs | None, reason: str | None = None
     ) -> CompletionChoice:
-        return CompletionChoice(index=number, text=text, logprobs=logprobs, finish_reason=reason)
-
-    def _event(self, choices: Sequence[CompletionChoice]) -> Completion:
-        completion = Completion(
-            id=self._id,
-            object="text_completion",
-            created=self._created,
-            model=self._model,
-            choices=list(choices),
+        return CompletionChoice(
+            index=self._number, text=text, logprobs=logprobs, finish_reason=reason
         )
-        if self._usage:
-            completion.usage = None  # said, as all events but the last say it
-        return completion

@@ -95,7 +95,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 1]}…"
 
 
-def busy(retry_after_s: float) -> ApiError:
+def busy(retry_after_s: float = 1.0) -> ApiError:
     """Return the error of a server that has too much to do."""
     return ApiError(
         HTTPStatus.TOO_MANY_REQUESTS,
@@ -110,6 +110,11 @@ def unavailable(message: str) -> ApiError:
     return ApiError(
         HTTPStatus.SERVICE_UNAVAILABLE, message, code="unavailable", headers={"Retry-After": "5"}
     )
+
+
+def stopping() -> ApiError:
+    """Return the error of a server that takes no more."""
+    return unavailable("the server stops: ask another one")
 
 
 def timed_out(timeout_s: float) -> ApiError:
@@ -161,22 +166,17 @@ def as_invalid(error: ValidationError, body: Any) -> ApiError:
         ((fault, list(_path(fault, body))) for fault in error.errors(include_url=False)),
         key=lambda found: len(found[1]),
     )
-    kind, message = fault["type"], fault["msg"]
     param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:] or None
+    where, what, code = param or "the body", fault["msg"], "invalid_value"
     if _NOT_OFFERED.intersection(path):
-        return ApiError(
-            400, f"{param} is not supported here: leave it out", param, "unsupported_value"
-        )
-    if kind == "missing":
-        return ApiError(
-            400,
-            f"Missing required parameter: {param or 'the body'}",
-            param,
-            "missing_required_parameter",
-        )
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        message = "Input should be an object, {…}"  # Pydantic speaks of Python's types
-    return ApiError(400, f"{param or 'the body'}: {message}", param, "invalid_value")
+        message, code = f"{param} is not supported here: leave it out", "unsupported_value"
+    elif fault["type"] == "missing":
+        message, code = f"Missing required parameter: {where}", "missing_required_parameter"
+    else:
+        if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            what = "Input should be an object, {…}"  # Pydantic speaks of Python's types
+        message = f"{where}: {what}"
+    return ApiError(400, message, param, code)
 
 
 def _path(fault: Mapping[str, Any], body: Any) -> Iterable[int | str]:

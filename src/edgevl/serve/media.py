@@ -31,7 +31,6 @@ MAX_VIDEO_BYTES = 64 * 2**20
 #: Share of the free memory that the tiles of all requests under way may take: a picture of a few
 #: kilobytes may come to a hundred megabytes of them.
 MEMORY_SHARE = 0.25
-_RETRY_AFTER_S = 1.0
 
 
 class Media:
@@ -102,7 +101,7 @@ class Media:
         """Count pictures for as long as anything uses them."""
         held = [*pictures, *(picture for ref in self._held if (picture := ref()) is not None)]
         if sum(picture.pixels.nbytes for picture in held) > self._most_bytes:
-            raise busy(_RETRY_AFTER_S)
+            raise busy()
         self._held = list(map(weakref.ref, held))
 
     def budget(self) -> TileBudget:

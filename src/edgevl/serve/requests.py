@@ -1,18 +1,23 @@
 """Bodies of requests, as Pydantic checks them and the OpenAPI document describes them.
 
-Clients of other servers send fields that mean nothing here. They are kept, and `ignored_fields`
+Clients of other servers send fields that mean nothing here. They are kept, and `IgnoredFields`
 names them. What would make another answer of it and cannot be had is a field that must be empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from edgevl.options import MAX_BIASES, OPTIONS, Option
+from edgevl.serve.errors import ApiError
+
+logger = logging.getLogger("edgevl.serve")
 
 #: Answers to one request, at most.
 MAX_ANSWERS = 16
@@ -24,6 +29,10 @@ MAX_FIELDS = 64
 #: Token ids in one prompt, far above any context.
 MAX_PROMPT_IDS = 2**20
 
+#: What names the fields of a request that were ignored.
+IGNORED_HEADER = "x-edgevl-ignored"
+#: Most characters of that header, and of one name in it; most names that the log ever has.
+_MAX_HEADER, _MAX_NAME, _MAX_LOGGED = 1024, 128, 1024
 #: Fields of OpenAI's API that change no answer here: ``--strict`` ignores them as well.
 HARMLESS = frozenset(
     "annotations include_obfuscation metadata name prompt_cache_key safety_identifier service_tier "
@@ -129,6 +138,13 @@ class Sampling(SamplerFields):
             if given.get(option.name) is None:  # its aliases come after its own name
                 given[option.name] = getattr(self, name)
         return given
+
+    def check(self) -> None:
+        """Check what fields say together.
+
+        Raises:
+            ApiError: they exclude one another.
+        """
 
 
 class TextPart(Strict):
@@ -382,6 +398,33 @@ class ChatRequest(Sampling):
     functions: Nothing = None
     modalities: list[Literal["text"]] | None = None
 
+    @property
+    def thinking(self) -> bool | None:
+        """Whether to think before answering; None is as the chat template has it."""
+        if self.enable_thinking is not None or self.chat_template_kwargs is None:
+            return self.enable_thinking
+        return self.chat_template_kwargs.enable_thinking
+
+    @property
+    def formatted(self) -> bool:
+        """Whether an answer that is text must be of a form."""
+        return self.response_format is not None and self.response_format.type != "text"
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be calls of tools."""
+        if isinstance(self.tool_choice, AllowedChoice):
+            return self.tool_choice.allowed_tools.mode == "required"
+        return isinstance(self.tool_choice, NamedTool) or self.tool_choice == "required"
+
+    def check(self) -> None:
+        """As in `Sampling`."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        if self.thinking and (self.formatted or self.must_call):
+            param = "response_format" if self.formatted else "tool_choice"
+            raise ApiError(400, f"{param} cannot be kept while thinking: leave one out", param)
+
 
 PromptText = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -406,19 +449,52 @@ class CompletionRequest(Sampling):
     suffix: Literal[""] | None = None
 
 
-def ignored_fields(value: Any, where: str = "") -> Iterator[str]:
+class IgnoredFields:
+    """Names ignored fields in a header, and in the log each once; or, ``strict``, refuses them."""
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+        self._logged: set[str] = set()
+
+    def headers(self, body: BaseModel) -> dict[str, str]:
+        """Return the header that names the fields of a request that are ignored, if there are any.
+
+        Raises:
+            ApiError: there are, and they are not to be.
+        """
+        names: dict[str, None] = {}  # a set in order
+        for path in _ignored(body):
+            # In characters that any header may have, and not too many of them.
+            shown = re.sub(r"[^\w.\[\]-]", "?", path, flags=re.ASCII)[:_MAX_NAME] or "?"
+            if self._strict and path.rpartition(".")[2] not in HARMLESS:
+                message = f"Unrecognized request argument supplied: {shown}"
+                raise ApiError(400, message, shown, "unknown_parameter")
+            names[re.sub(r"\[\d+\]", "[]", shown)] = None
+        new = [name for name in names if name not in self._logged]
+        if new and len(self._logged) < _MAX_LOGGED:
+            self._logged.update(new)
+            logger.info(f"ignored fields of requests: {_line(new)}")
+        return {IGNORED_HEADER: _line(names)} if names else {}
+
+
+def _line(names: Iterable[str]) -> str:
+    line = ", ".join(names)
+    return line if len(line) <= _MAX_HEADER else f"{line[: _MAX_HEADER - 3]}..."
+
+
+def _ignored(value: Any, where: str = "") -> Iterator[str]:
     """Yield where a request has fields that are not known, such as ``messages[0].cache_control``.
 
     Null is as good as absent.
     """
     if isinstance(value, Strict):
+        before = f"{where}." if where else ""
         for name, field in type(value).model_fields.items():
-            path = f"{where}.{field.alias or name}" if where else name
-            yield from ignored_fields(getattr(value, name), path)
+            yield from _ignored(getattr(value, name), before + (field.alias or name))
         for name, given in (value.model_extra or {}).items():
             if given is not None:
-                yield f"{where}.{name}" if where else name
+                yield before + name
     elif isinstance(value, list):
         for number, item in enumerate(value):
             if isinstance(item, Strict):
-                yield from ignored_fields(item, f"{where}[{number}]")
+                yield from _ignored(item, f"{where}[{number}]")

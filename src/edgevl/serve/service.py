@@ -9,24 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anyio import CapacityLimiter
-from fastapi import Request
-from prometheus_client import CollectorRegistry
-
 from edgevl.generate.model import Model
 from edgevl.generate.scheduler import Scheduler
-from edgevl.preprocess import PromptEncoder
-from edgevl.serve.answers import Record
-from edgevl.serve.errors import ApiError, as_api_error, unavailable
+from edgevl.serve.errors import ApiError, as_api_error, stopping, unavailable
 from edgevl.serve.fetch import Fetcher
-from edgevl.serve.ignored import IgnoredFields
-from edgevl.serve.logprobs import TokenTexts
 from edgevl.serve.media import Media
-from edgevl.serve.metrics import Metrics
+from edgevl.serve.requests import IgnoredFields
+from edgevl.serve.responses import TokenTexts
 from edgevl.serve.settings import Settings
-
-#: Prompts are encoded one at a time: a long one may take a hundred megabytes meanwhile.
-ENCODING = CapacityLimiter(1)
+from edgevl.serve.telemetry import Metrics
 
 
 @dataclass(frozen=True)
@@ -34,7 +25,6 @@ class Loaded:
     """What there is once the model is loaded; ``sampling`` are the checkpoint's defaults."""
 
     scheduler: Scheduler
-    prompts: PromptEncoder
     media: Media
     texts: TokenTexts
     sampling: Mapping[str, Any]
@@ -54,7 +44,7 @@ class Service:
         """Be alive, but not ready: `start` comes with the model."""
         self.settings = settings
         self.created = int(time.time())
-        self.metrics = Metrics(CollectorRegistry())
+        self.metrics = Metrics()
         self.ignored = IgnoredFields(settings.strict)
         self._loaded: Loaded | None = None
         self._path = settings.name  # of the model, once it is known
@@ -67,7 +57,6 @@ class Service:
         self._path = str(model.checkpoint.path)
         self._loaded = Loaded(
             scheduler,
-            scheduler.prompts,
             Media(model.checkpoint, scheduler.max_context, fetcher),
             TokenTexts(scheduler.prompts.tokenizer),
             model.checkpoint.config.sampling,
@@ -89,18 +78,27 @@ class Service:
         """Whether requests are taken."""
         return self._loaded is not None and self._loaded.scheduler.alive
 
-    def loaded(self, name: str) -> Loaded:
-        """Return what answers a request for the model ``name``.
+    def loaded(self) -> Loaded:
+        """Return what answers requests.
 
         Raises:
-            ApiError: there is no such model, or it is not ready.
+            ApiError: it is not ready.
         """
-        self.check_name(name)
         if self._loaded is None:
             raise unavailable("the model is still being loaded: try again in a while")
         if not self._loaded.scheduler.alive:
-            raise unavailable("the server stops: ask another one")
+            raise stopping()
         return self._loaded
+
+    def check_name(self, name: str) -> None:
+        """Check that ``name`` is the model's.
+
+        Raises:
+            ApiError: it is not.
+        """
+        if name != self.settings.name:
+            message = f"there is no model of this name here: give {self.settings.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
 
     def client_error(self, error: Exception) -> ApiError:
         """Return what a client is told of ``error``: nothing of where the model is.
@@ -116,34 +114,3 @@ class Service:
         path = rf"(?<![\w./-]){re.escape(self._path)}(?![\w-])"  # nothing that only contains it
         failure.detail.message = re.sub(path, lambda _: self.settings.name, failure.detail.message)
         return failure
-
-    def check_name(self, name: str) -> None:
-        """Check that ``name`` is the model's.
-
-        Raises:
-            ApiError: it is not.
-        """
-        if name != self.settings.name:
-            raise ApiError(
-                404,
-                f"there is no model of this name here: give {self.settings.name!r}",
-                "model",
-                "model_not_found",
-            )
-
-
-def service_of(request: Request) -> Service:
-    """Return the service that a request is made to."""
-    service: Service = request.app.state.service
-    return service
-
-
-def record_of(request: Request) -> Record:
-    """Return the record of a request, which the log's middleware made."""
-    record: Record = request.scope["edgevl.record"]
-    return record
-
-
-def client_of(request: Request) -> str:
-    """Return who asks: clients take turns."""
-    return request.client.host if request.client else ""

@@ -4,17 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Requests whose bodies have been taken, beyond those that wait in the queue: some are computed,
-#: the pictures of others decoded.
-EXTRA_IN_FLIGHT = 32
-#: Most bytes of a body without its pictures and videos, four times what a context of 40,960 tokens
-#: holds as JSON with every character escaped. The time and memory that a body takes depend on them.
-MAX_PLAIN_BYTES = 10**6
-#: Most values in a body: three times as many as such a context has token ids.
-MAX_VALUES = 2**17
-#: Most bytes that the bodies of all requests under way take in memory; always two of the largest.
-BODIES_BYTES = 128 * 10**6
-
 
 @dataclass(frozen=True)
 class Settings:
