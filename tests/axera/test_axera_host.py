@@ -14,7 +14,7 @@ import axera_host
 from edgevl.axera.engine import AxeraEngine
 from edgevl.axera.layout import EMBEDDING_NPY, BoardShape
 from edgevl.axera.model.directory import BoardModel
-from edgevl.axera.number_formats import from_device, to_device
+from edgevl.axera.npu.base import from_device, to_device
 from edgevl.checkpoint import Checkpoint
 from fake_npu import Compiled, FakeMemory, FakeRuntime, write_board
 from repository import ROOT
@@ -45,7 +45,10 @@ class FakeSession:
         group = self._model.groups[shape_group]
         assert output_names is None
         assert set(input_feed) == {tensor.name for tensor in group.inputs}
-        places = {t.name: (FakeMemory(t.nbytes), 0) for t in (*group.inputs, *group.outputs)}
+        places = {
+            t.name: (FakeMemory(self._model.runtime, t.nbytes), 0)
+            for t in (*group.inputs, *group.outputs)
+        }
         for tensor in group.inputs:
             values = input_feed[tensor.name]
             assert values.shape == tensor.shape

@@ -8,12 +8,22 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from edgevl.axera import layout
-from edgevl.axera.npu.base import Call, Group, Memory, NpuModel, Runtime, TensorInfo
-from edgevl.axera.number_formats import STORED, from_device, to_device
+from edgevl.axera.npu.base import (
+    STORED,
+    Call,
+    Group,
+    Memory,
+    NpuModel,
+    Runtime,
+    TensorInfo,
+    from_device,
+    to_device,
+)
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.reference import (
     ReferenceEngine,
@@ -66,57 +76,68 @@ def write_board(directory, checkpoint_path, prefix="qwen3", chunk=128, vision=Tr
 
 
 class FakeMemory(Memory):
-    def __init__(self, size):
-        self.size = size
+    def __init__(self, runtime, size):
+        super().__init__(runtime, size)
         self.bytes = np.full(size, 0xFF, np.uint8)
         self.written = 0
 
     def write(self, offset, values):
         assert values.flags.c_contiguous
-        flat = values.reshape(-1).view(np.uint8)
-        assert offset + flat.size <= self.size
-        self.bytes[offset : offset + flat.size] = flat
-        self.written += flat.size
+        super().write(offset, values)
 
     def read(self, offset, nbytes):
         return self.bytes[offset : offset + nbytes]
 
-    def close(self):
+    def _write(self, offset, values):
+        assert offset + values.size <= self.size
+        self.bytes[offset : offset + values.size] = values
+        self.written += values.size
+
+    def _give_back(self):
         self.bytes = None
 
 
 class FakeModel(NpuModel):
+    DATA_TYPES: ClassVar = {name: name for name in STORED}
+
     def __init__(self, runtime, path, groups, compute):
-        self.runtime, self.path, self.groups, self.compute = runtime, path, tuple(groups), compute
+        self.runtime, self.compiled, self.compute = runtime, groups, compute
+        super().__init__(runtime, path)
 
-    def bind(self, group, inputs, outputs):
-        self.check(group, inputs, outputs)
-        return FakeCall(self, group, list(inputs), list(outputs))
+    def _open(self):
+        return len(self.compiled)
 
-    def close(self):
+    def _describe(self, group):
+        tensors = self.compiled[group].inputs, self.compiled[group].outputs
+        return (((t.name, t.dtype, t.shape, t.nbytes) for t in side) for side in tensors)
+
+    def _bind(self, group, inputs, outputs):
+        return FakeCall(self, group, inputs, outputs)
+
+    def _give_back(self):
         self.compute = None
 
 
 class FakeCall(Call):
     def __init__(self, model, group, inputs, outputs):
-        self.model, self.group, self.inputs, self.outputs = model, group, inputs, outputs
+        self.model, self.group = model, group
+        self.places = {"Input": [*inputs], "Output": [*outputs]}
+        super().__init__(model, group, inputs, outputs)
 
-    def run(self):
+    def _run(self):
         self.model.runtime.before_run(self)
         self.model.compute(self)
+        return 0
 
-    def move_input(self, index, offset):
-        self.inputs[index] = (self.inputs[index][0], offset)
-
-    def move_output(self, index, offset):
-        self.outputs[index] = (self.outputs[index][0], offset)
+    def _place(self, side, index, memory, nbytes, offset):
+        self.places[side][index] = memory, offset
 
     def array(self, name):
         """The bytes of a tensor where it lies, in its shape."""
         group = self.model.groups[self.group]
         tensors = [*group.inputs, *group.outputs]
         number = next(i for i, tensor in enumerate(tensors) if tensor.name == name)
-        memory, offset = [*self.inputs, *self.outputs][number]
+        memory, offset = [*self.places["Input"], *self.places["Output"]][number]
         tensor = tensors[number]
         stored = memory.bytes[offset : offset + tensor.nbytes].view(STORED[tensor.dtype])
         return stored.reshape(tensor.shape)
@@ -144,7 +165,7 @@ class FakeRuntime(Runtime):
         self.runs.append((call.model.path.name, call.group))
 
     def _allocate(self, nbytes):
-        self.memories.append(FakeMemory(nbytes))
+        self.memories.append(FakeMemory(self, nbytes))
         return self.memories[-1]
 
     def _load(self, path):

@@ -24,8 +24,17 @@ from numpy.typing import NDArray
 
 from edgevl.axera.layout import LAYER_INPUTS, LAYER_OUTPUTS, MASKED
 from edgevl.axera.model.shape_groups import StepGroup, by_name, layer_shapes
-from edgevl.axera.npu.base import ALIGNMENT, Call, Memory, NpuModel, Place, Runtime, TensorInfo
-from edgevl.axera.number_formats import STORED, to_device
+from edgevl.axera.npu.base import (
+    ALIGNMENT,
+    STORED,
+    Call,
+    Memory,
+    NpuModel,
+    Place,
+    Runtime,
+    TensorInfo,
+    to_device,
+)
 from edgevl.checkpoint.config import TextConfig
 from edgevl.errors import BoardError
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.axera.layout import EMBEDDING_BF16, EMBEDDING_F32, EMBEDDING_NPY
-from edgevl.axera.number_formats import from_device
+from edgevl.axera.npu.base import from_device
 from edgevl.errors import BoardError
 from edgevl.files import reading
 

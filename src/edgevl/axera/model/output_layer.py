@@ -7,8 +7,16 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.axera.npu.base import ALIGNMENT, Memory, NpuModel, Runtime, TensorInfo
-from edgevl.axera.number_formats import FLOATS, STORED, from_device
+from edgevl.axera.npu.base import (
+    ALIGNMENT,
+    FLOATS,
+    STORED,
+    Memory,
+    NpuModel,
+    Runtime,
+    TensorInfo,
+    from_device,
+)
 from edgevl.errors import BoardError
 
 

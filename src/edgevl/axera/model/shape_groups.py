@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgevl.axera.layout import LAYER_INPUTS, LAYER_OUTPUTS
-from edgevl.axera.npu.base import Group, TensorInfo
-from edgevl.axera.number_formats import FLOATS
+from edgevl.axera.npu.base import FLOATS, Group, TensorInfo
 from edgevl.checkpoint.config import TextConfig
 from edgevl.errors import BoardError
 

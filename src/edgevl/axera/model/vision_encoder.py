@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.axera.npu.base import NpuModel, Runtime
-from edgevl.axera.number_formats import FLOATS, STORED, from_device, to_device
+from edgevl.axera.npu.base import FLOATS, STORED, NpuModel, Runtime, from_device, to_device
 from edgevl.checkpoint.config import ModelConfig
 from edgevl.errors import BoardError
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import mmap
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +20,15 @@ from edgevl.axera.npu.base import (
     ALIGNMENT,
     MAX_BYTES,
     MAX_DIMENSIONS,
-    MAX_GROUPS,
-    MAX_TENSORS,
     Call,
-    Group,
+    Description,
     Memory,
     NpuInfo,
     NpuModel,
     Place,
     Runtime,
-    TensorInfo,
-    checked_tensor,
+    Side,
+    give_back,
 )
 from edgevl.axera.npu.libraries import (
     check_status,
@@ -46,8 +44,6 @@ from edgevl.files import system_text
 CACHE_LINE = 64
 #: Where the board's drivers describe the chip and its memory.
 PROC = Path("/proc/ax_proc")
-#: The names of the tensor formats of AX_ENGINE_DATA_TYPE_T by their numbers.
-DATA_TYPES = {1: "U8", 2: "U16", 3: "F32", 4: "I16", 5: "I8", 6: "I32", 7: "U32", 9: "BF16"}
 
 _DECLARATIONS = """
 int AX_SYS_Init(void);
@@ -162,8 +158,7 @@ class AxRuntime(Runtime):
             raise BoardError(
                 "the NPU's library is called from 64-bit programs only: use such a Python"
             )
-        self.functions = foreign_functions()
-        self.functions.cdef(_DECLARATIONS)
+        self.functions = foreign_functions(_DECLARATIONS)
         # The second depends on the first and finds it loaded.
         self.system = open_library(self.functions, "ax_sys", directory)
         self.engine = open_library(self.functions, "ax_engine", directory)
@@ -209,65 +204,61 @@ class AxMemory(Memory):
 
     def __init__(self, runtime: AxRuntime, size: int) -> None:
         """Allocate ``size`` bytes."""
-        self.size = size
-        self._runtime = runtime
+        functions = runtime.functions
         self._system = runtime.system
+        self._physical = functions.new("unsigned long long *")
+        self._address = functions.new("void **")
+        super().__init__(runtime, size)
         # To whole lines, so that no line is shared with what is not ours.
         reserved = -(-size // CACHE_LINE) * CACHE_LINE
-        self._physical = runtime.functions.new("unsigned long long *")
-        self._address = runtime.functions.new("void **")
-        runtime.hold(self)
         status = self._system.AX_SYS_MemAllocCached(
             self._physical, self._address, reserved, ALIGNMENT, runtime.token
         )
-        if status:
-            self.close()
-            raise BoardError(
-                f"no {size} bytes of NPU memory (CMM) left, status 0x{status & 0xFFFFFFFF:08X}: "
-                "end other programs that use the NPU, or compile with a shorter --context"
-            )
+        self._check_taken(status, "NPU memory (CMM)")
         self.physical: int = self._physical[0]
-        self.address = runtime.functions.cast("char *", self._address[0])
-        buffer = runtime.functions.buffer(self.address, reserved)
-        self._bytes: NDArray[np.uint8] = np.frombuffer(buffer, np.uint8)
-
-    def write(self, offset: int, values: NDArray[Any]) -> None:
-        """Copy an array to ``offset`` and flush its cache lines."""
-        flat = values.reshape(-1).view(np.uint8)
-        self._bytes[offset : offset + flat.size] = flat
-        begin, size = _lines(offset, flat.size)
-        status = self._system.AX_SYS_MflushCache(self.physical + begin, self.address + begin, size)
-        check_status(status, "AX_SYS_MflushCache")
+        self.address = functions.cast("char *", self._address[0])
+        self._bytes = np.frombuffer(functions.buffer(self.address, reserved), np.uint8)
 
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Invalidate the cache lines and return the bytes, a view."""
-        begin, size = _lines(offset, nbytes)
-        status = self._system.AX_SYS_MinvalidateCache(
-            self.physical + begin, self.address + begin, size
-        )
+        status = self._system.AX_SYS_MinvalidateCache(*self._lines(offset, nbytes))
         check_status(status, "AX_SYS_MinvalidateCache")
         return self._bytes[offset : offset + nbytes]
 
-    def close(self) -> None:
-        """Free the memory."""
-        with self._runtime.giving_back(self):
-            if self._physical[0]:
-                self._bytes = np.empty(0, np.uint8)
-                try:
-                    self._system.AX_SYS_MemFree(self._physical[0], self._address[0])
-                finally:
-                    self._physical[0] = 0
+    def _write(self, offset: int, values: NDArray[np.uint8]) -> None:
+        self._bytes[offset : offset + values.size] = values
+        status = self._system.AX_SYS_MflushCache(*self._lines(offset, values.size))
+        check_status(status, "AX_SYS_MflushCache")
+
+    def _lines(self, offset: int, nbytes: int) -> tuple[int, Any, int]:
+        """Return both addresses and the size of the cache lines that a range of bytes touches."""
+        begin = offset // CACHE_LINE * CACHE_LINE
+        size = -(-(offset + nbytes) // CACHE_LINE) * CACHE_LINE - begin
+        return self.physical + begin, self.address + begin, size
+
+    def _give_back(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+        free = self._system.AX_SYS_MemFree
+        give_back(self._physical, 0, free, self._physical[0], self._address[0])
 
 
 class AxModel(NpuModel):
     """A model in the NPU's memory."""
 
+    # AX_ENGINE_DATA_TYPE_T.
+    DATA_TYPES: ClassVar = {
+        1: "U8", 2: "U16", 3: "F32", 4: "I16", 5: "I8", 6: "I32", 7: "U32", 9: "BF16",
+    }  # fmt: skip
+
     def __init__(self, runtime: AxRuntime, path: Path) -> None:
         """Load a file."""
-        self.path = path
         self.functions = runtime.functions
         self.engine = runtime.engine
-        self._runtime = runtime
+        self._handle, self._context = (self.functions.new("void **") for _ in range(2))
+        super().__init__(runtime, path)
+
+    def _open(self) -> int:
+        path, new = self.path, self.functions.new
         try:
             with path.open("rb") as file:
                 # Kept: the library's documentation does not say that it copies everything.
@@ -279,143 +270,89 @@ class AxModel(NpuModel):
                 f"{path}: {len(self._data)} bytes; the NPU's library takes {MAX_BYTES} at most: "
                 "copy it again, or compile a smaller model"
             )
-        new = self.functions.new
-        self._handle, context = new("void **"), new("void **")
         self._name = new("signed char[]", path.stem.encode()[:255] + b"\0")
         extra = new("HandleExtra *", {"name": self._name})
         data = self.functions.from_buffer(self._data)
-        runtime.hold(self)
-        try:
-            check_status(
-                self.engine.AX_ENGINE_CreateHandleV2(self._handle, data, len(self._data), extra),
-                f"{path}: loading",
-                ": it was compiled for another chip or NPU mode, is damaged, or NPU memory is full",
-            )
-            self.handle = self._handle[0]
-            status = self.engine.AX_ENGINE_CreateContextV2(self.handle, context)
-            check_status(status, f"{path}: AX_ENGINE_CreateContextV2")
-            self.context = context[0]
-            self.groups = tuple(self._group(table) for table in self._tables())
-        except BaseException:
-            self.close()
-            raise
+        check_status(
+            self.engine.AX_ENGINE_CreateHandleV2(self._handle, data, len(self._data), extra),
+            f"{path}: loading",
+            ": it was compiled for another chip or NPU mode, is damaged, or NPU memory is full",
+        )
+        self.handle = self._handle[0]
+        status = self.engine.AX_ENGINE_CreateContextV2(self.handle, self._context)
+        check_status(status, f"{path}: AX_ENGINE_CreateContextV2")
+        self.context = self._context[0]
+        count = new("unsigned int *")
+        # A library from before there were groups has no such function.
+        ask = optional(self.engine, "AX_ENGINE_GetGroupIOInfoCount")
+        groups = 1 if ask is None or ask(self.handle, count) else int(count[0])
+        self.grouped = groups > 1
+        return groups
 
-    def bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
-        """Prepare a call."""
-        self.check(group, inputs, outputs)
+    def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
+        found = self.functions.new("TensorTable **")
+        if self.grouped:
+            status = self.engine.AX_ENGINE_GetGroupIOInfo(self.handle, group, found)
+        else:
+            status = self.engine.AX_ENGINE_GetIOInfo(self.handle, found)
+        check_status(status, f"{self.path}: reading the shapes of group {group}")
+        table = found[0]
+        return (
+            self._descriptions(table.inputs, table.input_count),
+            self._descriptions(table.outputs, table.output_count),
+        )
+
+    def _descriptions(self, metas: Any, count: int) -> Iterator[Description]:
+        for meta in (metas[index] for index in range(count)):
+            name = self.functions.string(meta.name, 4096).decode(errors="replace")
+            shape = [meta.shape[i] for i in range(min(meta.dimensions, MAX_DIMENSIONS))]
+            yield name, meta.data_type, shape, meta.size
+
+    def _bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
         return AxCall(self, group, inputs, outputs)
 
-    def close(self) -> None:
-        """Unload the model."""
-        with self._runtime.giving_back(self):
-            if self._handle[0]:
-                try:
-                    self.engine.AX_ENGINE_DestroyHandle(self._handle[0])
-                finally:
-                    self._handle[0] = self.functions.NULL
-
-    def _tables(self) -> list[Any]:
-        """Return the tables of tensors, one a group."""
-        count = self.functions.new("unsigned int *")
-        try:
-            status = self.engine.AX_ENGINE_GetGroupIOInfoCount(self.handle, count)
-            groups = 1 if status else count[0]
-        except AttributeError:  # a library from before there were groups
-            groups = 1
-        if not 1 <= groups <= MAX_GROUPS:
-            raise BoardError(f"{self.path}: {groups} shape groups: the file is damaged")
-        tables = []
-        for group in range(groups):
-            table = self.functions.new("TensorTable **")
-            if groups == 1:
-                status = self.engine.AX_ENGINE_GetIOInfo(self.handle, table)
-            else:
-                status = self.engine.AX_ENGINE_GetGroupIOInfo(self.handle, group, table)
-            check_status(status, f"{self.path}: reading the shapes of group {group}")
-            tables.append(table[0])
-        return tables
-
-    def _group(self, table: Any) -> Group:
-        if max(table.input_count, table.output_count) > MAX_TENSORS:
-            raise BoardError(f"{self.path}: more than {MAX_TENSORS} tensors: the file is damaged")
-        inputs = [self._tensor(table.inputs[i]) for i in range(table.input_count)]
-        outputs = [self._tensor(table.outputs[i]) for i in range(table.output_count)]
-        return Group(tuple(inputs), tuple(outputs))
-
-    def _tensor(self, meta: Any) -> TensorInfo:
-        name = self.functions.string(meta.name, 4096).decode(errors="replace")
-        shape = [meta.shape[i] for i in range(min(meta.dimensions, MAX_DIMENSIONS))]
-        tensor = checked_tensor(self.path, name, DATA_TYPES.get(meta.data_type), shape)
-        if meta.size != tensor.nbytes:
-            raise BoardError(
-                f"{self.path}: tensor {name!r} takes {meta.size} bytes, expected {tensor.nbytes} "
-                f"for {tensor.dtype} {list(tensor.shape)}: padded tensors are not supported"
-            )
-        return tensor
+    def _give_back(self) -> None:
+        destroy = self.engine.AX_ENGINE_DestroyHandle
+        give_back(self._handle, self.functions.NULL, destroy, self._handle[0])
 
 
 class AxCall(Call):
     """A table of physical addresses."""
 
+    _model: AxModel
+
     def __init__(
         self, model: AxModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
     ) -> None:
         """Fill in the table."""
-        self._model = model
         new = model.functions.new
-        shapes = model.groups[group]
-        self._inputs = new("Buffer[]", len(inputs))
-        self._outputs = new("Buffer[]", len(outputs))
-        for buffers, tensors, places in (
-            (self._inputs, shapes.inputs, inputs),
-            (self._outputs, shapes.outputs, outputs),
-        ):
-            for buffer, tensor, (memory, offset) in zip(buffers, tensors, places, strict=True):
-                assert isinstance(memory, AxMemory)
-                buffer.physical = memory.physical + offset
-                buffer.address = memory.address + offset
-                buffer.size = tensor.nbytes
+        self._buffers = {
+            "Input": new("Buffer[]", len(inputs)),
+            "Output": new("Buffer[]", len(outputs)),
+        }
         self._table = new(
             "BufferTable *",
             {
-                "inputs": self._inputs,
+                "inputs": self._buffers["Input"],
                 "input_count": len(inputs),
-                "outputs": self._outputs,
+                "outputs": self._buffers["Output"],
                 "output_count": len(outputs),
             },
         )
-        self._group = group
-        self._many = len(model.groups) > 1
-        self._input_memories = [place[0] for place in inputs]  # kept while they are used
-        self._output_memories = [place[0] for place in outputs]
+        super().__init__(model, group, inputs, outputs)
 
-    def run(self) -> None:
-        """Compute, and wait for the end."""
-        model = self._model
-        if self._many:
-            status = model.engine.AX_ENGINE_RunGroupIOSync(
+    def _run(self) -> int:
+        model, engine = self._model, self._model.engine
+        if model.grouped:
+            status = engine.AX_ENGINE_RunGroupIOSync(
                 model.handle, model.context, self._group, self._table
             )
         else:
-            status = model.engine.AX_ENGINE_RunSyncV2(model.handle, model.context, self._table)
-        if status:
-            check_status(status, f"{model.path}: running group {self._group}")
+            status = engine.AX_ENGINE_RunSyncV2(model.handle, model.context, self._table)
+        return int(status)
 
-    def move_input(self, index: int, offset: int) -> None:
-        """Move an input."""
-        _move(self._inputs[index], self._input_memories[index], offset)
-
-    def move_output(self, index: int, offset: int) -> None:
-        """Move an output."""
-        _move(self._outputs[index], self._output_memories[index], offset)
-
-
-def _move(buffer: Any, memory: Any, offset: int) -> None:
-    buffer.physical = memory.physical + offset
-    buffer.address = memory.address + offset
-
-
-def _lines(offset: int, nbytes: int) -> tuple[int, int]:
-    """Return begin and size of the cache lines that a range of bytes touches."""
-    begin = offset // CACHE_LINE * CACHE_LINE
-    return begin, -(-(offset + nbytes) // CACHE_LINE) * CACHE_LINE - begin
+    def _place(self, side: Side, index: int, memory: Any, nbytes: int, offset: int) -> None:
+        buffer = self._buffers[side][index]
+        buffer.physical = memory.physical + offset
+        buffer.address = memory.address + offset
+        buffer.size = nbytes

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.axera.npu.base import (
     MAX_DIMENSIONS,
-    MAX_GROUPS,
-    MAX_TENSORS,
     Call,
-    Group,
+    Description,
     Memory,
     NpuInfo,
     NpuModel,
     Place,
     Runtime,
-    TensorInfo,
-    checked_tensor,
+    Side,
+    give_back,
 )
 from edgevl.axera.npu.libraries import (
     check_status,
@@ -32,11 +30,6 @@ from edgevl.axera.npu.libraries import (
     optional,
 )
 from edgevl.errors import BoardError
-
-#: The names of the tensor formats of axclrtEngineDataType by their numbers.
-DATA_TYPES = {
-    3: "I8", 4: "U8", 5: "I16", 6: "U16", 7: "I32", 8: "U32", 14: "BF16", 15: "F32",
-}  # fmt: skip
 
 _DECLARATIONS = """
 typedef struct { uint32_t count; int32_t ids[256]; } Devices;
@@ -102,8 +95,7 @@ class AxclRuntime(Runtime):
             BoardError: it is missing or refuses to start, or there is no card.
         """
         super().__init__()
-        self.functions = foreign_functions()
-        self.functions.cdef(_DECLARATIONS)
+        self.functions = foreign_functions(_DECLARATIONS)
         self.library = open_library(self.functions, "axcl_rt", directory)
         check_status(
             self.library.axclInit(self.functions.NULL),
@@ -179,196 +171,128 @@ class AxclRuntime(Runtime):
 class AxclMemory(Memory):
     """Memory of the card."""
 
+    _runtime: AxclRuntime
+
     def __init__(self, runtime: AxclRuntime, size: int) -> None:
         """Allocate ``size`` bytes."""
-        self.size = size
-        self._runtime = runtime
         self._memory = runtime.functions.new("void **")
-        runtime.hold(self)
-        status = runtime.enter().axclrtMalloc(self._memory, size, _NORMAL_PAGES)
-        if status:
-            self.close()
-            raise BoardError(
-                f"no {size} bytes of the card's memory left, status 0x{status & 0xFFFFFFFF:08X}: "
-                "end other programs that use it, or compile with a shorter --context"
-            )
-        self.address = runtime.functions.cast("char *", self._memory[0])
         self._read = np.empty(0, np.uint8)
-
-    def write(self, offset: int, values: NDArray[Any]) -> None:
-        """Copy an array to the card."""
-        flat = values.reshape(-1).view(np.uint8)
-        status = self._runtime.enter().axclrtMemcpy(
-            self.address + offset,
-            self._runtime.functions.from_buffer(flat),
-            flat.size,
-            _HOST_TO_DEVICE,
-        )
-        check_status(status, "axclrtMemcpy to the card")
+        super().__init__(runtime, size)
+        status = runtime.enter().axclrtMalloc(self._memory, size, _NORMAL_PAGES)
+        self._check_taken(status, "the card's memory")
+        self.address = runtime.functions.cast("char *", self._memory[0])
 
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Copy bytes from the card."""
         if self._read.size < nbytes:
             self._read = np.empty(nbytes, np.uint8)
-        status = self._runtime.enter().axclrtMemcpy(
-            self._runtime.functions.from_buffer(self._read),
-            self.address + offset,
-            nbytes,
-            _DEVICE_TO_HOST,
-        )
+        to = self._runtime.functions.from_buffer(self._read)
+        library = self._runtime.enter()
+        status = library.axclrtMemcpy(to, self.address + offset, nbytes, _DEVICE_TO_HOST)
         check_status(status, "axclrtMemcpy from the card")
         return self._read[:nbytes]
 
-    def close(self) -> None:
-        """Free the memory."""
-        with self._runtime.giving_back(self):
-            if self._memory[0]:
-                library = self._runtime.enter()
-                try:
-                    library.axclrtFree(self._memory[0])
-                finally:
-                    self._memory[0] = self._runtime.functions.NULL
+    def _write(self, offset: int, values: NDArray[np.uint8]) -> None:
+        source = self._runtime.functions.from_buffer(values)
+        library = self._runtime.enter()
+        status = library.axclrtMemcpy(self.address + offset, source, values.size, _HOST_TO_DEVICE)
+        check_status(status, "axclrtMemcpy to the card")
+
+    def _give_back(self) -> None:
+        if self._memory[0]:
+            free, null = self._runtime.enter().axclrtFree, self._runtime.functions.NULL
+            give_back(self._memory, null, free, self._memory[0])
 
 
 class AxclModel(NpuModel):
     """A model on the card."""
 
+    # axclrtEngineDataType.
+    DATA_TYPES: ClassVar = {
+        3: "I8", 4: "U8", 5: "I16", 6: "U16", 7: "I32", 8: "U32", 14: "BF16", 15: "F32",
+    }  # fmt: skip
+
     def __init__(self, runtime: AxclRuntime, path: Path) -> None:
         """Load a file."""
-        self.path = path
         self.runtime = runtime
-        library, new = runtime.enter(), runtime.functions.new
-        self._loaded, context = new("uint64_t *", _NO_MODEL), new("uint64_t *")
-        info = new("void **")
-        name = new("char[]", str(path).encode() + b"\0")
+        self._loaded = runtime.functions.new("uint64_t *", _NO_MODEL)
         self.calls: list[Any] = []
-        runtime.hold(self)
-        try:
-            check_status(
-                library.axclrtEngineLoadFromFile(name, self._loaded),
-                f"{path}: loading",
-                ": it was compiled for another chip or NPU mode, is damaged, or the card's memory "
-                "is full",
-            )
-            self.model: int = self._loaded[0]
-            status = library.axclrtEngineCreateContext(self.model, context)
-            check_status(status, f"{path}: axclrtEngineCreateContext")
-            self.context: int = context[0]
-            status = library.axclrtEngineGetIOInfo(self.model, info)
-            check_status(status, f"{path}: axclrtEngineGetIOInfo")
-            self.info = info[0]
-            self.groups = self._groups(library)
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(runtime, path)
 
-    def bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
-        """Prepare a call."""
-        self.check(group, inputs, outputs)
+    def _open(self) -> int:
+        path, library, new = self.path, self.runtime.enter(), self.runtime.functions.new
+        context, info, count = new("uint64_t *"), new("void **"), new("int32_t *")
+        check_status(
+            library.axclrtEngineLoadFromFile(str(path).encode(), self._loaded),
+            f"{path}: loading",
+            ": it was compiled for another chip or NPU mode, is damaged, or the card's memory is "
+            "full",
+        )
+        self.model: int = self._loaded[0]
+        status = library.axclrtEngineCreateContext(self.model, context)
+        check_status(status, f"{path}: axclrtEngineCreateContext")
+        self.context: int = context[0]
+        status = library.axclrtEngineGetIOInfo(self.model, info)
+        check_status(status, f"{path}: axclrtEngineGetIOInfo")
+        self.info = info[0]
+        status = library.axclrtEngineGetShapeGroupsCount(self.info, count)
+        check_status(status, f"{path}: axclrtEngineGetShapeGroupsCount")
+        return int(count[0])
+
+    def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
+        return self._descriptions("Input", group), self._descriptions("Output", group)
+
+    def _descriptions(self, side: Side, group: int) -> Iterator[Description]:
+        library, functions = self.runtime.enter(), self.runtime.functions
+        for index in range(getattr(library, f"axclrtEngineGetNum{side}s")(self.info)):
+            found = getattr(library, f"axclrtEngineGet{side}NameByIndex")(self.info, index)
+            name = functions.string(found, 4096).decode(errors="replace")
+            sizes, dtype = functions.new("Dimensions *"), functions.new("int *")
+            status = getattr(library, f"axclrtEngineGet{side}Dims")(self.info, group, index, sizes)
+            check_status(status, f"{self.path}: reading the shape of {name!r}")
+            status = getattr(library, f"axclrtEngineGet{side}DataType")(self.info, index, dtype)
+            check_status(status, f"{self.path}: reading the type of {name!r}")
+            shape = [sizes.sizes[i] for i in range(min(max(sizes.count, 0), MAX_DIMENSIONS))]
+            yield name, dtype[0], shape, None
+
+    def _bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
         return AxclCall(self, group, inputs, outputs)
 
-    def close(self) -> None:
-        """Unload the model and its calls."""
-        with self.runtime.giving_back(self):
-            if self._loaded[0] == _NO_MODEL:
-                return
-            library = self.runtime.enter()
+    def _give_back(self) -> None:
+        if self._loaded[0] != _NO_MODEL:
+            library, null = self.runtime.enter(), self.runtime.functions.NULL
             for buffers in self.calls:
-                if buffers[0]:
-                    try:
-                        library.axclrtEngineDestroyIO(buffers[0])
-                    finally:
-                        buffers[0] = self.runtime.functions.NULL
-            try:
-                library.axclrtEngineUnload(self._loaded[0])
-            finally:
-                self._loaded[0] = _NO_MODEL
-
-    def _groups(self, library: Any) -> tuple[Group, ...]:
-        count = self.runtime.functions.new("int32_t *")
-        status = library.axclrtEngineGetShapeGroupsCount(self.info, count)
-        check_status(status, f"{self.path}: axclrtEngineGetShapeGroupsCount")
-        inputs = library.axclrtEngineGetNumInputs(self.info)
-        outputs = library.axclrtEngineGetNumOutputs(self.info)
-        if not 1 <= count[0] <= MAX_GROUPS or max(inputs, outputs) > MAX_TENSORS:
-            raise BoardError(f"{self.path}: {count[0]} shape groups: the file is damaged")
-        return tuple(
-            Group(
-                tuple(self._tensor(library, "Input", group, i) for i in range(inputs)),
-                tuple(self._tensor(library, "Output", group, i) for i in range(outputs)),
-            )
-            for group in range(count[0])
-        )
-
-    def _tensor(self, library: Any, kind: str, group: int, index: int) -> TensorInfo:
-        functions = self.runtime.functions
-        found = getattr(library, f"axclrtEngineGet{kind}NameByIndex")(self.info, index)
-        name = functions.string(found, 4096).decode(errors="replace")
-        sizes, dtype = functions.new("Dimensions *"), functions.new("int *")
-        status = getattr(library, f"axclrtEngineGet{kind}Dims")(self.info, group, index, sizes)
-        check_status(status, f"{self.path}: reading the shape of {name!r}")
-        status = getattr(library, f"axclrtEngineGet{kind}DataType")(self.info, index, dtype)
-        check_status(status, f"{self.path}: reading the type of {name!r}")
-        shape = [sizes.sizes[i] for i in range(min(max(sizes.count, 0), MAX_DIMENSIONS))]
-        return checked_tensor(self.path, name, DATA_TYPES.get(dtype[0]), shape)
+                give_back(buffers, null, library.axclrtEngineDestroyIO, buffers[0])
+            give_back(self._loaded, _NO_MODEL, library.axclrtEngineUnload, self._loaded[0])
 
 
 class AxclCall(Call):
     """A table of addresses on the card."""
 
+    _model: AxclModel
+
     def __init__(
         self, model: AxclModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
     ) -> None:
         """Make and fill in the table."""
-        self._model = model
-        self._group = group
         library = model.runtime.enter()
         buffers = model.runtime.functions.new("void **")
         model.calls.append(buffers)
         status = library.axclrtEngineCreateIO(model.info, buffers)
         check_status(status, f"{model.path}: axclrtEngineCreateIO")
         self._buffers = buffers[0]
-        shapes = model.groups[group]
-        self._inputs = self._tensors(shapes.inputs, inputs)
-        self._outputs = self._tensors(shapes.outputs, outputs)
-        for index, (_, offset) in enumerate(inputs):
-            self.move_input(index, offset)
-        for index, (_, offset) in enumerate(outputs):
-            self.move_output(index, offset)
+        self._setters = {
+            "Input": library.axclrtEngineSetInputBufferByIndex,
+            "Output": library.axclrtEngineSetOutputBufferByIndex,
+        }
+        super().__init__(model, group, inputs, outputs)
 
-    def run(self) -> None:
-        """Compute, and wait for the end."""
+    def _run(self) -> int:
         model = self._model
-        status = model.runtime.enter().axclrtEngineExecute(
-            model.model, model.context, self._group, self._buffers
-        )
-        if status:
-            check_status(status, f"{model.path}: running group {self._group}")
+        library = model.runtime.enter()
+        status = library.axclrtEngineExecute(model.model, model.context, self._group, self._buffers)
+        return int(status)
 
-    def move_input(self, index: int, offset: int) -> None:
-        """Move an input."""
-        memory, nbytes = self._inputs[index]
-        status = self._model.runtime.library.axclrtEngineSetInputBufferByIndex(
-            self._buffers, index, memory.address + offset, nbytes
-        )
-        if status:
-            check_status(status, "axclrtEngineSetInputBufferByIndex")
-
-    def move_output(self, index: int, offset: int) -> None:
-        """Move an output."""
-        memory, nbytes = self._outputs[index]
-        status = self._model.runtime.library.axclrtEngineSetOutputBufferByIndex(
-            self._buffers, index, memory.address + offset, nbytes
-        )
-        if status:
-            check_status(status, "axclrtEngineSetOutputBufferByIndex")
-
-    @staticmethod
-    def _tensors(
-        tensors: Sequence[TensorInfo], places: Sequence[Place]
-    ) -> list[tuple[AxclMemory, int]]:
-        result = []
-        for tensor, (memory, _) in zip(tensors, places, strict=True):
-            assert isinstance(memory, AxclMemory)
-            result.append((memory, tensor.nbytes))
-        return result
+    def _place(self, side: Side, index: int, memory: Any, nbytes: int, offset: int) -> None:
+        status = self._setters[side](self._buffers, index, memory.address + offset, nbytes)
+        check_status(status, f"axclrtEngineSet{side}BufferByIndex")

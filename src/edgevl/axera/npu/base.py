@@ -2,6 +2,8 @@
 
 A tensor of a call is a *place*, an offset in a memory, so that what one call writes the next one
 reads where it lies. The host looks at memory only with `Memory.read` and `Memory.write`.
+
+All that runtimes have in common is here; the file of one says which functions of its library do it.
 """
 
 from __future__ import annotations
@@ -9,18 +11,33 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.axera.number_formats import STORED
+from edgevl.axera.npu.libraries import check_status
+from edgevl.checkpoint.writer import to_bfloat16
 from edgevl.errors import BoardError
 
+#: NumPy's types of the formats in which the NPU stores numbers, by their names in safetensors.
+STORED: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
+    "F32": np.dtype("<f4"),
+    "I32": np.dtype("<i4"),
+    "U32": np.dtype("<u4"),
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+}
+#: Those of real numbers.
+FLOATS = ("BF16", "F32")
 #: Places of tensors begin at multiples of this many bytes.
 ALIGNMENT = 128
 #: Largest allocation and largest tensor, in bytes: sizes are 32-bit numbers in the C API, also of
@@ -30,13 +47,29 @@ MAX_BYTES = (1 << 32) - ALIGNMENT
 MAX_GROUPS, MAX_TENSORS, MAX_DIMENSIONS = 1024, 1024, 16
 
 
+def to_device(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Return float32 values as ``BF16`` (rounded to nearest even, bit patterns) or ``F32``."""
+    if dtype == "BF16":
+        return to_bfloat16(values)
+    return np.ascontiguousarray(values, STORED["F32"])
+
+
+def from_device(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Return ``BF16`` (bit patterns) or ``F32`` values as a new float32 array."""
+    if dtype != "BF16":
+        return np.array(stored, np.float32)
+    wide = np.empty(stored.shape, np.uint32)  # bfloat16 is the upper half of float32
+    np.left_shift(stored, 16, out=wide, dtype=np.uint32)
+    return wide.view(np.float32)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a model says of one of its tensors.
 
     Attributes:
         name: its name.
-        dtype: one of `edgevl.axera.number_formats.STORED`.
+        dtype: one of `STORED`.
         shape: sizes, outermost first.
     """
 
@@ -58,68 +91,109 @@ class Group:
     outputs: tuple[TensorInfo, ...]
 
 
-class Memory(ABC):
+class Lent(ABC):
+    """Memory or a model, which a runtime's library lends.
+
+    It is noted before the library is asked for it: afterwards would be too late, since a signal may
+    come before the next line. So a subclass has all that `close` looks at before it calls
+    ``__init__``.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        runtime.held.add(self)
+
+    def close(self) -> None:
+        """Give it back; further calls do nothing."""
+        with self._runtime.giving_back(self):
+            self._give_back()
+
+    @abstractmethod
+    def _give_back(self) -> None:
+        """Give back what has been taken and not yet been given back, each with `give_back`."""
+
+
+def give_back(cell: Any, empty: Any, function: Callable[..., object], *arguments: Any) -> None:
+    """Call what gives back the thing that a C variable names, unless the variable is ``empty``.
+
+    A signal may raise an exception right after the call, and then something else closes the thing
+    once more. So it is marked as given back in a ``finally``, in which no call comes before the
+    mark.
+    """
+    if cell[0] != empty:
+        try:
+            function(*arguments)
+        finally:
+            cell[0] = empty
+
+
+class Memory(Lent):
     """Memory of the NPU.
 
     Attributes:
         size: bytes.
     """
 
-    size: int
+    def __init__(self, runtime: Runtime, size: int) -> None:
+        self.size = size
+        super().__init__(runtime)
 
-    @abstractmethod
     def write(self, offset: int, values: NDArray[Any]) -> None:
         """Copy a C-contiguous array to ``offset``, and make just these bytes visible to the NPU."""
+        self._write(offset, values.reshape(-1).view(np.uint8))
 
     @abstractmethod
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Return what the NPU wrote; a view that the next call or `write` may overwrite."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Give the memory back; further calls do nothing."""
-
     def clear(self) -> None:
         """Write zeros everywhere."""
-        self.write(0, np.zeros(self.size, np.uint8))
+        self._write(0, np.zeros(self.size, np.uint8))
+
+    @abstractmethod
+    def _write(self, offset: int, values: NDArray[np.uint8]) -> None: ...
+
+    def _check_taken(self, status: int, what: str) -> None:
+        """Raise if the library has not lent it, after `close`."""
+        if status:
+            self.close()
+            raise BoardError(
+                f"no {self.size} bytes of {what} left, status 0x{status & 0xFFFFFFFF:08X}: end "
+                "other programs that use it, or compile with a shorter --context"
+            )
 
 
 #: Where a tensor lies: offset in a memory, in bytes.
 Place = tuple[Memory, int]
+#: What libraries say of a tensor: name, number or name of its type, sizes, and bytes or None.
+Description = tuple[str, Any, Sequence[int], int | None]
+Side = Literal["Input", "Output"]
 
 
-class Call(ABC):
-    """One group of a model with the places of its tensors, ready to run."""
-
-    @abstractmethod
-    def run(self) -> None:
-        """Compute, and wait for the end.
-
-        Raises:
-            BoardError: the NPU reports an error.
-        """
-
-    @abstractmethod
-    def move_input(self, index: int, offset: int) -> None:
-        """Move an input to another offset of the same memory; the caller keeps it inside."""
-
-    @abstractmethod
-    def move_output(self, index: int, offset: int) -> None:
-        """Move an output to another offset of the same memory; the caller keeps it inside."""
-
-
-class NpuModel(ABC):
+class NpuModel(Lent):
     """A compiled model, loaded.
 
     Attributes:
         path: its file.
         groups: the shapes that it can be run with.
+        DATA_TYPES: the types of `STORED` by what the library calls them.
     """
 
-    path: Path
     groups: tuple[Group, ...]
+    DATA_TYPES: Mapping[Any, str] = {}
 
-    @abstractmethod
+    def __init__(self, runtime: Runtime, path: Path) -> None:
+        self.path = path
+        super().__init__(runtime)
+        try:
+            count = self._open()
+            if not 1 <= count <= MAX_GROUPS:
+                raise BoardError(f"{path}: {count} shape groups: the file is damaged")
+            self.groups = tuple(map(self._group, range(count)))
+        except BaseException:
+            self.close()
+            raise
+
     def bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
         """Prepare a call; places are in the order of the group's tensors.
 
@@ -127,13 +201,6 @@ class NpuModel(ABC):
             ValueError: there are more or fewer places than tensors, or one is not aligned or does
                 not hold its tensor.
         """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Unload the model and its calls; further calls do nothing."""
-
-    def check(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> None:
-        """Raise the errors of `bind`."""
         shapes = self.groups[group]
         for tensors, places in ((shapes.inputs, inputs), (shapes.outputs, outputs)):
             for tensor, (memory, offset) in zip(tensors, places, strict=True):
@@ -142,6 +209,77 @@ class NpuModel(ABC):
                         f"{self.path.name}: {tensor.name} of {tensor.nbytes} bytes at {offset} of "
                         f"{memory.size}"
                     )
+        return self._bind(group, inputs, outputs)
+
+    def _group(self, group: int) -> Group:
+        inputs, outputs = map(self._tensors, self._describe(group))
+        return Group(inputs, outputs)
+
+    def _tensors(self, described: Iterator[Description]) -> tuple[TensorInfo, ...]:
+        found = tuple(
+            checked_tensor(self.path, name, self.DATA_TYPES.get(dtype), shape, nbytes)
+            for name, dtype, shape, nbytes in islice(described, MAX_TENSORS + 1)
+        )
+        if len(found) > MAX_TENSORS:
+            raise BoardError(f"{self.path}: more than {MAX_TENSORS} tensors: the file is damaged")
+        return found
+
+    @abstractmethod
+    def _open(self) -> int:
+        """Have the library load the file: -> how many shape groups it says that there are."""
+
+    @abstractmethod
+    def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
+        """Ask the library for the inputs of a group, and for its outputs."""
+
+    @abstractmethod
+    def _bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call: ...
+
+
+class Call(ABC):
+    """One group of a model with the places of its tensors, ready to run."""
+
+    def __init__(
+        self, model: NpuModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
+    ) -> None:
+        self._model = model
+        self._group = group
+        shapes = model.groups[group]
+        # Memory and size of each tensor: memories are kept while they are used.
+        self._inputs, self._outputs = (
+            [(memory, tensor.nbytes) for tensor, (memory, _) in zip(tensors, places, strict=True)]
+            for tensors, places in ((shapes.inputs, inputs), (shapes.outputs, outputs))
+        )
+        for index, (_, offset) in enumerate(inputs):
+            self.move_input(index, offset)
+        for index, (_, offset) in enumerate(outputs):
+            self.move_output(index, offset)
+
+    def run(self) -> None:
+        """Compute, and wait for the end.
+
+        Raises:
+            BoardError: the NPU reports an error.
+        """
+        status = self._run()
+        if status:
+            check_status(status, f"{self._model.path}: running group {self._group}")
+
+    def move_input(self, index: int, offset: int) -> None:
+        """Move an input to another offset of the same memory; the caller keeps it inside."""
+        self._place("Input", index, *self._inputs[index], offset)
+
+    def move_output(self, index: int, offset: int) -> None:
+        """Move an output to another offset of the same memory; the caller keeps it inside."""
+        self._place("Output", index, *self._outputs[index], offset)
+
+    @abstractmethod
+    def _run(self) -> int:
+        """Compute: -> the library's status."""
+
+    @abstractmethod
+    def _place(self, side: Side, index: int, memory: Any, nbytes: int, offset: int) -> None:
+        """Tell the library where a tensor lies."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +302,14 @@ class NpuInfo:
 
 
 class Runtime(ABC):
-    """A library that drives NPUs, initialised. One call at a time, from any thread."""
+    """A library that drives NPUs, initialised. One call at a time, from any thread.
+
+    Attributes:
+        held: what the library lends.
+    """
 
     def __init__(self) -> None:
-        self._held: set[Memory | NpuModel] = set()
+        self.held: set[Lent] = set()
         self._lock = threading.RLock()
         self._closed = False
 
@@ -175,24 +317,12 @@ class Runtime(ABC):
         """Ask the library what it is and what it drives."""
         return NpuInfo()
 
-    def hold(self, thing: Memory | NpuModel) -> None:
-        """Note something before it takes anything of the NPU, so that `close` gives that back.
-
-        Afterwards would be too late: a signal may come before the next line.
-        """
-        self._held.add(thing)
-
     @contextmanager
-    def giving_back(self, thing: Memory | NpuModel) -> Iterator[None]:
-        """Let no other thread close the same thing in the block, and forget it at the end.
-
-        A signal may raise an exception right after any call of the block, and then something else
-        closes the thing once more. So what a call gives back is marked as given back in a
-        ``finally``, in which no call comes before the mark.
-        """
+    def giving_back(self, thing: Lent) -> Iterator[None]:
+        """Let no other thread close the same thing in the block, and forget it at the end."""
         with self._lock:
             yield
-            self._held.discard(thing)
+            self.held.discard(thing)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -232,7 +362,7 @@ class Runtime(ABC):
             return
         self._closed = True  # so that a thread that goes on and on takes no more
         with self._lock:
-            for each in list(self._held):
+            for each in list(self.held):
                 each.close()
             self._shut_down()
 
@@ -246,11 +376,14 @@ class Runtime(ABC):
     def _shut_down(self) -> None: ...
 
 
-def checked_tensor(path: Path, name: str, dtype: str | None, shape: Sequence[int]) -> TensorInfo:
+def checked_tensor(
+    path: Path, name: str, dtype: str | None, shape: Sequence[int], nbytes: int | None = None
+) -> TensorInfo:
     """Return what a model says of a tensor, if it makes sense.
 
     Raises:
-        BoardError: the type is not one that is supported, or the size is absurd.
+        BoardError: the type is not one that is supported, the size is absurd, or ``nbytes`` is
+            another one.
     """
     if dtype is None or dtype not in STORED:
         raise BoardError(
@@ -260,4 +393,9 @@ def checked_tensor(path: Path, name: str, dtype: str | None, shape: Sequence[int
     tensor = TensorInfo(name, dtype, tuple(shape))
     if min(tensor.shape, default=1) < 1 or tensor.nbytes > MAX_BYTES:
         raise BoardError(f"{path}: tensor {name!r} has shape {list(shape)}: the file is damaged")
+    if nbytes not in (None, tensor.nbytes):
+        raise BoardError(
+            f"{path}: tensor {name!r} takes {nbytes} bytes, expected {tensor.nbytes} for {dtype} "
+            f"{list(shape)}: padded tensors are not supported"
+        )
     return tensor

@@ -62,15 +62,17 @@ def emulator_directory() -> Path:
     return directory
 
 
-def foreign_functions() -> Any:
-    """Return a new ``cffi.FFI``.
+def foreign_functions(declarations: str) -> Any:
+    """Return a ``cffi.FFI`` that knows some C declarations.
 
     Raises:
         BoardError: cffi is not installed.
     """
     with needs("board", BoardError):
         import cffi
-    return cffi.FFI()
+    functions = cffi.FFI()
+    functions.cdef(declarations)
+    return functions
 
 
 def open_library(functions: Any, name: str, directory: Path | None = None) -> Any:

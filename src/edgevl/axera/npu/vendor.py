@@ -8,39 +8,27 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.axera.npu.base import (
+    MAX_GROUPS,
     Call,
-    Group,
+    Description,
     Memory,
     NpuInfo,
     NpuModel,
     Place,
     Runtime,
-    TensorInfo,
-    checked_tensor,
+    Side,
 )
 from edgevl.axera.npu.libraries import library_path
 from edgevl.errors import BoardError
-
-#: NumPy's names of the formats, bfloat16 by ml_dtypes.
-DATA_TYPES = {
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "int32": "I32",
-    "uint32": "U32",
-    "uint8": "U8",
-    "int8": "I8",
-    "uint16": "U16",
-    "int16": "I16",
-}
 
 
 class VendorRuntime(Runtime):
@@ -72,7 +60,7 @@ class VendorRuntime(Runtime):
         return NpuInfo(emulated=emulated)
 
     def _allocate(self, nbytes: int) -> Memory:
-        return HostMemory(nbytes)
+        return HostMemory(self, nbytes)
 
     def _load(self, path: Path) -> NpuModel:
         return VendorModel(self, path)
@@ -84,88 +72,81 @@ class VendorRuntime(Runtime):
 class HostMemory(Memory):
     """Memory of the host, which the package copies from and to."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, runtime: Runtime, size: int) -> None:
         """Allocate ``size`` bytes."""
-        self.size = size
-        self.bytes: NDArray[np.uint8] = np.zeros(size, np.uint8)
-
-    def write(self, offset: int, values: NDArray[Any]) -> None:
-        """Copy an array to ``offset``."""
-        flat = values.reshape(-1).view(np.uint8)
-        self.bytes[offset : offset + flat.size] = flat
+        self._bytes = np.zeros(size, np.uint8)
+        super().__init__(runtime, size)
 
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Return the bytes, a view."""
-        return self.bytes[offset : offset + nbytes]
+        return self._bytes[offset : offset + nbytes]
 
-    def close(self) -> None:
-        """Let the memory go."""
-        self.bytes = np.empty(0, np.uint8)
+    def _write(self, offset: int, values: NDArray[np.uint8]) -> None:
+        self._bytes[offset : offset + values.size] = values
+
+    def _give_back(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
 
 
 class VendorModel(NpuModel):
     """A session of the package."""
 
-    def __init__(self, runtime: VendorRuntime, path: Path) -> None:
-        """Load a file."""
-        self.path = path
-        self._runtime = runtime
-        runtime.hold(self)
+    # NumPy's names; bfloat16 is that of ml_dtypes.
+    DATA_TYPES: ClassVar = {
+        "bfloat16": "BF16", "float32": "F32", "int32": "I32", "uint32": "U32", "uint8": "U8",
+        "int8": "I8", "uint16": "U16", "int16": "I16",
+    }  # fmt: skip
+
+    _runtime: VendorRuntime
+    session: Any
+
+    def _open(self) -> int:
         try:
             with redirect_stdout(sys.stderr):
-                self.session: Any = runtime.session(str(path))
+                self.session = self._runtime.session(str(self.path))
         except Exception as error:  # as it comes: RuntimeError, ValueError, OSError
-            self.close()
-            raise BoardError(f"{path}: axengine cannot load it ({error})") from None
+            raise BoardError(f"{self.path}: axengine cannot load it ({error})") from None
         # The package has no way to ask for the number of groups but this error.
-        groups: list[Group] = []
-        while True:
+        for group in range(MAX_GROUPS):
             try:
-                inputs = self.session.get_inputs(len(groups))
-                outputs = self.session.get_outputs(len(groups))
+                self.session.get_inputs(group)
             except (IndexError, ValueError):
-                break
-            groups.append(Group(self._tensors(inputs), self._tensors(outputs)))
-        self.groups = tuple(groups)
+                return group
+        return MAX_GROUPS
 
-    def bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
-        """Prepare a call."""
-        self.check(group, inputs, outputs)
+    def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
+        inputs, outputs = self.session.get_inputs(group), self.session.get_outputs(group)
+        return map(self._description, inputs), map(self._description, outputs)
+
+    @staticmethod
+    def _description(node: Any) -> Description:
+        return node.name, np.dtype(node.dtype).name, node.shape, None
+
+    def _bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
         return VendorCall(self, group, inputs, outputs)
 
-    def close(self) -> None:
-        """Let the session go."""
-        with self._runtime.giving_back(self):
-            self.session = None
-
-    def _tensors(self, nodes: Sequence[Any]) -> tuple[TensorInfo, ...]:
-        return tuple(
-            checked_tensor(
-                self.path, node.name, DATA_TYPES.get(np.dtype(node.dtype).name), node.shape
-            )
-            for node in nodes
-        )
+    def _give_back(self) -> None:
+        self.session = None
 
 
 class VendorCall(Call):
     """Arrays for a session."""
 
+    _model: VendorModel
+
     def __init__(
         self, model: VendorModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
     ) -> None:
         """Remember the places."""
-        self._model = model
-        self._group = group
         self._dtypes = [np.dtype(node.dtype) for node in model.session.get_inputs(group)]
-        self._inputs = list(inputs)
-        self._outputs = list(outputs)
+        self._places: dict[Side, list[Place]] = {"Input": [*inputs], "Output": [*outputs]}
+        super().__init__(model, group, inputs, outputs)
 
-    def run(self) -> None:
+    def _run(self) -> int:
         """Copy in, compute, copy out."""
-        shapes = self._model.groups[self._group]
         feed = {}
         for tensor, (memory, offset), dtype in zip(
-            shapes.inputs, self._inputs, self._dtypes, strict=True
+            self._model.groups[self._group].inputs, self._places["Input"], self._dtypes, strict=True
         ):
             stored = memory.read(offset, tensor.nbytes)
             feed[tensor.name] = stored.view(dtype).reshape(tensor.shape)
@@ -175,13 +156,9 @@ class VendorCall(Call):
             raise BoardError(
                 f"{self._model.path}: axengine cannot run group {self._group} ({error})"
             ) from None
-        for (memory, offset), result in zip(self._outputs, results, strict=True):
+        for (memory, offset), result in zip(self._places["Output"], results, strict=True):
             memory.write(offset, np.ascontiguousarray(result))
+        return 0
 
-    def move_input(self, index: int, offset: int) -> None:
-        """Move an input."""
-        self._inputs[index] = (self._inputs[index][0], offset)
-
-    def move_output(self, index: int, offset: int) -> None:
-        """Move an output."""
-        self._outputs[index] = (self._outputs[index][0], offset)
+    def _place(self, side: Side, index: int, memory: Any, nbytes: int, offset: int) -> None:
+        self._places[side][index] = memory, offset
