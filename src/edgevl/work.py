@@ -1,8 +1,8 @@
 """The directory of a long run under way: what is done of it, so that it can be resumed.
 
 ``OUT.partial`` holds ``run.json`` (what was asked for) and what the run keeps there: files, the
-state of loops (`Steps`), and products, which may be directories. Each is written beside and
-renamed: what is there is whole.
+state of loops (`Steps`), and the products of steps (`Step`), which may be directories. Each is
+written beside and renamed: what is there is whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from edgevl.checkpoint.writer import TensorSpec, raw, write_file
 from edgevl.errors import EdgeVLError
 from edgevl.files import UNFINISHED, replacing, sync_file
 
-#: Opens a stretch of work of some name; within, is told what is done of it, and what there is.
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], object]]]
+#: Is told how far a stretch of work is: what is done of it, and what there is.
+Tell = Callable[[int, int], object]
+#: Opens a stretch of work of some name, and gives what is to be told how far it is.
+Progress = Callable[[str], AbstractContextManager[Tell]]
 
 #: safetensors' names of the types that are stored here.
 _TYPES = {"float16": "F16", "float32": "F32", "int8": "I8", "int32": "I32", "int64": "I64"}
@@ -37,6 +40,22 @@ MAKING, DONE = "making", "done"
 _ASKED, _CLOCK = "run.json", "seconds.json"
 #: A directory with nothing else is not worth keeping.
 _NOTHING_DONE = {_ASKED, _CLOCK, "lock"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a run, which is done once its product is there.
+
+    Attributes:
+        product: the name of what it makes, a file or a directory.
+        make: makes it at a path, may tell how far it is, and returns what it has found out, as JSON
+            can have it.
+        title: what its progress is called; empty where it takes no time, or tells by itself.
+    """
+
+    product: str
+    make: Callable[[Path, Tell], object]
+    title: str = ""
 
 
 class WorkDirectory:
@@ -94,6 +113,23 @@ class WorkDirectory:
     def product(self, name: str) -> Path:
         """Return where a product is once it is done."""
         return self.path / DONE / name
+
+    def is_done(self, name: str) -> bool:
+        """Whether a product is there, and so whole."""
+        return self.product(name).exists()
+
+    def do(self, step: Step, progress: Progress) -> Any:
+        """Do a step, unless it is done: -> what it found out, now or then.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        findings = f"{step.product}.json"
+        if not self.is_done(step.product):
+            telling = progress(step.title) if step.title else nullcontext(lambda done, total: None)
+            with telling as tell, self.making(step.product) as path:
+                self.save_json(findings, step.make(path, tell))
+        return self.load_json(findings)
 
     @contextmanager
     def making(self, name: str) -> Iterator[Path]:

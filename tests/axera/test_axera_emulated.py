@@ -40,7 +40,7 @@ try:
 except BoardError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
-from edgevl.boards.embeddings import write_embeddings  # noqa: E402
+from edgevl.boards.text_checkpoint import write_embeddings  # noqa: E402
 from emulated_board import Counters, Session  # noqa: E402
 from emulated_directory import write  # noqa: E402
 from repository import EXAMPLES  # noqa: E402

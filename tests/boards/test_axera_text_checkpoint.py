@@ -5,8 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from edgevl.boards.embeddings import embedding_bytes, write_embeddings
-from edgevl.boards.text_checkpoint import check_weights, text_bytes, write_text_checkpoint
+from edgevl.boards.text_checkpoint import (
+    check_weights,
+    embedding_bytes,
+    text_bytes,
+    write_embeddings,
+    write_text_checkpoint,
+)
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, TEXT
 from edgevl.checkpoint.safetensors import SafetensorsFile
@@ -180,7 +185,8 @@ def test_plain_weights_are_taken_as_they_are(mini_checkpoint):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_embeddings_in_three_forms(mini_checkpoint, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("edgevl.boards.embeddings._ROWS", 100)  # not a divisor of the vocabulary
+    # No divisor of the vocabulary.
+    monkeypatch.setattr("edgevl.boards.text_checkpoint._ROWS", 100)
     with Checkpoint.open(mini_checkpoint(dtype=dtype)) as checkpoint:
         write_embeddings(checkpoint, tmp_path)
         expected, stored = checkpoint.tensor(EMBEDDING), checkpoint.stored(EMBEDDING)

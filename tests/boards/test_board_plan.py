@@ -7,10 +7,9 @@ import pytest
 
 from edgevl import cli
 from edgevl.axera.layout import BoardShape
-from edgevl.boards.memory import plan_memory
-from edgevl.boards.plan import PrefillSteps, make_plan, prefill_steps
-from edgevl.boards.planned_model import planned_model
-from edgevl.boards.targets import AX630C, AX650, TARGETS
+from edgevl.boards.limits import plan_memory
+from edgevl.boards.plan import PrefillSteps, make_plan, planned_model, prefill_steps
+from edgevl.boards.settings import AX630C, AX650, TARGETS
 from edgevl.boards.timing import (
     DECODE_FACTOR,
     PREFILL_FACTOR,

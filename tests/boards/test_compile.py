@@ -735,7 +735,7 @@ def test_gptq_has_its_weight_type_already(desk):
 def test_a_model_that_does_not_fit_the_board_is_refused(desk):
     from dataclasses import replace
 
-    from edgevl.boards.targets import TARGETS
+    from edgevl.boards.settings import TARGETS
 
     small = replace(TARGETS["ax630c"], memory_bytes=400_000)
     desk.monkeypatch.setitem(TARGETS, "ax630c", small)

@@ -52,6 +52,7 @@ def write_emulated(checkpoint, directory, shape, uint8_input, progress, *, targe
     ]
     size = checkpoint.config.vision.image_size
     names += [f"{text.model_type}_post.axmodel", f"internvl_vit_model_1x3x{size}x{size}.axmodel"]
+    directory.mkdir()
     for name in names:
         (directory / name).write_bytes(f"emulated {target} {post.topk}".encode())
         progress(directory / name)

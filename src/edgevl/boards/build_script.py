@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from edgevl.axera.layout import NOT_BUILT
 from edgevl.axera.model.integrity import FILES
 from edgevl.boards.build_log import BUILT
-from edgevl.boards.commands import ENVIRONMENT, MOUNTED, mount, shell
+from edgevl.boards.pulsar2 import ENVIRONMENT, MOUNTED, mount
+from edgevl.boards.steps import BoardStep
 
 #: The directory of a dry run that has what the script works on; in it, what is moved out when all
 #: is done: a directory of files, and last what says that the model is whole.
@@ -135,26 +136,16 @@ echo "done: $(cd .. && pwd) is a board's model; {build}/ and build.sh can go"
 """
 
 
-def build_script(
-    builds: Sequence[tuple[str, Sequence[str], Sequence[str]]], pulsar2: str | None
-) -> str:
+def build_script(steps: Sequence[BoardStep], pulsar2: str | None) -> str:
     """Return the script.
 
     Args:
-        builds: for each build its name, Pulsar2's arguments, and the files that it writes.
+        steps: of the compilation; those with arguments of Pulsar2 are left to the script.
         pulsar2: what runs it if the user of the script says nothing: ``docker:IMAGE``, a path, or
             None for the program on PATH.
     """
     default = shlex.quote(pulsar2 or "pulsar2")
-    steps, moves = [], []
-    for name, arguments, files in builds:
-        names = " ".join(map(shlex.quote, files))
-        steps.append(f"build {name} {shell(arguments)}\nkeep {name} {names}\n")
-        moves.append(
-            f"for file in {names}; do\n"
-            f'  [ -s "../$file" ] || mv "done/{name}/$file" "../$file"\n'
-            "done"
-        )
+    left = [(step, _words(step.files)) for step in steps if step.arguments]
     return _SCRIPT.format(
         build=BUILD,
         default=default,
@@ -162,12 +153,34 @@ def build_script(
         docker=" ".join([*(f"--env={name}" for name in ENVIRONMENT), f"--workdir={MOUNTED}"]),
         mounted=MOUNTED,
         mount=mount("$PWD").replace('"', r"\""),
-        builds="\n".join(steps),
-        moves="\n".join(moves),
+        builds="\n".join(
+            f"build {step.product} {_lines(step.arguments)}\nkeep {step.product} {files}\n"
+            for step, files in left
+        ),
+        moves="\n".join(
+            f"for file in {files}; do\n"
+            f'  [ -s "../$file" ] || mv "done/{step.product}/$file" "../$file"\n'
+            "done"
+            for step, files in left
+        ),
         built=BUILT,
         model=MODEL,
         board=BOARD,
         marker=NOT_BUILT,
         files=FILES,
-        names=" ".join(shlex.quote(name) for _, _, files in builds for name in files),
+        names=" ".join(files for _, files in left),
     )
+
+
+def _words(names: Sequence[str]) -> str:
+    return " ".join(map(shlex.quote, names))
+
+
+def _lines(command: Sequence[str]) -> str:
+    """Return a command line for a POSIX shell, one option a line."""
+    lines: list[list[str]] = [[]]
+    for argument in command:
+        if argument.startswith("--"):
+            lines.append([])
+        lines[-1].append(argument)
+    return " \\\n    ".join(_words(line) for line in lines if line)

@@ -2,12 +2,13 @@
 
 They have the names, shape groups, tensors and types of compiled models. The weights are in bfloat16
 and packed for this machine's processors, and beside each group stands the time that it would take
-on a board, published or estimated (`edgevl.boards.timing`).
+on a board, published or estimated (`edgevl.boards.timing`). The format is that of
+``native/emulator/model_file.h``: lines of words, then data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.axera.layout import BoardShape, layer_file, post_file, vision_file
-from edgevl.boards import timing
-from edgevl.boards.emulated_file import (
-    ALIGNMENT,
-    Group,
-    Numbers,
-    Tensor,
-    Weight,
-    header,
-    layer_groups,
+from edgevl.axera.layout import (
+    EMULATED_MAGIC,
+    LAYER_INPUTS,
+    LAYER_OUTPUTS,
+    BoardShape,
+    layer_file,
+    post_file,
+    vision_file,
 )
+from edgevl.boards import timing
 from edgevl.checkpoint import Checkpoint, ModelConfig, TextConfig
 from edgevl.checkpoint.config import IMAGE_MEAN, IMAGE_STD
 from edgevl.errors import BoardError
@@ -42,6 +42,10 @@ except ImportError as error:
 from edgevl.engine import cpu, packed
 from edgevl.engine.plan import MatrixPlan, make_plan
 
+#: Data begins at multiples of this many bytes.
+ALIGNMENT = 64
+
+Numbers = Mapping[str, float | tuple[float, ...]]
 Vectors = Mapping[str, NDArray[np.float32]]
 Matrices = Mapping[str, MatrixPlan]
 
@@ -74,7 +78,7 @@ def write_emulated(
 
     Args:
         checkpoint: the model; GPTQ weights are dequantized and rounded to bfloat16.
-        directory: where to; it exists.
+        directory: where to.
         shape: of the text model's groups.
         uint8_input: the vision encoder takes bytes [1, S, S, 3] and normalizes them, instead of
             float32 [1, 3, S, S].
@@ -87,6 +91,7 @@ def write_emulated(
         CheckpointError: the quantization of a weight is damaged.
         OSError: a file cannot be written; it is not there then.
     """
+    directory.mkdir(exist_ok=True)
     text = checkpoint.config.text
     plans = {matrix.name: matrix for matrix in make_plan(checkpoint, "bf16").matrices}
     vectors = _arrays(cpu.text_vectors(checkpoint))
@@ -202,3 +207,90 @@ def _vision_numbers(checkpoint: Checkpoint) -> Numbers:
         "mean": tuple(255 * value for value in IMAGE_MEAN),
         "std": tuple(255 * value for value in IMAGE_STD),
     }
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output; ``dtype`` is "u8", "i32", "u32", "bf16" or "f32"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Return the words of its line."""
+        return " ".join([self.name, self.dtype, *map(str, self.shape)])
+
+
+@dataclass(frozen=True)
+class Group:
+    """A shape group, and the milliseconds that it takes on the board, 0 where that is unknown."""
+
+    ms: float
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix packed in bfloat16 (``shape`` has two sizes) or a vector in float32 (one)."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def header(
+    kind: str, numbers: Numbers, groups: Sequence[Group], weights: Sequence[Weight]
+) -> bytes:
+    """Return what a file begins with, padded to `ALIGNMENT`.
+
+    The data of each weight follows, padded likewise.
+    """
+    lines = [f"kind {kind}"]
+    for name, value in numbers.items():
+        values = value if isinstance(value, tuple) else (value,)
+        lines.append(" ".join(["number", name, *map(repr, values)]))
+    for group in groups:
+        lines.append(f"group {group.ms!r}")
+        lines += [f"input {tensor}" for tensor in group.inputs]
+        lines += [f"output {tensor}" for tensor in group.outputs]
+
+    def encode(begin: int) -> bytes:
+        places, offset = [], begin
+        for weight in weights:
+            sizes = " ".join(map(str, weight.shape))
+            what = "matrix" if len(weight.shape) == 2 else "vector"
+            places.append(f"{what} {weight.name} {sizes} {offset:015d}")
+            offset += padded(weight.nbytes)
+        text = EMULATED_MAGIC + "\n".join([*lines, *places, "end\n"]).encode("ascii")
+        return text.ljust(padded(len(text)), b"\0")
+
+    # With all digits of the offsets, its length does not depend on them.
+    return encode(len(encode(0)))
+
+
+def padded(nbytes: int) -> int:
+    """Return the next multiple of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def layer_groups(text: TextConfig, shape: BoardShape, times_ms: Sequence[float]) -> list[Group]:
+    """Return the groups of a decoder layer (see `edgevl.axera.layout`) with their times."""
+    sizes = [(1, shape.context), *((shape.chunk, history) for history in shape.histories())]
+    width, hidden = text.num_key_value_heads * text.head_dim, text.hidden_size
+    groups = []
+    for ms, (tokens, history) in zip(times_ms, sizes, strict=True):
+        # Where there is no history Pulsar2 gives a cache all the same, of the hidden size.
+        cache = (1, history, width) if history else (1, 1, hidden)
+        new, states = (1, tokens, width), (1, tokens, hidden)
+        inputs = (cache, cache, (1, tokens), states, (1, tokens, history + tokens))
+        dtypes = ("bf16", "bf16", "u32", "bf16", "bf16")
+        groups.append(
+            Group(
+                ms,
+                tuple(map(Tensor, LAYER_INPUTS, dtypes, inputs)),
+                tuple(map(Tensor, LAYER_OUTPUTS, dtypes[:2] + dtypes[3:4], (new, new, states))),
+            )
+        )
+    return groups

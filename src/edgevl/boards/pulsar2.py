@@ -1,10 +1,16 @@
-"""Running a Pulsar2 build to its end: alone, watched, stopped when it must be."""
+"""Pulsar2, the vendor's compiler: finding it, asking it, and running a build to its end.
+
+It is a program that the vendor hands out, as a Docker image or as a package; EdgeVL has none of it.
+A build runs alone, is watched, and is stopped when it must be.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import selectors
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -12,24 +18,200 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from edgevl.boards.build_log import BuildLog, explain
-from edgevl.boards.commands import ENVIRONMENT, give_back_command
-from edgevl.boards.toolchain import Pulsar2
 from edgevl.errors import BoardError
 from edgevl.work import MAKING, Progress, WorkDirectory
 
+#: Matrix products in bfloat16 on the convolution unit: a much shorter prefill.
+ENVIRONMENT = {"FLOAT_MATMUL_USE_CONV_EU": "1"}
+#: Where the working directory is seen in a container.
+MOUNTED = "/data"
 #: Seconds between looks at what a build has written.
 POLL_S = 0.5
 #: Seconds that a build has to exit by itself: once all is done, and when it is told to stop.
 EXIT_GRACE_S, STOP_GRACE_S = 60.0, 10.0
-#: Seconds that ``docker`` has for a small thing.
+#: Seconds that ``docker`` has for a small thing, and Pulsar2 to say its version: a container's
+#: first start is slow.
 _DOCKER_S = 300.0
 #: The build under way, in the work directory.
 _BUILD = "build.json"
+
+_WITHOUT = (
+    "without it, --dry-run writes a script that compiles on a machine that has it, and --emulate a "
+    "model for the emulator"
+)
+
+
+_NOT_RUNNING = (
+    "docker: its daemon is not running; `sudo systemctl start docker`, then the same again"
+)
+_NO_IMAGE = (
+    "--pulsar2 docker:{image}: there is no such image here; `docker load -i` the archive of "
+    "Pulsar2 (AXERA-TECH/Pulsar2 on the Hub), and see `docker image ls` for its name"
+)
+#: What to say, by words in what Docker says.
+_DOCKER_PROBLEMS = {
+    "permission denied": "docker: this user may not use it (permission denied); `sudo usermod -aG "
+    "docker $USER`, then log in again",
+    "cannot connect": _NOT_RUNNING,
+    "daemon running": _NOT_RUNNING,
+    "no such image": _NO_IMAGE,
+    "not found": _NO_IMAGE,
+}
+
+
+@dataclass(frozen=True)
+class Pulsar2:
+    """A Pulsar2 that can be run.
+
+    Attributes:
+        program: path of the executable, or None.
+        image: Docker image, or None.
+    """
+
+    program: str | None = None
+    image: str | None = None
+
+    def command(self, arguments: Sequence[str], directory: Path, name: str) -> list[str]:
+        """Return the command line that runs in ``directory``.
+
+        A container sees no other directory, and is called ``name``, to stop it by. It runs as the
+        image's own user, root: the compiler's licence is in root's home. What it writes is given
+        back afterwards.
+        """
+        if self.image is None:
+            return [str(self.program), *arguments]
+        environment = [f"--env={variable}={value}" for variable, value in ENVIRONMENT.items()]
+        return [
+            *("docker", "run", "--rm", f"--name={name}", *environment),
+            *(mount(str(directory.resolve())), f"--workdir={MOUNTED}"),
+            *(self.image, "pulsar2", *arguments),
+        ]
+
+    def ask(self, arguments: Sequence[str], directory: Path) -> tuple[int, str]:
+        """Run something short: -> exit status and what it prints.
+
+        Raises:
+            BoardError: it cannot be started, or does not end.
+        """
+        name = f"edgevl-{uuid.uuid4().hex[:12]}"
+        command = self.command(arguments, directory, name)
+        try:
+            result = subprocess.run(
+                command,
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=_DOCKER_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise BoardError(
+                f"{command[0]}: no answer to `pulsar2 {' '.join(arguments)}` in {_DOCKER_S:.0f} s; "
+                "run it by hand to see why"
+            ) from None
+        except OSError as error:
+            raise BoardError(f"{command[0]}: cannot be run ({error.strerror})") from None
+        return result.returncode, result.stdout.decode("utf-8", "replace")
+
+
+def find(given: str | None) -> Pulsar2:
+    """Return the Pulsar2 to use.
+
+    Args:
+        given: ``docker:IMAGE``, the path of the program or of the package's directory, or None for
+            the program on PATH.
+
+    Raises:
+        BoardError: it is not there, or Docker cannot be used; says how to fix it.
+    """
+    if given is None:
+        program = shutil.which("pulsar2")
+        if program is None:
+            raise BoardError(
+                "Pulsar2, the vendor's compiler, is not on PATH: get it from AXERA-TECH/Pulsar2 on "
+                "the Hub and give --pulsar2 docker:IMAGE or --pulsar2 PATH; " + _WITHOUT
+            )
+        return Pulsar2(program=program)
+    if given.startswith("docker:"):
+        return Pulsar2(image=_image(given.removeprefix("docker:")))
+    path = Path(given).expanduser()
+    for candidate in (path, path / "bin" / "pulsar2", path / "pulsar2"):
+        if candidate.is_file():
+            if os.access(candidate, os.X_OK):
+                return Pulsar2(program=str(candidate.absolute()))
+            raise BoardError(f"--pulsar2 {given}: {candidate} is not executable; chmod +x it")
+    raise BoardError(
+        f"--pulsar2 {given}: no such program; give docker:IMAGE, or the path of `pulsar2`; "
+        + _WITHOUT
+    )
+
+
+def version(pulsar2: Pulsar2, directory: Path) -> str | None:
+    """Return what ``pulsar2 version`` says, such as "5.1", or None where it says nothing."""
+    status, text = pulsar2.ask(["version"], directory)
+    match = re.search(r"version\W+v?(\d[\w.+-]*)", text, re.IGNORECASE)
+    return match[1] if status == 0 and match else None
+
+
+def newest_llm_build(pulsar2: Pulsar2, name: str | None, directory: Path) -> int:
+    """Return the generation of the command for text models: 2 where there is an ``llm_build2``.
+
+    That came with version 6, but not with every package of it.
+
+    Args:
+        pulsar2: what to ask.
+        name: its version.
+        directory: to run in.
+    """
+    major = re.match(r"\d+", name or "")
+    has_it = major is not None and int(major[0]) >= 6
+    return 2 if has_it and pulsar2.ask(["llm_build2", "--help"], directory)[0] == 0 else 1
+
+
+def _image(image: str) -> str:
+    """Return the name of an image that is there."""
+    if shutil.which("docker") is None:
+        raise BoardError(
+            f"--pulsar2 docker:{image}: Docker is not installed (no `docker` on PATH); install "
+            f"it, or give the path of a Pulsar2 package; {_WITHOUT}"
+        )
+    try:
+        result = subprocess.run(
+            ["docker", "image", "inspect", "--format", "{{.Id}}", image],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        raise BoardError(
+            "docker: no answer in 60 s; is its daemon well? try `docker info`"
+        ) from None
+    if result.returncode == 0:
+        return image
+    problem = " ".join(result.stderr.split())
+    for words, message in _DOCKER_PROBLEMS.items():
+        if words in problem.lower():
+            raise BoardError(message.format(image=image))
+    raise BoardError(f"docker image inspect {image}: {problem[:300] or 'failed'}")
+
+
+def mount(directory: str) -> str:
+    """Return Docker's option that shows a directory of this machine in a container.
+
+    The shorter ``--volume`` would split the path at a colon. The value is a line of CSV, so that
+    commas may be in it, too.
+    """
+    source = directory.replace('"', '""')
+    return f'--mount=type=bind,"source={source}",target={MOUNTED}'
 
 
 def run(
@@ -221,6 +403,7 @@ def _give_back(pulsar2: Pulsar2, work: WorkDirectory) -> None:
         path.lstat().st_uid == user for path in (directory / MAKING).rglob("*")
     ):
         return
-    command = give_back_command(pulsar2.image, str(directory), user, os.getgid())
+    owner = ["--entrypoint=chown", pulsar2.image, "-R", f"{user}:{os.getgid()}", MOUNTED]
+    command = ["docker", "run", "--rm", mount(str(directory)), *owner]
     with suppress(OSError, subprocess.SubprocessError):
         subprocess.run(command, capture_output=True, timeout=_DOCKER_S)

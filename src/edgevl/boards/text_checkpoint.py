@@ -1,4 +1,4 @@
-"""The text model alone, as a checkpoint that Pulsar2's ``llm_build`` reads."""
+"""The text model alone: as a checkpoint that ``llm_build`` reads, and the embedding beside it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevl.axera.layout import EMBEDDING_BF16, EMBEDDING_F32, EMBEDDING_NPY
 from edgevl.checkpoint import Checkpoint, GPTQConfig, StoredTensor
 from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, TEXT
 from edgevl.checkpoint.side_files import TOKENIZER_FILES, copy_side_files
@@ -15,6 +19,7 @@ from edgevl.checkpoint.text_json import text_json
 from edgevl.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     TensorSpec,
+    encode,
     raw,
     running_total,
     write_safetensors,
@@ -23,6 +28,8 @@ from edgevl.errors import BoardError, CheckpointError
 
 #: Input channels that share a scale, in the GPTQ weights that ``llm_build`` takes.
 GROUP_SIZE = 128
+#: Rows of the embedding that are converted at once.
+_ROWS = 4096
 
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _MEND = "make one with `edgevl quantize --group-size 128`, or compile the original checkpoint"
@@ -50,13 +57,14 @@ def write_text_checkpoint(
 
     Args:
         checkpoint: an open checkpoint of any layout.
-        directory: where to; it exists and is empty.
+        directory: where to; it is empty, if it exists.
         shard_bytes: most bytes of weights in one file.
         progress: called after each write with the bytes written and those there are.
 
     Raises:
         OSError: the disk is full, or a file cannot be read.
     """
+    directory.mkdir(exist_ok=True)
     parts = {part.spec.name: part for part in _parts(checkpoint)}
     specs = [part.spec for part in parts.values()]
 
@@ -185,3 +193,44 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
             "lm_head": False,
         }
     return fields
+
+
+def write_embeddings(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write the embedding [V, H] row by row: float32 as ``.npy`` and plain, and bfloat16 plain.
+
+    bfloat16 is exact where it is what the checkpoint stores.
+
+    Args:
+        checkpoint: an open checkpoint.
+        directory: where to.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    directory.mkdir(exist_ok=True)
+    with (
+        (directory / EMBEDDING_NPY).open("wb") as npy,
+        (directory / EMBEDDING_F32).open("wb") as f32,
+        (directory / EMBEDDING_BF16).open("wb") as bf16,
+    ):
+        shape = checkpoint.shape(EMBEDDING)
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(npy, header)
+        for rows in _blocks(checkpoint):
+            npy.write(raw(rows))
+            f32.write(raw(rows))
+            bf16.write(encode(rows, "BF16"))
+
+
+def embedding_bytes(checkpoint: Checkpoint) -> int:
+    """Return what the three files take together, but for a header."""
+    vocabulary, hidden = checkpoint.shape(EMBEDDING)
+    return vocabulary * hidden * (4 + 4 + 2)
+
+
+def _blocks(checkpoint: Checkpoint) -> Iterator[NDArray[np.float32]]:
+    """Yield the rows as little-endian float32, some at a time."""
+    for begin in range(0, checkpoint.shape(EMBEDDING)[0], _ROWS):
+        rows = checkpoint.tensor(EMBEDDING, slice(begin, begin + _ROWS))
+        yield rows.astype("<f4", copy=False)
+        checkpoint.release()

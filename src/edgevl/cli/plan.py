@@ -7,22 +7,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgevl.boards.settings import TARGETS, Target
 from edgevl.cli.terminal import print_json
 
 if TYPE_CHECKING:
     from edgevl.axera.layout import BoardShape
     from edgevl.boards.plan import BoardPlan
-    from edgevl.boards.targets import Target
 
 #: The model whose times are published.
 PUBLISHED_MODEL = "internvl3_5-1b"
-#: ``edgevl.boards.targets.TARGETS``, written out so that --help needs nothing else.
-TARGET_NAMES = ("ax650", "ax630c")
 
 
 @click.command("plan")
 @click.argument("model", default=PUBLISHED_MODEL)
-@click.option("--target", type=click.Choice(TARGET_NAMES), default="ax650", show_default=True)
+@click.option("--target", type=click.Choice([*TARGETS]), default="ax650", show_default=True)
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(min=1),
@@ -78,9 +76,7 @@ def command(
     """
     from dataclasses import replace
 
-    from edgevl.boards.plan import make_plan
-    from edgevl.boards.planned_model import planned_model
-    from edgevl.boards.targets import TARGETS
+    from edgevl.boards.plan import make_plan, planned_model
 
     described = planned_model(model)
     given = {"context": context, "chunk": chunk, "max_prefill": max_prefill}
