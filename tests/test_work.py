@@ -1,9 +1,11 @@
 """Products of a long run: whole, or not there."""
 
+from contextlib import contextmanager
+
 import pytest
 
 from edgevl.errors import CheckpointError
-from edgevl.work import check_target, opened
+from edgevl.work import Step, check_target, opened
 
 
 class StoppedError(BaseException):
@@ -25,6 +27,33 @@ def test_products_are_there_when_they_are_whole(tmp_path):
             path.write_text("2")
         assert work.product("b").read_text() == "2"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_is_done_once_and_what_it_found_stays(tmp_path):
+    made, told = [], []
+
+    @contextmanager
+    def progress(title):
+        yield lambda done, total: told.append((title, done, total))
+
+    def make(path, tell):
+        made.append(path)
+        tell(1, 2)
+        path.write_text("whole")
+        return {"cosine": 0.5}
+
+    def run():
+        with begin(tmp_path / "out") as work:
+            assert work.do(Step("a.bin", make, "title"), progress) == {"cosine": 0.5}
+            assert work.do(Step("b.bin", lambda path, tell: path.touch()), progress) is None
+            assert (work.is_done("a.bin"), work.is_done("c.bin")) == (True, False)
+            raise StoppedError
+
+    for _ in range(2):
+        with pytest.raises(StoppedError):
+            run()
+    assert len(made) == 1
+    assert told == [("title", 1, 2)]
 
 
 def test_what_fails_is_removed_and_nothing_stays_where_nothing_was_done(tmp_path):

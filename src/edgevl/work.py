@@ -1,7 +1,7 @@
 """The directory of a long run under way: what is done of it, so that it can be resumed.
 
 ``OUT.partial`` holds ``run.json`` (what was asked for) and what the run keeps there: files, the
-state of loops (`Steps`), and the products of steps (`Step`), which may be directories. Each is
+state of loops (`Loop`), and the products of steps (`Step`), which may be directories. Each is
 written beside and renamed: what is there is whole.
 """
 
@@ -158,7 +158,7 @@ class WorkDirectory:
         path.rename(self.product(name))
 
 
-class Steps:
+class Loop:
     """A loop that goes on where it was interrupted: after each step, its whole state is saved.
 
     Args:

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from edgevl.boards import calibration_archive
-from edgevl.boards.calibration_archive import MAX_SAMPLES, write_calibration
+from edgevl.boards.calibration_archive import write_calibration
 from edgevl.boards.pulsar2_config import default_config
+from edgevl.boards.settings import CompileSettings
 from edgevl.checkpoint import Checkpoint
 from edgevl.errors import BoardError, EdgeVLError
 from edgevl.preprocess import prepare_picture
@@ -72,13 +73,13 @@ def test_a_directory_and_a_tar_of_pictures(checkpoint, tmp_path):
 
 
 def test_what_cannot_be_done_is_refused_and_leaves_nothing(checkpoint, tmp_path, monkeypatch):
-    for count in (0, MAX_SAMPLES + 1):
-        with pytest.raises(BoardError, match=f"{count} calibration samples: choose 1 to 1024"):
-            write_calibration(checkpoint, None, tmp_path / "tiles.tar", count)
+    for count in (0, 1025):
+        with pytest.raises(BoardError, match=f"--samples {count}: must be 1 to 1024"):
+            CompileSettings("ax650", samples=count)
     with pytest.raises(EdgeVLError, match="pictures: no such directory or tar file"):
-        write_calibration(checkpoint, tmp_path / "pictures", tmp_path / "tiles.tar")
+        write_calibration(checkpoint, tmp_path / "pictures", tmp_path / "tiles.tar", 32)
     with pytest.raises(OSError, match=r"cannot be written: No such file.*nowhere.tiles\.tar"):
-        write_calibration(checkpoint, None, tmp_path / "nowhere" / "tiles.tar")
+        write_calibration(checkpoint, None, tmp_path / "nowhere" / "tiles.tar", 32)
     assert not list(tmp_path.iterdir())
 
     Image.new("RGB", (9, 9)).save(tmp_path / "picture.png")
@@ -91,5 +92,5 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(checkpoint, tmp_path,
 
     monkeypatch.setattr(calibration_archive, "choose_pictures", choose_and_damage)
     with pytest.raises(BoardError, match="changed while it was read"):
-        write_calibration(checkpoint, tmp_path, tmp_path / "tiles.tar")
+        write_calibration(checkpoint, tmp_path, tmp_path / "tiles.tar", 32)
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]

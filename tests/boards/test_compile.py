@@ -16,10 +16,12 @@ import pytest
 
 import vision_stand_ins
 from edgevl.axera.layout import BoardShape
+from edgevl.boards.settings import CompileSettings
 from edgevl.boards.text_checkpoint import write_text_checkpoint
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.cli import main
+from edgevl.errors import BoardError
 from gptq_checkpoints import write_gptq
 from repository import SUPPORT
 
@@ -722,6 +724,20 @@ def test_what_contradicts_itself_is_one_line(desk, options, target, message):
     assert said.count("\n") == 1
     assert not desk.partial.exists()
     assert desk.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"target": "ax651"}, "--target ax651: choose ax650, ax630c"),
+        ({"parallel": 257}, "--parallel 257: must be 1 to 256"),
+        ({"context": 0}, "--context 0: must be 1 or more"),
+        ({"llm_build": 3}, "--llm-build 3: choose 1, 2"),
+    ],
+)
+def test_settings_are_checked_for_programs_too(values, message):
+    with pytest.raises(BoardError, match=message):
+        CompileSettings(**({"target": "ax650"} | values))
 
 
 def test_gptq_has_its_weight_type_already(desk):

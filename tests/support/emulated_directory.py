@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from edgevl.axera import layout
-from edgevl.axera.number_formats import to_device
+from edgevl.axera.npu.base import to_device
 from edgevl.checkpoint import Checkpoint
 
 emulate = pytest.importorskip("edgevl.boards.emulate", reason="the native engine is not built")

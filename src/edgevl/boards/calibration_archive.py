@@ -17,13 +17,8 @@ from edgevl.preprocess.tiles import split
 from edgevl.quantize.calibration.drawn import draw
 from edgevl.quantize.calibration.pictures import choose_pictures, open_pictures
 
-#: Most tiles of an archive.
-MAX_SAMPLES = 1024
 
-
-def write_calibration(
-    checkpoint: Checkpoint, source: Path | None, path: Path, samples: int = 32
-) -> int:
+def write_calibration(checkpoint: Checkpoint, source: Path | None, path: Path, samples: int) -> int:
     """Write a tar file of tiles as ``calibration_format`` Image has them: RGB PNGs of tile size.
 
     Tiles are pixels before normalisation: Pulsar2 normalises what it reads from pictures by
@@ -38,18 +33,15 @@ def write_calibration(
         checkpoint: of the model; it says how large a tile is.
         source: a directory or a tar file of pictures; None for drawn ones.
         path: of the tar file to write; its directory exists.
-        samples: tiles wanted, at most `MAX_SAMPLES`.
+        samples: tiles wanted, one or more.
 
     Returns:
         How many were written: fewer than wanted if there are fewer different pictures.
 
     Raises:
-        BoardError: ``samples`` is out of range.
         OSError: the file cannot be written.
         EdgeVLError: the pictures cannot be read.
     """
-    if not 1 <= samples <= MAX_SAMPLES:
-        raise BoardError(f"{samples} calibration samples: choose 1 to {MAX_SAMPLES}")
     size = checkpoint.config.vision.image_size
     images = _drawn(samples) if source is None else _found(source, samples)
     with (

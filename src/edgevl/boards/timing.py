@@ -26,7 +26,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 from edgevl.axera.layout import BoardShape
+from edgevl.checkpoint.architecture import matrices, text_layer
 from edgevl.checkpoint.config import INTERNVIT_300M, TextConfig, VisionConfig
+from edgevl.synth.presets import PRESETS
 
 #: Published times in ms: of a layer decoding a token after 2047, of a layer prefilling 128 tokens
 #: after each history, and of the final norm and the head.
@@ -54,9 +56,18 @@ PREFILL_FACTOR = {"ax650": 1.0, "ax630c": VISION_MS["ax630c"] / VISION_MS["ax650
 #: Stored bits a weight: INT4 has a 16-bit scale for every 128.
 BITS = {4: 4.125, 8: 8.0}
 
-# The model and the shape that the published times are of.
+# The model and the shape that the published times are of, and what of the model counts.
+_TEXT = PRESETS["internvl3_5-1b"].config.text
 _SHAPE = BoardShape(context=2047, chunk=128, max_prefill=1024)
-_HIDDEN, _INTERMEDIATE, _HEADS, _KV_HEADS, _HEAD_DIM, _VOCAB = 1024, 3072, 16, 8, 128, 151936
+_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "use_qk_norm",
+)
 
 
 def group_times_ms(
@@ -67,17 +78,16 @@ def group_times_ms(
     Args:
         text: the text model.
         shape: what it is compiled for.
-        target: a name in `edgevl.boards.targets.TARGETS`.
+        target: a name in `edgevl.boards.settings.TARGETS`.
         weight_bits: of the layers' linear weights, 4 or 8.
     """
-    weights = layer_weights(text) * BITS[weight_bits] / 8
-    cache = 4 * shape.context * text.num_key_value_heads * text.head_dim
-    weights_ms = DECODE_MS * weights / _LAYER_BYTES
-    decode = DECODE_MS * (weights + cache) / _LAYER_BYTES
-    work = layer_weights(text) / _LAYER_WEIGHTS * shape.chunk / _SHAPE.chunk
-    attention = (
-        text.num_attention_heads * text.head_dim / (_HEADS * _HEAD_DIM) * shape.chunk / _SHAPE.chunk
-    )
+    published, weights = _bytes_read(_TEXT, _SHAPE, 4), layer_weights(text)
+    weights_ms = DECODE_MS * (weights * BITS[weight_bits] / 8) / published
+    decode = DECODE_MS * _bytes_read(text, shape, weight_bits) / published
+    chunks = shape.chunk / _SHAPE.chunk
+    work = weights / layer_weights(_TEXT) * chunks
+    heads = text.num_attention_heads * text.head_dim
+    attention = heads / (_TEXT.num_attention_heads * _TEXT.head_dim) * chunks
     prefill = [
         max(PREFILL_MS[0] * work, weights_ms) + attention * (_prefill_ms(history) - PREFILL_MS[0])
         for history in shape.histories()
@@ -91,7 +101,7 @@ def group_times_ms(
 
 def post_time_ms(text: TextConfig, *, target: str = "ax650") -> float:
     """Return how long final norm and head take for one token, in ms; the head is in INT8."""
-    scale = text.vocab_size * text.hidden_size / (_VOCAB * _HIDDEN)
+    scale = text.vocab_size * text.hidden_size / (_TEXT.vocab_size * _TEXT.hidden_size)
     return round(POST_MS * scale * DECODE_FACTOR[target], 6)
 
 
@@ -107,10 +117,7 @@ def is_published(
     return (
         target == "ax650"
         and weight_bits == 4
-        and text.use_qk_norm
-        and (text.hidden_size, text.intermediate_size) == (_HIDDEN, _INTERMEDIATE)
-        and (text.num_attention_heads, text.num_key_value_heads) == (_HEADS, _KV_HEADS)
-        and (text.head_dim, text.vocab_size) == (_HEAD_DIM, _VOCAB)
+        and all(getattr(text, name) == getattr(_TEXT, name) for name in _COUNTS)
         and (shape.context, shape.chunk) == (_SHAPE.context, _SHAPE.chunk)
         and shape.max_prefill <= _SHAPE.max_prefill
     )
@@ -118,21 +125,14 @@ def is_published(
 
 def layer_weights(text: TextConfig) -> int:
     """Return how many weights the linear layers of one decoder layer have."""
-    return _linear_weights(
-        text.hidden_size,
-        text.intermediate_size,
-        text.num_attention_heads * text.head_dim,
-        text.num_key_value_heads * text.head_dim,
-    )
+    linears = (linear for matrix in matrices(text_layer(text)) for linear in matrix.linears)
+    return sum(linear.outputs * linear.inputs for linear in linears)
 
 
-def _linear_weights(hidden: int, intermediate: int, queries: int, keys: int) -> int:
-    return hidden * (2 * queries + 2 * keys + 3 * intermediate)
-
-
-_LAYER_WEIGHTS = _linear_weights(_HIDDEN, _INTERMEDIATE, _HEADS * _HEAD_DIM, _KV_HEADS * _HEAD_DIM)
-#: What a layer of the published model reads to decode a token: weights, keys, values.
-_LAYER_BYTES = _LAYER_WEIGHTS * BITS[4] / 8 + 4 * _SHAPE.context * _KV_HEADS * _HEAD_DIM
+def _bytes_read(text: TextConfig, shape: BoardShape, weight_bits: int) -> float:
+    """Return what a layer reads to decode a token: weights, keys, values."""
+    cache = 4 * shape.context * text.num_key_value_heads * text.head_dim
+    return layer_weights(text) * BITS[weight_bits] / 8 + cache
 
 
 def _prefill_ms(history: int) -> float:

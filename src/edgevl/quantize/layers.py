@@ -18,7 +18,7 @@ from edgevl.quantize.decoder import LINEARS, layer_name, load_layer
 from edgevl.quantize.gptq import Refinements
 from edgevl.quantize.settings import BITS, GROUP_SIZES, QuantizationError, QuantizationSettings
 from edgevl.quantize.text import States, quantize_layer, ticks
-from edgevl.work import Steps, WorkDirectory
+from edgevl.work import Loop, WorkDirectory
 
 #: What the streams of `States` are called in a file.
 _STREAMS = ("original", "quantized", "heldout_original", "heldout_rtn", "heldout_quantized")
@@ -54,7 +54,7 @@ def quantize_layers(
     bits, device = BITS[settings.text], torch.device(settings.device)
     refinements = Refinements() if settings.method == "gptq" else None
     layers = config.num_hidden_layers
-    steps = Steps(work, "text")
+    steps = Loop(work, "text")
     if found := steps.resume(layers):
         done, tensors, _ = found
         states = _states(tensors)

@@ -33,7 +33,7 @@ from edgevl.engine.plan import Format, MatrixPlan, vision_matrices
 from edgevl.quantize.settings import QuantizationError
 from edgevl.quantize.smoothing import SmoothedTensors, producer, smoothing_factor
 from edgevl.quantize.vision_network import EXACT, Linear, Rounding, VisionNetwork
-from edgevl.work import Steps, WorkDirectory
+from edgevl.work import Loop, WorkDirectory
 
 STRENGTHS = (0.25, 0.4, 0.55, 0.7, 0.85)
 LEAST_GAIN = 0.05
@@ -140,14 +140,14 @@ def quantize_vision(
         for matrix in vision_matrices(replace(checkpoint.config, vision_keep=()), "int8")
     }
     calibration = _Calibration(network, plans)
-    features = calibration.run(tiles, Steps(work, "vision-decide"), passing(0))
+    features = calibration.run(tiles, Loop(work, "vision-decide"), passing(0))
     smoothed = Rounding(plans, calibration.factors)
 
     keep = _sensitive(calibration.squared_errors, _work(checkpoint, plans))
     chosen = _keeping(smoothed, keep)
     if keep:
         trial, target = tiles[:TRIAL_TILES], features[:TRIAL_TILES]
-        steps = Steps(work, "vision-keep")
+        steps = Loop(work, "vision-keep")
         both, _ = _encode(network, trial, [smoothed, chosen], lambda seen: [], steps, passing(1))
         without, with_kept = (relative_error(encoded, target) for encoded in both)
         if with_kept > (1 - LEAST_FALL) * without:
@@ -158,7 +158,7 @@ def quantize_vision(
         return [asdict(row) for row in rows]
 
     roundings = [EXACT, Rounding(plans), chosen]
-    steps = Steps(work, "vision-measure")
+    steps = Loop(work, "vision-measure")
     encoded, rows = _encode(network, held_out, roundings, errors, steps, passing(2))
     exact, plain, final = encoded
     factors = {name: factor.cpu().numpy() for name, factor in chosen.factors.items()}
@@ -214,7 +214,7 @@ class _Calibration:
         self._network = network
         self._plans = plans
 
-    def run(self, tiles: Floats, steps: Steps, finished: Callable[[int], object]) -> Tensor:
+    def run(self, tiles: Floats, steps: Loop, finished: Callable[[int], object]) -> Tensor:
         """Fill the attributes; return the features of the tiles."""
         stages = self._network.stages
         if found := steps.resume(len(stages)):
@@ -267,7 +267,7 @@ def _encode(
     tiles: Floats,
     roundings: Sequence[Rounding],
     look: Callable[[_Inputs], list[dict[str, Any]]],
-    steps: Steps,
+    steps: Loop,
     finished: Callable[[int], object],
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Return the features with each rounding, and what ``look`` made of the inputs of the last one.

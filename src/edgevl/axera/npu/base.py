@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,7 +180,7 @@ class NpuModel(Lent):
     """
 
     groups: tuple[Group, ...]
-    DATA_TYPES: Mapping[Any, str] = {}
+    DATA_TYPES: ClassVar[Mapping[Any, str]]
 
     def __init__(self, runtime: Runtime, path: Path) -> None:
         self.path = path
