@@ -148,7 +148,7 @@ def _assemble(compilation: Compilation, steps: Sequence[BoardStep], board: dict[
     model = made / BUILD / MODEL if settings.dry_run else made
     model.mkdir(parents=True)
     copy_side_files(compilation.checkpoint.path, model)
-    names = []
+    names: list[str] = []
     for step in steps:
         if work.is_done(step.product):
             for name in step.files:

@@ -144,6 +144,8 @@ def _line(path: Path) -> str:
 class AxRuntime(Runtime):
     """The NPU that this computer is built around."""
 
+    LIBRARIES = ("ax_sys", "ax_engine")
+
     def __init__(self, directory: Path | None = None) -> None:
         """Open and initialise the libraries.
 

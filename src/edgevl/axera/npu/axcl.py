@@ -85,6 +85,8 @@ _NO_MODEL = (1 << 64) - 1  # 0 may be the first one's number
 class AxclRuntime(Runtime):
     """The first M.2 card of this computer."""
 
+    LIBRARIES = ("axcl_rt",)
+
     def __init__(self, directory: Path | None = None) -> None:
         """Open and initialise the library and the card.
 

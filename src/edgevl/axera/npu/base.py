@@ -305,8 +305,11 @@ class Runtime(ABC):
     """A library that drives NPUs, initialised. One call at a time, from any thread.
 
     Attributes:
-        held: what the library lends.
+        LIBRARIES: the C libraries that it needs, without ``lib`` and ``.so``.
+        held: what they lend.
     """
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self.held: set[Lent] = set()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
-import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from edgevl.axera.npu.ax import AxRuntime
@@ -19,15 +17,13 @@ from edgevl.axera.npu.libraries import emulator_directory, library_path
 from edgevl.axera.npu.vendor import VendorRuntime
 from edgevl.errors import BoardError
 
-log = logging.getLogger(__name__)
-
 #: Environment variable that names one of `RUNTIMES`.
 VARIABLE = "EDGEVL_NPU"
-#: Runtimes by name, and the libraries that they need.
-RUNTIMES: dict[str, tuple[str, ...]] = {
-    "ax": ("ax_sys", "ax_engine"),
-    "axcl": ("axcl_rt",),
-    "axengine": (),
+#: Runtimes by name.
+RUNTIMES: dict[str, type[AxRuntime] | type[AxclRuntime] | type[VendorRuntime]] = {
+    "ax": AxRuntime,
+    "axcl": AxclRuntime,
+    "axengine": VendorRuntime,
 }
 #: There where the driver of an M.2 card is loaded.
 CARD_DEVICE = Path("/dev/axcl_host")
@@ -55,20 +51,9 @@ def open_runtime(emulated: bool = False) -> Runtime:
     with _lock:
         key = (name, directory)
         if key not in _started:
-            starters: dict[str, Callable[[], Runtime]] = {
-                "ax": lambda: AxRuntime(directory),
-                "axcl": lambda: AxclRuntime(directory),
-                "axengine": VendorRuntime,
-            }
             if not _started:
                 atexit.register(close_runtimes)
-            runtime = starters[name]()
-            if name == "axengine":
-                log.warning(
-                    "the NPU's C libraries are not used: the package axengine copies all caches in "
-                    "every step, which is slower"
-                )
-            _started[key] = runtime
+            _started[key] = RUNTIMES[name](directory)
         return _started[key]
 
 
@@ -109,14 +94,14 @@ def installed_runtime(directory: Path | None = None) -> str | None:
         return forced
     names = ["axcl", "ax"] if directory is None and CARD_DEVICE.exists() else ["ax", "axcl"]
     for name in names:
-        if all(library_path(library, directory) for library in RUNTIMES[name]):
+        if all(library_path(library, directory) for library in RUNTIMES[name].LIBRARIES):
             return name
     return "axengine" if directory is None and importlib.util.find_spec("axengine") else None
 
 
 def _missing() -> str:
     """Say which parts of which runtime are not installed."""
-    paths = {name: library_path(name) for name in RUNTIMES["ax"]}
+    paths = {name: library_path(name) for name in AxRuntime.LIBRARIES}
     absent = " and ".join(f"lib{name}.so" for name, path in paths.items() if path is None)
     there = "".join(f" ({path} is there)" for path in paths.values() if path is not None)
     return (

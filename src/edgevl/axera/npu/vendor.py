@@ -7,6 +7,7 @@ the C libraries called directly, and only used where these are not found.
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -30,12 +31,17 @@ from edgevl.axera.npu.base import (
 from edgevl.axera.npu.libraries import library_path
 from edgevl.errors import BoardError
 
+log = logging.getLogger(__name__)
+
 
 class VendorRuntime(Runtime):
     """Whatever NPU ``axengine`` finds."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path | None = None) -> None:
         """Import the package, which starts the NPU, and stops it when the process ends.
+
+        Args:
+            directory: is the package's business.
 
         Raises:
             BoardError: it is not installed or finds no NPU.
@@ -52,6 +58,10 @@ class VendorRuntime(Runtime):
                 f"the Python package axengine is there, but cannot start: {error}"
             ) from None
         self.session = axengine.InferenceSession
+        log.warning(
+            "the NPU's C libraries are not used: the package axengine copies all caches in every "
+            "step, which is slower"
+        )
 
     def info(self) -> NpuInfo:
         """Ask the libraries that the package has loaded whether they are the emulator's."""
