@@ -19,7 +19,6 @@ import pytest
 import edgevl
 from edgevl.axera import layout
 from edgevl.axera.npu import open_runtime
-from edgevl.axera.npu.base import to_device
 from edgevl.axera.npu.libraries import emulator_directory
 from edgevl.checkpoint import Checkpoint
 from edgevl.cli import main
