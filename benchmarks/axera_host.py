@@ -131,15 +131,16 @@ class Ours:
 
         self.model = open_model(directory, "axera")
         self.engine = load_engine(self.model, "axera")
+        self._sequence = self.engine.new_sequence()
 
     def prefill(self, token_ids: NDArray[np.int64]) -> int:
         """Start a sequence: -> the likeliest next token."""
-        self.engine.rewind(0)
-        return int(self.engine.prefill(self.engine.embed(token_ids), 0).argmax())
+        self._sequence.rewind(0)
+        return int(self.engine.prefill(self._sequence, self.engine.embed(token_ids)).argmax())
 
     def decode(self, token_id: int) -> int:
         """Append a token: -> the likeliest next one."""
-        return int(self.engine.decode(token_id).argmax())
+        return int(self.engine.decode([self._sequence], [token_id]).argmax())
 
     def copied(self, work: Callable[[], object]) -> int:
         """Do ``work`` and return the bytes copied to and from NPU memory."""

@@ -124,7 +124,6 @@ def measure_answers(
         for number, question in order:
             for max_draft in (longest, 0) if number % 2 else (0, longest):
                 model.engine.max_draft = max_draft
-                model.engine.rewind(0)
                 steps.clear()
                 sampling = {**GREEDY, **SAMPLING.get(question.kind, {})}
                 answer = model.ask(question.text, max_tokens=max_tokens, **sampling)
@@ -139,19 +138,19 @@ def measure_answers(
 def measure_steps(engine: Engine, context: int, rounds: int) -> Costs:
     """Return the median milliseconds of `decode` (0) and of `extend` by 1 to 12 tokens."""
     token_ids = np.random.default_rng(0).integers(256, size=context)
-    engine.rewind(0)
-    engine.prefill(engine.embed(token_ids), 0)
+    sequence = engine.new_sequence()
+    engine.prefill(sequence, engine.embed(token_ids))
     samples: dict[int, list[float]] = {tokens: [] for tokens in range(engine.max_draft + 2)}
     for _ in range(3 * rounds):
         for tokens, times in samples.items():
             following = token_ids[: max(tokens, 1)].tolist()
             started = time.perf_counter()
             if tokens:
-                engine.extend(following)
+                engine.extend(sequence, following)
             else:
-                engine.decode(following[0])
+                engine.decode([sequence], following)
             times.append(1000 * (time.perf_counter() - started))
-            engine.rewind(context)
+            sequence.rewind(context)
     return {tokens: statistics.median(times) for tokens, times in samples.items()}
 
 

@@ -30,17 +30,18 @@ class EdgeVL(Peer):
         checkpoint = (directory / "checkpoint").resolve()
         model = edgevl.load(checkpoint, "cpu", precision=precision, threads=threads)
         self._engine = model.engine
+        self._sequence = self._engine.new_sequence()
         self._logits = np.empty(0, np.float32)
 
     def prefill(self, token_ids: NDArray[np.int64]) -> None:
         """Look up the embeddings and prefill."""
-        self._engine.rewind(0)
-        self._logits = self._engine.prefill(self._engine.embed(token_ids), 0)
+        self._sequence.rewind(0)
+        self._logits = self._engine.prefill(self._sequence, self._engine.embed(token_ids))
 
     def decode(self, tokens: int) -> None:
         """Decode greedily."""
         for _ in range(tokens):
-            self._logits = self._engine.decode(int(self._logits.argmax()))
+            [self._logits] = self._engine.decode([self._sequence], [int(self._logits.argmax())])
 
     def logits(self) -> NDArray[np.float32]:
         """Return a copy: the engine's next step overwrites them."""

@@ -135,7 +135,7 @@ def load_engine(
     ``auto`` is ``axera`` for a model that was compiled for a board; otherwise ``cpu`` or, where
     that cannot run, ``reference`` with a warning. With ``exact_logits`` those of all tokens are as
     good as those of the best: see `make_plan`; those of the other engines are in any case.
-    ``cache`` is for ``cpu``: see `CpuModel`.
+    ``cache`` is for ``cpu``: see `CpuEngine`.
 
     Raises:
         EdgeVLError: an argument is not one of its choices, or a number is out of range.
@@ -173,7 +173,7 @@ def _cpu(
         raise EdgeVLError(reason)
     from edgevl.engine import cpu
 
-    return cpu.CpuModel(
+    return cpu.CpuEngine(
         weights,
         max_context,
         precision=precision,
@@ -181,7 +181,7 @@ def _cpu(
         kv_cache=kv_cache,
         exact_logits=exact_logits,
         cache=cache,
-    ).engine()
+    )
 
 
 def _reference(

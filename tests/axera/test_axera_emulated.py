@@ -42,6 +42,7 @@ except BoardError as missing:
 from edgevl.boards.text_checkpoint import write_embeddings  # noqa: E402
 from emulated_board import Counters, Session  # noqa: E402
 from emulated_directory import write  # noqa: E402
+from one_sequence import OneSequence  # noqa: E402
 from repository import EXAMPLES  # noqa: E402
 
 
@@ -93,9 +94,8 @@ def test_answers_are_those_of_the_reference(npu, tiny, reference):
 def test_prompts_and_what_follows_them(npu, tiny, reference, length):
     tokens = np.random.default_rng(3).integers(0, 900, length + 12)
     logits = []
-    for engine in (edgevl.load(tiny).engine, reference.engine):
-        engine.rewind(0)
-        first = np.array(engine.prefill(engine.embed(tokens[:length]), 0))
+    for engine in map(OneSequence, (edgevl.load(tiny).engine, reference.engine)):
+        first = np.array(engine.prefill(engine.embed(tokens[:length])))
         # Five more in a chunk, and one alone.
         more = engine.extend(tokens[length : length + 5].tolist())
         logits.append(np.stack([first, *more, engine.decode(int(tokens[length + 5]))]))
@@ -115,9 +115,9 @@ def counters():
 
 def test_a_step_copies_little_and_nothing_is_wrong(tiny, monkeypatch):
     monkeypatch.setenv("EDGEVL_NPU", "ax")
-    engine = edgevl.load(tiny).engine
+    engine = OneSequence(edgevl.load(tiny).engine)
     before = counters()
-    engine.prefill(engine.embed(np.arange(300)), 0)
+    engine.prefill(engine.embed(np.arange(300)))
     engine.decode(1)
     start = counters()
     for token in range(10):
@@ -219,22 +219,22 @@ def test_memory_is_given_back(npu, tiny):
 
 
 def test_any_thread_may_call(npu, tiny):
-    engine = edgevl.load(tiny).engine
+    engine = OneSequence(edgevl.load(tiny).engine)
     tokens = np.arange(20)
-    here = np.array(engine.prefill(engine.embed(tokens), 0))
+    here = np.array(engine.prefill(engine.embed(tokens)))
     engine.rewind(0)
     with ThreadPoolExecutor(1) as pool:
-        there = pool.submit(lambda: engine.prefill(engine.embed(tokens), 0)).result()
+        there = pool.submit(lambda: engine.prefill(engine.embed(tokens))).result()
     np.testing.assert_array_equal(here, there)
 
 
 def test_an_engine_outlives_another(npu, tiny):
-    kept, other = (edgevl.load(tiny).engine for _ in range(2))
+    kept, other = (OneSequence(edgevl.load(tiny).engine) for _ in range(2))
     tokens = np.arange(140)
-    kept.prefill(kept.embed(tokens), 0)
+    kept.prefill(kept.embed(tokens))
     expected = np.array(kept.decode(5))
     kept.rewind(140)
-    other.prefill(other.embed(tokens[::-1].copy()), 0)
+    other.prefill(other.embed(tokens[::-1].copy()))
     del other
     gc.collect()
     np.testing.assert_array_equal(kept.decode(5), expected)
@@ -313,14 +313,14 @@ WIDTH_SHAPE = layout.BoardShape(context=127, chunk=16, max_prefill=32)
 @pytest.mark.parametrize("name", WIDTHS)
 def test_the_unused_cache_has_the_width_that_the_model_says(npu, widths, name):
     source, board = widths(name)
-    engine = edgevl.load(board).engine
+    engine = OneSequence(edgevl.load(board).engine)
     problems = counters()["problems"]
     tokens = np.random.default_rng(6).integers(0, 500, 64)
     with Checkpoint.open(source) as checkpoint:
-        expected = ReferenceEngine(checkpoint).extend(tokens.tolist())
+        expected = OneSequence(ReferenceEngine(checkpoint)).extend(tokens.tolist())
     for length in (1, 16, 17, 45):
         engine.rewind(0)
-        logits = engine.prefill(engine.embed(tokens[:length]), 0)
+        logits = engine.prefill(engine.embed(tokens[:length]))
         assert error(logits, expected[length - 1]) < 0.02
         assert error(engine.decode(int(tokens[length])), expected[length]) < 0.02
     assert counters()["problems"] == problems
@@ -338,12 +338,12 @@ def test_the_loop_of_the_vendors_demo(widths, name, monkeypatch):
     from axengine_loop import AxengineLoop
 
     _, board = widths(name)
-    engine = edgevl.load(board).engine
+    engine = OneSequence(edgevl.load(board).engine)
     loop = AxengineLoop(board, engine.config.text, WIDTH_SHAPE)
     for length in (3, 16, 40):
         prompt = np.random.default_rng(length).integers(0, 500, length)
         engine.rewind(0)
-        ours = [int(engine.prefill(engine.embed(prompt), 0).argmax())]
+        ours = [int(engine.prefill(engine.embed(prompt)).argmax())]
         theirs = [loop.prefill(prompt)]
         for _ in range(5):
             ours.append(int(engine.decode(ours[-1]).argmax()))
@@ -355,14 +355,14 @@ def test_the_loop_of_the_vendors_demo(widths, name, monkeypatch):
 def test_rows_that_are_not_aligned(npu, mini_checkpoint, tmp_path, preset):
     source = mini_checkpoint(preset)
     shape = layout.BoardShape(context=191, chunk=32, max_prefill=64)
-    engine = edgevl.load(write(tmp_path / "board", source, shape)).engine
+    engine = OneSequence(edgevl.load(write(tmp_path / "board", source, shape)).engine)
     assert (engine.max_context, engine.chunk) == (192, 32)
     tokens = np.random.default_rng(4).integers(0, 500, 192)
     with Checkpoint.open(source) as checkpoint:
-        expected = ReferenceEngine(checkpoint).extend(tokens.tolist())
+        expected = OneSequence(ReferenceEngine(checkpoint)).extend(tokens.tolist())
     for length in (1, 33, 100, 40):
         engine.rewind(0)
-        logits = engine.prefill(engine.embed(tokens[:length]), 0)
+        logits = engine.prefill(engine.embed(tokens[:length]))
         assert error(logits, expected[length - 1]) < 0.02
         assert error(engine.decode(int(tokens[length])), expected[length]) < 0.02
     rest = engine.extend(tokens[41:].tolist())
@@ -382,7 +382,8 @@ def test_bytes_as_pictures_and_the_likeliest_tokens(npu, tmp_path, reference):
     question = "What number is on the display?"
     answer = model.ask(question, [picture], max_tokens=24)
     assert answer.token_ids == reference.ask(question, [picture], max_tokens=24).token_ids
-    assert np.isfinite(model.engine.decode(5)).sum() == 8
+    with model.sequence() as sequence:
+        assert np.isfinite(model.engine.decode([sequence], [5])).sum() == 8
     drawn = model.ask(question, [picture], max_tokens=8, temperature=1.0, top_p=0.9, seed=1)
     assert drawn.text
 

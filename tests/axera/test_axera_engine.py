@@ -21,6 +21,7 @@ from edgevl.generate import Model
 from edgevl.loading import load_engine, open_model
 from edgevl.preprocess import Message, PromptEncoder, prepare_picture
 from fake_npu import Compiled, FakeRuntime, write_board
+from one_sequence import OneSequence
 
 LENGTHS = (1, 127, 128, 129, 1023, 1024, 1152, 1153)
 
@@ -37,7 +38,7 @@ def boards(mini_checkpoint, tmp_path_factory):
             directories[preset] = path, Checkpoint.open(mini_checkpoint(preset))
         path, checkpoint = directories[preset]
         runtime = FakeRuntime(checkpoint, compiled)
-        return AxeraEngine(BoardModel.open(path), max_context, runtime), runtime
+        return OneSequence(AxeraEngine(BoardModel.open(path), max_context, runtime)), runtime
 
     yield make
     for _, checkpoint in directories.values():
@@ -57,7 +58,7 @@ def expected(mini_checkpoint, tokens):
     def after(preset="mini-qwen3"):
         if preset not in known:
             with Checkpoint.open(mini_checkpoint(preset)) as checkpoint:
-                engine = ReferenceEngine(checkpoint)
+                engine = OneSequence(ReferenceEngine(checkpoint))
                 blocks = [engine.extend(tokens[i : i + 256].tolist()) for i in range(0, 2048, 256)]
                 known[preset] = np.concatenate(blocks)
         return known[preset]
@@ -80,32 +81,32 @@ def check(logits, reference, layers=3):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_prompts_and_what_follows_them(boards, tokens, expected, length):
     engine, _ = boards()
-    check(engine.prefill(engine.embed(tokens[:length]), 0), expected()[length - 1])
+    check(engine.prefill(engine.embed(tokens[:length])), expected()[length - 1])
     assert engine.length == length
     check(engine.decode(tokens[length]), expected()[length])
     # A second turn continues at whatever length there is.
     more = engine.embed(tokens[length + 1 : length + 141])
-    check(engine.prefill(more, length + 1), expected()[length + 140])
+    check(engine.prefill(more), expected()[length + 140])
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_cache_continued_at_each_length(boards, tokens, expected, length):
     engine, _ = boards()
-    engine.prefill(engine.embed(tokens[:length]), 0)
+    engine.prefill(engine.embed(tokens[:length]))
     check(engine.extend(tokens[length : length + 20].tolist()), expected()[length : length + 20])
     engine.rewind(length)
     more = engine.embed(tokens[length : length + 130])
-    check(engine.prefill(more, length), expected()[length + 129])
+    check(engine.prefill(more), expected()[length + 129])
 
 
 def test_up_to_the_whole_context_and_not_a_token_further(boards, tokens, expected):
     engine, runtime = boards()
     assert engine.max_context == 2048
     with pytest.raises(ValueError, match="exceed 2048"):
-        engine.prefill(engine.embed(tokens[:2049]), 0)
+        engine.prefill(engine.embed(tokens[:2049]))
     assert runtime.runs == []
-    engine.prefill(engine.embed(tokens[:2040]), 0)
-    check(engine.prefill(engine.embed(tokens[2040:2047]), 2040), expected()[2046])
+    engine.prefill(engine.embed(tokens[:2040]))
+    check(engine.prefill(engine.embed(tokens[2040:2047])), expected()[2046])
     check(engine.decode(tokens[2047]), expected()[2047])
     for step in (lambda: engine.decode(1), lambda: engine.extend([1])):
         with pytest.raises(ValueError, match="exceed 2048"):
@@ -131,8 +132,8 @@ def test_up_to_the_whole_context_and_not_a_token_further(boards, tokens, expecte
 )
 def test_which_groups_are_run(boards, tokens, at, length, groups):
     engine, runtime = boards()
-    engine.length = at
-    engine.prefill(engine.embed(tokens[:length]), at)
+    engine.sequence.length = at
+    engine.prefill(engine.embed(tokens[:length]))
     first = [group for name, group in runtime.runs if "_l0_" in name]
     assert first == groups
     assert len(runtime.runs) == 3 * len(groups) + 1  # three layers, and the logits once
@@ -143,15 +144,15 @@ def test_which_groups_are_run(boards, tokens, at, length, groups):
 
 def test_rewinding_leaves_no_trace(boards, tokens, expected):
     engine, _ = boards()
-    engine.prefill(engine.embed(tokens[::-1][:700].copy()), 0)
+    engine.prefill(engine.embed(tokens[::-1][:700].copy()))
     for token in (9, 8, 7):
         engine.decode(token)
     engine.rewind(0)
-    check(engine.prefill(engine.embed(tokens[:300]), 0), expected()[299])
+    check(engine.prefill(engine.embed(tokens[:300])), expected()[299])
     engine.rewind(150)
     check(engine.decode(tokens[150]), expected()[150])
     engine.rewind(50)
-    check(engine.prefill(engine.embed(tokens[50:100]), 50), expected()[99])
+    check(engine.prefill(engine.embed(tokens[50:100])), expected()[99])
     for wrong in (-1, 101):
         with pytest.raises(ValueError, match="rewind"):
             engine.rewind(wrong)
@@ -159,7 +160,7 @@ def test_rewinding_leaves_no_trace(boards, tokens, expected):
 
 def test_positions_of_rows_beyond_the_prompt_exist(boards, tokens, monkeypatch):
     engine, runtime = boards(compiled=Compiled(contexts=(255,), max_prefill=128))
-    engine.prefill(engine.embed(tokens[:128]), 0)
+    engine.prefill(engine.embed(tokens[:128]))
     shown = []
     monkeypatch.setattr(runtime, "before_run", lambda c: shown.append(c.array("indices").copy()))
     engine._decoder.run(engine._decoder.shapes.prefill[1], engine.embed(tokens[:20]), 128)
@@ -187,10 +188,10 @@ def test_several_decode_groups_the_shortest_that_fits_is_taken(boards, tokens, e
     compiled = Compiled(contexts=(511, 255, 1023), max_prefill=256)
     engine, runtime = boards(compiled=compiled)
     assert engine.max_context == 1024
-    engine.prefill(engine.embed(tokens[:250]), 0)
+    engine.prefill(engine.embed(tokens[:250]))
     for length in (*range(250, 260), *range(508, 515)):
         if length > engine.length:
-            engine.prefill(engine.embed(tokens[engine.length : length]), engine.length)
+            engine.prefill(engine.embed(tokens[engine.length : length]))
         runtime.runs.clear()
         check(engine.decode(tokens[length]), expected()[length])
         assert runtime.runs[0][1] == (1 if length <= 255 else 0 if length <= 511 else 2)
@@ -208,7 +209,7 @@ def test_several_decode_groups_the_shortest_that_fits_is_taken(boards, tokens, e
 )
 def test_what_differs_between_compilers(boards, tokens, expected, compiled):
     engine, _ = boards(compiled=compiled)
-    check(engine.prefill(engine.embed(tokens[:140]), 0), expected()[139])
+    check(engine.prefill(engine.embed(tokens[:140])), expected()[139])
     check(engine.decode(tokens[140]), expected()[140])
 
 
@@ -217,14 +218,14 @@ def test_rows_that_are_not_aligned_are_copied(boards, tokens, expected, preset):
     engine, _ = boards(preset)
     for length in (3, 131, 129 + 128):
         engine.rewind(0)
-        check(engine.prefill(engine.embed(tokens[:length]), 0), expected(preset)[length - 1])
+        check(engine.prefill(engine.embed(tokens[:length])), expected(preset)[length - 1])
         check(engine.decode(tokens[length]), expected(preset)[length])
     check(engine.extend(tokens[258:270].tolist()), expected(preset)[258:270])
 
 
 def test_a_decoded_token_copies_little(boards, tokens):
     engine, runtime = boards()
-    engine.prefill(engine.embed(tokens[:100]), 0)
+    engine.prefill(engine.embed(tokens[:100]))
     engine.decode(tokens[100])
     before = sum(memory.written for memory in runtime.memories)
     engine.decode(tokens[101])
@@ -236,8 +237,8 @@ def test_a_decoded_token_copies_little(boards, tokens):
 def test_top_k(boards, tokens, expected):
     engine, _ = boards(compiled=Compiled(top_k=7))
     full, _ = boards()
-    logits = engine.prefill(engine.embed(tokens[:9]), 0)
-    reference = full.prefill(full.embed(tokens[:9]), 0)
+    logits = engine.prefill(engine.embed(tokens[:9]))
+    reference = full.prefill(full.embed(tokens[:9]))
     kept = np.flatnonzero(np.isfinite(logits))
     assert len(kept) == engine.top_k == 7
     assert "7 likeliest" in engine.notes[0]
@@ -273,14 +274,14 @@ def test_interrupted_between_layers_it_goes_on(boards, tokens, expected, monkeyp
 
     monkeypatch.setattr(runtime, "before_run", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        engine.prefill(engine.embed(tokens[:300]), 0)
+        engine.prefill(engine.embed(tokens[:300]))
     assert engine.length == 128
-    check(engine.prefill(engine.embed(tokens[128:300]), 128), expected()[299])
+    check(engine.prefill(engine.embed(tokens[128:300])), expected()[299])
 
 
 def test_an_interrupted_mask_is_written_again(boards, tokens, expected, monkeypatch):
     engine, _ = boards()
-    engine.prefill(engine.embed(tokens[:40]), 0)
+    engine.prefill(engine.embed(tokens[:40]))
     engine.decode(tokens[40])
     mask = engine._decoder._masks[0]
     write = mask.memory.write
@@ -290,14 +291,23 @@ def test_an_interrupted_mask_is_written_again(boards, tokens, expected, monkeypa
     monkeypatch.setattr(mask.memory, "write", write)
     check(engine.decode(tokens[41]), expected()[41])
     engine.rewind(30)
-    check(engine.prefill(engine.embed(tokens[30:32]), 30), expected()[31])
+    check(engine.prefill(engine.embed(tokens[30:32])), expected()[31])
+
+
+def test_there_is_memory_for_one_sequence(boards):
+    text, _ = boards()
+    with pytest.raises(EdgeVLError, match="memory for one sequence"):
+        text.engine.new_sequence()
+    engine = text.engine
+    del text
+    assert engine.new_sequence().length == 0
 
 
 def test_a_second_turn_with_pictures(boards, mini_checkpoint):
     pictures = np.random.default_rng(2).integers(0, 256, (3, 70, 130, 3), np.uint8)
     logits, cached = [], []
     with Checkpoint.open(mini_checkpoint("mini-qwen3")) as checkpoint:
-        for engine in (boards()[0], ReferenceEngine(checkpoint)):
+        for engine in (boards()[0].engine, ReferenceEngine(checkpoint)):
             model = Model(checkpoint, engine, PromptEncoder(checkpoint))
             chat = model.chat(max_tiles=2)
             first = [prepare_picture(pictures[0], checkpoint.config, 2)]
@@ -393,7 +403,7 @@ def test_without_prefill_groups_all_is_decoded(boards, tokens, expected):
     compiled = Compiled(wrong={name: lambda groups: groups[:1] for name in names})
     engine, _ = boards(compiled=compiled)
     assert engine.chunk == 1
-    check(engine.prefill(engine.embed(tokens[:20]), 0), expected()[19])
+    check(engine.prefill(engine.embed(tokens[:20])), expected()[19])
 
 
 def test_without_a_vision_encoder(mini_checkpoint, tmp_path):

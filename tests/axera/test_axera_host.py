@@ -17,6 +17,7 @@ from edgevl.axera.model.directory import BoardModel
 from edgevl.axera.npu.base import from_device, to_device
 from edgevl.checkpoint import Checkpoint
 from fake_npu import Compiled, FakeMemory, FakeRuntime, write_board
+from one_sequence import OneSequence
 from repository import ROOT
 
 SHAPE = BoardShape(context=63, chunk=16, max_prefill=32)
@@ -76,7 +77,7 @@ def board(tmp_path, mini_checkpoint, monkeypatch):
         axengine = ModuleType("axengine")
         axengine.InferenceSession = lambda path: FakeSession(runtime, path)
         monkeypatch.setitem(sys.modules, "axengine", axengine)
-        engine = AxeraEngine(BoardModel.open(directory), runtime=runtime)
+        engine = OneSequence(AxeraEngine(BoardModel.open(directory), runtime=runtime))
         yield engine, axengine_loop.AxengineLoop(directory, checkpoint.config.text, SHAPE)
 
 
@@ -84,7 +85,7 @@ def board(tmp_path, mini_checkpoint, monkeypatch):
 def test_the_loop_answers_what_the_engine_answers(board, length):
     engine, loop = board
     prompt = np.random.default_rng(length).integers(0, 500, length)
-    expected = [int(engine.prefill(engine.embed(prompt), 0).argmax())]
+    expected = [int(engine.prefill(engine.embed(prompt)).argmax())]
     found = [loop.prefill(prompt)]
     for _ in range(5):
         expected.append(int(engine.decode(expected[-1]).argmax()))

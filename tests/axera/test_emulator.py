@@ -39,6 +39,7 @@ except BoardError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 from emulated_board import Board, BoardModel, Memory
+from one_sequence import OneSequence
 from random_inputs import off, random_ids, random_tiles
 from stored_gptq import gptq_checkpoint
 
@@ -159,13 +160,13 @@ def text_bound(config):
 
 def check_text(board, checkpoint, directory, shape, lengths):
     """Chunks of the prompt, then tokens one by one, each against the reference."""
-    reference = ReferenceEngine(checkpoint)
+    reference = OneSequence(ReferenceEngine(checkpoint))
     text = Text(board, directory, checkpoint.config.text, shape)
     ids = random_ids(checkpoint, sum(lengths) + 4)
     embeddings = reference.embed(ids)
     for group, length in enumerate(lengths, start=1):
         piece = embeddings[text.length : text.length + length]
-        expected = reference.prefill(piece, text.length)
+        expected = reference.prefill(piece)
         logits = text.append(piece, group, (group - 1) * shape.chunk)
         assert off(logits, expected) < text_bound(checkpoint.config)
     for token in ids[sum(lengths) :]:

@@ -26,7 +26,8 @@ IDS = np.array([5, 17, 3, 200, 41, 8])
 
 def reference_logits(checkpoint):
     """Logits after each of `IDS`: float32 [T, V]."""
-    return ReferenceEngine(checkpoint).extend(IDS.tolist())
+    engine = ReferenceEngine(checkpoint)
+    return engine.extend(engine.new_sequence(), IDS.tolist())
 
 
 def written(checkpoint, path, **options):

@@ -125,7 +125,7 @@ def test_the_reference_engine_runs_it_by_dequantizing(tmp_path):
     def logits(name, config, tensors):
         with Checkpoint.open(write_directory(tmp_path / name, config, tensors)) as checkpoint:
             engine = ReferenceEngine(checkpoint)
-            return engine.prefill(engine.embed(ids), 0)
+            return engine.prefill(engine.new_sequence(), engine.embed(ids))
 
     got = logits("quantized", quantized_config, stored | vision)
     assert np.ptp(got) > 0

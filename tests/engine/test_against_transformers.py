@@ -10,6 +10,7 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.engine import ReferenceEngine
 from edgevl.loading import locate
 from edgevl.preprocess import PromptEncoder
+from one_sequence import OneSequence
 
 LAYOUTS = ("internvl_chat", "hf")
 CASES = [
@@ -50,14 +51,14 @@ def compare(checkpoint, picture, expected):
     np.testing.assert_array_equal(prompt, expected["prompt"])
     assert (len(pixels) > 1) == (picture == "several")
 
-    engine = ReferenceEngine(checkpoint)
+    engine = OneSequence(ReferenceEngine(checkpoint))
     features = engine.encode_images(pixels)
     assert relative_error(features, expected["features"]) < 1e-3
 
     embeddings = np.array(engine.embed(prompt))
     is_image = prompt == PromptEncoder(checkpoint).tokenizer.token_to_id("<IMG_CONTEXT>")
     embeddings[is_image] = features.reshape(-1, features.shape[-1])
-    logits = engine.prefill(embeddings, 0)
+    logits = engine.prefill(embeddings)
     assert relative_error(logits, expected["logits"]) < 1e-3
 
     greedy = []

@@ -44,8 +44,9 @@ native = pytest.importorskip("edgevl._native", reason="the native engine is not 
 from dequantized import Dequantized, RoundedReference  # noqa: E402
 from edgevl.checkpoint.architecture import head_weight, vision_layers  # noqa: E402
 from edgevl.engine import cpu  # noqa: E402
-from edgevl.engine.cpu import CpuModel  # noqa: E402
+from edgevl.engine.cpu import CpuEngine  # noqa: E402
 from edgevl.machine import this_machine  # noqa: E402
+from one_sequence import OneSequence  # noqa: E402
 from random_inputs import off, random_ids, random_tiles  # noqa: E402
 from storage import CHAT, TEXT, changed, random_tensors, write_directory  # noqa: E402
 from stored_gptq import gptq_checkpoint  # noqa: E402
@@ -75,7 +76,7 @@ def vision_bound(config, precision):
 
 def prefill(engine, ids):
     """Append tokens; a copy of the last logits."""
-    return engine.prefill(engine.embed(ids), engine.length).copy()
+    return engine.prefill(engine.embed(ids)).copy()
 
 
 def some_close(shares):
@@ -110,14 +111,13 @@ def test_text_agrees_with_the_reference(checkpoint, precision, kv_cache, team):
     dequantized = Dequantized(checkpoint, precision, team)
     rounded, exact = RoundedReference(dequantized, kv_cache), ReferenceEngine(dequantized)
     options = {"precision": precision, "kv_cache": kv_cache, "threads": 2}
-    engines = {isa: CpuModel(checkpoint, **options, isa=isa) for isa in ISAS}
+    engines = {isa: CpuEngine(checkpoint, **options, isa=isa) for isa in ISAS}
     limit = text_bound(checkpoint.config, precision, kv_cache)
     shares = {isa: [] for isa in ISAS}
     for seed, length in enumerate(LENGTHS):
         ids = random_ids(checkpoint, length + 1, seed)
         results = []
-        for engine in (rounded, exact, *(model.engine() for model in engines.values())):
-            engine.rewind(0)
+        for engine in map(OneSequence, (rounded, exact, *engines.values())):
             prefilled = prefill(engine, ids[:-1])
             results.append(np.concatenate((prefilled, engine.decode(int(ids[-1])))))
         for isa, result in zip(ISAS, results[2:], strict=True):
@@ -134,8 +134,8 @@ def vision_agrees(checkpoint, precision, team):
     rounded = RoundedReference(dequantized).encode_images(tiles)
     exact = ReferenceEngine(dequantized).encode_images(tiles)
     for isa in ISAS:
-        model = CpuModel(checkpoint, precision=precision, threads=2, isa=isa)
-        features = model.engine().encode_images(tiles)
+        model = CpuEngine(checkpoint, precision=precision, threads=2, isa=isa)
+        features = model.encode_images(tiles)
         assert features.shape == exact.shape
         assert off(features, exact) < vision_bound(checkpoint.config, precision), isa
         # Token by token: what is tipped in one layer stays in its tile, so a share of tokens.
@@ -171,7 +171,7 @@ def test_selected_layers_and_both_shuffles(qwen3, team, select_layer, ps_version
     )
     tiles = random_tiles(qwen3, 1)
     expected = RoundedReference(Dequantized(qwen3, "bf16", team)).encode_images(tiles)
-    features = CpuModel(qwen3, precision="bf16", threads=2).engine().encode_images(tiles)
+    features = CpuEngine(qwen3, precision="bf16", threads=2).encode_images(tiles)
     assert off(features, expected) < 2 * CLOSE
 
 
@@ -188,8 +188,8 @@ def test_all_biases_and_stored_types(tmp_path, team):
             tmp_path / dtype, changed(CHAT, "llm_config", text), tensors, dtype
         )
         with Checkpoint.open(directory) as checkpoint:
-            rounded = RoundedReference(Dequantized(checkpoint, "int8", team))
-            engine = CpuModel(checkpoint, precision="int8", threads=2).engine()
+            rounded = OneSequence(RoundedReference(Dequantized(checkpoint, "int8", team)))
+            engine = OneSequence(CpuEngine(checkpoint, precision="int8", threads=2))
             shares = []
             for seed, length in enumerate(LENGTHS):
                 ids = random_ids(checkpoint, length, seed)
@@ -204,17 +204,16 @@ def test_the_int4_head_is_exact_for_the_best(checkpoint, precision, team):
     dequantized = Dequantized(checkpoint, precision, team)
     rounded = RoundedReference(dequantized)
     weight = checkpoint.tensor(head_weight(checkpoint.config))
-    model = CpuModel(checkpoint, precision=precision, threads=3)
+    model = CpuEngine(checkpoint, precision=precision, threads=3)
     best_shares, other_shares = [], []
     for seed, length in enumerate(LENGTHS):
         ids = random_ids(checkpoint, length, seed)
-        rounded.rewind(0)
-        hidden = rounded._decoder(rounded.embed(ids))[-1]
+        hidden = rounded._decoder(rounded.new_sequence(), rounded.embed(ids))[-1]
         coarse = rounded._logits(hidden)
         exact = weight @ rounded._text_norm("language_model.model.norm", hidden)
         order = np.argsort(-coarse)
         best, others = order[:50], order[80:]
-        logits = prefill(model.engine(), ids)
+        logits = prefill(OneSequence(model), ids)
         best_shares.append(off(logits[best], exact[best]))
         other_shares.append(off(logits[others], coarse[others]))
         assert off(coarse[best], exact[best]) > 10 * CLOSE  # else this would prove nothing
@@ -227,9 +226,10 @@ def test_the_int4_head_is_exact_for_the_best(checkpoint, precision, team):
 def test_every_context_up_to_the_limit(checkpoint, isa, kv_cache, team):
     """Through the blocks of the cache, a position at a time."""
     limit = 131
-    rounded = RoundedReference(Dequantized(checkpoint, "bf16", team), kv_cache, max_context=limit)
+    dequantized = Dequantized(checkpoint, "bf16", team)
+    rounded = OneSequence(RoundedReference(dequantized, kv_cache, max_context=limit))
     options = {"precision": "bf16", "kv_cache": kv_cache, "threads": 2, "isa": isa}
-    engine = CpuModel(checkpoint, limit, **options).engine()
+    engine = OneSequence(CpuEngine(checkpoint, limit, **options))
     shares = []
     for token_id in random_ids(checkpoint, limit).tolist():
         expected = rounded.decode(token_id)
@@ -245,10 +245,11 @@ def test_every_context_up_to_the_limit(checkpoint, isa, kv_cache, team):
 def test_a_long_context(qwen3, team):
     limit = 1100
     ids = random_ids(qwen3, limit)
-    expected = prefill(ReferenceEngine(Dequantized(qwen3, "bf16", team), chunk=256), ids)
+    reference = ReferenceEngine(Dequantized(qwen3, "bf16", team), chunk=256)
+    expected = prefill(OneSequence(reference), ids)
     for kv_cache in KV_CACHE_FORMATS:
-        model = CpuModel(qwen3, limit, precision="bf16", threads=2, kv_cache=kv_cache)
-        engine = model.engine()
+        model = CpuEngine(qwen3, limit, precision="bf16", threads=2, kv_cache=kv_cache)
+        engine = OneSequence(model)
         share = off(prefill(engine, ids), expected)
         assert share < text_bound(qwen3.config, "bf16", kv_cache), kv_cache
         assert engine.length == limit
@@ -261,7 +262,7 @@ def test_chunks_do_not_change_a_bit(qwen3, isa, kv_cache, precision):
     ids = random_ids(qwen3, 70)
     options = {"precision": precision, "kv_cache": kv_cache, "isa": isa, "threads": 2}
     whole, *others = (
-        prefill(CpuModel(qwen3, chunk=chunk, **options).engine(), ids)
+        prefill(OneSequence(CpuEngine(qwen3, chunk=chunk, **options)), ids)
         for chunk in (128, 1, 2, 15, 16, 17)
     )
     for logits in others:
@@ -274,7 +275,7 @@ def test_threads_do_not_change_a_bit(checkpoint, threads, kv_cache):
     ids, tiles = random_ids(checkpoint, 40), random_tiles(checkpoint, 1)
     results = []
     for count in (2, threads):
-        engine = CpuModel(checkpoint, threads=count, kv_cache=kv_cache).engine()
+        engine = OneSequence(CpuEngine(checkpoint, threads=count, kv_cache=kv_cache))
         steps = [prefill(engine, ids[:35])]
         steps += [engine.decode(token_id).copy() for token_id in ids[35:].tolist()]
         results.append((np.array(steps), engine.encode_images(tiles)))
@@ -284,9 +285,11 @@ def test_threads_do_not_change_a_bit(checkpoint, threads, kv_cache):
 
 def test_pieces_of_a_long_prefill(qwen3, monkeypatch):
     ids = random_ids(qwen3, 100)
-    whole = prefill(CpuModel(qwen3, threads=1, chunk=8).engine(), ids)
+    whole = prefill(OneSequence(CpuEngine(qwen3, threads=1, chunk=8)), ids)
     monkeypatch.setattr(cpu, "INTERRUPTIBLE", 30)
-    np.testing.assert_array_equal(prefill(CpuModel(qwen3, threads=1, chunk=8).engine(), ids), whole)
+    np.testing.assert_array_equal(
+        prefill(OneSequence(CpuEngine(qwen3, threads=1, chunk=8)), ids), whole
+    )
 
 
 def gptq_by_layer(name):
@@ -306,13 +309,13 @@ def test_gptq_agrees_with_the_reference(tmp_path, team, group_size):
     config = GPTQConfig(4, group_size, "gptq")
     with gptq_checkpoint(tmp_path, config, **how) as checkpoint:
         assert not checkpoint.has_vision
-        engine = load_engine(checkpoint, "cpu", threads=2)
+        engine = OneSequence(load_engine(checkpoint, "cpu", threads=2))
         # The weights are the checkpoint's own, so the reference reads them by itself.
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             weight = f"language_model.model.layers.1.{name}.weight"
             packed = Dequantized(checkpoint, "auto", team).tensor(weight)
             np.testing.assert_array_equal(packed, checkpoint.tensor(weight))
-        reference = ReferenceEngine(checkpoint)
+        reference = OneSequence(ReferenceEngine(checkpoint))
         for seed in range(4):
             ids = random_ids(checkpoint, 12, seed)
             engine.rewind(0)
@@ -331,9 +334,9 @@ def test_gptq_agrees_with_the_reference(tmp_path, team, group_size):
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 def test_rewind_forgets_exactly_what_came_after(checkpoint, kv_cache):
     ids, other = random_ids(checkpoint, 90), random_ids(checkpoint, 90, seed=1)
-    model = CpuModel(checkpoint, threads=2, kv_cache=kv_cache)
+    model = CpuEngine(checkpoint, threads=2, kv_cache=kv_cache)
     for kept in (0, 10, 63, 64, 65):
-        engine, fresh = model.engine(), model.engine()
+        engine, fresh = OneSequence(model), OneSequence(model)
         prefill(engine, np.concatenate((ids[:kept], other)))
         engine.rewind(kept)
         assert engine.length == kept
@@ -345,15 +348,15 @@ def test_rewind_forgets_exactly_what_came_after(checkpoint, kv_cache):
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 def test_a_shared_prefix_is_each_sequences_own(checkpoint, kv_cache):
     ids, other = random_ids(checkpoint, 140), random_ids(checkpoint, 90, seed=1)
-    model = CpuModel(checkpoint, threads=2, kv_cache=kv_cache)
-    source, alone = model.engine(), model.engine()
+    model = CpuEngine(checkpoint, threads=2, kv_cache=kv_cache)
+    source, alone = OneSequence(model), OneSequence(model)
     prefill(source, ids)
     prefill(alone, ids)
     for kept in (1, 63, 64, 65, 140):
-        twin, fresh = source.new_sequence(), model.engine()
+        twin, fresh = OneSequence(model), OneSequence(model)
         prefill(twin, other)  # what it held is forgotten
-        twin.share(source, kept)
-        assert twin.length == twin.cache.length == kept
+        model.share(twin.sequence, source.sequence, kept)
+        assert twin.length == twin.sequence.cache.length == kept
         prefill(fresh, ids[:kept])
         np.testing.assert_array_equal(prefill(twin, other), prefill(fresh, other))
         # Neither has what the other wrote.
@@ -362,38 +365,38 @@ def test_a_shared_prefix_is_each_sequences_own(checkpoint, kv_cache):
         source.rewind(140)
         alone.rewind(140)
     with pytest.raises(ValueError, match="share 141 positions, but 140 are cached"):
-        twin.share(source, 141)
+        model.share(twin.sequence, source.sequence, 141)
     with pytest.raises(ValueError, match="another decoder's"):
-        twin.share(CpuModel(checkpoint, threads=2).engine(), 0)
-    batch = source.decode_batch([alone], [5, 5])
+        model.share(twin.sequence, CpuEngine(checkpoint, threads=2).new_sequence(), 0)
+    batch = model.decode([source.sequence, alone.sequence], [5, 5])
     np.testing.assert_array_equal(batch[0], batch[1])
 
 
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 def test_sequences_decoded_together_equal_those_decoded_alone(checkpoint, kv_cache):
-    model = CpuModel(checkpoint, precision="int8", threads=2, kv_cache=kv_cache)
-    together, alone = ([model.engine() for _ in range(5)] for _ in range(2))
+    model = CpuEngine(checkpoint, precision="int8", threads=2, kv_cache=kv_cache)
+    together, alone = ([OneSequence(model) for _ in range(5)] for _ in range(2))
     for number, (one, other) in enumerate(zip(together, alone, strict=True)):
         ids = random_ids(checkpoint, 5 + 30 * number, number)
         prefill(one, ids)
         prefill(other, ids)
     for step in range(4):
         ids = random_ids(checkpoint, 5, step).tolist()
-        batch = model.decode(together, ids).copy()
+        batch = model.decode([each.sequence for each in together], ids).copy()
         assert batch.shape == (5, checkpoint.config.text.vocab_size)
         for logits, engine, token_id in zip(batch, alone, ids, strict=True):
             np.testing.assert_array_equal(logits, engine.decode(token_id))
     assert [engine.length for engine in together] == [engine.length for engine in alone]
-    assert together[0].timings().decode_tokens == 4
+    assert model.timings().decode_tokens == 2 * 4 * 5
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_extending_gives_the_bits_of_every_step(qwen3, isa, kv_cache, precision):
-    model = CpuModel(qwen3, precision=precision, kv_cache=kv_cache, isa=isa, threads=2)
+    model = CpuEngine(qwen3, precision=precision, kv_cache=kv_cache, isa=isa, threads=2)
     ids = random_ids(qwen3, 30)
-    steps, extended = model.engine(), model.engine()
+    steps, extended = OneSequence(model), OneSequence(model)
     prefill(steps, ids[:12])
     prefill(extended, ids[:12])
     logits = extended.extend(ids[12:].tolist()).copy()
@@ -404,7 +407,7 @@ def test_extending_gives_the_bits_of_every_step(qwen3, isa, kv_cache, precision)
 
 
 def test_logits_are_not_copied(qwen3):
-    engine = CpuModel(qwen3, threads=1).engine()
+    engine = OneSequence(CpuEngine(qwen3, threads=1))
     first = engine.decode(1)
     before = first.copy()
     engine.decode(2)
@@ -413,7 +416,7 @@ def test_logits_are_not_copied(qwen3):
 
 def test_a_model_outlives_its_checkpoint(mini_checkpoint):
     checkpoint = Checkpoint.open(mini_checkpoint("mini-qwen3"))
-    engine = load_engine(checkpoint, "cpu")
+    engine = OneSequence(load_engine(checkpoint, "cpu"))
     ids = random_ids(checkpoint, 9)
     expected = prefill(engine, ids)
     checkpoint.close()
@@ -430,10 +433,10 @@ def test_rows_in_the_file_and_in_memory_give_the_same_bits(mini_checkpoint, monk
         for in_file in (True, False):
             if not in_file:
                 monkeypatch.setattr(Checkpoint, "place", lambda self, name: None)
-            engine = load_engine(checkpoint, "cpu", precision="int4")
+            engine = OneSequence(load_engine(checkpoint, "cpu", precision="int4"))
             embeddings = engine.embed(ids)
             np.testing.assert_array_equal(embeddings, checkpoint.tensor(EMBEDDING, ids))
-            results.append([engine.prefill(embeddings, 0).copy(), engine.extend([3, 4]).copy()])
+            results.append([engine.prefill(embeddings).copy(), engine.extend([3, 4]).copy()])
     for from_file, from_memory in zip(*results, strict=True):
         np.testing.assert_array_equal(from_file, from_memory)
 
@@ -445,23 +448,23 @@ def test_weights_cut_short_after_loading(mini_checkpoint, preset, tmp_path, dtyp
     path = directory / "model.safetensors"
     whole = path.read_bytes()
     with Checkpoint.open(directory) as checkpoint:
-        model = CpuModel(checkpoint, precision="int4", threads=3)
+        model = CpuEngine(checkpoint, precision="int4", threads=3)
         places = [checkpoint.place(EMBEDDING), checkpoint.place(head_weight(checkpoint.config))]
         ids = random_ids(checkpoint, 12)
-    engine, undisturbed = model.engine(), model.engine()
+    engine, undisturbed = OneSequence(model), OneSequence(model)
     embeddings = engine.embed(ids)
-    engine.prefill(embeddings[:5], 0)
-    undisturbed.prefill(embeddings[:5], 0)
+    engine.prefill(embeddings[:5])
+    undisturbed.prefill(embeddings[:5])
 
     def fails(step):
         with pytest.raises(OSError, match="cut short") as error:
             step()
         assert (error.value.errno, error.value.filename) == (errno.EIO, str(path))
-        assert engine.length == engine.cache.length == 5
+        assert engine.length == engine.sequence.cache.length == 5
 
     steps = (
         [lambda: engine.embed(ids), lambda: engine.decode(3), lambda: engine.extend([3, 4])],
-        [lambda: engine.prefill(embeddings[5:], 5), lambda: model.decode([engine], [3])],
+        [lambda: engine.prefill(embeddings[5:]), lambda: engine.decode(3)],
     )
     for place, disturbed in zip(places, steps, strict=True):
         os.truncate(path, place.offset)
@@ -470,7 +473,7 @@ def test_weights_cut_short_after_loading(mini_checkpoint, preset, tmp_path, dtyp
         with path.open("r+b") as file:
             file.write(whole)
     np.testing.assert_array_equal(
-        engine.prefill(embeddings[5:], 5), undisturbed.prefill(embeddings[5:], 5).copy()
+        engine.prefill(embeddings[5:]), undisturbed.prefill(embeddings[5:]).copy()
     )
 
 
@@ -487,7 +490,7 @@ def test_descriptors_are_given_back(mini_checkpoint, tmp_path):
 
     for _ in range(3):
         checkpoint = Checkpoint.open(directory)
-        engine = load_engine(checkpoint, "cpu", precision="int4")
+        engine = OneSequence(load_engine(checkpoint, "cpu", precision="int4"))
         checkpoint.close()
         # The embedding's and the head's; neither the checkpoint's own nor a memory map.
         assert descriptors() == 2
@@ -505,7 +508,7 @@ def test_several_models_and_threads(mini_checkpoint):
 
     def work(preset, number):
         with Checkpoint.open(mini_checkpoint(preset)) as checkpoint:
-            engine = load_engine(checkpoint, "cpu", threads=2)
+            engine = OneSequence(load_engine(checkpoint, "cpu", threads=2))
             ids = random_ids(checkpoint, 30)
             results[preset, number] = [prefill(engine, ids[:20])]
             results[preset, number] += [engine.decode(i).copy() for i in ids[20:].tolist()]
@@ -527,7 +530,7 @@ def test_several_models_and_threads(mini_checkpoint):
 
 
 def test_the_cache_refuses_what_does_not_fit(checkpoint):
-    engine = CpuModel(checkpoint, 8, threads=1).engine()
+    engine = OneSequence(CpuEngine(checkpoint, 8, threads=1))
     ids = random_ids(checkpoint, 9)
     with pytest.raises(ValueError, match="exceed 8"):
         prefill(engine, ids)
@@ -539,10 +542,9 @@ def test_the_cache_refuses_what_does_not_fit(checkpoint):
         engine.extend([0])
     with pytest.raises(ValueError, match="rewind to 9"):
         engine.rewind(9)
-    with pytest.raises(ValueError, match="at 3"):
-        engine.prefill(engine.embed(ids[:1]), 3)
-    with pytest.raises(ValueError, match="prefill of 0"):
-        engine.prefill(engine.embed(ids[:0]), 8)
+    for step in (lambda: engine.prefill(engine.embed(ids[:0])), lambda: engine.extend([])):
+        with pytest.raises(ValueError, match="0 tokens"):
+            step()
     engine.rewind(2)
     for token_id in (-1, checkpoint.config.text.vocab_size):
         with pytest.raises(ValueError, match="token"):
@@ -553,52 +555,52 @@ def test_the_cache_refuses_what_does_not_fit(checkpoint):
 
 
 def test_sequences_of_another_model_or_twice(qwen3):
-    one, other = (CpuModel(qwen3, threads=1) for _ in range(2))
-    engine = one.engine()
+    one, other = (CpuEngine(qwen3, threads=1) for _ in range(2))
+    sequence = one.new_sequence()
     with pytest.raises(ValueError):  # noqa: PT011 -- which of two caches is wrong has many names
-        one.decode([engine, other.engine()], [1, 2])
+        one.decode([sequence, other.new_sequence()], [1, 2])
     with pytest.raises(ValueError):  # noqa: PT011
-        one.decode([engine, engine], [1, 2])
-    assert engine.length == 0
+        one.decode([sequence, sequence], [1, 2])
+    assert sequence.length == 0
 
 
 def test_max_context_is_at_most_the_models(qwen3):
     limit = qwen3.config.text.max_position_embeddings
-    assert CpuModel(qwen3).max_context == limit
-    assert CpuModel(qwen3, limit + 1).max_context == limit
+    assert CpuEngine(qwen3).max_context == limit
+    assert CpuEngine(qwen3, limit + 1).max_context == limit
 
 
 def test_too_little_memory_gives_both_numbers(qwen3, monkeypatch):
     machine = dataclasses.replace(this_machine(), available_bytes=2**10)
     monkeypatch.setattr(cpu, "this_machine", lambda: machine)
     with pytest.raises(EdgeVLError, match=r"need 0\.0 GiB of memory, 0\.0 GiB are free.*smaller"):
-        CpuModel(qwen3)
+        CpuEngine(qwen3)
     with pytest.raises(EdgeVLError, match="--precision int4"):
-        CpuModel(qwen3, precision="bf16")
+        CpuEngine(qwen3, precision="bf16")
 
 
 def test_wrong_arguments(qwen3, monkeypatch):
     with pytest.raises(EdgeVLError, match="precision 'int2' is unknown"):
-        CpuModel(qwen3, precision="int2")
+        CpuEngine(qwen3, precision="int2")
     with pytest.raises(EdgeVLError, match="kv_cache 'int4' is unknown: choose bf16, int8"):
-        CpuModel(qwen3, kv_cache="int4")
+        CpuEngine(qwen3, kv_cache="int4")
     for threads in (0, 257):
         with pytest.raises(EdgeVLError, match=f"threads is {threads}"):
-            CpuModel(qwen3, threads=threads)
+            CpuEngine(qwen3, threads=threads)
     monkeypatch.setenv("EDGEVL_ISA", "mmx")
     with pytest.raises(EdgeVLError, match=r"'mmx' \(EDGEVL_ISA\).*portable"):
-        CpuModel(qwen3)
+        CpuEngine(qwen3)
 
 
 def test_the_environment_chooses_the_instruction_set(qwen3, monkeypatch):
-    assert CpuModel(qwen3).instruction_set == ISAS[0]
+    assert CpuEngine(qwen3).instruction_set == ISAS[0]
     monkeypatch.setenv("EDGEVL_ISA", "portable")
-    assert CpuModel(qwen3).instruction_set == "portable"
-    assert CpuModel(qwen3, isa=ISAS[0]).instruction_set == ISAS[0]
+    assert CpuEngine(qwen3).instruction_set == "portable"
+    assert CpuEngine(qwen3, isa=ISAS[0]).instruction_set == ISAS[0]
 
 
 def test_timings_count_work(qwen3):
-    engine = CpuModel(qwen3, threads=1).engine()
+    engine = OneSequence(CpuEngine(qwen3, threads=1))
     before = engine.timings()
     prefill(engine, random_ids(qwen3, 5))
     engine.decode(1)
@@ -611,7 +613,7 @@ def test_timings_count_work(qwen3):
 
 
 def test_weight_bytes_are_those_of_the_matrices(qwen3):
-    engine = CpuModel(qwen3, precision="int8", threads=1).engine()
+    engine = CpuEngine(qwen3, precision="int8", threads=1)
     weights, text = engine.weight_bytes(), qwen3.config.text
     elements = sum(
         math.prod(qwen3.shape(name))
@@ -626,9 +628,9 @@ def test_weight_bytes_are_those_of_the_matrices(qwen3):
 
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 def test_the_cache_takes_what_it_says(checkpoint, kv_cache):
-    engine = CpuModel(checkpoint, kv_cache=kv_cache, threads=1).engine()
+    engine = OneSequence(CpuEngine(checkpoint, kv_cache=kv_cache, threads=1))
     engine.decode(1)
-    assert engine.cache.bytes == 64 * engine.weight_bytes().cache_per_token  # a block
+    assert engine.sequence.cache.bytes == 64 * engine.weight_bytes().cache_per_token  # a block
 
 
 def test_the_native_decoder_knows_its_caches(qwen3):

@@ -83,9 +83,9 @@ def test_the_reference_has_none_of_the_native_options(checkpoint, options):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_precision_reaches_the_engine(checkpoint, precision):
     engine = load_engine(checkpoint, precision=precision, threads=3)
-    formats = {m.format for m in engine.model.plan.matrices if m.name.startswith("text.layers")}
+    formats = {m.format for m in engine.plan.matrices if m.name.startswith("text.layers")}
     assert formats == {"int8" if precision == "auto" else precision}
-    assert engine.model.threads == 3
+    assert engine.threads == 3
 
 
 @needs_native
@@ -93,8 +93,9 @@ def test_the_kv_cache_reaches_the_engine(checkpoint):
     sizes = {}
     for kv_cache in KV_CACHE_FORMATS:
         engine = load_engine(checkpoint, kv_cache=kv_cache)
-        engine.decode(1)
-        sizes[kv_cache] = engine.cache.bytes
+        sequence = engine.new_sequence()
+        engine.decode([sequence], [1])
+        sizes[kv_cache] = sequence.cache.bytes
     assert sizes["int8"] < 0.6 * sizes["bf16"]
 
 

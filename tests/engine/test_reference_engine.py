@@ -10,6 +10,7 @@ from edgevl.engine import ReferenceEngine
 from edgevl.errors import EdgeVLError
 from edgevl.loading import load_engine
 from edgevl.machine import this_machine
+from one_sequence import OneSequence
 
 PRESETS = ["mini-qwen3", "mini-qwen2", "mini-llama", "mini-6b"]
 
@@ -29,31 +30,31 @@ def random_ids(checkpoint, count, seed=0):
 
 
 def prefill(engine, ids):
-    return engine.prefill(engine.embed(ids), engine.length)
+    return engine.prefill(engine.embed(ids))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 15, 16, 17, 128])
 def test_chunks_do_not_change_the_logits(checkpoint, chunk):
     ids = random_ids(checkpoint, 40)
-    whole = prefill(ReferenceEngine(checkpoint, chunk=1000), ids)
-    cut = prefill(ReferenceEngine(checkpoint, chunk=chunk), ids)
+    whole = prefill(OneSequence(ReferenceEngine(checkpoint, chunk=1000)), ids)
+    cut = prefill(OneSequence(ReferenceEngine(checkpoint, chunk=chunk)), ids)
     np.testing.assert_allclose(cut, whole, **TOLERANCE)
 
 
 def test_decoding_equals_prefill(checkpoint):
     ids = random_ids(checkpoint, 12)
-    engine = ReferenceEngine(checkpoint)
+    engine = OneSequence(ReferenceEngine(checkpoint))
     step = prefill(engine, ids[:1])
     for length in range(1, 12):
         step = engine.decode(int(ids[length]))
-        whole = prefill(ReferenceEngine(checkpoint), ids[: length + 1])
+        whole = prefill(OneSequence(ReferenceEngine(checkpoint)), ids[: length + 1])
         np.testing.assert_allclose(step, whole, **TOLERANCE)
     assert engine.length == 12
 
 
 def test_extending_gives_the_logits_of_every_step(checkpoint):
     ids = random_ids(checkpoint, 9)
-    engine = ReferenceEngine(checkpoint)
+    engine = OneSequence(ReferenceEngine(checkpoint))
     prefill(engine, ids[:4])
     steps = [engine.decode(int(token_id)) for token_id in ids[4:]]
     engine.rewind(4)
@@ -63,30 +64,44 @@ def test_extending_gives_the_logits_of_every_step(checkpoint):
         engine.extend([])
 
 
+def test_sequences_do_not_mix(checkpoint):
+    engine = ReferenceEngine(checkpoint)
+    together, alone = ([OneSequence(engine) for _ in range(2)] for _ in range(2))
+    for number, (one, other) in enumerate(zip(together, alone, strict=True)):
+        ids = random_ids(checkpoint, 5 + number, number)
+        prefill(one, ids)
+        prefill(other, ids)
+    logits = engine.decode([each.sequence for each in together], [7, 8])
+    np.testing.assert_array_equal(logits, [alone[0].decode(7), alone[1].decode(8)])
+    assert [each.length for each in together] == [6, 7]
+
+
 def test_the_past_matters_and_the_future_does_not(checkpoint):
     ids = random_ids(checkpoint, 20)
     other = ids.copy()
     other[3] = (other[3] + 1) % checkpoint.config.text.vocab_size
-    engine = ReferenceEngine(checkpoint, chunk=7)
+    engine = OneSequence(ReferenceEngine(checkpoint, chunk=7))
     first = prefill(engine, ids[:10])
     prefill(engine, ids[10:])
-    np.testing.assert_allclose(first, prefill(ReferenceEngine(checkpoint), ids[:10]), **TOLERANCE)
-    changed = prefill(ReferenceEngine(checkpoint), other[:10])
+    np.testing.assert_allclose(
+        first, prefill(OneSequence(ReferenceEngine(checkpoint)), ids[:10]), **TOLERANCE
+    )
+    changed = prefill(OneSequence(ReferenceEngine(checkpoint)), other[:10])
     assert np.abs(changed - first).max() > 1e-3
 
 
 def test_rewind_forgets_exactly_what_came_after(checkpoint):
     ids, other = random_ids(checkpoint, 30), random_ids(checkpoint, 30, seed=1)
-    engine = ReferenceEngine(checkpoint)
+    engine = OneSequence(ReferenceEngine(checkpoint))
     prefill(engine, np.concatenate((ids[:10], other)))
     engine.rewind(10)
     assert engine.length == 10
-    expected = prefill(ReferenceEngine(checkpoint), ids)
+    expected = prefill(OneSequence(ReferenceEngine(checkpoint)), ids)
     np.testing.assert_allclose(prefill(engine, ids[10:]), expected, **TOLERANCE)
 
 
 def test_the_cache_refuses_what_does_not_fit(checkpoint):
-    engine = ReferenceEngine(checkpoint, max_context=8)
+    engine = OneSequence(ReferenceEngine(checkpoint, max_context=8))
     ids = random_ids(checkpoint, 9)
     with pytest.raises(ValueError, match="exceed 8"):
         prefill(engine, ids)
@@ -96,10 +111,8 @@ def test_the_cache_refuses_what_does_not_fit(checkpoint):
         engine.decode(0)
     with pytest.raises(ValueError, match="rewind to 9"):
         engine.rewind(9)
-    with pytest.raises(ValueError, match="at 3"):
-        engine.prefill(engine.embed(ids[:1]), 3)
-    with pytest.raises(ValueError, match="prefill of 0"):
-        engine.prefill(engine.embed(ids[:0]), 8)
+    with pytest.raises(ValueError, match="0 tokens"):
+        engine.prefill(engine.embed(ids[:0]))
 
 
 def test_max_context_is_at_most_the_models(checkpoint):
@@ -118,7 +131,7 @@ def test_tiles_are_encoded_independently(checkpoint):
 
 
 def test_timings_count_work(checkpoint):
-    engine = ReferenceEngine(checkpoint)
+    engine = OneSequence(ReferenceEngine(checkpoint))
     before = engine.timings()
     prefill(engine, random_ids(checkpoint, 5))
     engine.decode(1)

@@ -1,5 +1,6 @@
 """`edgevl bench`: what it measures, how that is worked out, and what it refuses."""
 
+import contextlib
 import json
 import math
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from edgevl import cli
 from edgevl.checkpoint.architecture import expected_tensors
-from edgevl.engine import WeightBytes
+from edgevl.engine import Sequence, WeightBytes
 from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError
 from edgevl.evaluate import bench, roofline
 from edgevl.synth.presets import PRESETS
@@ -29,7 +30,7 @@ class Clock:
 class FakeEngine:
     """An engine whose steps take the times they are told: seconds."""
 
-    max_context, chunk, length, threads, notes = 100, 16, 0, 3, ("a note",)
+    max_context, chunk, threads, notes = 100, 16, 3, ("a note",)
 
     def __init__(self, clock, tile=1.0, token=0.001, decode=(0.004,)):
         self.clock, self.tile, self.token, self.decode_times = clock, tile, token, list(decode)
@@ -44,21 +45,16 @@ class FakeEngine:
         self.clock.now += 50  # belongs to no step
         return np.zeros((len(token_ids), 8), np.float32)
 
-    def rewind(self, length):
-        self.length = length
-
-    def prefill(self, embeddings, at):
-        assert at == self.length == 0
+    def prefill(self, sequence, embeddings):
+        assert sequence.length == 0
         self.calls.append(f"prefill {len(embeddings)}")
-        self.length = len(embeddings)
         self.clock.now += self.token * len(embeddings)
         return np.zeros(600, np.float32)
 
-    def decode(self, token_id):
+    def decode(self, sequences, token_ids):
         self.calls.append("decode")
-        self.length += 1
         self.clock.now += self.decode_times[0]
-        return np.zeros(600, np.float32)
+        return np.zeros((1, 600), np.float32)
 
     def weight_bytes(self):
         return WEIGHTS
@@ -79,7 +75,11 @@ def fake(monkeypatch):
     config = PRESETS["mini-qwen3"].config
     checkpoint = types.SimpleNamespace(path="dir", config=config, has_vision=True)
     return types.SimpleNamespace(
-        checkpoint=checkpoint, engine=FakeEngine(clock), measured=measured, clock=clock
+        checkpoint=checkpoint,
+        engine=FakeEngine(clock),
+        sequence=lambda: contextlib.nullcontext(Sequence()),
+        measured=measured,
+        clock=clock,
     )
 
 

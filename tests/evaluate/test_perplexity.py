@@ -62,12 +62,16 @@ def with_start(directory, tmp_path_factory):
     return copy
 
 
+def logits_of(engine, ids):
+    return engine.extend(engine.new_sequence(), ids)
+
+
 def by_hand(model, windows):
     """Perplexity from the logits of the whole windows, one row at a time."""
     losses = []
     for window in windows:
-        model.engine.rewind(0)
-        for logits, token in zip(model.engine.extend(window.tolist()), window[1:], strict=False):
+        rows = logits_of(model.engine, window.tolist())
+        for logits, token in zip(rows, window[1:], strict=False):
             logits = logits.astype(np.float64)
             losses.append(math.log(np.exp(logits).sum()) - logits[token])
     return math.exp(np.mean(losses)), len(losses)
@@ -159,9 +163,7 @@ def test_against_another(model, other):
     # The other is the reference: the divergence is weighed by its probabilities.
     total = 0.0
     for window in windows:
-        for each in (model, other):
-            each.engine.rewind(0)
-        q, p = (softmax(each.engine.extend(window[:-1].tolist())) for each in (model, other))
+        q, p = (softmax(logits_of(each.engine, window[:-1].tolist())) for each in (model, other))
         total += (p * np.log(p / q)).sum()
     assert result.kl_divergence == pytest.approx(total / result.tokens, rel=1e-5)
 
@@ -191,10 +193,11 @@ def test_exact_logits_are_as_good_for_every_token(directory):
     """The INT4 head alone is off by a tenth; in bfloat16 what is left is rounding."""
     ids = list(range(100, 150))
     reference = edgevl.load(directory, engine="reference")
-    expected = reference.engine.extend(ids)
+    expected = logits_of(reference.engine, ids)
 
     def off(**options):
-        logits = edgevl.load(directory, engine="cpu", threads=1, **options).engine.extend(ids)
+        model = edgevl.load(directory, engine="cpu", threads=1, **options)
+        logits = logits_of(model.engine, ids)
         return np.linalg.norm(logits - expected) / np.linalg.norm(expected)
 
     assert off(exact_logits=True) < 0.5 * off()
@@ -264,9 +267,10 @@ def test_forced_answers_have_the_logits_of_generated_ones(model, question):
     ]
     chat = model.chat()
     prompt = chat.ask("What is this?", images=[image], max_tokens=1).usage.prompt_tokens
-    assert model.engine.length in (prompt, prompt + 1)
-    model.engine.rewind(prompt)
-    steps = [model.engine.decode(i).copy() for i in ids]
+    sequence = model._generator._runner.sequence
+    assert sequence.length in (prompt, prompt + 1)
+    sequence.rewind(prompt)
+    steps = [model.engine.decode([sequence], [i])[0].copy() for i in ids]
     np.testing.assert_allclose(np.concatenate(blocks)[1:], steps, rtol=1e-3, atol=1e-4)
     assert chat.messages  # `ask` records its turn, `prompt` does not
     chat = model.chat()

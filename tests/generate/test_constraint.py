@@ -213,7 +213,9 @@ def test_drafts_obey_too(mini_checkpoint, monkeypatch):
     plain = model.ask("?", max_tokens=400, constraint=constraint)
     drafted = []
     extend = model.engine.extend
-    monkeypatch.setattr(model.engine, "extend", lambda ids: drafted.append(ids) or extend(ids))
+    monkeypatch.setattr(
+        model.engine, "extend", lambda sequence, ids: drafted.append(ids) or extend(sequence, ids)
+    )
     monkeypatch.setattr(model.engine, "max_draft", 7, raising=False)
     answer = model.ask("?", max_tokens=400, constraint=constraint)
     assert drafted
@@ -240,8 +242,8 @@ def test_an_engine_with_few_logits(noise, monkeypatch):
     """A board may give only its likeliest tokens: -inf stands for the others."""
     decode = noise.engine.decode
 
-    def likeliest(token_id):
-        logits = decode(token_id).copy()
+    def likeliest(sequences, token_ids):
+        logits = decode(sequences, token_ids).copy()
         logits[logits < logits.max()] = -np.inf
         return logits
 

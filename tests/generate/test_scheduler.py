@@ -141,8 +141,7 @@ def test_a_prompt_is_computed_once_for_all_who_ask_it(scheduler, model):
     assert usages[0].cached_tokens == 0
     # Though the first was still being answered: its sequence was shared.
     assert {usage.cached_tokens for usage in usages[1:]} == {usages[0].prompt_tokens - 1}
-    tiles = sum(slot.engine.timings().tiles for slot in scheduler._slots._slots)
-    assert tiles == 1
+    assert scheduler.model.engine.timings().tiles == 1
 
 
 def test_logprobs_are_of_the_whole_distribution(scheduler, model):
@@ -211,14 +210,14 @@ def test_a_greedy_client_does_not_hold_up_another(scheduler, model):
 
 
 def slow_reader(directory):
-    """Start a scheduler whose first sequence reads eight tokens in 3 ms."""
+    """Start a scheduler that reads eight tokens in 3 ms."""
     scheduler = Scheduler(edgevl.load(directory, threads=1), max_sequences=4)
     engine = scheduler.model.engine
     engine.chunk, prefill = 8, engine.prefill
 
-    def slowly(embeddings, at):
+    def slowly(sequence, embeddings):
         time.sleep(0.003)
-        return prefill(embeddings, at)
+        return prefill(sequence, embeddings)
 
     engine.prefill = slowly
     return scheduler
@@ -272,7 +271,7 @@ def test_a_cancelled_answer_stops_within_a_token(scheduler, model):
     request.ticket.cancel()
     answer = request.result()
     assert answer.finish_reason == "cancelled"
-    computed = sum(slot.engine.timings().decode_tokens for slot in scheduler._slots._slots)
+    computed = scheduler.model.engine.timings().decode_tokens
     assert len(answer.token_ids) - 1 <= computed <= len(answer.token_ids)
     until(lambda: scheduler.running == 0)
 
@@ -301,7 +300,7 @@ def test_a_failing_answer_is_the_only_one(scheduler, model, monkeypatch):
     for _ in range(3):
         assert isinstance(steady.next(), Chunk)
     with monkeypatch.context() as patched:
-        patched.setattr("edgevl.engine.cpu.CpuModel.decode", fail)
+        patched.setattr("edgevl.engine.cpu.CpuEngine.decode", fail)
         assert isinstance(steady.result(), EdgeVLError | TypeError)
     assert isinstance(Request(scheduler, broken, max_tokens=2).result(), Answer)
 
@@ -350,7 +349,7 @@ def test_a_failure_of_all_together_is_told_to_all(scheduler, model, monkeypatch)
         raise EdgeVLError("the weights are damaged")
 
     with monkeypatch.context() as patched:
-        patched.setattr("edgevl.engine.cpu.CpuModel.decode", fail)
+        patched.setattr("edgevl.engine.cpu.CpuEngine.decode", fail)
         assert [str(request.result()) for request in requests] == ["the weights are damaged"] * 3
     assert isinstance(Request(scheduler, prompt_of(model, "Go on"), max_tokens=2).result(), Answer)
 

@@ -226,12 +226,12 @@ def test_an_interrupt_inside_the_engine_harms_nothing(model, directory, monkeypa
     chat.ask("hi", max_tokens=3)
     decode, calls = model.engine.decode, []
 
-    def interrupted(token_id):
-        calls.append(token_id)
-        if len(calls) == 3:
-            decode(token_id)  # the engine has moved on, its caller never learns
+    def interrupted(sequences, token_ids):
+        calls.append(token_ids)
+        logits = decode(sequences, token_ids)
+        if len(calls) == 3:  # the engine has moved on, its caller never learns
             raise KeyboardInterrupt
-        return decode(token_id)
+        return logits
 
     with monkeypatch.context() as patch:
         patch.setattr(model.engine, "decode", interrupted)

@@ -100,9 +100,9 @@ def extended(model, monkeypatch):
     counts = []
     extend = model.engine.extend
 
-    def count(token_ids):
+    def count(sequence, token_ids):
         counts.append(len(token_ids))
-        return extend(token_ids)
+        return extend(sequence, token_ids)
 
     monkeypatch.setattr(model.engine, "extend", count)
     return counts
@@ -136,7 +136,8 @@ def test_answers_stay_the_same(model, extended, sampling):
     extended.clear()
 
     model.engine.max_draft = 0
-    model.engine.rewind(0)
+    with model.sequence():  # which is empty afterwards
+        pass
     plain = model.ask(QUESTION, **sampling)
     turns = model.chat()
     turns.ask(QUESTION, **sampling)
@@ -150,14 +151,14 @@ def test_answers_stay_the_same(model, extended, sampling):
 def test_the_cache_holds_exactly_the_answer(model, extended):
     first = model.ask(QUESTION, max_tokens=60)
     assert extended
-    kept = model.engine.length
+    kept = model._generator._runner.sequence
     # All but the last token, which was never computed.
-    assert kept == first.usage.prompt_tokens + first.usage.completion_tokens - 1
-    logits = np.array(model.engine.decode(first.token_ids[-1]))
+    assert kept.length == first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    logits = np.array(model.engine.decode([kept], [first.token_ids[-1]])[0])
     ids = [*model.prompts.encode([edgevl.preprocess.Message.user(QUESTION, [])]).token_ids]
     ids += first.token_ids
-    model.engine.rewind(0)
-    expected = model.engine.prefill(model.engine.embed(np.array(ids)), 0)
+    fresh = model.engine.new_sequence()
+    expected = model.engine.prefill(fresh, model.engine.embed(np.array(ids)))
     assert np.argmax(logits) == np.argmax(expected)
     assert np.linalg.norm(logits - expected) < 0.05 * np.linalg.norm(expected)
 

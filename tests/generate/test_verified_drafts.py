@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.engine.base import Engine, EngineTimings
+from edgevl.engine.base import Engine, Sequence
 from edgevl.generate.decoding import AnswerGenerator
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.speculation import PromptLookup
@@ -25,40 +25,37 @@ class Scripted(Engine):
     max_context, chunk, max_draft = 4096, 128, 7
 
     def __init__(self):
+        super().__init__()
         self.script = []
-        self.cache = []
+        self.cache = []  # of the one sequence
         self.extended = []
 
-    @property
-    def length(self):
-        return len(self.cache)
+    def new_sequence(self):
+        return Sequence()
 
-    def encode_images(self, pixels):
+    def _encode(self, pixels):
         raise NotImplementedError
 
     def embed(self, token_ids):
         return token_ids[:, None].astype(np.float32)
 
-    def prefill(self, embeddings, at):
-        assert at == self.length
-        return [self.decode(int(token_id)) for token_id in embeddings[:, 0]][-1]
+    def _prefill(self, sequence, embeddings):
+        return [self.append(sequence, int(token_id)) for token_id in embeddings[:, 0]][-1]
 
-    def decode(self, token_id):
-        self.cache.append(token_id)
-        right = self.cache == self.script[: self.length]
-        logits = np.zeros(VOCABULARY, np.float32)
-        logits[self.script[self.length] if right else NONSENSE] = 1
-        return logits
+    def _decode(self, sequences, token_ids):
+        return np.array([self.append(sequences[0], token_ids[0])])
 
-    def extend(self, token_ids):
+    def _extend(self, sequence, token_ids):
         self.extended.append(list(token_ids))
-        return np.array([self.decode(token_id) for token_id in token_ids])
+        return np.array([self.append(sequence, token_id) for token_id in token_ids])
 
-    def rewind(self, length):
-        del self.cache[length:]
-
-    def timings(self):
-        return EngineTimings()
+    def append(self, sequence, token_id):
+        self.cache[sequence.length :] = [token_id]
+        sequence.length += 1
+        right = self.cache == self.script[: sequence.length]
+        logits = np.zeros(VOCABULARY, np.float32)
+        logits[self.script[sequence.length] if right else NONSENSE] = 1
+        return logits
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +95,11 @@ def answer_of(*args):
             return end.value, text
 
 
+def held(generator):
+    """Return the tokens in the cache."""
+    return generator.engine.cache[: generator._runner.sequence.length]
+
+
 # Few different tokens: drafts are frequent, and right or wrong at any place.
 FEW = st.lists(st.integers(64, 66), min_size=1, max_size=40)
 
@@ -112,7 +114,7 @@ def test_any_answer(prompts, stop, prompt, said, max_tokens, ends):
     assert answer.text == text == prompts.tokenizer.decode(said[:max_tokens])
     # All but the last token have been computed, the drafts have been taken back.
     computed = len(said) if answer.finish_reason == "stop" else max_tokens - 1
-    assert generator.engine.cache == [*prompt, *said[:computed]]
+    assert held(generator) == [*prompt, *said[:computed]]
 
 
 TEXT = [*range(70, 90)]
@@ -125,7 +127,7 @@ def test_the_end_of_the_turn_inside_a_draft(prompts, stop):
     assert answer.finish_reason == "stop"
     assert list(answer.token_ids) == TEXT
     assert any(stop in draft[1:-1] for draft in generator.engine.extended)
-    assert generator.engine.cache == [*prompt, *TEXT]
+    assert held(generator) == [*prompt, *TEXT]
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 21))
@@ -135,7 +137,7 @@ def test_no_draft_goes_beyond_the_limit(prompts, max_tokens):
     answer, _ = answer_of(generator, prompt, TEXT, max_tokens)
     assert list(answer.token_ids) == TEXT[:max_tokens]
     assert answer.finish_reason == "length"
-    assert generator.engine.cache == [*prompt, *TEXT][: len(prompt) + max_tokens - 1]
+    assert held(generator) == [*prompt, *TEXT][: len(prompt) + max_tokens - 1]
     computed = sum(map(len, generator.engine.extended))
     assert computed <= max_tokens - 1
 
@@ -152,4 +154,4 @@ def test_a_stream_that_is_closed_inside_a_draft(prompts, stop, read):
     answer, _ = answer_of(generator, following, [*TEXT[3:], stop], 100)
     assert list(answer.token_ids) == TEXT[3:]
     assert answer.usage.cached_tokens == len(prompt) + read - 1
-    assert generator.engine.cache == [*following, *TEXT[3:]]
+    assert held(generator) == [*following, *TEXT[3:]]

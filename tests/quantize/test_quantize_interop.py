@@ -60,7 +60,7 @@ def test_logits_are_those_of_our_reference(loaded, picture):
             image = torch.full((1, len(features)), model.config.image_token_id)
             ids, inputs = torch.cat([image, ids], 1), {"pixel_values": pixels}
             embeddings = np.concatenate([features, embeddings])
-        expected = reference.prefill(embeddings, 0)
+        expected = reference.prefill(reference.new_sequence(), embeddings)
     with torch.inference_mode():
         logits = model(input_ids=ids, **inputs).logits[0, -1].numpy()
     error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)

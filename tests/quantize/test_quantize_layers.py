@@ -64,8 +64,8 @@ def test_streams_of_the_original_are_the_references(checkpoint, tmp_path):
     reference = ReferenceEngine(checkpoint)
     loss = 0.0
     for sample in heldout:
-        reference.rewind(0)
-        logits = reference.extend(sample.token_ids.tolist()).astype(np.float64)
+        logits = reference.extend(reference.new_sequence(), sample.token_ids.tolist())
+        logits = logits.astype(np.float64)
         logits = logits[sample.reply_start - 1 : -1]
         logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
         following = sample.token_ids[sample.reply_start :]
@@ -110,7 +110,7 @@ def test_measured_logits_are_those_of_the_stored_weights(checkpoint, tmp_path, t
     packed = packed_tensors(work, checkpoint.config.text.num_hidden_layers)
     assert len(packed) == len(LINEARS) * checkpoint.config.text.num_hidden_layers
     reference = ReferenceEngine(Replaced(checkpoint, dequantized(packed, int(text[3:]))))
-    expected = reference.extend(heldout[0].token_ids.tolist())[-1]
+    expected = reference.extend(reference.new_sequence(), heldout[0].token_ids.tolist())[-1]
     logits = measure(checkpoint, states, heldout, CPU).logits
     assert np.linalg.norm(logits - expected) < 1e-4 * np.linalg.norm(expected)
 

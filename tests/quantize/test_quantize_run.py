@@ -75,9 +75,7 @@ def test_the_result_is_a_checkpoint_in_the_same_layout(quantized, layout):
 def test_the_engine_takes_the_integers_as_they_are(quantized, layout):
     _, output, _ = quantized(layout)
     model = edgevl.load(output, engine="cpu", threads=1)
-    formats = {
-        matrix.name: matrix.format for matrix in model.engine.model.plan.matrices if matrix.gptq
-    }
+    formats = {matrix.name: matrix.format for matrix in model.engine.plan.matrices if matrix.gptq}
     assert len(formats) == 4 * model.checkpoint.config.text.num_hidden_layers
     assert set(formats.values()) == {"int4"}
     assert model.engine.notes == ()

@@ -235,11 +235,11 @@ def test_progress_and_damage(tmp_path, mini):
 
 def engine_error(directory, original, result, tiles, dtype):
     """By how much the engine's features, of the quantized checkpoint, are off the original's."""
-    from edgevl.engine.cpu import CpuModel
+    from edgevl.engine.cpu import CpuEngine
 
     with written(directory, original, result.tensors, dtype, result.keep) as checkpoint:
         assert checkpoint.config.vision_keep == result.keep
-        features = CpuModel(checkpoint, threads=2).engine().encode_images(tiles)
+        features = CpuEngine(checkpoint, threads=2).encode_images(tiles)
     return off(features, ReferenceEngine(original).encode_images(tiles))
 
 

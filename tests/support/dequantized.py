@@ -82,9 +82,9 @@ class RoundedReference(ReferenceEngine):
         normed = self._text_norm("language_model.model.norm", hidden)
         return self._weights[LM_HEAD] @ self.rounded(LM_HEAD, normed)
 
-    def _decoder(self, x):
+    def _decoder(self, sequence, x):
         with mock.patch.object(ref, "attention", self.attention):
-            return super()._decoder(x)
+            return super()._decoder(sequence, x)
 
     def _vision_layer(self, prefix, x):
         qkv = self.matrices.get(prefix + "attn.qkv.weight")

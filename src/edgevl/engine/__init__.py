@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from edgevl.engine.base import (
     KV_CACHE_FORMATS,
-    BatchedEngine,
     Engine,
     EngineTimings,
     KVCacheFormat,
+    Sequence,
     WeightBytes,
 )
 from edgevl.engine.plan import PRECISIONS, Precision
@@ -16,12 +16,12 @@ from edgevl.engine.reference import ReferenceEngine
 __all__ = [
     "KV_CACHE_FORMATS",
     "PRECISIONS",
-    "BatchedEngine",
     "Engine",
     "EngineTimings",
     "KVCacheFormat",
     "Precision",
     "ReferenceEngine",
+    "Sequence",
     "WeightBytes",
     "native_missing",
 ]

@@ -1,11 +1,14 @@
-"""The engine interface: embeddings in, logits out; the engine owns the key/value cache."""
+"""The engine interface: embeddings in, logits out.
+
+An `Engine` has the weights of a model, each `Sequence` the key/value cache of a text.
+"""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,100 +53,158 @@ class WeightBytes:
         return self.vision + self.text + self.embedding
 
 
-class Engine(ABC):
-    """One model, loaded, with the cache of one sequence.
+class Sequence:
+    """The positions of one text in an engine's cache; `Engine.new_sequence` makes it.
 
-    Positions ``0 … length - 1`` are in the cache. ``prefill``, ``decode`` and ``extend`` append to
-    it, ``rewind`` shortens it. Logits may be a view that the engine's next call overwrites.
-
-    Shapes use B tiles, T tokens, H hidden size of the text model, V vocabulary.
+    Attributes:
+        length: positions now in the cache, ``0 … length - 1``.
     """
 
-    #: Most positions the cache may hold.
+    def __init__(self) -> None:
+        """Start empty."""
+        self.length = 0
+
+    def rewind(self, length: int) -> None:
+        """Keep the first ``length`` positions.
+
+        Raises:
+            ValueError: ``length`` is negative or more than is cached.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"rewind to {length}, but {self.length} are cached")
+        self.length = length
+
+
+class Engine(ABC):
+    """The weights of one model. What it has read of a text is in a `Sequence`.
+
+    ``prefill``, ``decode`` and ``extend`` append to sequences. One call at a time: who shares an
+    engine among threads lets them take turns. Logits may be a view that the next call overwrites.
+
+    Shapes use B tiles or sequences, T tokens, H hidden size of the text model, V vocabulary.
+    """
+
+    #: Most positions of a sequence.
     max_context: int
     #: Positions computed at once by ``prefill``; longer inputs are cut into chunks.
     chunk: int
-    #: Positions now in the cache.
-    length: int
     #: Threads that compute; None where the engine does not say.
     threads: int | None = None
     #: Most drafted tokens that `extend` verifies for little more than a `decode`; 0 for none.
     max_draft: int = 0
+    #: Whether sequences are decoded together in less time than one by one, and can `share`.
+    batched: bool = False
     #: What a user should know of how the model was loaded, a line each.
     notes: tuple[str, ...] = ()
 
-    @abstractmethod
+    def __init__(self) -> None:
+        """Start without any work done."""
+        self._timings = EngineTimings()
+
     def encode_images(self, pixels: Floats) -> Floats:
-        """Encode tiles: float32 [B, 3, tile, tile] -> features float32 [B, image_tokens, H]."""
+        """Encode tiles one by one: float32 [B, 3, tile, tile] -> [B, image_tokens, H].
+
+        Raises:
+            CheckpointError: the model has no vision encoder.
+        """
+        start = time.perf_counter()
+        features = np.concatenate([self._encode(tile[None]) for tile in pixels])
+        self._timings.vision_ms += (time.perf_counter() - start) * 1000
+        self._timings.tiles += len(pixels)
+        return features
 
     @abstractmethod
     def embed(self, token_ids: NDArray[np.int64]) -> Floats:
         """Look up token embeddings: int [T] -> float32 [T, H]."""
 
     @abstractmethod
-    def prefill(self, embeddings: Floats, at: int) -> Floats:
-        """Append T embeddings at position ``at`` (= ``length``): [T, H] -> last logits [V].
+    def new_sequence(self) -> Sequence:
+        """Return a new, empty sequence.
 
         Raises:
-            ValueError: ``at`` is not ``length``, T is 0, or the context would overflow.
+            EdgeVLError: there can be no other.
         """
 
-    @abstractmethod
-    def decode(self, token_id: int) -> Floats:
-        """Append one token: -> its logits float32 [V].
+    def prefill(self, sequence: Sequence, embeddings: Floats) -> Floats:
+        """Append T embeddings [T, H]: -> the logits after the last, float32 [V].
 
         Raises:
-            ValueError: the context would overflow.
+            ValueError: T is 0, or the context would overflow.
         """
+        self._check_room(sequence, len(embeddings))
+        start = time.perf_counter()
+        logits = self._prefill(sequence, embeddings)
+        self._timings.prefill_ms += (time.perf_counter() - start) * 1000
+        self._timings.prefill_tokens += len(embeddings)
+        return logits
 
-    @abstractmethod
-    def extend(self, token_ids: Sequence[int]) -> Floats:
+    def decode(self, sequences: list[Sequence], token_ids: list[int]) -> Floats:
+        """Append one token to each of B different sequences: -> their logits, float32 [B, V].
+
+        Raises:
+            ValueError: a sequence is of another model, occurs twice or is full.
+        """
+        for sequence in sequences:
+            self._check_room(sequence, 1)
+        start = time.perf_counter()
+        logits = self._decode(sequences, token_ids)
+        self._count_decoded(start, len(token_ids))
+        return logits
+
+    def extend(self, sequence: Sequence, token_ids: list[int]) -> Floats:
         """Append T tokens: -> the logits after each, float32 [T, V].
 
         Raises:
             ValueError: T is 0, or the context would overflow.
         """
+        self._check_room(sequence, len(token_ids))
+        start = time.perf_counter()
+        logits = self._extend(sequence, token_ids)
+        self._count_decoded(start, len(token_ids))
+        return logits
 
-    @abstractmethod
-    def rewind(self, length: int) -> None:
-        """Keep the first ``length`` positions of the cache.
+    def share(self, sequence: Sequence, other: Sequence, length: int) -> None:
+        """Make ``sequence`` the first ``length`` positions of ``other``, which stays as it is.
 
         Raises:
-            ValueError: ``length`` is negative or more than is cached.
+            ValueError: ``length`` is negative or more than ``other`` holds, or one of them is of
+                another model.
         """
+        raise NotImplementedError  # where it is not `batched`
 
-    @abstractmethod
     def timings(self) -> EngineTimings:
         """Return the totals so far."""
+        return replace(self._timings)
 
     def weight_bytes(self) -> WeightBytes | None:
         """Return what the weights take, or None where the engine does not say."""
         return None
 
-
-class BatchedEngine(Engine):
-    """An engine that computes several sequences of one model together.
-
-    Each object is a sequence, and they share the weights; one call of any of them at a time.
-    """
+    # What engines do of it, with sequences of their own kind. Each moves `Sequence.length` on as
+    # soon as positions are in the cache, since a call may be interrupted.
 
     @abstractmethod
-    def new_sequence(self) -> BatchedEngine:
-        """Return a new, empty sequence of the same model."""
+    def _encode(self, pixels: Floats) -> Floats:
+        """See `encode_images`, for one tile."""
 
     @abstractmethod
-    def share(self, other: BatchedEngine, length: int) -> None:
-        """Become the first ``length`` positions of another sequence, which stays as it is.
-
-        Raises:
-            ValueError: ``length`` is negative or more than ``other`` holds, or it is of another
-                model.
-        """
+    def _prefill(self, sequence: Any, embeddings: Floats) -> Floats:
+        """See `prefill`."""
 
     @abstractmethod
-    def decode_batch(self, others: Sequence[BatchedEngine], token_ids: Sequence[int]) -> Floats:
-        """Append one token to this and each of the other sequences: -> logits float32 [B, V].
+    def _decode(self, sequences: list[Any], token_ids: list[int]) -> Floats:
+        """See `decode`."""
 
-        Raises:
-            ValueError: a sequence is of another model, occurs twice or is full.
-        """
+    @abstractmethod
+    def _extend(self, sequence: Any, token_ids: list[int]) -> Floats:
+        """See `extend`."""
+
+    def _check_room(self, sequence: Sequence, tokens: int) -> None:
+        if tokens == 0:
+            raise ValueError("0 tokens to append")
+        if sequence.length + tokens > self.max_context:
+            raise ValueError(f"{sequence.length} + {tokens} positions exceed {self.max_context}")
+
+    def _count_decoded(self, start: float, tokens: int) -> None:
+        self._timings.decode_ms += (time.perf_counter() - start) * 1000
+        self._timings.decode_tokens += tokens

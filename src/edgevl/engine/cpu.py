@@ -1,15 +1,9 @@
-"""The native engine: the model in packed weights, a step of it in one call.
-
-`CpuModel` has the weights; each `CpuEngine` is a sequence with a cache of its own, and several can
-be decoded together.
-"""
+"""The native engine: the model in packed weights, a step of it in one call."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +22,10 @@ from edgevl.checkpoint.architecture import (
 )
 from edgevl.engine.base import (
     KV_CACHE_FORMATS,
-    BatchedEngine,
-    EngineTimings,
+    Engine,
     Floats,
     KVCacheFormat,
+    Sequence,
     WeightBytes,
 )
 from edgevl.engine.packed import convertible, pack_in_memory, packed_bytes, packed_matrices
@@ -49,20 +43,37 @@ INTERRUPTIBLE = 1024
 MAX_DRAFT = 11
 
 
-class CpuModel:
-    """The weights of a model, packed, with the threads that compute it.
+class CpuSequence(Sequence):
+    """A sequence of a `CpuEngine`.
 
-    One call at a time: who shares a model among threads lets them take turns. Logits are views
-    that the model's next call overwrites.
+    Attributes:
+        cache: its keys and values.
+    """
+
+    def __init__(self, cache: _native.Cache) -> None:
+        """Take charge of an empty cache."""
+        super().__init__()
+        self.cache = cache
+
+    def rewind(self, length: int) -> None:
+        """Keep the first ``length`` positions and free the memory of the others."""
+        super().rewind(length)
+        self.cache.truncate(length)
+
+
+class CpuEngine(Engine):
+    """A model in packed weights, with the threads that compute it.
+
+    Sequences decoded together read the weights once; those that begin alike can share memory.
 
     Attributes:
         config: of the model.
         plan: the format of every matrix.
-        max_context: most positions of one sequence.
-        chunk: positions computed at once by a prefill.
-        threads: how many compute.
         instruction_set: one of `edgevl._native.instruction_sets`.
     """
+
+    max_draft = MAX_DRAFT
+    batched = True
 
     def __init__(
         self,
@@ -100,6 +111,7 @@ class CpuModel:
                 is not one of its choices.
             CheckpointError: the quantization of a weight is damaged.
         """
+        super().__init__()
         config = self.config = checkpoint.config
         self.instruction_set = instruction_set(isa)
         machine = this_machine()
@@ -140,140 +152,52 @@ class CpuModel:
             self.vision = _native.VisionEncoder(
                 vision_config(checkpoint), tensors["vision"], self._team, self.instruction_set
             )
+        self.notes = self.plan.notes
         self.path = checkpoint.path
         self._weight_bytes = weight_bytes(checkpoint, self.plan, kv_cache)
 
-    def engine(self) -> CpuEngine:
-        """Return a new sequence."""
-        return CpuEngine(self)
+    def embed(self, token_ids: NDArray[np.int64]) -> Floats:
+        """Look up token embeddings: int [T] -> float32 [T, H]."""
+        return self.decoder.embed(np.ascontiguousarray(token_ids, np.int64))
 
-    def decode(self, engines: Sequence[CpuEngine], token_ids: Sequence[int]) -> Floats:
-        """Append one token to each of B different sequences: -> logits float32 [B, V].
+    def new_sequence(self) -> CpuSequence:
+        """Return a new, empty sequence."""
+        return CpuSequence(self.decoder.new_cache())
 
-        The weights are read once for all of them.
-
-        Raises:
-            ValueError: a sequence is of another model, occurs twice or is full, or there is no
-                such token.
-        """
-        start = time.perf_counter()
-        logits = self.decoder.decode([engine.cache for engine in engines], list(token_ids))
-        elapsed_ms = (time.perf_counter() - start) * 1000
-        for engine in engines:
-            engine.count(decode_ms=elapsed_ms / len(engines), decode_tokens=1)
-        return logits
+    def share(self, sequence: Sequence, other: Sequence, length: int) -> None:
+        """Make ``sequence`` the first ``length`` positions of ``other``; the memory is shared."""
+        assert isinstance(sequence, CpuSequence)
+        assert isinstance(other, CpuSequence)
+        self.decoder.share(sequence.cache, other.cache, length)
+        sequence.length = length
 
     def weight_bytes(self) -> WeightBytes:
         """Return what the weights take; of the embedding, only used rows are read."""
         return self._weight_bytes
 
+    def _encode(self, pixels: Floats) -> Floats:
+        if self.vision is None:
+            raise CheckpointError(f"{self.path}: no vision encoder, it answers text only")
+        return self.vision.encode(np.ascontiguousarray(pixels, np.float32))
 
-class CpuEngine(BatchedEngine):
-    """One sequence of a `CpuModel`."""
-
-    max_draft = MAX_DRAFT
-
-    def __init__(self, model: CpuModel) -> None:
-        """Start an empty sequence."""
-        self.model = model
-        self.config = model.config
-        self.max_context = model.max_context
-        self.chunk = model.chunk
-        self.threads = model.threads
-        self.notes = model.plan.notes
-        self.length = 0
-        self.cache = model.decoder.new_cache()
-        self._timings = EngineTimings()
-
-    def encode_images(self, pixels: Floats) -> Floats:
-        """Encode tiles one by one: float32 [B, 3, tile, tile] -> [B, image_tokens, H]."""
-        vision = self.model.vision
-        if vision is None:
-            raise CheckpointError(f"{self.model.path}: no vision encoder, it answers text only")
-        start = time.perf_counter()
-        pixels = np.ascontiguousarray(pixels, np.float32)
-        features = np.concatenate([vision.encode(tile[None]) for tile in pixels])
-        self.count(vision_ms=(time.perf_counter() - start) * 1000, tiles=len(pixels))
-        return features
-
-    def embed(self, token_ids: NDArray[np.int64]) -> Floats:
-        """Look up token embeddings: int [T] -> float32 [T, H]."""
-        return self.model.decoder.embed(np.ascontiguousarray(token_ids, np.int64))
-
-    def prefill(self, embeddings: Floats, at: int) -> Floats:
-        """Append T embeddings at position ``at``: [T, H] -> last logits [V]."""
-        if at != self.length or len(embeddings) == 0:
-            raise ValueError(f"prefill of {len(embeddings)} at {at}, but {self.length} are cached")
-        self._check_room(len(embeddings))
-        start = time.perf_counter()
+    def _prefill(self, sequence: CpuSequence, embeddings: Floats) -> Floats:
         embeddings = np.ascontiguousarray(embeddings, np.float32)
         step = max(INTERRUPTIBLE // self.chunk, 1) * self.chunk
         for begin in range(0, len(embeddings), step):
-            logits = self.model.decoder.prefill(self.cache, embeddings[begin : begin + step])
-            self.length = self.cache.length
-        elapsed_ms = (time.perf_counter() - start) * 1000
-        self.count(prefill_ms=elapsed_ms, prefill_tokens=len(embeddings))
+            logits = self.decoder.prefill(sequence.cache, embeddings[begin : begin + step])
+            sequence.length = sequence.cache.length
         return logits
 
-    def decode(self, token_id: int) -> Floats:
-        """Append one token: -> its logits float32 [V]."""
-        self._check_room(1)
-        return self.model.decode([self], [token_id])[0]
-
-    def extend(self, token_ids: Sequence[int]) -> Floats:
-        """Append T tokens: -> the logits after each, float32 [T, V]."""
-        self._check_room(len(token_ids))
-        start = time.perf_counter()
-        logits = self.model.decoder.extend(self.cache, np.array(token_ids, np.int64))
-        elapsed_ms = (time.perf_counter() - start) * 1000
-        self.count(decode_ms=elapsed_ms, decode_tokens=len(token_ids))
+    def _decode(self, sequences: list[CpuSequence], token_ids: list[int]) -> Floats:
+        logits = self.decoder.decode([sequence.cache for sequence in sequences], token_ids)
+        for sequence in sequences:
+            sequence.length += 1
         return logits
 
-    def new_sequence(self) -> CpuEngine:
-        """Return a new, empty sequence of the same model."""
-        return CpuEngine(self.model)
-
-    def share(self, other: BatchedEngine, length: int) -> None:
-        """Become the first ``length`` positions of ``other``; the memory is shared."""
-        self.model.decoder.share(self.cache, native(other).cache, length)
-        self.length = length
-
-    def decode_batch(self, others: Sequence[BatchedEngine], token_ids: Sequence[int]) -> Floats:
-        """Append one token to this and each of the other sequences: -> logits float32 [B, V]."""
-        return self.model.decode([self, *map(native, others)], token_ids)
-
-    def rewind(self, length: int) -> None:
-        """Keep the first ``length`` positions of the cache."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"rewind to {length}, but {self.length} are cached")
-        self.cache.truncate(length)
-        self.length = length
-
-    def timings(self) -> EngineTimings:
-        """Return the totals so far."""
-        return replace(self._timings)
-
-    def weight_bytes(self) -> WeightBytes:
-        """Return what the weights take."""
-        return self.model.weight_bytes()
-
-    def count(self, **work: float) -> None:
-        """Add work that has been done for this sequence to its timings."""
-        self.length = self.cache.length
-        totals = vars(self._timings)
-        for name, amount in work.items():
-            totals[name] += amount
-
-    def _check_room(self, tokens: int) -> None:
-        if self.length + tokens > self.max_context:
-            raise ValueError(f"{self.length} + {tokens} positions exceed {self.max_context}")
-
-
-def native(engine: BatchedEngine) -> CpuEngine:
-    """Return an engine of this kind; raise a ValueError for another."""
-    if not isinstance(engine, CpuEngine):
-        raise ValueError(f"the sequence is one of a {type(engine).__name__}")
-    return engine
+    def _extend(self, sequence: CpuSequence, token_ids: list[int]) -> Floats:
+        logits = self.decoder.extend(sequence.cache, np.array(token_ids, np.int64))
+        sequence.length += len(token_ids)
+        return logits
 
 
 #: The most that a team takes.

@@ -9,16 +9,13 @@ tokens, H text hidden size, N query heads, G key/value heads, D head_dim, V voca
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.checkpoint.architecture import PROJECTOR, VISION
-from edgevl.engine.base import Engine, EngineTimings, Floats
+from edgevl.engine.base import Engine, Floats, Sequence
 from edgevl.errors import CheckpointError, EdgeVLError
 from edgevl.machine import this_machine
 
@@ -221,6 +218,34 @@ class ReferenceVision:
         return y if bias is None else y + bias
 
 
+class ReferenceSequence(Sequence):
+    """A sequence of a `ReferenceEngine`.
+
+    Attributes:
+        keys: of each layer [G, S, D]; rows from ``length`` on are room to grow.
+        values: as ``keys``.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        """Start empty."""
+        super().__init__()
+        empty = np.empty((config.num_key_value_heads, 0, config.head_dim), np.float32)
+        self.keys = [empty] * config.num_hidden_layers
+        self.values = [empty] * config.num_hidden_layers
+
+    def append(self, layer: int, key: Floats, value: Floats) -> tuple[Floats, Floats]:
+        """Store new keys and values [G, T, D]; return all that are cached, [G, S, D]."""
+        end = self.length + key.shape[1]
+        for cache, new in ((self.keys, key), (self.values, value)):
+            if cache[layer].shape[1] < end:  # grow by half, so that appending stays linear
+                groups, _, head_dim = new.shape
+                grown = np.empty((groups, max(end, self.length * 3 // 2), head_dim), np.float32)
+                grown[:, : self.length] = cache[layer][:, : self.length]
+                cache[layer] = grown
+            cache[layer][:, self.length : end] = new
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+
 class ReferenceEngine(ReferenceVision, Engine):
     """The model in NumPy. All weights are held in float32."""
 
@@ -231,96 +256,52 @@ class ReferenceEngine(ReferenceVision, Engine):
 
         Args:
             checkpoint: an open checkpoint; it may be closed afterwards.
-            max_context: positions the cache may hold; default and limit is what the model was
+            max_context: most positions of a sequence; default and limit is what the model was
                 trained for.
             chunk: positions computed at once by ``prefill``.
 
         Raises:
             EdgeVLError: the machine has less memory to spare than the weights take.
         """
-        super().__init__(checkpoint, prefixes=("",))
+        ReferenceVision.__init__(self, checkpoint, prefixes=("",))
+        Engine.__init__(self)
         text = self.config.text
         limit = text.max_position_embeddings
         self.max_context = min(max_context or limit, limit)
         self.chunk = chunk
-        self.length = 0
         self._frequencies = inverse_frequencies(text)
-        empty = np.empty((text.num_key_value_heads, 0, text.head_dim), np.float32)
-        self._keys = [empty] * text.num_hidden_layers
-        self._values = [empty] * text.num_hidden_layers
-        self._timings = EngineTimings()
-
-    # --- vision -----------------------------------------------------------------------------
-
-    def encode_images(self, pixels: Floats) -> Floats:
-        """Encode tiles one by one: float32 [B, 3, tile, tile] -> [B, image_tokens, H]."""
-        start = time.perf_counter()
-        features = np.concatenate([self.encode_tiles(tile[None]) for tile in pixels])
-        self._timings.vision_ms += (time.perf_counter() - start) * 1000
-        self._timings.tiles += len(pixels)
-        return features
-
-    # --- text -------------------------------------------------------------------------------
 
     def embed(self, token_ids: NDArray[np.int64]) -> Floats:
         """Look up token embeddings: int [T] -> float32 [T, H]."""
         return self._weights["language_model.model.embed_tokens.weight"][token_ids]
 
-    def prefill(self, embeddings: Floats, at: int) -> Floats:
-        """Append T embeddings at position ``at``, a chunk at a time: [T, H] -> last logits [V]."""
-        if at != self.length or len(embeddings) == 0:
-            raise ValueError(f"prefill of {len(embeddings)} at {at}, but {self.length} are cached")
-        start = time.perf_counter()
-        self._check_room(len(embeddings))
+    def new_sequence(self) -> ReferenceSequence:
+        """Return a new, empty sequence."""
+        return ReferenceSequence(self.config.text)
+
+    def _encode(self, pixels: Floats) -> Floats:
+        return self.encode_tiles(pixels)
+
+    def _prefill(self, sequence: ReferenceSequence, embeddings: Floats) -> Floats:
         for begin in range(0, len(embeddings), self.chunk):
-            hidden = self._decoder(embeddings[begin : begin + self.chunk])
-        logits = self._logits(hidden[-1])
-        self._timings.prefill_ms += (time.perf_counter() - start) * 1000
-        self._timings.prefill_tokens += len(embeddings)
-        return logits
+            hidden = self._decoder(sequence, embeddings[begin : begin + self.chunk])
+        return self._logits(hidden[-1])
 
-    def decode(self, token_id: int) -> Floats:
-        """Append one token: -> its logits float32 [V]."""
-        start = time.perf_counter()
-        self._check_room(1)
-        logits = self._logits(self._decoder(self.embed(np.array([token_id])))[-1])
-        self._timings.decode_ms += (time.perf_counter() - start) * 1000
-        self._timings.decode_tokens += 1
-        return logits
+    def _decode(self, sequences: list[ReferenceSequence], token_ids: list[int]) -> Floats:
+        pairs = zip(sequences, token_ids, strict=True)
+        return np.concatenate([self._extend(sequence, [token_id]) for sequence, token_id in pairs])
 
-    def extend(self, token_ids: Sequence[int]) -> Floats:
-        """Append T tokens: -> the logits after each, float32 [T, V]."""
-        if len(token_ids) == 0:
-            raise ValueError("extend by 0 tokens")
-        start = time.perf_counter()
-        self._check_room(len(token_ids))
-        hidden = self._decoder(self.embed(np.array(token_ids, np.int64)))
-        logits = np.stack([self._logits(position) for position in hidden])
-        self._timings.decode_ms += (time.perf_counter() - start) * 1000
-        self._timings.decode_tokens += len(token_ids)
-        return logits
+    def _extend(self, sequence: ReferenceSequence, token_ids: list[int]) -> Floats:
+        hidden = self._decoder(sequence, self.embed(np.array(token_ids, np.int64)))
+        return np.stack([self._logits(position) for position in hidden])
 
-    def rewind(self, length: int) -> None:
-        """Keep the first ``length`` positions of the cache."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"rewind to {length}, but {self.length} are cached")
-        self.length = length
-
-    def timings(self) -> EngineTimings:
-        """Return the totals so far."""
-        return replace(self._timings)
-
-    def _check_room(self, tokens: int) -> None:
-        if self.length + tokens > self.max_context:
-            raise ValueError(f"{self.length} + {tokens} positions exceed {self.max_context}")
-
-    def _decoder(self, x: Floats) -> Floats:
+    def _decoder(self, sequence: ReferenceSequence, x: Floats) -> Floats:
         """Run T new positions through all layers and append them to the cache: [T, H] -> [T, H]."""
         config, tokens = self.config.text, len(x)
-        positions = np.arange(self.length, self.length + tokens, dtype=np.float32)
+        positions = np.arange(sequence.length, sequence.length + tokens, dtype=np.float32)
         angles = positions[:, None] * self._frequencies
         cos, sin = np.cos(angles), np.sin(angles)
-        allowed = np.arange(self.length + tokens) <= positions[:, None]
+        allowed = np.arange(sequence.length + tokens) <= positions[:, None]
         for layer in range(config.num_hidden_layers):
             prefix = f"language_model.model.layers.{layer}."
             y = self._text_norm(prefix + "input_layernorm", x)
@@ -328,13 +309,13 @@ class ReferenceEngine(ReferenceVision, Engine):
             key = self._heads(prefix + "self_attn.k", y, config.num_key_value_heads)
             value = self._heads(prefix + "self_attn.v", y, config.num_key_value_heads)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-            key, value = self._append(layer, key, value)
+            key, value = sequence.append(layer, key, value)
             x = x + self._linear(prefix + "self_attn.o_proj", attention(query, key, value, allowed))
             y = self._text_norm(prefix + "post_attention_layernorm", x)
             gate = silu(self._linear(prefix + "mlp.gate_proj", y))
             y = gate * self._linear(prefix + "mlp.up_proj", y)
             x = x + self._linear(prefix + "mlp.down_proj", y)
-        self.length += tokens
+        sequence.length += tokens
         return x
 
     def _heads(self, name: str, y: Floats, heads: int) -> Floats:
@@ -345,18 +326,6 @@ class ReferenceEngine(ReferenceVision, Engine):
         if norm is not None:
             x = rms_norm(x, norm, config.rms_norm_eps)
         return x.swapaxes(0, 1)
-
-    def _append(self, layer: int, key: Floats, value: Floats) -> tuple[Floats, Floats]:
-        """Store new keys and values [G, T, D]; return all that are cached, [G, S, D]."""
-        end = self.length + key.shape[1]
-        for cache, new in ((self._keys, key), (self._values, value)):
-            if cache[layer].shape[1] < end:  # grow by half, so that appending stays linear
-                groups, _, head_dim = new.shape
-                grown = np.empty((groups, max(end, self.length * 3 // 2), head_dim), np.float32)
-                grown[:, : self.length] = cache[layer][:, : self.length]
-                cache[layer] = grown
-            cache[layer][:, self.length : end] = new
-        return self._keys[layer][:, :end], self._values[layer][:, :end]
 
     def _logits(self, hidden: Floats) -> Floats:
         """Final norm and head of one position: [H] -> [V]."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from edgevl.checkpoint import ModelConfig
-from edgevl.engine import Engine
+from edgevl.engine import Engine, base
 from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError
 from edgevl.generate import Model
 from edgevl.machine import this_machine
@@ -286,7 +286,7 @@ class _Steps:
     """The steps of a model, each of which returns how long it took in milliseconds."""
 
     def __init__(self, model: Model, longest: int, after: int, generate: int) -> None:
-        self._engine = model.engine
+        self._model = model
         self._after = after
         self._generate = generate
         random = np.random.default_rng(0)
@@ -299,24 +299,29 @@ class _Steps:
 
     def vision_ms(self) -> float:
         """Encode one tile."""
-        return elapsed_ms(lambda: self._engine.encode_images(self._tile))
+        return elapsed_ms(lambda: self._model.engine.encode_images(self._tile))
 
     def prefill_ms(self, tokens: int) -> float:
         """Prefill random tokens into an empty cache; looking up their embeddings is not timed."""
-        embeddings = self._engine.embed(self._token_ids[:tokens])
-        self._engine.rewind(0)
-        return elapsed_ms(lambda: self._engine.prefill(embeddings, 0))
+        with self._model.sequence() as sequence:
+            return self._prefill_ms(sequence, tokens)
 
     def decode_ms(self) -> float:
         """Decode after a prefill that is not timed: -> milliseconds a token."""
-        self.prefill_ms(self._after)
 
         def decode() -> None:
             token_id = 0
             for _ in range(self._generate):
-                token_id = int(self._engine.decode(token_id).argmax())
+                token_id = int(engine.decode([sequence], [token_id]).argmax())
 
-        return elapsed_ms(decode) / self._generate
+        engine = self._model.engine
+        with self._model.sequence() as sequence:
+            self._prefill_ms(sequence, self._after)
+            return elapsed_ms(decode) / self._generate
+
+    def _prefill_ms(self, sequence: base.Sequence, tokens: int) -> float:
+        embeddings = self._model.engine.embed(self._token_ids[:tokens])
+        return elapsed_ms(lambda: self._model.engine.prefill(sequence, embeddings))
 
 
 def elapsed_ms(work: Callable[[], object]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,7 @@ def evaluate_perplexity(
 ) -> PerplexityResult:
     """Predict every token of every window but the first.
 
-    The engines compute; load them with ``exact_logits``. Their caches are empty afterwards.
+    The engines compute; load them with ``exact_logits``. The models' caches are empty afterwards.
 
     Args:
         model: what to measure.
@@ -135,24 +136,24 @@ def evaluate_perplexity(
                 f"{against.engine.max_context}: set it for both (--context)"
             )
         models.append(against)
-    try:
+    with ExitStack() as stack:
+        sequences = [stack.enter_context(each.sequence()) for each in models]
         for window in windows:
-            for each in models:
-                each.engine.rewind(0)
+            for sequence in sequences:
+                sequence.rewind(0)
             for begin in range(0, len(window) - 1, CHUNK):
                 next_ids = window[begin + 1 : begin + 1 + CHUNK]
                 block = window[begin : begin + len(next_ids)].tolist()
-                logits = [each.engine.extend(block) for each in models]
+                logits = [
+                    each.engine.extend(sequence, block)
+                    for each, sequence in zip(models, sequences, strict=True)
+                ]
                 if against is None:
                     alone.add(logits[0], next_ids)
                 else:
                     comparison.add(logits[1], logits[0], next_ids)
                 if on_tokens is not None:
                     on_tokens(len(next_ids))
-    finally:
-        # Whoever asks the model next must not take this for the beginning of a conversation.
-        for each in models:
-            each.engine.rewind(0)
     if against is None:
         return PerplexityResult(alone.perplexity, alone.tokens)
     return PerplexityResult(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
+from edgevl.engine import base
 from edgevl.engine.base import Engine, Floats
 from edgevl.errors import ContextLengthError, EdgeVLError
 from edgevl.generate.answer import Answer
@@ -24,20 +26,24 @@ class AnswerGenerator:
     """Turns prompts into answers with one engine, one answer at a time.
 
     Attributes:
-        engine: the engine; nothing else may move its cache.
+        engine: what computes.
         prompts: the tokenizer and the ids that end a turn.
         load_ms: passed on to every answer's timings.
     """
 
     def __init__(self, engine: Engine, prompts: PromptEncoder, load_ms: float) -> None:
-        """Take charge of ``engine``."""
+        """Compute nothing yet."""
         self.engine = engine
         self.prompts = prompts
         self.load_ms = load_ms
-        self._runner = PrefixRunner(engine)
         self._masks = TokenMasks(prompts.tokenizer, prompts.stop_ids)
         self._lock = threading.Lock()
         self._owner: int | None = None
+
+    @cached_property
+    def _runner(self) -> PrefixRunner:
+        # Made when it is needed: an NPU has but one sequence, which may be a scheduler's.
+        return PrefixRunner(self.engine)
 
     @property
     def max_context(self) -> int:
@@ -86,6 +92,16 @@ class AnswerGenerator:
             yield drain(self._runner.prefill(prompt)).logits[None]
             for begin in range(0, len(token_ids), FORCED_BLOCK):
                 yield self._runner.extend(list(token_ids[begin : begin + FORCED_BLOCK]))
+
+    @contextmanager
+    def sequence(self) -> Iterator[base.Sequence]:
+        """See `Model.sequence`."""
+        with self._turn():
+            self._runner.truncate(0)
+            try:
+                yield self._runner.sequence
+            finally:
+                self._runner.truncate(0)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from edgevl.engine.base import Floats
+from edgevl.engine.base import Engine, Floats
 from edgevl.errors import ContextLengthError
 from edgevl.generate.answer import Answer, Timings, Usage
-from edgevl.generate.prefix import PrefixRunner
+from edgevl.generate.prefix import Prefilled, PrefixRunner
 from edgevl.generate.sampling import Sampler, SamplingParams, TokenLogprobs, token_logprobs
 from edgevl.generate.speculation import PromptLookup
 from edgevl.generate.text import AnswerText, Piece
@@ -105,11 +105,8 @@ class Generation:
         self, runner: PrefixRunner, step: int | None = None
     ) -> Generator[None, None, Chunk]:
         """Compute the prompt and choose the first token; see `PrefixRunner.prefill`."""
-        before = runner.engine.timings()
-        prefilled = yield from runner.prefill(self.prompt, step)
-        after = runner.engine.timings()
-        self._vision_ms = after.vision_ms - before.vision_ms
-        self._prefill_ms = after.prefill_ms - before.prefill_ms
+        steps = runner.prefill(self.prompt, step)
+        prefilled = yield from self._timed(runner.engine, steps)
         self._cached_tokens = prefilled.cached_tokens
         chunk = self._take(prefilled.logits[None], ())
         self._ttft_ms = 1000 * (time.perf_counter() - self._started)
@@ -128,7 +125,7 @@ class Generation:
         draft = lookup.draft(self._room - len(self._token_ids) - 1)
         before = self._chosen
         latest = self.latest
-        logits = runner.extend([latest, *draft]) if draft else runner.decode(latest)[None]
+        logits = runner.extend([latest, *draft]) if draft else runner.decode(latest)
         chunk = self._take(logits, draft)
         gained = self._chosen - before
         if draft:
@@ -177,6 +174,23 @@ class Generation:
                 decode_tokens_per_s=1000 / per_token_ms if per_token_ms else 0.0,
             ),
         )
+
+    def _timed(
+        self, engine: Engine, steps: Generator[None, None, Prefilled]
+    ) -> Generator[None, None, Prefilled]:
+        """Do all steps and count what they take; between them the engine computes for others."""
+        while True:
+            before = engine.timings()
+            try:
+                next(steps)
+            except StopIteration as stop:
+                prefilled: Prefilled = stop.value
+                return prefilled
+            finally:
+                after = engine.timings()
+                self._vision_ms += after.vision_ms - before.vision_ms
+                self._prefill_ms += after.prefill_ms - before.prefill_ms
+            yield
 
     def _prompt_lookup(self, max_draft: int) -> PromptLookup:
         """Return what drafts, up to date with the answer."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from edgevl.checkpoint import ModelDirectory
-from edgevl.engine import Engine, KVCacheFormat, Precision
+from edgevl.engine import Engine, KVCacheFormat, Precision, base
 from edgevl.engine.base import Floats
 from edgevl.generate.answer import Answer
 from edgevl.generate.decoding import AnswerGenerator
@@ -151,6 +152,16 @@ class Model:
             EdgeVLError: this thread has an answer of this model under way.
         """
         return self._generator.score(prompt, token_ids)
+
+    def sequence(self) -> AbstractContextManager[base.Sequence]:
+        """Lend the sequence that answers are computed in, empty, for calls of `engine`.
+
+        Other threads' answers wait meanwhile. When it is given back it is emptied.
+
+        Raises:
+            EdgeVLError: this thread has an answer of this model under way.
+        """
+        return self._generator.sequence()
 
     def embed(self, prompt: Prompt) -> Floats:
         """Return what the decoder reads: float32 [T, H], features of pictures in their places.

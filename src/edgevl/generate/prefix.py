@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.engine.base import BatchedEngine, Engine, Floats
+from edgevl.engine.base import Engine, Floats
 from edgevl.preprocess import Picture, Prompt
 
 #: Features of this many tiles are kept, so that a picture is encoded once (1 MiB a tile for 1B).
@@ -58,19 +58,21 @@ class PrefixRunner:
     """Runs prompts through a sequence of an engine and reuses the longest cached prefix.
 
     Attributes:
-        engine: the sequence; nothing else may move its cache.
+        engine: what computes.
+        sequence: what it has read; who borrows it leaves it empty.
     """
 
     def __init__(self, engine: Engine, features: FeatureCache | None = None) -> None:
-        """Take charge of ``engine``; ``features`` is what its model's other sequences use too."""
+        """Make a sequence of ``engine``; ``features`` is what its other sequences use too."""
         self.engine = engine
+        self.sequence = engine.new_sequence()
         self._features = FeatureCache() if features is None else features
         self._cached: list[Key] = []
 
     def __len__(self) -> int:
         """Return the positions that can be reused."""
         # A call that was interrupted may have left the two lengths apart.
-        return min(len(self._cached), self.engine.length)
+        return min(len(self._cached), self.sequence.length)
 
     def match(self, keys: Sequence[Key]) -> int:
         """Return how many of ``keys``, from the first on, the cache holds."""
@@ -95,7 +97,7 @@ class PrefixRunner:
             if begin > start:
                 yield
             block = embeddings[begin - start : begin - start + size]
-            logits = self.engine.prefill(block, begin)
+            logits = self.engine.prefill(self.sequence, block)
             self._cached += keys[begin : begin + size]
         return Prefilled(logits, start)
 
@@ -104,25 +106,23 @@ class PrefixRunner:
         return drain(self._embed(prompt, 0))
 
     def decode(self, token_id: int) -> Floats:
-        """Append one token and return the logits after it, float32 [V]."""
-        logits = self.engine.decode(token_id)
-        self._cached.append(token_id)
-        return logits
+        """Append one token and return the logits after it, float32 [1, V]."""
+        return decode_together([self], [token_id])
 
-    def extend(self, token_ids: Sequence[int]) -> Floats:
+    def extend(self, token_ids: list[int]) -> Floats:
         """Append tokens and return the logits after each, float32 [T, V]."""
-        logits = self.engine.extend(token_ids)
+        logits = self.engine.extend(self.sequence, token_ids)
         self._cached.extend(token_ids)
         return logits
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` positions."""
-        self.engine.rewind(length)
+        self.sequence.rewind(length)
         del self._cached[length:]
 
     def share(self, other: PrefixRunner, length: int) -> None:
-        """Become the first ``length`` positions of another sequence of a `BatchedEngine`."""
-        _batched(self).share(_batched(other), length)
+        """Become the first ``length`` positions of another sequence of a batched engine."""
+        self.engine.share(self.sequence, other.sequence, length)
         self._cached = other._cached[:length]
 
     def _embed(self, prompt: Prompt, start: int) -> Generator[None, None, Floats]:
@@ -149,18 +149,12 @@ class PrefixRunner:
         return features
 
 
-def decode_together(runners: Sequence[PrefixRunner], token_ids: Sequence[int]) -> Floats:
-    """Append a token to each of B sequences of a `BatchedEngine`: -> logits float32 [B, V]."""
-    first, *others = map(_batched, runners)
-    logits = first.decode_batch(others, token_ids)
+def decode_together(runners: Sequence[PrefixRunner], token_ids: list[int]) -> Floats:
+    """Append a token to each of B sequences of an engine: -> logits float32 [B, V]."""
+    logits = runners[0].engine.decode([runner.sequence for runner in runners], token_ids)
     for runner, token_id in zip(runners, token_ids, strict=True):
         runner._cached.append(token_id)
     return logits
-
-
-def _batched(runner: PrefixRunner) -> BatchedEngine:
-    assert isinstance(runner.engine, BatchedEngine)
-    return runner.engine
 
 
 def prompt_keys(prompt: Prompt) -> list[Key]:

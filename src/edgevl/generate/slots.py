@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgevl.engine.base import BatchedEngine, Engine
+from edgevl.engine.base import Engine
 from edgevl.generate.prefix import FeatureCache, PrefixRunner, prompt_keys
 from edgevl.machine import this_machine
 from edgevl.preprocess import Prompt
@@ -30,7 +30,7 @@ class Slot(PrefixRunner):
 
 
 class Slots:
-    """Up to ``most`` sequences; more are made as they are needed, if the engine can.
+    """Up to ``most`` sequences; more are made as they are needed, if the engine is batched.
 
     A prompt goes to the sequence that begins like it, where not much else is lost with that.
     Otherwise an idle sequence takes over the part that any other has in common with it, in use or
@@ -38,11 +38,11 @@ class Slots:
     """
 
     def __init__(self, engine: Engine, most: int) -> None:
-        """Take charge of ``engine`` and of the sequences that are made of it."""
+        """Begin with one sequence of ``engine``."""
         self._features = FeatureCache()
         self._engine = engine
         self._slots = [Slot(engine, self._features)]
-        self.most = most if isinstance(engine, BatchedEngine) else 1
+        self.most = most if engine.batched else 1
         self._room = _room(engine)
         self._uses = 0
 
@@ -97,8 +97,7 @@ class Slots:
         if empty:
             return empty[0]
         if len(self._slots) < self.most:
-            assert isinstance(self._engine, BatchedEngine)
-            self._slots.append(Slot(self._engine.new_sequence(), self._features))
+            self._slots.append(Slot(self._engine, self._features))
             return self._slots[-1]
         others = [slot for slot in idle if slot is not source]
         return min(others or idle, key=lambda slot: slot.used)

@@ -61,7 +61,8 @@ def verify(
                         f"{made}: {part} of {name} is not what was written; is the disk damaged?"
                     )
         checkpoint.release()
-        logits = load_engine(checkpoint, cache=False).prefill(sample.embeddings, 0)
+        engine = load_engine(checkpoint, cache=False)
+        logits = engine.prefill(engine.new_sequence(), sample.embeddings)
     if not np.isfinite(logits).all():
         raise QuantizationError(f"{made}: its logits are not finite numbers")
     if expected is not None:
