@@ -267,7 +267,7 @@ def test_forced_answers_have_the_logits_of_generated_ones(model, question):
     ]
     chat = model.chat()
     prompt = chat.ask("What is this?", images=[image], max_tokens=1).usage.prompt_tokens
-    sequence = model._generator._runner.sequence
+    sequence = model._rounds.slots.first.sequence
     assert sequence.length in (prompt, prompt + 1)
     sequence.rewind(prompt)
     steps = [model.engine.decode([sequence], [i])[0].copy() for i in ids]

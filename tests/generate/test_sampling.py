@@ -464,9 +464,9 @@ def test_figures_are_greedy_whatever_the_checkpoint_says(with_generation, tmp_pa
     (tmp_path / "q.jsonl").write_text('{"image": "meter.png", "question": "?", "answer": "1"}\n')
     model = edgevl.load(with_generation(**QWEN3, repetition_penalty=2.0), engine="reference")
     seen = []
-    run = model._generator.run
+    run = model.run
     monkeypatch.setattr(
-        model._generator,
+        model,
         "run",
         lambda prompt, params, at: seen.append(params) or run(prompt, params, at),
     )

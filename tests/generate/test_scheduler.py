@@ -101,7 +101,7 @@ def test_answers_computed_together_are_those_of_one_by_one(scheduler, model, sam
     requests = [Request(scheduler, prompt, **sampling) for prompt in prompts]
     answers = [request.result() for request in requests]
     for prompt, request, answer in zip(prompts, requests, answers, strict=True):
-        alone = drain(model._generator.run(prompt, SamplingParams(**sampling), 0.0))
+        alone = drain(model.run(prompt, SamplingParams(**sampling), 0.0))
         assert answer.token_ids == alone.token_ids
         assert (answer.text, answer.finish_reason) == (alone.text, alone.finish_reason)
         assert answer.text == "".join(p for chunk in request.chunks for p in chunk.pieces)
@@ -119,12 +119,12 @@ def drain(pieces):
 
 
 def test_a_session_over_a_scheduler_is_one_over_a_model(scheduler, model):
-    def talk(generator):
-        session = Session(model.checkpoint, generator)
+    def talk(answerer):
+        session = Session(model.checkpoint, answerer)
         first = session.ask("What is this?", images=[picture_image(0)], max_tokens=6)
         return first, session.ask("And now?", max_tokens=6)
 
-    alone, together = talk(model._generator), talk(scheduler)
+    alone, together = talk(model), talk(scheduler)
     assert [a.token_ids for a in alone] == [a.token_ids for a in together]
     assert together[1].usage.cached_tokens >= together[0].usage.prompt_tokens
     assert together[1].timings.ttft_ms > 0
@@ -326,7 +326,7 @@ def test_answers_that_outgrow_the_memory_are_cut_off(scheduler, model, monkeypat
     monkeypatch.setattr("edgevl.generate.text.Detokenizer.finish", lambda self: "held back")
     idle, prompt = prompt_of(model, "word " * 20), prompt_of(model, "Go on")
     Request(scheduler, idle, max_tokens=1).result()
-    scheduler._slots._room = room = 4 * len(prompt.token_ids) + len(idle.token_ids)
+    scheduler._rounds.slots._room = room = 4 * len(prompt.token_ids) + len(idle.token_ids)
     requests = [Request(scheduler, prompt, **long_answer(seed=seed)) for seed in range(2)]
     cut = requests[0].result()
     assert cut.finish_reason == "length"
@@ -335,7 +335,7 @@ def test_answers_that_outgrow_the_memory_are_cut_off(scheduler, model, monkeypat
     # What is idle has given way first, and the other answer has the room of the one cut off.
     assert cut.usage.prompt_tokens + cut.usage.completion_tokens >= room / 2 - 2
     last = requests[1].result()
-    assert sum(map(len, scheduler._slots._slots)) <= room + 2
+    assert sum(map(len, scheduler._rounds.slots._slots)) <= room + 2
     assert last.usage.prompt_tokens + last.usage.completion_tokens >= room - 2
 
 

@@ -151,7 +151,7 @@ def test_answers_stay_the_same(model, extended, sampling):
 def test_the_cache_holds_exactly_the_answer(model, extended):
     first = model.ask(QUESTION, max_tokens=60)
     assert extended
-    kept = model._generator._runner.sequence
+    kept = model._rounds.slots.first.sequence
     # All but the last token, which was never computed.
     assert kept.length == first.usage.prompt_tokens + first.usage.completion_tokens - 1
     logits = np.array(model.engine.decode([kept], [first.token_ids[-1]])[0])

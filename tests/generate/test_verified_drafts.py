@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Engine, Sequence
-from edgevl.generate.decoding import AnswerGenerator
+from edgevl.generate import Model
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.speculation import PromptLookup
 from edgevl.preprocess import Prompt, PromptEncoder
@@ -77,12 +77,12 @@ def every_draft():
         yield
 
 
-def pieces_of(generator, prompt, said, max_tokens):
+def pieces_of(model, prompt, said, max_tokens):
     """Start the answer ``said`` to ``prompt``."""
     # What the model would say after its answer shows up if anything asks for it.
-    generator.engine.script = [*prompt, *said, *[NONSENSE] * 20]
+    model.engine.script = [*prompt, *said, *[NONSENSE] * 20]
     params = SamplingParams(max_tokens=max_tokens)
-    return generator.run(Prompt(np.array(prompt), ()), params, 0.0)
+    return model.run(Prompt(np.array(prompt), ()), params, 0.0)
 
 
 def answer_of(*args):
@@ -95,9 +95,9 @@ def answer_of(*args):
             return end.value, text
 
 
-def held(generator):
+def held(model):
     """Return the tokens in the cache."""
-    return generator.engine.cache[: generator._runner.sequence.length]
+    return model.engine.cache[: model._rounds.slots.first.sequence.length]
 
 
 # Few different tokens: drafts are frequent, and right or wrong at any place.
@@ -107,14 +107,14 @@ FEW = st.lists(st.integers(64, 66), min_size=1, max_size=40)
 @given(prompt=FEW, said=FEW, max_tokens=st.integers(1, 50), ends=st.integers(0, 40))
 def test_any_answer(prompts, stop, prompt, said, max_tokens, ends):
     prompt.insert(min(ends, len(prompt)), stop)  # so that drafts have it too
-    generator = AnswerGenerator(Scripted(), prompts, 0.0)
-    answer, text = answer_of(generator, prompt, [*said, stop], max_tokens)
+    model = Model(None, Scripted(), prompts)
+    answer, text = answer_of(model, prompt, [*said, stop], max_tokens)
     assert answer.token_ids == tuple(said[:max_tokens])
     assert answer.finish_reason == ("stop" if len(said) < max_tokens else "length")
     assert answer.text == text == prompts.tokenizer.decode(said[:max_tokens])
     # All but the last token have been computed, the drafts have been taken back.
     computed = len(said) if answer.finish_reason == "stop" else max_tokens - 1
-    assert held(generator) == [*prompt, *said[:computed]]
+    assert held(model) == [*prompt, *said[:computed]]
 
 
 TEXT = [*range(70, 90)]
@@ -122,36 +122,36 @@ TEXT = [*range(70, 90)]
 
 def test_the_end_of_the_turn_inside_a_draft(prompts, stop):
     prompt = [1, *TEXT, stop, 2, 3, 4, 5, 6, 1]
-    generator = AnswerGenerator(Scripted(), prompts, 0.0)
-    answer, _ = answer_of(generator, prompt, [*TEXT, stop], 100)
+    model = Model(None, Scripted(), prompts)
+    answer, _ = answer_of(model, prompt, [*TEXT, stop], 100)
     assert answer.finish_reason == "stop"
     assert list(answer.token_ids) == TEXT
-    assert any(stop in draft[1:-1] for draft in generator.engine.extended)
-    assert held(generator) == [*prompt, *TEXT]
+    assert any(stop in draft[1:-1] for draft in model.engine.extended)
+    assert held(model) == [*prompt, *TEXT]
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 21))
 def test_no_draft_goes_beyond_the_limit(prompts, max_tokens):
     prompt = [1, *TEXT, 2, 3, 1]
-    generator = AnswerGenerator(Scripted(), prompts, 0.0)
-    answer, _ = answer_of(generator, prompt, TEXT, max_tokens)
+    model = Model(None, Scripted(), prompts)
+    answer, _ = answer_of(model, prompt, TEXT, max_tokens)
     assert list(answer.token_ids) == TEXT[:max_tokens]
     assert answer.finish_reason == "length"
-    assert held(generator) == [*prompt, *TEXT][: len(prompt) + max_tokens - 1]
-    computed = sum(map(len, generator.engine.extended))
+    assert held(model) == [*prompt, *TEXT][: len(prompt) + max_tokens - 1]
+    computed = sum(map(len, model.engine.extended))
     assert computed <= max_tokens - 1
 
 
 @pytest.mark.parametrize("read", range(1, 20))
 def test_a_stream_that_is_closed_inside_a_draft(prompts, stop, read):
     prompt = [1, *TEXT, stop, 2, 3, 1]
-    generator = AnswerGenerator(Scripted(), prompts, 0.0)
-    with closing(pieces_of(generator, prompt, [*TEXT, stop], 100)) as pieces:
+    model = Model(None, Scripted(), prompts)
+    with closing(pieces_of(model, prompt, [*TEXT, stop], 100)) as pieces:
         for _ in range(read):
             next(pieces)
     # The next turn goes on from what was read, whatever the cache holds beyond.
     following = [*prompt, *TEXT[: read - 1], stop, 4, 5, *TEXT[:3]]
-    answer, _ = answer_of(generator, following, [*TEXT[3:], stop], 100)
+    answer, _ = answer_of(model, following, [*TEXT[3:], stop], 100)
     assert list(answer.token_ids) == TEXT[3:]
     assert answer.usage.cached_tokens == len(prompt) + read - 1
-    assert held(generator) == [*following, *TEXT[3:]]
+    assert held(model) == [*following, *TEXT[3:]]

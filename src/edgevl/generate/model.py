@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from edgevl.checkpoint import ModelDirectory
 from edgevl.engine import Engine, KVCacheFormat, Precision, base
 from edgevl.engine.base import Floats
+from edgevl.errors import ContextLengthError, EdgeVLError
 from edgevl.generate.answer import Answer
-from edgevl.generate.decoding import AnswerGenerator
+from edgevl.generate.generation import Generation
+from edgevl.generate.prefix import drain
+from edgevl.generate.rounds import Answering, Rounds
+from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.session import Session, Stream
+from edgevl.generate.text import Piece
+from edgevl.generate.token_mask import TokenMasks
 from edgevl.loading import load_engine, locate, open_model
 from edgevl.preprocess import Prompt, PromptEncoder, Tool
 from edgevl.preprocess.video import DEFAULT_FRAMES
+
+#: Tokens of a given answer whose logits are computed at once: 78 MB with 151,936 in the vocabulary.
+FORCED_BLOCK = 128
 
 
 def load(
@@ -84,7 +94,15 @@ class Model:
         self.engine = engine
         self.prompts = prompts
         self.load_ms = load_ms
-        self._generator = AnswerGenerator(engine, prompts, load_ms)
+        self._rounds: Rounds[Answering] = Rounds(engine, 1, whole_prompts=True)
+        self._masks = TokenMasks(prompts.tokenizer, prompts.stop_ids)
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of prompt and answer."""
+        return self.engine.max_context
 
     def ask(
         self,
@@ -134,7 +152,35 @@ class Model:
             max_tiles: most tiles a picture is cut into; default is the checkpoint's.
             tools: what the model may call; `edgevl.split_tool_calls` finds the calls in an answer.
         """
-        return Session(self.checkpoint, self._generator, system, thinking, max_tiles, tools)
+        return Session(self.checkpoint, self, system, thinking, max_tiles, tools)
+
+    def run(
+        self, prompt: Prompt, params: SamplingParams, started: float
+    ) -> Generator[Piece, None, Answer]:
+        """Yield an answer's text as it comes, and return the answer; `Session` asks this.
+
+        Another thread's answer is waited for.
+
+        Args:
+            prompt: what to answer; shorter than the context.
+            params: how.
+            started: ``time.perf_counter()`` when the question was asked.
+
+        Raises:
+            EdgeVLError: this thread has an answer of this model under way, which could never end.
+        """
+        with self._turn():
+            generation = Generation(
+                self.prompts, self._masks, prompt, params, self.max_context, started
+            )
+            begun = self._rounds.start(Answering(generation))
+            assert begun, "no other answer is under way"
+            while not generation.finish_reason:
+                for _, gain in self._rounds.step():
+                    if isinstance(gain, Exception):
+                        raise gain
+                    yield from gain.pieces
+            return generation.answer(self.load_ms)
 
     def score(self, prompt: Prompt, token_ids: Sequence[int]) -> Generator[Floats, None, None]:
         """Yield the logits with which a given answer would be generated (teacher forcing).
@@ -151,9 +197,20 @@ class Model:
             ContextLengthError: prompt and answer exceed the engine's context.
             EdgeVLError: this thread has an answer of this model under way.
         """
-        return self._generator.score(prompt, token_ids)
+        length = len(prompt.token_ids) + len(token_ids)
+        if length > self.max_context:
+            raise ContextLengthError(
+                f"prompt and answer are {length} tokens, but the context holds "
+                f"{self.max_context}: let answers be shorter, or use fewer tiles (max_tiles)"
+            )
+        with self._turn():
+            runner = self._rounds.slots.first
+            yield drain(runner.prefill(prompt)).logits[None]
+            for begin in range(0, len(token_ids), FORCED_BLOCK):
+                yield runner.extend(list(token_ids[begin : begin + FORCED_BLOCK]))
 
-    def sequence(self) -> AbstractContextManager[base.Sequence]:
+    @contextmanager
+    def sequence(self) -> Iterator[base.Sequence]:
         """Lend the sequence that answers are computed in, empty, for calls of `engine`.
 
         Other threads' answers wait meanwhile. When it is given back it is emptied.
@@ -161,11 +218,33 @@ class Model:
         Raises:
             EdgeVLError: this thread has an answer of this model under way.
         """
-        return self._generator.sequence()
+        with self._turn():
+            runner = self._rounds.slots.first
+            runner.truncate(0)
+            try:
+                yield runner.sequence
+            finally:
+                runner.truncate(0)
 
     def embed(self, prompt: Prompt) -> Floats:
         """Return what the decoder reads: float32 [T, H], features of pictures in their places.
 
-        Pictures that were asked about lately are not encoded again.
+        Pictures that were asked about lately are not encoded again. Not from between the pieces of
+        an answer that this thread has under way: it would wait for ever.
         """
-        return self._generator.embed(prompt)
+        with self._lock:
+            return self._rounds.slots.first.embed(prompt)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Have the engine to oneself; wait for other threads."""
+        thread = threading.get_ident()
+        if self._owner == thread:
+            raise EdgeVLError("an answer is still being streamed: read it to its end or close it")
+        with self._lock:
+            self._owner = thread
+            try:
+                self._rounds.clear()  # an answer may have been broken off
+                yield
+            finally:
+                self._owner = None

@@ -15,9 +15,8 @@ from edgevl.generate.constraint import Constraint
 from edgevl.generate.fair_queue import FairQueue
 from edgevl.generate.generation import Chunk, Generation
 from edgevl.generate.model import Model
-from edgevl.generate.prefix import decode_together
+from edgevl.generate.rounds import Answering, Rounds
 from edgevl.generate.sampling import SamplingParams
-from edgevl.generate.slots import Slot, Slots
 from edgevl.generate.text import Piece
 from edgevl.generate.token_mask import TokenMasks
 from edgevl.preprocess import Prompt
@@ -36,7 +35,7 @@ WAKE_S = 0.1
 LEAST_WAIT_S, MOST_WAIT_S = 1.0, 60.0
 
 
-class Request:
+class Request(Answering):
     """A request that waits or is being answered."""
 
     def __init__(
@@ -47,24 +46,16 @@ class Request:
         client: str,
     ) -> None:
         """Keep what belongs to a request; `Scheduler.submit` makes requests."""
-        self.generation = generation
+        super().__init__(generation)
         self.client = client
         self.cancelled = False
         self.begun = 0.0  # time: when it got its slot
-        self.latest_token = 0.0  # time
-        self.slot: Slot | None = None
-        self.prefill: Generator[None, None, Chunk] | None = None
         self._scheduler = scheduler
         self._deliver = deliver
 
     def cancel(self) -> None:
         """Stop computing within a token or a tile; from any thread, and more than once."""
         self._scheduler.cancel(self)
-
-    @property
-    def left(self) -> int:
-        """Tokens of the prompt that have not been computed."""
-        return len(self.generation.prompt.token_ids) - (0 if self.slot is None else len(self.slot))
 
     def deliver(self, event: Event) -> None:
         """Pass an event on; who cannot take it is gone."""
@@ -78,9 +69,7 @@ class Request:
 class Scheduler:
     """Answers many requests with one model, in a thread of its own.
 
-    A round computes one token of every answer under way, all of them together where the engine
-    can, and a tile or a chunk of one prompt. So answers go on while the next prompt is read. One
-    that is shorter than what is left of that prompt goes in between.
+    Clients take turns in a queue; the requests that have left it share `Rounds`.
 
     Attributes:
         model: the model; nothing else may use it.
@@ -102,11 +91,8 @@ class Scheduler:
         self.max_context = model.engine.max_context
         self.prompts = model.prompts
         self._masks = TokenMasks(model.prompts.tokenizer, model.prompts.stop_ids)
-        self._slots = Slots(model.engine, max_sequences)
+        self._rounds: Rounds[Request] = Rounds(model.engine, max_sequences)
         self._queue: FairQueue[Request] = FairQueue()
-        self._prefilling: list[Request] = []  # each shorter than what was left of the one before
-        self._rounds = 0
-        self._decoding: list[Request] = []
         self._mean_s = LEAST_WAIT_S
         self._closing = False
         self._changed = threading.Condition()
@@ -121,7 +107,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that are being computed."""
-        return len(self._decoding) + len(self._prefilling)
+        return len(self._rounds.under_way)
 
     @property
     def alive(self) -> bool:
@@ -228,7 +214,7 @@ class Scheduler:
                 "the server is shutting down: ask again later", "服务正在关闭，请稍后再试"
             )
         if self.waiting >= self.max_queue:
-            wait_s = self._mean_s * self.waiting / self._slots.most
+            wait_s = self._mean_s * self.waiting / self._rounds.slots.most
             raise QueueFullError(
                 f"{self.waiting} requests wait already: try again later",
                 min(max(wait_s, LEAST_WAIT_S), MOST_WAIT_S),
@@ -237,7 +223,7 @@ class Scheduler:
 
     def _all(self) -> list[Request]:
         with self._changed:
-            return [*self._prefilling, *self._decoding, *self._queue]
+            return [*self._rounds.under_way, *self._queue]
 
     def _work(self) -> None:
         while True:
@@ -246,104 +232,37 @@ class Scheduler:
                     if self._closing:
                         return
                     self._changed.wait()
-            self._drop_cancelled()
+            for request in self._rounds.under_way:
+                if request.cancelled:
+                    self._end(request)
             self._start_next()
-            if self._prefilling:
-                # The latest is the shortest; the oldest gets every other round, however many come.
-                self._rounds += 1
-                self._prefill(self._prefilling[0 if self._rounds % 2 else -1])
-            while self._decoding and self._slots.overgrown():
-                self._cut_one()
-            if self._decoding:
-                self._decode()
-
-    def _drop_cancelled(self) -> None:
-        for request in [*self._prefilling, *self._decoding]:
-            if request.cancelled:
-                self._end(request)
+            for request, gain in self._rounds.step():
+                if isinstance(gain, Exception):
+                    self._end(request, gain)
+                    continue
+                if gain.token_ids or gain.pieces:
+                    request.deliver(gain)
+                if request.generation.finish_reason:
+                    self._end(request)
 
     def _start_next(self) -> None:
-        """Give the next request a slot, if there is one."""
+        """Start the next request, if there is room for it."""
         with self._changed:
             if not self._queue:
                 return
             client, request = self._queue.get()
-            generation = request.generation
-            slot = None
-            if not self._prefilling or request.left < self._prefilling[-1].left:
-                try:
-                    slot = self._slots.take(generation.prompt, generation.most_tokens)
-                except Exception as error:  # there is no memory for a sequence
-                    self._end(request, error)
-                    return
-            if slot is None:
-                self._queue.put_back(client, request)
-                return
-            request.begun = time.perf_counter()
-            request.slot = slot
-            request.prefill = generation.prefill(slot, slot.engine.chunk)
-            self._prefilling.append(request)
-
-    def _prefill(self, request: Request) -> None:
-        """Compute a tile or a chunk of a prompt."""
-        assert request.prefill is not None
-        try:
-            next(request.prefill)
-        except StopIteration as stop:
-            self._prefilling.remove(request)
-            self._decoding.append(request)
-            self._pass_on(request, stop.value)
-        except Exception as error:
-            self._end(request, error)
-
-    def _decode(self) -> None:
-        """Compute a token of every answer; of one alone, more where a draft is right."""
-        requests = list(self._decoding)
-        begun = time.perf_counter()
-        try:
-            if len(requests) == 1:
-                (request,) = requests
-                waited_ms = 1000 * (begun - request.latest_token)
-                self._pass_on(request, request.generation.step(_slot(request), waited_ms))
-                return
-            logits = decode_together(
-                [_slot(request) for request in requests],
-                [request.generation.latest for request in requests],
-            )
-        except Exception as error:
-            for request in requests:
-                self._end(request, error)
-            return
-        now = time.perf_counter()
-        for request, row in zip(requests, logits, strict=True):
             try:
-                chunk = request.generation.take(row, 1000 * (now - request.latest_token))
-            except Exception as error:
+                if self._rounds.start(request):
+                    request.begun = time.perf_counter()
+                else:
+                    self._queue.put_back(client, request)
+            except Exception as error:  # there is no memory for a sequence
                 self._end(request, error)
-            else:
-                self._pass_on(request, chunk)
-
-    def _cut_one(self) -> None:
-        """End the answer that has grown most beyond what was reserved for it."""
-        request = max(self._decoding, key=lambda each: len(_slot(each)) - _slot(each).reserved)
-        self._pass_on(request, request.generation.cut())
-
-    def _pass_on(self, request: Request, chunk: Chunk) -> None:
-        request.latest_token = time.perf_counter()
-        if chunk.token_ids or chunk.pieces:
-            request.deliver(chunk)
-        if request.generation.finish_reason:
-            self._end(request)
 
     def _end(self, request: Request, error: Exception | None = None) -> None:
-        """Give the slot back and deliver the last event."""
-        for under_way in (self._prefilling, self._decoding):
-            if request in under_way:
-                under_way.remove(request)
-        if request.prefill is not None:
-            request.prefill.close()
-        if request.slot is not None:
-            self._slots.release(request.slot)
+        """Stop computing it and deliver the last event."""
+        self._rounds.end(request)
+        if request.begun:
             duration_s = time.perf_counter() - request.begun
             self._mean_s += LATEST * (duration_s - self._mean_s)
         if error is None:
@@ -354,8 +273,3 @@ class Scheduler:
             if not isinstance(error, EdgeVLError):
                 log.error("an answer failed", exc_info=error)
             request.deliver(error)
-
-
-def _slot(request: Request) -> Slot:
-    assert request.slot is not None
-    return request.slot

@@ -27,7 +27,7 @@ from edgevl.preprocess.video import DEFAULT_FRAMES
 
 
 class Answerer(Protocol):
-    """What answers prompts: an `AnswerGenerator` for one at a time, a `Scheduler` for many."""
+    """What answers prompts: a `Model` one at a time, a `Scheduler` many."""
 
     @property
     def prompts(self) -> PromptEncoder:

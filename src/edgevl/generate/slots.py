@@ -38,13 +38,18 @@ class Slots:
     """
 
     def __init__(self, engine: Engine, most: int) -> None:
-        """Begin with one sequence of ``engine``."""
+        """Begin without any: an NPU has but one sequence, and others may use it first."""
         self._features = FeatureCache()
         self._engine = engine
-        self._slots = [Slot(engine, self._features)]
+        self._slots: list[Slot] = []
         self.most = most if engine.batched else 1
         self._room = _room(engine)
         self._uses = 0
+
+    @property
+    def first(self) -> Slot:
+        """The first slot, whether it is taken or not."""
+        return self._slots[0] if self._slots else self._new()
 
     def take(self, prompt: Prompt, most_tokens: int) -> Slot | None:
         """Return a slot for a prompt, or None if all are taken or the memory is.
@@ -56,6 +61,8 @@ class Slots:
         idle = [slot for slot in self._slots if not slot.reserved]
         if not idle and len(self._slots) == self.most:
             return None
+        if not self._slots:
+            idle = [self._new()]
         needed = min(most_tokens, len(prompt.token_ids) + RESERVED_TOKENS)
         taken = self._taken()
         if taken and taken + needed > self._room:
@@ -81,8 +88,15 @@ class Slots:
         slot.reserved = 0
         self._mark(slot)
 
+    def release_all(self) -> None:
+        """Make all slots idle."""
+        for slot in self._slots:
+            slot.reserved = 0
+
     def overgrown(self) -> bool:
         """Make room for what answers have grown by; tell whether they alone take too much."""
+        if len(self._slots) == 1:  # there is room for a whole context
+            return False
         taken = self._taken()
         self._evict(taken)
         return taken > self._room
@@ -97,10 +111,13 @@ class Slots:
         if empty:
             return empty[0]
         if len(self._slots) < self.most:
-            self._slots.append(Slot(self._engine, self._features))
-            return self._slots[-1]
+            return self._new()
         others = [slot for slot in idle if slot is not source]
         return min(others or idle, key=lambda slot: slot.used)
+
+    def _new(self) -> Slot:
+        self._slots.append(Slot(self._engine, self._features))
+        return self._slots[-1]
 
     def _evict(self, taken: int) -> None:
         """Empty the slots that were idle longest until all that is held fits in the memory."""

@@ -1,0 +1,98 @@
+"""Rounds, gone through by hand: whose turn it is, and what an interrupt leaves."""
+
+import pytest
+
+import edgevl
+from edgevl.errors import EdgeVLError
+from edgevl.generate.generation import Generation
+from edgevl.generate.rounds import Answering, Rounds
+from edgevl.generate.sampling import SamplingParams
+from edgevl.generate.token_mask import TokenMasks
+from edgevl.preprocess import Message
+
+
+@pytest.fixture
+def model(mini_checkpoint, monkeypatch):
+    model = edgevl.load(mini_checkpoint("mini-qwen3", "internvl_chat"), threads=1)
+    monkeypatch.setattr(model.prompts, "stop_ids", frozenset())
+    model.engine.chunk = 8
+    return model
+
+
+def answering(model, text, **sampling):
+    prompt = model.prompts.encode([Message.user(text)])
+    masks = TokenMasks(model.prompts.tokenizer, model.prompts.stop_ids)
+    params = SamplingParams(**sampling)
+    return Answering(
+        Generation(model.prompts, masks, prompt, params, model.max_context, started=0.0)
+    )
+
+
+def gains(rounds):
+    """Go through a round: which answers gained something."""
+    return [answer for answer, _ in rounds.step()]
+
+
+def test_answers_go_on_while_a_prompt_is_read(model):
+    rounds = Rounds(model.engine, 2)
+    first = answering(model, "Go on", max_tokens=10**6)
+    assert rounds.start(first)
+    while not gains(rounds):
+        pass
+    second = answering(model, "word " * 30, max_tokens=10**6)
+    assert rounds.start(second)
+    length = second.left
+    chunks = -(-length // 8)
+    for chunk in range(1, chunks):
+        assert gains(rounds) == [first]
+        assert second.left == length - 8 * chunk
+    assert gains(rounds) == [second, first, second]  # its first token, then one of each
+    assert gains(rounds) == [first, second]
+    rounds.end(first)
+    assert gains(rounds) == [second]
+
+
+def test_a_whole_prompt_is_one_round(model):
+    rounds = Rounds(model.engine, 1, whole_prompts=True)
+    only = answering(model, "word " * 30, max_tokens=3)
+    assert rounds.start(only)
+    assert not rounds.start(answering(model, "x"))
+    assert gains(rounds) == [only, only]
+    assert gains(rounds) == [only]
+    assert only.generation.finish_reason == "length"
+    assert rounds.under_way == []
+    expected = model.ask("word " * 30, max_tokens=3)
+    assert only.generation.answer(0).token_ids == expected.token_ids
+
+
+def test_an_answer_that_fails_has_ended(model, monkeypatch):
+    rounds = Rounds(model.engine, 2)
+    both = [answering(model, "Go on"), answering(model, "x")]
+    for answer in both:
+        assert rounds.start(answer)
+    while len(set(gains(rounds))) < 2:  # both decode
+        pass
+
+    def fail(*_):
+        raise EdgeVLError("no")
+
+    monkeypatch.setattr(model.engine, "decode", fail)
+    assert sorted(str(error) for _, error in rounds.step()) == ["no", "no"]
+    assert rounds.under_way == []
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupt_where_a_slot_is_taken_or_released_harms_nothing(model, monkeypatch, at):
+    expected = model.ask("Go on", max_tokens=4).token_ids
+    marked = []
+
+    def mark(slot):
+        marked.append(slot)
+        if len(marked) == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model._rounds.slots, "_mark", mark)
+        with pytest.raises(KeyboardInterrupt):
+            model.ask("Go on", max_tokens=4)
+    assert model.ask("Go on", max_tokens=4).token_ids == expected
