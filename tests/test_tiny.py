@@ -20,10 +20,10 @@ LEAST_ACCURACY = {
     "display": 0.96,
     "label": 0.96,
     "handwriting": 0.93,
-    "words": 0.96,
+    "words": 0.95,
     "shape_name": 0.97,
-    "shape_count": 0.95,
-    "shape_locate": 0.93,
+    "shape_count": 0.93,
+    "shape_locate": 0.95,
 }
 
 
@@ -58,14 +58,14 @@ def test_held_out_accuracy(families, family):
 
 #: The same of answers that must be JSON of a schema, or are asked to be JSON.
 LEAST_JSON_ACCURACY = {
-    "json_number": 0.92,
+    "json_number": 0.87,
     "json_word": 0.95,
     "json_new_keys": 0.95,
-    "json_asked": 0.82,
-    "json_place": 0.92,
-    "json_shape": 0.8,
-    "json_count": 0.62,
-    "json_list": 0.47,
+    "json_asked": 0.92,
+    "json_place": 0.95,
+    "json_shape": 0.95,
+    "json_count": 0.87,
+    "json_list": 0.92,
 }
 
 
@@ -83,6 +83,10 @@ def test_the_json_families_are_those(json_families):
 @pytest.mark.parametrize("family", LEAST_JSON_ACCURACY)
 def test_held_out_accuracy_as_json(json_families, family):
     assert json_families[family] >= LEAST_JSON_ACCURACY[family]
+
+
+def test_most_is_right_as_json(json_families):
+    assert sum(json_families.values()) / len(json_families) >= 0.945
 
 
 SCHEMAS = {
