@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -281,14 +282,15 @@ def test_too_few_samples(model, tmp_path):
 def test_fewer_tokens_than_inputs(model, calibration, monkeypatch):
     tokens = sum(len(sample.token_ids) for sample in calibration.samples)
     assert widest_inputs(model.checkpoint) == 384
-    monkeypatch.setattr(f"{notes_on_size.__module__}.widest_inputs", lambda checkpoint: tokens + 1)
+    module = sys.modules[notes_on_size.__module__]  # whose name is also its function's
+    monkeypatch.setattr(module, "widest_inputs", lambda checkpoint: tokens + 1)
     message = rf"samples is 8: they have {tokens} tokens, fewer than the {tokens + 1} inputs of"
     with pytest.raises(QuantizationError, match=message + r".* at least 9"):
         notes_on_size(calibration.samples, model.checkpoint)
-    monkeypatch.setattr(f"{notes_on_size.__module__}.widest_inputs", lambda checkpoint: tokens // 2)
+    monkeypatch.setattr(module, "widest_inputs", lambda checkpoint: tokens // 2)
     (note,) = notes_on_size(calibration.samples, model.checkpoint)
     assert f"{tokens} tokens" in note
-    monkeypatch.setattr(f"{notes_on_size.__module__}.widest_inputs", lambda checkpoint: tokens // 4)
+    monkeypatch.setattr(module, "widest_inputs", lambda checkpoint: tokens // 4)
     assert notes_on_size(calibration.samples, model.checkpoint) == []
 
 
