@@ -203,7 +203,8 @@ def test_parts_can_be_left_as_they_are(quantizable_checkpoint, tmp_path, text, v
 def test_rounding_to_nearest_needs_few_samples_and_tokens(
     quantizable_checkpoint, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("edgevl.quantize.calibration.collect.widest_inputs", lambda _: 10**9)
+    module = sys.modules["edgevl.quantize.calibration.collect"]  # whose name is also its function's
+    monkeypatch.setattr(module, "widest_inputs", lambda _: 10**9)
     settings = QuantizationSettings(method="rtn", group_size=32)
     report = quantize_checkpoint(quantizable_checkpoint(), tmp_path / "out", settings)
     assert report["calibration"]["samples"] == 16
