@@ -203,7 +203,7 @@ def test_all_biases_and_stored_types(tmp_path, team):
 def test_the_int4_head_is_exact_for_the_best(checkpoint, precision, team):
     dequantized = Dequantized(checkpoint, precision, team)
     rounded = RoundedReference(dequantized)
-    weight = checkpoint.tensor(head_weight(checkpoint.config))
+    weight = checkpoint.tensor(head_weight(checkpoint.config.text))
     model = CpuEngine(checkpoint, precision=precision, threads=3)
     best_shares, other_shares = [], []
     for seed, length in enumerate(LENGTHS):
@@ -449,7 +449,8 @@ def test_weights_cut_short_after_loading(mini_checkpoint, preset, tmp_path, dtyp
     whole = path.read_bytes()
     with Checkpoint.open(directory) as checkpoint:
         model = CpuEngine(checkpoint, precision="int4", threads=3)
-        places = [checkpoint.place(EMBEDDING), checkpoint.place(head_weight(checkpoint.config))]
+        head = head_weight(checkpoint.config.text)
+        places = [checkpoint.place(EMBEDDING), checkpoint.place(head)]
         ids = random_ids(checkpoint, 12)
     engine, undisturbed = OneSequence(model), OneSequence(model)
     embeddings = engine.embed(ids)

@@ -128,9 +128,9 @@ def vision_layers(config: ModelConfig) -> int:
     return range(config.vision.num_hidden_layers + 1)[config.select_layer]
 
 
-def head_weight(config: ModelConfig) -> str:
+def head_weight(text: TextConfig) -> str:
     """Return the name of the output layer's weight: that of the embedding where they are tied."""
-    return EMBEDDING if config.text.tie_word_embeddings else LM_HEAD
+    return EMBEDDING if text.tie_word_embeddings else LM_HEAD
 
 
 def vision_components(config: ModelConfig, layers: int | None = None) -> list[Component]:
@@ -188,8 +188,7 @@ def text_components(text: TextConfig) -> list[Component]:
     components: list[Component] = []
     for index in range(text.num_hidden_layers):
         components += text_layer(text, f"{TEXT}layers.{index}.", f"layers.{index}.")
-    tied = text.tie_word_embeddings
-    head = (EMBEDDING if tied else LM_HEAD).removesuffix(".weight")
+    head = head_weight(text).removesuffix(".weight")
     return [
         *components,
         Vector("norm", TEXT + "norm.weight", (text.hidden_size,)),

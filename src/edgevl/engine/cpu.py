@@ -293,7 +293,7 @@ def stored_tensors(checkpoint: Checkpoint, plan: PackingPlan) -> dict[str, _nati
     text = text_vectors(checkpoint)
     text["embedding"] = stored_rows(checkpoint, EMBEDDING)
     if plan.exact_head:
-        text["head_exact"] = stored_rows(checkpoint, head_weight(checkpoint.config))
+        text["head_exact"] = stored_rows(checkpoint, head_weight(checkpoint.config.text))
     return {"text": text, "vision": vision_vectors(checkpoint)}
 
 
