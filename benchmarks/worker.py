@@ -115,10 +115,10 @@ def main() -> None:
     if mode == "probe":
         from edgevl import _native
 
-        team = _native.Team(int(arguments[0]))
+        pool = _native.ThreadPool(int(arguments[0]))
 
         def probe() -> tuple[float, float]:
-            return _native.read_bandwidth(team, READ_BYTES), _native.int8_rate(team)
+            return _native.read_bandwidth(pool, READ_BYTES), _native.int8_rate(pool)
 
         serve({"probe": probe}, results)
         return

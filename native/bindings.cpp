@@ -25,7 +25,7 @@
 #include "model/pack.h"
 #include "model/rows.h"
 #include "model/vision.h"
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 namespace nb = nanobind;
 
@@ -292,22 +292,22 @@ VisionWeights vision_weights(Source& source, const VisionConfig& config) {
 template <class Model>
 struct Held {
   Held(Source source, nb::object held_team, const std::string& isa)
-      : team(std::move(held_team)),
-        model(make(source, nb::cast<Team&>(team), kernels(isa))),
+      : pool(std::move(held_team)),
+        model(make(source, nb::cast<ThreadPool&>(pool), kernels(isa))),
         arrays(source.take_arrays()) {}
 
-  static std::unique_ptr<Model> make(Source& source, Team& team, const Kernels& kernels) {
+  static std::unique_ptr<Model> make(Source& source, ThreadPool& pool, const Kernels& kernels) {
     if constexpr (std::is_same_v<Model, Decoder>) {
       const auto config = decoder_config(source);
       check(config);
-      return std::make_unique<Decoder>(config, decoder_weights(source, config), team, kernels);
+      return std::make_unique<Decoder>(config, decoder_weights(source, config), pool, kernels);
     } else {
       const auto config = vision_config(source);
-      return std::make_unique<VisionEncoder>(config, vision_weights(source, config), team, kernels);
+      return std::make_unique<VisionEncoder>(config, vision_weights(source, config), pool, kernels);
     }
   }
 
-  nb::object team;
+  nb::object pool;
   std::unique_ptr<Model> model;
   std::vector<Array> arrays;
 };
@@ -423,15 +423,15 @@ std::pair<Matrix, std::uint8_t*> target(Format format, int cols, int group,
 using Bytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig>;
 
 void pack_plain(const std::string& format, const Array& weight, const std::string& dtype, int group,
-                Bytes out, int first_panel, int panel_step, Team& team) {
+                Bytes out, int first_panel, int panel_step, ThreadPool& pool) {
   const PlainMatrix source = plain_matrix(dtype, weight, "weight");
   const auto [matrix, address] = target(parse_format(format), source.cols, group, out);
   nb::gil_scoped_release release;
-  pack(source, matrix, address, {first_panel, panel_step}, team);
+  pack(source, matrix, address, {first_panel, panel_step}, pool);
 }
 
 void pack_gptq(const Array& qweight, const Array& scales, int group, Bytes out, int first_panel,
-               int panel_step, Team& team) {
+               int panel_step, ThreadPool& pool) {
   GptqMatrix source;
   source.words = reinterpret_cast<const std::uint32_t*>(data<std::int32_t>(qweight, "qweight", 2));
   if (qweight.shape(0) > 1 << 21) fail("qweight is too large");
@@ -449,7 +449,7 @@ void pack_gptq(const Array& qweight, const Array& scales, int group, Bytes out, 
          "]");
   }
   nb::gil_scoped_release release;
-  pack(source, matrix, address, {first_panel, panel_step}, team);
+  pack(source, matrix, address, {first_panel, panel_step}, pool);
 }
 
 Floats unpack_matrix(const std::string& format, const Array& bytes, int rows, int cols, int group) {
@@ -462,7 +462,7 @@ Floats unpack_matrix(const std::string& format, const Array& bytes, int rows, in
 }
 
 /// Memory to read from is kept between calls, so that they measure no page faults.
-double measure_bandwidth(Team& team, std::size_t bytes, const std::string& isa) {
+double measure_bandwidth(ThreadPool& pool, std::size_t bytes, const std::string& isa) {
   static std::mutex mutex;
   static Buffer<std::uint8_t> memory;
   const Kernels& table = kernels(isa);
@@ -474,13 +474,13 @@ double measure_bandwidth(Team& team, std::size_t bytes, const std::string& isa) 
     memory = Buffer<std::uint8_t>(bytes);
     std::fill_n(memory.data(), bytes, std::uint8_t{1});  // pages that are not all the zero page
   }
-  return read_bandwidth(team, table, memory);
+  return read_bandwidth(pool, table, memory);
 }
 
-double measure_int8_rate(Team& team, const std::string& isa) {
+double measure_int8_rate(ThreadPool& pool, const std::string& isa) {
   const Kernels& table = kernels(isa);
   nb::gil_scoped_release release;
-  return int8_rate(team, table);
+  return int8_rate(pool, table);
 }
 
 /// A file's errors become OSError(errno, reason, file).
@@ -505,7 +505,9 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // what is still referenced when the interpreter exits is no leak
 
   m.def("instruction_sets", &instruction_sets);
-  nb::class_<Team>(m, "Team").def(nb::init<int>(), "threads"_a).def_prop_ro("size", &Team::size);
+  nb::class_<ThreadPool>(m, "ThreadPool")
+      .def(nb::init<int>(), "threads"_a)
+      .def_prop_ro("size", &ThreadPool::size);
 
   m.def(
       "padded_cols",
@@ -520,9 +522,9 @@ NB_MODULE(_native, m) {
       },
       "format"_a, "rows"_a, "cols"_a, "group"_a);
   m.def("pack", &pack_plain, "format"_a, "weight"_a, "dtype"_a, "group"_a, "out"_a.noconvert(),
-        "first_panel"_a, "panel_step"_a, "team"_a);
+        "first_panel"_a, "panel_step"_a, "pool"_a);
   m.def("pack_gptq", &pack_gptq, "qweight"_a, "scales"_a, "group"_a, "out"_a.noconvert(),
-        "first_panel"_a, "panel_step"_a, "team"_a);
+        "first_panel"_a, "panel_step"_a, "pool"_a);
   m.def("unpack", &unpack_matrix, "format"_a, "data"_a, "rows"_a, "cols"_a, "group"_a);
 
   nb::class_<Sequence>(m, "Cache")
@@ -532,12 +534,12 @@ NB_MODULE(_native, m) {
   nb::class_<HeldDecoder>(m, "Decoder")
       .def(
           "__init__",
-          [](HeldDecoder* self, nb::dict config, nb::dict tensors, nb::object team,
+          [](HeldDecoder* self, nb::dict config, nb::dict tensors, nb::object pool,
              const std::string& isa) {
-            if (!nb::isinstance<Team>(team)) fail("team is not a Team");
-            new (self) HeldDecoder(Source(config, tensors), team, isa);
+            if (!nb::isinstance<ThreadPool>(pool)) fail("pool is not a ThreadPool");
+            new (self) HeldDecoder(Source(config, tensors), pool, isa);
           },
-          "config"_a, "tensors"_a, "team"_a, "isa"_a = "")
+          "config"_a, "tensors"_a, "pool"_a, "isa"_a = "")
       .def(
           "new_cache", [](HeldDecoder& self) { return self.model->new_sequence().release(); },
           nb::rv_policy::take_ownership)
@@ -555,14 +557,14 @@ NB_MODULE(_native, m) {
   nb::class_<HeldVision>(m, "VisionEncoder")
       .def(
           "__init__",
-          [](HeldVision* self, nb::dict config, nb::dict tensors, nb::object team,
+          [](HeldVision* self, nb::dict config, nb::dict tensors, nb::object pool,
              const std::string& isa) {
-            if (!nb::isinstance<Team>(team)) fail("team is not a Team");
-            new (self) HeldVision(Source(config, tensors), team, isa);
+            if (!nb::isinstance<ThreadPool>(pool)) fail("pool is not a ThreadPool");
+            new (self) HeldVision(Source(config, tensors), pool, isa);
           },
-          "config"_a, "tensors"_a, "team"_a, "isa"_a = "")
+          "config"_a, "tensors"_a, "pool"_a, "isa"_a = "")
       .def("encode", &encode, "pixels"_a);
 
-  m.def("read_bandwidth", &measure_bandwidth, "team"_a, "bytes"_a, "isa"_a = "");
-  m.def("int8_rate", &measure_int8_rate, "team"_a, "isa"_a = "");
+  m.def("read_bandwidth", &measure_bandwidth, "pool"_a, "bytes"_a, "isa"_a = "");
+  m.def("int8_rate", &measure_int8_rate, "pool"_a, "isa"_a = "");
 }

@@ -74,16 +74,16 @@ Attended read_mask(const LayerTensors& t) {
 /// One run, with its buffers.
 class Layer::Run {
  public:
-  Run(const Layer& layer, const LayerTensors& tensors, Team& team, const Kernels& kernels)
+  Run(const Layer& layer, const LayerTensors& tensors, ThreadPool& pool, const Kernels& kernels)
       : c_(layer.config_),
         w_(layer.weights_),
         inverse_frequencies_(layer.inverse_frequencies_),
         t_(tensors),
-        team_(team),
+        pool_(pool),
         kernels_(kernels),
         width_(c_.num_key_value_heads * c_.head_dim),
         attended_(read_mask(tensors)),
-        products_(kernels, team.size(), tensors.tokens),
+        gemm_(kernels, pool.size(), tensors.tokens),
         x_(tensors.tokens, c_.hidden_size),
         qkv_(tensors.tokens, c_.qkv_rows()),
         angles_(tensors.tokens, c_.head_dim),
@@ -94,33 +94,33 @@ class Layer::Run {
     check_overlap(t_.values, t_.values_out, "V_cache_out");
     const int visible = static_cast<int>(attended_.columns.size());
     cache_.reserve(visible);
-    for (int i = 0; i < team.size(); ++i) {
+    for (int i = 0; i < pool.size(); ++i) {
       scratch_.emplace_back(attention_scratch(kernels.token_block, visible));
       row_.emplace_back(c_.head_dim);
     }
-    for (const Linear* linear : {&w_.qkv, &w_.o, &w_.gate_up}) products_.fit(linear->matrix);
-    products_.fit_second(w_.down.matrix);
+    for (const Linear* linear : {&w_.qkv, &w_.o, &w_.gate_up}) gemm_.fit(linear->matrix);
+    gemm_.fit_second(w_.down.matrix);
   }
 
   void operator()() {
-    team_.run([&](Member& member) {
+    pool_.run([&](Worker& worker) {
       const int heads = c_.num_key_value_heads, inner = c_.num_attention_heads * c_.head_dim;
       const Norm input_norm{w_.input_norm, nullptr, c_.rms_norm_eps};
       const Norm post_norm{w_.post_norm, nullptr, c_.rms_norm_eps};
-      const Output add{Finish::Kind::kAdd, x_.row(0), x_.stride(), c_.hidden_size};
-      member.each(t_.tokens, [&](int i) {
+      const Output add{Epilogue::Kind::kAdd, x_.row(0), x_.stride(), c_.hidden_size};
+      worker.each(t_.tokens, [&](int i) {
         widen(t_.input + static_cast<std::size_t>(i) * c_.hidden_size, c_.hidden_size, x_.row(i));
       });
-      products_.run(member, w_.qkv, {x_.row(0), x_.stride(), t_.tokens, c_.hidden_size, input_norm},
-                    {Finish::Kind::kStore, qkv_.row(0), qkv_.stride(), c_.qkv_rows()});
-      member.each(t_.tokens, [&](int i) { place(i); });
+      gemm_.run(worker, w_.qkv, {x_.row(0), x_.stride(), t_.tokens, c_.hidden_size, input_norm},
+                {Epilogue::Kind::kStore, qkv_.row(0), qkv_.stride(), c_.qkv_rows()});
+      worker.each(t_.tokens, [&](int i) { place(i); });
       // History is read before anything is written, which may lie among it.
-      member.each(heads, [&](int head) { fill_cache(row_[member.rank()].data(), head); });
-      member.each(heads, [&](int head) { attend(scratch_[member.rank()].data(), head); });
-      products_.run(member, w_.o, {mixed_.row(0), mixed_.stride(), t_.tokens, inner}, add);
-      products_.run(member, {w_.gate_up, Finish::Kind::kSwiglu, w_.down, c_.intermediate_size},
-                    {x_.row(0), x_.stride(), t_.tokens, c_.hidden_size, post_norm}, add);
-      member.each(t_.tokens, [&](int i) { write(i); });
+      worker.each(heads, [&](int head) { fill_cache(row_[worker.rank()].data(), head); });
+      worker.each(heads, [&](int head) { attend(scratch_[worker.rank()].data(), head); });
+      gemm_.run(worker, w_.o, {mixed_.row(0), mixed_.stride(), t_.tokens, inner}, add);
+      gemm_.run(worker, {w_.gate_up, Epilogue::Kind::kSwiglu, w_.down, c_.intermediate_size},
+                {x_.row(0), x_.stride(), t_.tokens, c_.hidden_size, post_norm}, add);
+      worker.each(t_.tokens, [&](int i) { write(i); });
     });
   }
 
@@ -228,18 +228,18 @@ class Layer::Run {
   const DecoderLayer& w_;
   const float* inverse_frequencies_;
   const LayerTensors& t_;
-  Team& team_;
+  ThreadPool& pool_;
   const Kernels& kernels_;
   const int width_;
   const Attended attended_;
 
-  Products products_;
+  Gemm gemm_;
   Activations x_;       ///< [T, hidden_size]
   Activations qkv_;     ///< [T, qkv_rows]
   Activations angles_;  ///< [T, head_dim], cosines and sines
   Activations mixed_;   ///< [T, heads * head_dim]
   Cache cache_;
-  std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
+  std::vector<Buffer<float>> scratch_;  ///< for each worker, of attention
   std::vector<Buffer<float>> row_;      ///< likewise, [head_dim]
 };
 
@@ -254,8 +254,8 @@ Layer::Layer(const DecoderConfig& config, const DecoderLayer& weights,
   check_matrix(weights.down, "down", c.hidden_size, c.intermediate_size);
 }
 
-void Layer::run(const LayerTensors& tensors, Team& team, const Kernels& kernels) const {
-  Run(*this, tensors, team, kernels)();
+void Layer::run(const LayerTensors& tensors, ThreadPool& pool, const Kernels& kernels) const {
+  Run(*this, tensors, pool, kernels)();
 }
 
 }  // namespace edgevl::emulator

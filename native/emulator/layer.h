@@ -7,7 +7,7 @@
 
 #include "kernels/kernels.h"
 #include "model/decoder.h"
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 namespace edgevl::emulator {
 
@@ -40,7 +40,7 @@ class Layer {
 
   /// Throws Problem for a mask that is not causal, a position that is too large, and outputs that
   /// lie where keys or values are that are attended to.
-  void run(const LayerTensors& tensors, Team& team, const Kernels& kernels) const;
+  void run(const LayerTensors& tensors, ThreadPool& pool, const Kernels& kernels) const;
 
  private:
   class Run;

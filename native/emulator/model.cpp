@@ -21,9 +21,9 @@ constexpr std::uint64_t kAlignment = 128;
 constexpr std::chrono::microseconds kLateness{300};
 
 /// The threads that take the NPU's place.
-Team& team() {
-  static Team team(Board::get().settings().threads);
-  return team;
+ThreadPool& pool() {
+  static ThreadPool pool(Board::get().settings().threads);
+  return pool;
 }
 
 /// Weights that are computed with outlive the caller's.
@@ -115,7 +115,7 @@ void wait_until(Clock::time_point end) {
 Model::Model(std::span<const std::uint8_t> data) try
     : data_(copy(data)),
       file_(data_.data() ? std::span<const std::uint8_t>(data_.data(), data.size()) : data) {
-  program_ = make_program(file_, team());
+  program_ = make_program(file_, pool());
   if (!Board::get().settings().compute) program_.reset();
   std::this_thread::sleep_for(Board::get().settings().load);
   Board::get().take_weights(file_.weight_bytes());
@@ -150,7 +150,7 @@ void Model::run(std::size_t index, std::span<const Place> inputs, std::span<cons
   static std::mutex npu;  // there is one
   std::lock_guard lock(npu);
   if (program_) {
-    program_->run(group, views(group.inputs, inputs), views(group.outputs, outputs), team());
+    program_->run(group, views(group.inputs, inputs), views(group.outputs, outputs), pool());
   }
   if (board.settings().timing) wait_until(start + npu_time);
 }

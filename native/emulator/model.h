@@ -10,7 +10,7 @@
 #include "emulator/export.h"
 #include "emulator/model_file.h"
 #include "model/buffer.h"
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 namespace edgevl::emulator {
 
@@ -28,12 +28,12 @@ class Program {
 
   /// Computes outputs from inputs, each with the size that the group says. Throws Problem.
   virtual void run(const Group& group, std::span<std::uint8_t* const> inputs,
-                   std::span<std::uint8_t* const> outputs, Team& team) = 0;
+                   std::span<std::uint8_t* const> outputs, ThreadPool& pool) = 0;
 };
 
 /// Makes the program of a file, which it keeps pointing into. Throws Problem, or
 /// std::invalid_argument, for sizes that do not agree.
-std::unique_ptr<Program> make_program(const ModelFile& file, Team& team);
+std::unique_ptr<Program> make_program(const ModelFile& file, ThreadPool& pool);
 
 class EDGEVL_EXPORT Model {
  public:

@@ -55,7 +55,7 @@ class LayerProgram : public Program {
     for (const auto& group : file.groups()) check_group(group, config(file));
   }
 
-  void run(const Group& group, Views in, Views out, Team& team) override {
+  void run(const Group& group, Views in, Views out, ThreadPool& pool) override {
     LayerTensors t;
     t.tokens = group.inputs[3].shape[1];
     t.history = group.inputs[4].shape[2] - t.tokens;
@@ -67,7 +67,7 @@ class LayerProgram : public Program {
     t.keys_out = as<std::uint16_t>(out[0]);
     t.values_out = as<std::uint16_t>(out[1]);
     t.output = as<std::uint16_t>(out[2]);
-    layer_.run(t, team, kernels());
+    layer_.run(t, pool, kernels());
   }
 
  private:
@@ -128,22 +128,21 @@ class LayerProgram : public Program {
 /// probabilities among all tokens.
 class PostProgram : public Program {
  public:
-  PostProgram(const ModelFile& file, Team& team)
+  PostProgram(const ModelFile& file, ThreadPool& pool)
       : hidden_(file.integer("hidden_size")),
         vocabulary_(file.integer("vocab_size")),
         linear_(head_linear(file)),
-        head_(kernels(), norm(file), linear_, std::nullopt, vocabulary_, hidden_, team.size()),
-        products_(kernels(), team.size(), 1) {
+        head_(kernels(), norm(file), linear_, std::nullopt, vocabulary_, hidden_, pool.size()),
+        gemm_(kernels(), pool.size(), 1) {
     for (const auto& group : file.groups()) check_group(group);
-    products_.fit(linear_.matrix);
+    gemm_.fit(linear_.matrix);
   }
 
-  void run(const Group& group, Views in, Views out, Team& team) override {
+  void run(const Group& group, Views in, Views out, ThreadPool& pool) override {
     std::vector<float> x(hidden_), logits(vocabulary_);
     for (int i = 0; i < hidden_; ++i) x[i] = from_bf16(as<const std::uint16_t>(in[0])[i]);
-    team.run([&](Member& member) {
-      head_.run(member, products_, {x.data(), x.size(), 1}, logits.data());
-    });
+    pool.run(
+        [&](Worker& worker) { head_.run(worker, gemm_, {x.data(), x.size(), 1}, logits.data()); });
     if (group.outputs.size() == 2) {
       const int count = group.outputs[0].shape[2];
       write_best(logits, count, as<std::uint32_t>(out[0]), as<float>(out[1]));
@@ -202,14 +201,14 @@ class PostProgram : public Program {
   int hidden_, vocabulary_;
   Linear linear_;
   Head head_;
-  Products products_;
+  Gemm gemm_;
 };
 
 /// The vision encoder of one tile: normalized pixels, or bytes that are normalized here.
 class VisionProgram : public Program {
  public:
-  VisionProgram(const ModelFile& file, Team& team)
-      : config_(config(file)), encoder_(config_, weights(file, config_), team, kernels()) {
+  VisionProgram(const ModelFile& file, ThreadPool& pool)
+      : config_(config(file)), encoder_(config_, weights(file, config_), pool, kernels()) {
     for (int i = 0; i < 3; ++i) {
       mean_[i] = static_cast<float>(file.numbers("mean", 3)[i]);
       std_[i] = static_cast<float>(file.numbers("std", 3)[i]);
@@ -217,7 +216,7 @@ class VisionProgram : public Program {
     for (const auto& group : file.groups()) check_group(group);
   }
 
-  void run(const Group& group, Views in, Views out, Team&) override {
+  void run(const Group& group, Views in, Views out, ThreadPool&) override {
     if (group.inputs[0].type == Type::kF32) {
       encoder_.encode(as<const float>(in[0]), 1, as<float>(out[0]));
       return;
@@ -300,10 +299,10 @@ class VisionProgram : public Program {
 
 }  // namespace
 
-std::unique_ptr<Program> make_program(const ModelFile& file, Team& team) {
+std::unique_ptr<Program> make_program(const ModelFile& file, ThreadPool& pool) {
   if (file.kind() == "layer") return std::make_unique<LayerProgram>(file);
-  if (file.kind() == "post") return std::make_unique<PostProgram>(file, team);
-  if (file.kind() == "vision") return std::make_unique<VisionProgram>(file, team);
+  if (file.kind() == "post") return std::make_unique<PostProgram>(file, pool);
+  if (file.kind() == "vision") return std::make_unique<VisionProgram>(file, pool);
   fail("its kind is unknown");
 }
 

@@ -18,7 +18,7 @@ namespace edgevl {
 constexpr int kMaxTokenBlock = 16;
 
 /// What becomes of the products y in a tile: rows of `out`, `stride` floats apart.
-struct Finish {
+struct Epilogue {
   enum class Kind : std::uint8_t {
     kStore,   ///< out = y
     kAdd,     ///< out += scale * y
@@ -78,8 +78,8 @@ struct Kernels {
   /// `out` is 64-byte aligned.
   void (*tile[3])(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out);
 
-  /// Does to each of the first `tokens` rows of a tile y[tokens][32] what `finish` says.
-  void (*finish)(const float* tile, int tokens, const Finish& finish);
+  /// Does to each of the first `tokens` rows of a tile y[tokens][32] what `epilogue` says.
+  void (*apply_epilogue)(const float* tile, int tokens, const Epilogue& epilogue);
 
   // --- attention: by CacheFormat ---
 

@@ -1107,43 +1107,43 @@ EDGEVL_INLINE Floats gelu(Floats x) {
 /// out = body(y, out) for every register of every token, where body = column(i, lanes). Columns are
 /// the outer loop, so that their bias and scale are loaded once.
 template <class Column>
-EDGEVL_INLINE void finish_columns(const float* tile, int tokens, const Finish& f,
-                                  const Column& column) {
-  sweep(f.width, [&](int i, auto lanes) {
+EDGEVL_INLINE void epilogue_columns(const float* tile, int tokens, const Epilogue& epilogue,
+                                    const Column& column) {
+  sweep(epilogue.width, [&](int i, auto lanes) {
     const auto body = column(i, lanes);
     for (int t = 0; t < tokens; ++t) {
-      float* out = f.out + t * f.stride + i;
+      float* out = epilogue.out + t * epilogue.stride + i;
       store(out, body(tile + t * kTileLanes + i, out), lanes);
     }
   });
 }
 
-void finish(const float* tile, int tokens, const Finish& f) {
+void apply_epilogue(const float* tile, int tokens, const Epilogue& epilogue) {
   const auto at = [](const float* x, int i, auto lanes, float missing) {
     return x == nullptr ? splat(missing) : load(x + i, lanes);
   };
-  switch (f.kind) {
-    case Finish::Kind::kStore:
-      return finish_columns(tile, tokens, f, [&](int i, auto lanes) {
-        const Floats bias = at(f.bias, i, lanes, 0);
+  switch (epilogue.kind) {
+    case Epilogue::Kind::kStore:
+      return epilogue_columns(tile, tokens, epilogue, [&](int i, auto lanes) {
+        const Floats bias = at(epilogue.bias, i, lanes, 0);
         return [=](const float* y, const float*) { return load(y) + bias; };
       });
-    case Finish::Kind::kAdd:
-      return finish_columns(tile, tokens, f, [&](int i, auto lanes) {
-        const Floats bias = at(f.bias, i, lanes, 0), scale = at(f.scale, i, lanes, 1);
+    case Epilogue::Kind::kAdd:
+      return epilogue_columns(tile, tokens, epilogue, [&](int i, auto lanes) {
+        const Floats bias = at(epilogue.bias, i, lanes, 0), scale = at(epilogue.scale, i, lanes, 1);
         return [=](const float* y, const float* out) {
           return fma(load(y) + bias, scale, load(out, lanes));
         };
       });
-    case Finish::Kind::kGelu:
-      return finish_columns(tile, tokens, f, [&](int i, auto lanes) {
-        const Floats bias = at(f.bias, i, lanes, 0);
+    case Epilogue::Kind::kGelu:
+      return epilogue_columns(tile, tokens, epilogue, [&](int i, auto lanes) {
+        const Floats bias = at(epilogue.bias, i, lanes, 0);
         return [=](const float* y, const float*) { return gelu(load(y) + bias); };
       });
-    case Finish::Kind::kSwiglu:
-      return finish_columns(tile, tokens, f, [&](int i, auto lanes) {
-        const Floats gate_bias = at(f.bias, i, lanes, 0);
-        const Floats up_bias = at(f.bias, kLanes + i, lanes, 0);
+    case Epilogue::Kind::kSwiglu:
+      return epilogue_columns(tile, tokens, epilogue, [&](int i, auto lanes) {
+        const Floats gate_bias = at(epilogue.bias, i, lanes, 0);
+        const Floats up_bias = at(epilogue.bias, kLanes + i, lanes, 0);
         return [=](const float* y, const float*) {
           return silu(load(y) + gate_bias) * (load(y + kLanes) + up_bias);
         };
@@ -1208,7 +1208,7 @@ constexpr Kernels table(const char* name) {
           round_rows,
           {row_int4, row_int8, row_bf16},
           {tile_int4, tile_int8, tile_bf16},
-          finish,
+          apply_epilogue,
           {store_key_bf16, store_key_int8},
           {store_values_bf16, store_values_int8},
           {attend<CacheFormat::kBf16>, attend<CacheFormat::kInt8>},

@@ -10,7 +10,7 @@
 namespace edgevl {
 namespace {
 
-/// Positions that one item stores: whole lines of the cache, so that no two members write to one.
+/// Positions that one item stores: whole lines of the cache, so that no two workers write to one.
 constexpr int kStoreRun = kLanes;
 
 std::uint64_t next_number() {
@@ -74,27 +74,27 @@ void check(const DecoderConfig& c) {
           "num_attention_heads * head_dim is too large");
 }
 
-Decoder::Decoder(const DecoderConfig& config, DecoderWeights weights, Team& team,
+Decoder::Decoder(const DecoderConfig& config, DecoderWeights weights, ThreadPool& pool,
                  const Kernels& kernels)
     : config_(config),
       weights_(checked(std::move(weights), config)),
-      team_(team),
+      pool_(pool),
       kernels_(kernels),
       number_(next_number()),
-      products_(kernels, team.size(), config.chunk),
+      gemm_(kernels, pool.size(), config.chunk),
       head_(kernels, {weights_.norm, nullptr, config.rms_norm_eps}, weights_.head,
-            weights_.head_exact, config.vocab_size, config.hidden_size, team.size()),
+            weights_.head_exact, config.vocab_size, config.hidden_size, pool.size()),
       x_(config.chunk, config.hidden_size),
       qkv_(config.chunk, config.qkv_rows()),
       attended_(config.chunk, config.num_attention_heads * config.head_dim),
-      scratch_(team.size()) {
+      scratch_(pool.size()) {
   for (const auto& layer : weights_.layers) {
     for (const Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up}) {
-      products_.fit(linear->matrix);
+      gemm_.fit(linear->matrix);
     }
-    products_.fit_second(layer.down.matrix);
+    gemm_.fit_second(layer.down.matrix);
   }
-  products_.fit(weights_.head.matrix);
+  gemm_.fit(weights_.head.matrix);
 }
 
 std::unique_ptr<Sequence> Decoder::new_sequence() const {
@@ -253,14 +253,14 @@ void Decoder::plan(int rows, int wanted) {
 }
 
 /// Adds items for the rows of a span from `first` on. The late rows, which see most, come first, so
-/// that no member is left with a long item at the end.
+/// that no worker is left with a long item at the end.
 void Decoder::add_attention_items(std::vector<Item>& items, const Span& span, int index,
                                   int first) const {
   const int heads = config_.num_attention_heads / config_.num_key_value_heads;
   const int begin = first * heads, queries = span.count * heads - begin;
-  // Few queries are divided among all members, though they read the same keys then.
-  const int members = team_.size(), kv_heads = config_.num_key_value_heads;
-  const int items_a_head = std::max(1, (members + kv_heads - 1) / kv_heads);
+  // Few queries are divided among all workers, though they read the same keys then.
+  const int workers = pool_.size(), kv_heads = config_.num_key_value_heads;
+  const int items_a_head = std::max(1, (workers + kv_heads - 1) / kv_heads);
   const int size = std::clamp((queries + items_a_head - 1) / items_a_head, 1, kernels_.token_block);
   for (int last = (queries - 1) / size; queries > 0 && last >= 0; --last) {
     const int at = last * size;
@@ -273,11 +273,11 @@ void Decoder::add_attention_items(std::vector<Item>& items, const Span& span, in
 /// Runs the rows in x_ through all layers; the last `wanted` of them go on to the head.
 void Decoder::forward(int rows, int wanted, float* logits) {
   plan(rows, wanted);
-  team_.run([&](Member& member) {
+  pool_.run([&](Worker& worker) {
     const int layers = config_.num_hidden_layers;
-    for (int i = 0; i < layers; ++i) layer(member, i, rows, i + 1 < layers ? 0 : rows - wanted);
+    for (int i = 0; i < layers; ++i) layer(worker, i, rows, i + 1 < layers ? 0 : rows - wanted);
     if (wanted > 0) {
-      head_.run(member, products_, {x_.row(rows - wanted), x_.stride(), wanted}, logits);
+      head_.run(worker, gemm_, {x_.row(rows - wanted), x_.stride(), wanted}, logits);
     }
   });
   for (const auto& span : spans_) span.cache->set_length(span.position + span.count);
@@ -285,43 +285,43 @@ void Decoder::forward(int rows, int wanted, float* logits) {
 
 /// One layer. Rows before `first` only leave their keys and values: in the last layer nothing else
 /// of them is needed.
-void Decoder::layer(Member& member, int index, int rows, int first) {
+void Decoder::layer(Worker& worker, int index, int rows, int first) {
   const auto& c = config_;
   const auto& w = weights_.layers[index];
   const int inner = c.num_attention_heads * c.head_dim;
   const Norm input_norm{w.input_norm, nullptr, c.rms_norm_eps};
   const Norm post_norm{w.post_norm, nullptr, c.rms_norm_eps};
-  const auto kStore = Finish::Kind::kStore, kAdd = Finish::Kind::kAdd;
+  const auto kStore = Epilogue::Kind::kStore, kAdd = Epilogue::Kind::kAdd;
 
-  products_.run(member, w.qkv, {x_.row(0), x_.stride(), rows, c.hidden_size, input_norm},
-                {kStore, qkv_.row(0), qkv_.stride(), c.qkv_rows()});
-  attention(member, index, rows, first);
+  gemm_.run(worker, w.qkv, {x_.row(0), x_.stride(), rows, c.hidden_size, input_norm},
+            {kStore, qkv_.row(0), qkv_.stride(), c.qkv_rows()});
+  attention(worker, index, rows, first);
   const int left = rows - first;
   if (left == 0) return;
   const Output add{kAdd, x_.row(first), x_.stride(), c.hidden_size};
-  products_.run(member, w.o, {attended_.row(first), attended_.stride(), left, inner}, add);
-  products_.run(member, {w.gate_up, Finish::Kind::kSwiglu, w.down, c.intermediate_size},
-                {x_.row(first), x_.stride(), left, c.hidden_size, post_norm}, add);
+  gemm_.run(worker, w.o, {attended_.row(first), attended_.stride(), left, inner}, add);
+  gemm_.run(worker, {w.gate_up, Epilogue::Kind::kSwiglu, w.down, c.intermediate_size},
+            {x_.row(first), x_.stride(), left, c.hidden_size, post_norm}, add);
 }
 
 /// Queries, keys and values in qkv_ to attended_, by way of the cache.
-void Decoder::attention(Member& member, int layer, int rows, int first) {
+void Decoder::attention(Worker& worker, int layer, int rows, int first) {
   const auto& attends = first == 0 ? attends_ : last_attends_;
   const int kv_heads = config_.num_key_value_heads;
-  if (rows <= kernels_.token_block && member.size() <= kv_heads) {
-    // A head is stored and attended to by one member: no barrier between.
-    member.each(kv_heads, [&](int head) {
+  if (rows <= kernels_.token_block && worker.size() <= kv_heads) {
+    // A head is stored and attended to by one worker: no barrier between.
+    worker.each(kv_heads, [&](int head) {
       for (const auto& item : stores_) {
         if (item.head == head) store(layer, item);
       }
       for (const auto& item : attends) {
-        if (item.head == head) attend(member, layer, item);
+        if (item.head == head) attend(worker, layer, item);
       }
     });
     return;
   }
-  member.each(static_cast<int>(stores_.size()), [&](int i) { store(layer, stores_[i]); });
-  member.each(static_cast<int>(attends.size()), [&](int i) { attend(member, layer, attends[i]); });
+  worker.each(static_cast<int>(stores_.size()), [&](int i) { store(layer, stores_[i]); });
+  worker.each(static_cast<int>(attends.size()), [&](int i) { attend(worker, layer, attends[i]); });
 }
 
 /// Norm and rotary embedding of an item's queries and keys; keys and values into the cache.
@@ -354,7 +354,7 @@ void Decoder::store(int layer, const Item& item) {
                                 values[first / kCacheBlock]);
 }
 
-void Decoder::attend(Member& member, int layer, const Item& item) {
+void Decoder::attend(Worker& worker, int layer, const Item& item) {
   const auto& c = config_;
   const Span& span = spans_[item.span];
   const int heads = c.num_attention_heads / c.num_key_value_heads;
@@ -364,7 +364,7 @@ void Decoder::attend(Member& member, int layer, const Item& item) {
   attention.head_dim = c.head_dim;
   attention.rows = item.count;
   attention.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
-  attention.scratch = scratch_[member.rank()].data();
+  attention.scratch = scratch_[worker.rank()].data();
   for (int i = 0; i < item.count; ++i) {
     const int row = (item.first + i) / heads;
     const int head = item.head * heads + (item.first + i) % heads;

@@ -17,7 +17,7 @@
 #include "model/head.h"
 #include "model/linear.h"
 #include "model/rows.h"
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 namespace edgevl {
 
@@ -99,7 +99,8 @@ struct Logits {
 class Decoder {
  public:
   /// Throws std::invalid_argument where sizes of config and weights do not agree.
-  Decoder(const DecoderConfig& config, DecoderWeights weights, Team& team, const Kernels& kernels);
+  Decoder(const DecoderConfig& config, DecoderWeights weights, ThreadPool& pool,
+          const Kernels& kernels);
 
   const DecoderConfig& config() const { return config_; }
 
@@ -128,7 +129,7 @@ class Decoder {
     int row;       ///< of the first
     int count;
   };
-  /// Work for one member: some of a span's rows (or queries: rows times heads) of a key/value head.
+  /// Work for one worker: some of a span's rows (or queries: rows times heads) of a key/value head.
   struct Item {
     int span, head, first, count;
   };
@@ -140,26 +141,26 @@ class Decoder {
   void plan(int rows, int wanted);
   void add_attention_items(std::vector<Item>& items, const Span& span, int index, int first) const;
   void forward(int rows, int wanted, float* logits);
-  void layer(Member& member, int index, int rows, int first);
-  void attention(Member& member, int layer, int rows, int first);
+  void layer(Worker& worker, int index, int rows, int first);
+  void attention(Worker& worker, int layer, int rows, int first);
   void store(int layer, const Item& item);
-  void attend(Member& member, int layer, const Item& item);
+  void attend(Worker& worker, int layer, const Item& item);
   void grow_rotary_table(int positions);
 
   const DecoderConfig config_;
   const DecoderWeights weights_;
-  Team& team_;
+  ThreadPool& pool_;
   const Kernels& kernels_;
   const std::uint64_t number_;  ///< different for each decoder of the process
   std::mutex turn_;
 
-  Products products_;
+  Gemm gemm_;
   Head head_;
   std::shared_ptr<Buffer<float>> logits_;
   Activations x_;                       ///< [chunk, hidden_size]
   Activations qkv_;                     ///< [chunk, qkv_rows]
   Activations attended_;                ///< [chunk, heads * head_dim]
-  std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
+  std::vector<Buffer<float>> scratch_;  ///< for each worker, of attention
   int rotary_positions_ = 0;
   std::vector<float> cos_, sin_;  ///< [rotary_positions_, head_dim / 2]
 

@@ -35,49 +35,49 @@ void find_best(const float* logits, int begin, int end, Candidate* best) {
 }  // namespace
 
 Head::Head(const Kernels& kernels, Norm norm, Linear linear, std::optional<Rows> exact,
-           int vocabulary, int hidden, int members)
+           int vocabulary, int hidden, int workers)
     : kernels_(kernels),
       norm_(norm),
       linear_(linear),
       exact_(std::move(exact)),
       vocabulary_(vocabulary),
       hidden_(hidden),
-      members_(members),
-      merged_(members, std::vector<Candidate>(static_cast<std::size_t>(members) * kRescored)) {
-  for (int i = 0; i < members; ++i) normed_.emplace_back(3 * static_cast<std::size_t>(hidden));
+      workers_(workers),
+      merged_(workers, std::vector<Candidate>(static_cast<std::size_t>(workers) * kRescored)) {
+  for (int i = 0; i < workers; ++i) normed_.emplace_back(3 * static_cast<std::size_t>(hidden));
 }
 
 void Head::reserve(int rows) {
-  const std::size_t size = static_cast<std::size_t>(rows) * members_ * kRescored;
+  const std::size_t size = static_cast<std::size_t>(rows) * workers_ * kRescored;
   if (exact_ && candidates_.size() < size) candidates_.resize(size);
 }
 
-void Head::run(Member& member, Products& products, const Hidden& hidden, float* logits) {
+void Head::run(Worker& worker, Gemm& gemm, const Hidden& hidden, float* logits) {
   const auto stride = static_cast<std::size_t>(vocabulary_);
-  products.run(member, linear_, {hidden.rows, hidden.stride, hidden.count, hidden_, norm_},
-               {Finish::Kind::kStore, logits, stride, vocabulary_});
+  gemm.run(worker, linear_, {hidden.rows, hidden.stride, hidden.count, hidden_, norm_},
+           {Epilogue::Kind::kStore, logits, stride, vocabulary_});
   if (!exact_) return;
-  find_candidates(member, hidden.count, logits);
-  member.barrier();
-  rescore(member, hidden, logits);
+  find_candidates(worker, hidden.count, logits);
+  worker.barrier();
+  rescore(worker, hidden, logits);
 }
 
-void Head::find_candidates(Member& member, int rows, const float* logits) {
-  const auto [begin, end] = member.share(vocabulary_);
+void Head::find_candidates(Worker& worker, int rows, const float* logits) {
+  const auto [begin, end] = worker.share(vocabulary_);
   for (int row = 0; row < rows; ++row) {
     find_best(logits + static_cast<std::size_t>(row) * vocabulary_, begin, end,
-              candidates(row, member.rank()));
+              candidates(row, worker.rank()));
   }
 }
 
-void Head::rescore(Member& member, const Hidden& hidden, float* logits) {
-  auto& merged = merged_[member.rank()];
-  float* x = normed_[member.rank()].data();
+void Head::rescore(Worker& worker, const Hidden& hidden, float* logits) {
+  auto& merged = merged_[worker.rank()];
+  float* x = normed_[worker.rank()].data();
   for (int row = 0; row < hidden.count; ++row) {
     norm_.apply(kernels_, hidden.rows + row * hidden.stride, hidden_, x);
     std::copy_n(candidates(row, 0), merged.size(), merged.begin());
     std::nth_element(merged.begin(), merged.begin() + kRescored - 1, merged.end(), better);
-    const auto [begin, end] = member.share(kRescored);
+    const auto [begin, end] = worker.share(kRescored);
     for (int i = begin; i < end; ++i) {
       const int token = merged[i].second;
       if (token < 0) continue;
@@ -86,7 +86,7 @@ void Head::rescore(Member& member, const Hidden& hidden, float* logits) {
   }
 }
 
-/// x is a member's normed_.
+/// x is a worker's normed_.
 float Head::exact_logit(int token, float* x) const {
   float *weights = x + hidden_, *buffer = weights + hidden_;
   if (exact_->dtype() == Dtype::kBf16) {

@@ -9,7 +9,7 @@
 #include "kernels/kernels.h"
 #include "model/linear.h"
 #include "model/rows.h"
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 namespace edgevl {
 
@@ -28,7 +28,7 @@ class Head {
  public:
   /// `exact` is [vocabulary, hidden] or nothing.
   Head(const Kernels& kernels, Norm norm, Linear linear, std::optional<Rows> exact, int vocabulary,
-       int hidden, int members);
+       int hidden, int workers);
 
   /// Makes room for `rows` rows; before `run`, not in it.
   void reserve(int rows);
@@ -39,28 +39,28 @@ class Head {
     int count;
   };
 
-  /// Hidden states to logits [count, vocabulary]. All members call it alike, and as the last of a
+  /// Hidden states to logits [count, vocabulary]. All workers call it alike, and as the last of a
   /// step: after its last barrier, some of them may throw FileError.
-  void run(Member& member, Products& products, const Hidden& hidden, float* logits);
+  void run(Worker& worker, Gemm& gemm, const Hidden& hidden, float* logits);
 
  private:
   using Candidate = std::pair<float, int>;  ///< logit, token id
 
-  void find_candidates(Member& member, int rows, const float* logits);
-  void rescore(Member& member, const Hidden& hidden, float* logits);
+  void find_candidates(Worker& worker, int rows, const float* logits);
+  void rescore(Worker& worker, const Hidden& hidden, float* logits);
   float exact_logit(int token, float* x) const;
   Candidate* candidates(int row, int rank) {
-    return candidates_.data() + (static_cast<std::size_t>(row) * members_ + rank) * kRescored;
+    return candidates_.data() + (static_cast<std::size_t>(row) * workers_ + rank) * kRescored;
   }
 
   const Kernels& kernels_;
   Norm norm_;
   Linear linear_;
   std::optional<Rows> exact_;
-  int vocabulary_, hidden_, members_;
-  std::vector<Candidate> candidates_;           ///< [rows][members][kRescored]
-  std::vector<std::vector<Candidate>> merged_;  ///< for each member
-  /// For each member: the row; a row of weights; and as it is stored.
+  int vocabulary_, hidden_, workers_;
+  std::vector<Candidate> candidates_;           ///< [rows][workers][kRescored]
+  std::vector<std::vector<Candidate>> merged_;  ///< for each worker
+  /// For each worker: the row; a row of weights; and as it is stored.
   std::vector<Buffer<float>> normed_;
 };
 

@@ -9,7 +9,7 @@
 #include "kernels/kernels.h"
 #include "kernels/layout.h"
 #include "model/buffer.h"
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 namespace edgevl {
 
@@ -38,7 +38,7 @@ struct Input {
 
 /// What becomes of the products y, bias added: rows [tokens, cols].
 struct Output {
-  Finish::Kind kind;
+  Epilogue::Kind kind;
   float* rows;
   std::size_t stride;  ///< floats from row to row
   int cols;
@@ -49,30 +49,30 @@ struct Output {
 /// Two layers with an activation between: second(activation(first(x))).
 struct Mlp {
   const Linear& first;
-  Finish::Kind activation;  ///< kGelu, or kSwiglu where panels of `first` are gate and up in turn
+  Epilogue::Kind activation;  ///< kGelu, or kSwiglu where panels of `first` are gate and up in turn
   const Linear& second;
   int inner;  ///< columns of the activation's output
 };
 
-/// Runs linear layers on a team; owns the quantized activations.
-class Products {
+/// Runs linear layers on a thread pool; owns the quantized activations.
+class Gemm {
  public:
   /// For inputs of up to `tokens` rows.
-  Products(const Kernels& kernels, int members, int tokens);
+  Gemm(const Kernels& kernels, int workers, int tokens);
 
   /// Makes room for the inputs of a matrix, or of an MLP's second one; before the first call.
   void fit(const Matrix& matrix);
   void fit_second(const Matrix& matrix);
 
-  /// One linear layer. All members call it alike; ends with a barrier.
+  /// One linear layer. All workers call it alike; ends with a barrier.
   ///
-  /// One token: each member streams its own contiguous share of the weights. More: members claim
+  /// One token: each worker streams its own contiguous share of the weights. More: workers claim
   /// pairs of panels and take all tokens through each while it is in their cache.
-  void run(Member& member, const Linear& linear, const Input& input, const Output& output);
+  void run(Worker& worker, const Linear& linear, const Input& input, const Output& output);
 
   /// Both layers of an MLP, likewise. What comes out of the activation is quantized group by group
   /// while it is in the cache, and is never in memory as float32.
-  void run(Member& member, const Mlp& mlp, const Input& input, const Output& output);
+  void run(Worker& worker, const Mlp& mlp, const Input& input, const Output& output);
 
  private:
   /// Activations of some tokens, in blocks of token_block.
@@ -85,7 +85,7 @@ class Products {
   struct Range {
     int begin, end, tokens;  ///< tokens are all of the step's
   };
-  /// Buffers of one member.
+  /// Buffers of one worker.
   struct Own {
     Blocks block;          ///< a single one
     Buffer<float> normed;  ///< [token_block, cols]
@@ -94,17 +94,17 @@ class Products {
 
   int blocks_of(int tokens) const;
   Block block(const Blocks& blocks, const Matrix& matrix, int index, int tokens) const;
-  const Blocks& prepare(Member& member, const Matrix& matrix, const Input& input);
-  void prepare_block(Member& member, const Matrix& matrix, const Input& input, int index,
+  const Blocks& prepare(Worker& worker, const Matrix& matrix, const Input& input);
+  void prepare_block(Worker& worker, const Matrix& matrix, const Input& input, int index,
                      const Blocks& blocks);
-  void multiply(Member& member, const Linear& linear, const Blocks& x, int tokens,
+  void multiply(Worker& worker, const Linear& linear, const Blocks& x, int tokens,
                 const Output& output) const;
   void multiply_pair(const Linear& linear, const Blocks& x, const Range& range, int pair,
                      const Output& output) const;
   static void fetch_output(int pair, int first, int tokens, const Output& output);
-  void finish(const float* tile, int tokens, const Linear& linear, int pair, int first,
-              const Output& output) const;
-  void activate(Member& member, const Mlp& mlp, const Blocks& x, const Range& range, int unit);
+  void apply_epilogue(const float* tile, int tokens, const Linear& linear, int pair, int first,
+                      const Output& output) const;
+  void activate(Worker& worker, const Mlp& mlp, const Blocks& x, const Range& range, int unit);
   static int unit_of(const Matrix& matrix);
 
   const Kernels& kernels_;
@@ -116,7 +116,7 @@ class Products {
   Blocks shared_;           ///< of a layer's input
   Blocks activated_;        ///< of an MLP's second layer
   Buffer<float> row_;       ///< likewise, of a single token
-  std::vector<Own> own_;    ///< for each member
+  std::vector<Own> own_;    ///< for each worker
 };
 
 }  // namespace edgevl

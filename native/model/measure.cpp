@@ -7,38 +7,39 @@
 namespace edgevl {
 namespace {
 
-/// Calls work(member) on all members at once and returns the seconds until the last is done.
+/// Calls work(worker) on all workers at once and returns the seconds until the last is done.
 template <class Work>
-double seconds(Team& team, Work&& work) {
+double seconds(ThreadPool& pool, Work&& work) {
   using Clock = std::chrono::steady_clock;
   Clock::time_point start, end;
-  team.run([&](Member& member) {
-    member.barrier();
-    if (member.rank() == 0) start = Clock::now();
-    work(member);
-    member.barrier();
-    if (member.rank() == 0) end = Clock::now();
+  pool.run([&](Worker& worker) {
+    worker.barrier();
+    if (worker.rank() == 0) start = Clock::now();
+    work(worker);
+    worker.barrier();
+    if (worker.rank() == 0) end = Clock::now();
   });
   return std::chrono::duration<double>(end - start).count();
 }
 
 }  // namespace
 
-double read_bandwidth(Team& team, const Kernels& kernels, const Buffer<std::uint8_t>& memory) {
+double read_bandwidth(ThreadPool& pool, const Kernels& kernels,
+                      const Buffer<std::uint8_t>& memory) {
   constexpr std::size_t kUnit = 256;  // what Kernels::read asks for
   std::atomic<std::uint64_t> everything{0};
   std::atomic<std::size_t> bytes{0};
-  const double time = seconds(team, [&](Member& member) {
-    const std::size_t share = memory.size() / kUnit / member.size() * kUnit;
-    everything += kernels.read(memory.data() + member.rank() * share, share);
+  const double time = seconds(pool, [&](Worker& worker) {
+    const std::size_t share = memory.size() / kUnit / worker.size() * kUnit;
+    everything += kernels.read(memory.data() + worker.rank() * share, share);
     bytes += share;
   });
   return static_cast<double>(bytes) / time * 1e-9;
 }
 
-double int8_rate(Team& team, const Kernels& kernels) {
+double int8_rate(ThreadPool& pool, const Kernels& kernels) {
   std::atomic<std::uint64_t> operations{0};
-  const double time = seconds(team, [&](Member&) { operations += 2 * kernels.multiply(); });
+  const double time = seconds(pool, [&](Worker&) { operations += 2 * kernels.multiply(); });
   return static_cast<double>(operations) / time * 1e-9;
 }
 

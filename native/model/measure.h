@@ -6,14 +6,15 @@
 
 #include "kernels/kernels.h"
 #include "model/buffer.h"
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 namespace edgevl {
 
-/// Gigabytes a second (1e9) at which the team reads memory once, each member a part of its own.
-double read_bandwidth(Team& team, const Kernels& kernels, const Buffer<std::uint8_t>& memory);
+/// Gigabytes a second (1e9) at which the thread pool reads memory once, each worker a part of its
+/// own.
+double read_bandwidth(ThreadPool& pool, const Kernels& kernels, const Buffer<std::uint8_t>& memory);
 
 /// Giga-operations a second of int8 multiply-adds on registers, two operations each.
-double int8_rate(Team& team, const Kernels& kernels);
+double int8_rate(ThreadPool& pool, const Kernels& kernels);
 
 }  // namespace edgevl

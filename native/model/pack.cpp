@@ -232,14 +232,15 @@ void PlainMatrix::row(int index, float* out) const {
   }
 }
 
-void pack(const PlainMatrix& source, const Matrix& matrix, uint8_t* out, Place place, Team& team) {
+void pack(const PlainMatrix& source, const Matrix& matrix, uint8_t* out, Place place,
+          ThreadPool& pool) {
   check_place(matrix, source.rows, source.cols, place);
-  std::vector<std::vector<float>> rows(team.size(), std::vector<float>(matrix.cols, 0.0f));
-  std::vector<std::vector<uint8_t>> codes(team.size(), std::vector<uint8_t>(matrix.cols));
-  team.run([&](Member& member) {
-    auto& x = rows[member.rank()];
-    uint8_t* code = codes[member.rank()].data();
-    member.each(panels_of(source.rows), [&](int i) {
+  std::vector<std::vector<float>> rows(pool.size(), std::vector<float>(matrix.cols, 0.0f));
+  std::vector<std::vector<uint8_t>> codes(pool.size(), std::vector<uint8_t>(matrix.cols));
+  pool.run([&](Worker& worker) {
+    auto& x = rows[worker.rank()];
+    uint8_t* code = codes[worker.rank()].data();
+    worker.each(panels_of(source.rows), [&](int i) {
       uint8_t* panel =
           out + (place.first + static_cast<size_t>(i) * place.step) * matrix.panel_bytes();
       std::memset(panel, 0, matrix.scale_bytes());
@@ -260,13 +261,14 @@ void pack(const PlainMatrix& source, const Matrix& matrix, uint8_t* out, Place p
   });
 }
 
-void pack(const GptqMatrix& source, const Matrix& matrix, uint8_t* out, Place place, Team& team) {
+void pack(const GptqMatrix& source, const Matrix& matrix, uint8_t* out, Place place,
+          ThreadPool& pool) {
   check_place(matrix, source.rows, source.cols, place);
   if (matrix.format != Format::kInt4 || matrix.group != source.group || source.cols % 8 != 0) {
     throw std::invalid_argument("GPTQ weights need int4, columns in eights, and their own group");
   }
-  team.run([&](Member& member) {
-    member.each(panels_of(source.rows), [&](int i) {
+  pool.run([&](Worker& worker) {
+    worker.each(panels_of(source.rows), [&](int i) {
       uint8_t* panel =
           out + (place.first + static_cast<size_t>(i) * place.step) * matrix.panel_bytes();
       std::memset(panel, 0, matrix.scale_bytes());

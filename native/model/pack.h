@@ -8,7 +8,7 @@
 
 #include "kernels/layout.h"
 #include "model/floats.h"
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 namespace edgevl {
 
@@ -60,11 +60,11 @@ struct Place {
 /// panels that nothing is put into are left as they are. Throws std::invalid_argument where the
 /// source does not fit.
 void pack(const PlainMatrix& source, const Matrix& matrix, std::uint8_t* out, Place place,
-          Team& team);
+          ThreadPool& pool);
 
 /// Packs a GPTQ matrix as kInt4, exactly as it is (scales in float16).
 void pack(const GptqMatrix& source, const Matrix& matrix, std::uint8_t* out, Place place,
-          Team& team);
+          ThreadPool& pool);
 
 /// What a matrix stands for: float32 [rows, cols], the first `cols` of its padded columns.
 void unpack(const Matrix& matrix, int cols, float* out);

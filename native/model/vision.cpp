@@ -62,29 +62,29 @@ void check(const VisionConfig& c) {
           "hidden_size is not a multiple of num_attention_heads");
 }
 
-VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, Team& team,
+VisionEncoder::VisionEncoder(const VisionConfig& config, VisionWeights weights, ThreadPool& pool,
                              const Kernels& kernels)
     : config_(config),
       weights_(checked(std::move(weights), config)),
-      team_(team),
+      pool_(pool),
       kernels_(kernels),
       padded_head_dim_((config.head_dim() + 1) / 2 * 2),
-      products_(kernels, team.size(), kChunk),
-      scratch_(team.size()),
-      odd_(config.head_dim() % 2 ? team.size() : 0) {
+      gemm_(kernels, pool.size(), kChunk),
+      scratch_(pool.size()),
+      odd_(config.head_dim() % 2 ? pool.size() : 0) {
   for (auto& odd : odd_) odd.reserve(kMaxTokenBlock * padded_head_dim_);
   for (auto& scratch : scratch_) {
     scratch.reserve(attention_scratch(kernels.token_block, config.positions()));
   }
-  products_.fit(weights_.patch.matrix);
+  gemm_.fit(weights_.patch.matrix);
   for (const auto& layer : weights_.layers) {
     for (const Linear* linear : {&layer.qkv, &layer.proj, &layer.fc1}) {
-      products_.fit(linear->matrix);
+      gemm_.fit(linear->matrix);
     }
-    products_.fit_second(layer.fc2.matrix);
+    gemm_.fit_second(layer.fc2.matrix);
   }
-  products_.fit(weights_.projector_fc1.matrix);
-  products_.fit_second(weights_.projector_fc2.matrix);
+  gemm_.fit(weights_.projector_fc1.matrix);
+  gemm_.fit_second(weights_.projector_fc2.matrix);
 }
 
 /// Makes room for a tile's activations. Throws std::bad_alloc.
@@ -105,7 +105,7 @@ void VisionEncoder::encode(const float* pixels, int tiles, float* out) {
   const std::size_t tile = 3 * static_cast<std::size_t>(c.image_size) * c.image_size;
   const std::size_t features = static_cast<std::size_t>(c.image_tokens()) * c.text_hidden_size;
   for (int i = 0; i < tiles; ++i) {
-    team_.run([&](Member& member) { encode_tile(member, pixels + i * tile, out + i * features); });
+    pool_.run([&](Worker& worker) { encode_tile(worker, pixels + i * tile, out + i * features); });
   }
   // They are as large as a thousand positions of text, and not needed while an answer is generated.
   patches_ = {};
@@ -125,27 +125,26 @@ void VisionEncoder::each_chunk(int count, Body&& body) const {
   }
 }
 
-void VisionEncoder::encode_tile(Member& member, const float* pixels, float* out) {
+void VisionEncoder::encode_tile(Worker& worker, const float* pixels, float* out) {
   const auto& c = config_;
   const auto& w = weights_;
-  embed_patches(member, pixels);
-  for (int i = 0; i < c.num_hidden_layers; ++i) layer(member, i);
-  merge_patches(member);
+  embed_patches(worker, pixels);
+  for (int i = 0; i < c.num_hidden_layers; ++i) layer(worker, i);
+  merge_patches(worker);
   const std::size_t merged = c.merged_size(), hidden = c.text_hidden_size;
   each_chunk(c.image_tokens(), [&](std::size_t first, int rows) {
-    products_.run(
-        member, {w.projector_fc1, Finish::Kind::kGelu, w.projector_fc2, c.text_hidden_size},
-        {patches_.data() + first * merged, merged, rows, c.merged_size(), w.projector_norm},
-        {Finish::Kind::kStore, out + first * hidden, hidden, c.text_hidden_size});
+    gemm_.run(worker, {w.projector_fc1, Epilogue::Kind::kGelu, w.projector_fc2, c.text_hidden_size},
+              {patches_.data() + first * merged, merged, rows, c.merged_size(), w.projector_norm},
+              {Epilogue::Kind::kStore, out + first * hidden, hidden, c.text_hidden_size});
   });
 }
 
 /// Patches, in the order of the convolution's kernel, times its weights; the class token before
 /// them; positions.
-void VisionEncoder::embed_patches(Member& member, const float* pixels) {
+void VisionEncoder::embed_patches(Worker& worker, const float* pixels) {
   const auto& c = config_;
   const int side = c.side(), size = c.patch_size;
-  member.each(c.positions(), [&](int position) {
+  worker.each(c.positions(), [&](int position) {
     float* x = x_.row(position);
     std::copy_n(weights_.position_embedding + static_cast<std::size_t>(position) * c.hidden_size,
                 c.hidden_size, x);
@@ -164,24 +163,24 @@ void VisionEncoder::embed_patches(Member& member, const float* pixels) {
   });
   const std::size_t values = c.patch_values();
   each_chunk(c.positions() - 1, [&](std::size_t first, int rows) {
-    products_.run(member, weights_.patch,
-                  {patches_.data() + first * values, values, rows, c.patch_values()},
-                  {Finish::Kind::kAdd, x_.row(1 + first), x_.stride(), c.hidden_size});
+    gemm_.run(worker, weights_.patch,
+              {patches_.data() + first * values, values, rows, c.patch_values()},
+              {Epilogue::Kind::kAdd, x_.row(1 + first), x_.stride(), c.hidden_size});
   });
 }
 
-void VisionEncoder::layer(Member& member, int index) {
+void VisionEncoder::layer(Worker& worker, int index) {
   const auto& c = config_;
   const auto& w = weights_.layers[index];
   const int positions = c.positions();
 
   each_chunk(positions, [&](std::size_t first, int rows) {
-    products_.run(member, w.qkv,
-                  {x_.row(first), x_.stride(), rows, c.hidden_size, norm(w.norm1, w.norm1_bias)},
-                  {Finish::Kind::kStore, qkv_.row(first), qkv_.stride(), 3 * c.hidden_size});
+    gemm_.run(worker, w.qkv,
+              {x_.row(first), x_.stride(), rows, c.hidden_size, norm(w.norm1, w.norm1_bias)},
+              {Epilogue::Kind::kStore, qkv_.row(first), qkv_.stride(), 3 * c.hidden_size});
   });
   if (w.q_norm) {
-    member.each(positions, [&](int position) {
+    worker.each(positions, [&](int position) {
       float* q = qkv_.row(position);
       float* k = q + c.hidden_size;
       kernels_.rms_norm(q, w.q_norm, c.hidden_size, c.norm_eps, q);
@@ -189,26 +188,26 @@ void VisionEncoder::layer(Member& member, int index) {
     });
   }
   // Scores are computed as what they are made of.
-  attention(member, w.qkv.matrix.format != Format::kBf16 && c.head_dim() <= kMaxInt8Channels);
+  attention(worker, w.qkv.matrix.format != Format::kBf16 && c.head_dim() <= kMaxInt8Channels);
   each_chunk(positions, [&](std::size_t first, int rows) {
-    products_.run(member, w.proj, {qkv_.row(first), qkv_.stride(), rows, c.hidden_size},
-                  {Finish::Kind::kAdd, x_.row(first), x_.stride(), c.hidden_size, w.ls1});
-    products_.run(member, {w.fc1, Finish::Kind::kGelu, w.fc2, c.intermediate_size},
-                  {x_.row(first), x_.stride(), rows, c.hidden_size, norm(w.norm2, w.norm2_bias)},
-                  {Finish::Kind::kAdd, x_.row(first), x_.stride(), c.hidden_size, w.ls2});
+    gemm_.run(worker, w.proj, {qkv_.row(first), qkv_.stride(), rows, c.hidden_size},
+              {Epilogue::Kind::kAdd, x_.row(first), x_.stride(), c.hidden_size, w.ls1});
+    gemm_.run(worker, {w.fc1, Epilogue::Kind::kGelu, w.fc2, c.intermediate_size},
+              {x_.row(first), x_.stride(), rows, c.hidden_size, norm(w.norm2, w.norm2_bias)},
+              {Epilogue::Kind::kAdd, x_.row(first), x_.stride(), c.hidden_size, w.ls2});
   });
 }
 
 /// Queries, keys and values in qkv_ to what is attended to, which takes the queries' place; every
 /// position sees every other.
-void VisionEncoder::attention(Member& member, bool int8_keys) {
+void VisionEncoder::attention(Worker& worker, bool int8_keys) {
   const int heads = config_.num_attention_heads, positions = config_.positions();
-  member.each(heads, [&](int head) { store(head, int8_keys); });
+  worker.each(heads, [&](int head) { store(head, int8_keys); });
   // Blocks of one head follow one another, so that its keys and values stay in the cache.
   const int size = kernels_.token_block, blocks = (positions + size - 1) / size;
-  member.each(heads * blocks, [&](int item) {
+  worker.each(heads * blocks, [&](int item) {
     const int first = item % blocks * size;
-    attend(member, int8_keys, item / blocks, first, std::min(size, positions - first));
+    attend(worker, int8_keys, item / blocks, first, std::min(size, positions - first));
   });
 }
 
@@ -256,7 +255,7 @@ void VisionEncoder::quantize_keys(int head) {
   }
 }
 
-void VisionEncoder::attend(Member& member, bool int8_keys, int head, int first, int rows) {
+void VisionEncoder::attend(Worker& worker, bool int8_keys, int head, int first, int rows) {
   const auto& c = config_;
   const int head_dim = c.head_dim();
   Attention attention;
@@ -265,10 +264,10 @@ void VisionEncoder::attend(Member& member, bool int8_keys, int head, int first, 
   attention.head_dim = padded_head_dim_;
   attention.rows = rows;
   attention.scale = 1 / std::sqrt(static_cast<float>(head_dim));
-  attention.scratch = scratch_[member.rank()].data();
+  attention.scratch = scratch_[worker.rank()].data();
   auto query = [&](int i) { return qkv_.row(first + i) + head * head_dim; };
   const bool odd = head_dim != padded_head_dim_;
-  float* const copies = odd ? odd_[member.rank()].data() : nullptr;
+  float* const copies = odd ? odd_[worker.rank()].data() : nullptr;
   for (int i = 0; i < rows; ++i) {
     float* copy = copies + (odd ? i * padded_head_dim_ : 0);
     if (odd) std::copy_n(query(i), head_dim, copy);  // its last channel stays zero
@@ -283,10 +282,10 @@ void VisionEncoder::attend(Member& member, bool int8_keys, int head, int first, 
 
 /// Pixel shuffle: `downsample` patches along each axis become channels of one, (row, column,
 /// channel).
-void VisionEncoder::merge_patches(Member& member) {
+void VisionEncoder::merge_patches(Worker& worker) {
   const auto& c = config_;
   const int n = c.downsample, side = c.side() / n;
-  member.each(c.image_tokens(), [&](int token) {
+  worker.each(c.image_tokens(), [&](int token) {
     int row = token / side, column = token % side;
     if (c.swapped_shuffle) std::swap(row, column);
     float* out = patches_.data() + static_cast<std::size_t>(token) * c.merged_size();

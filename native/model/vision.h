@@ -11,7 +11,7 @@
 #include "model/buffer.h"
 #include "model/cache.h"
 #include "model/linear.h"
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 namespace edgevl {
 
@@ -73,7 +73,7 @@ struct VisionWeights {
 class VisionEncoder {
  public:
   /// Throws std::invalid_argument where sizes of config and weights do not agree.
-  VisionEncoder(const VisionConfig& config, VisionWeights weights, Team& team,
+  VisionEncoder(const VisionConfig& config, VisionWeights weights, ThreadPool& pool,
                 const Kernels& kernels);
 
   const VisionConfig& config() const { return config_; }
@@ -85,26 +85,26 @@ class VisionEncoder {
   template <class Body>
   void each_chunk(int count, Body&& body) const;
   void allocate();
-  void encode_tile(Member& member, const float* pixels, float* out);
-  void embed_patches(Member& member, const float* pixels);
-  void layer(Member& member, int index);
-  void attention(Member& member, bool int8_keys);
+  void encode_tile(Worker& worker, const float* pixels, float* out);
+  void embed_patches(Worker& worker, const float* pixels);
+  void layer(Worker& worker, int index);
+  void attention(Worker& worker, bool int8_keys);
   void store(int head, bool int8_keys);
   void quantize_keys(int head);
-  void attend(Member& member, bool int8_keys, int head, int first, int rows);
-  void merge_patches(Member& member);
+  void attend(Worker& worker, bool int8_keys, int head, int first, int rows);
+  void merge_patches(Worker& worker);
   Norm norm(const float* weight, const float* bias) const;
 
   const VisionConfig config_;
   const VisionWeights weights_;
-  Team& team_;
+  ThreadPool& pool_;
   const Kernels& kernels_;
   std::mutex turn_;
 
   int padded_head_dim_;  ///< even, as the kernels want it
-  Products products_;
-  std::vector<Buffer<float>> scratch_;  ///< for each member, of attention
-  std::vector<Buffer<float>> odd_;  ///< for each member, queries of heads with an odd channel more
+  Gemm gemm_;
+  std::vector<Buffer<float>> scratch_;  ///< for each worker, of attention
+  std::vector<Buffer<float>> odd_;  ///< for each worker, queries of heads with an odd channel more
 
   // While tiles are encoded:
   std::optional<Cache> cache_;  ///< of one layer at a time

@@ -168,12 +168,12 @@ class File {
                 values.size() * 4);
   }
   void add_matrix(const std::string& name, int rows, int cols, const std::vector<float>& values) {
-    Team team(1);
+    ThreadPool pool(1);
     const Matrix matrix = describe(Format::kBf16, rows, cols, 1);
     add("matrix " + name + " " + std::to_string(rows) + " " + std::to_string(cols) + " " +
         place(matrix.bytes()));
     Buffer<std::uint8_t> packed(matrix.bytes());
-    pack(PlainMatrix{Dtype::kF32, rows, cols, values.data()}, matrix, packed.data(), {}, team);
+    pack(PlainMatrix{Dtype::kF32, rows, cols, values.data()}, matrix, packed.data(), {}, pool);
     std::copy_n(packed.data(), matrix.bytes(), data_.end() - matrix.bytes());
   }
   std::vector<std::uint8_t> bytes() const {
@@ -411,12 +411,12 @@ struct SmallLayer {
     weights.down.matrix = pack_one(down, kHidden, kInner);
     gate = round(normal(kInner * kHidden, 0.2f));
     up = round(normal(kInner * kHidden, 0.2f));
-    Team team(1);
+    ThreadPool pool(1);
     auto matrix = describe(Format::kBf16, 2 * kInner, kHidden, 1);
     packed.emplace_back(matrix.bytes());
     const auto out = packed.back().data();
-    pack(PlainMatrix{Dtype::kF32, kInner, kHidden, gate.data()}, matrix, out, {0, 2}, team);
-    pack(PlainMatrix{Dtype::kF32, kInner, kHidden, up.data()}, matrix, out, {1, 2}, team);
+    pack(PlainMatrix{Dtype::kF32, kInner, kHidden, gate.data()}, matrix, out, {0, 2}, pool);
+    pack(PlainMatrix{Dtype::kF32, kInner, kHidden, up.data()}, matrix, out, {1, 2}, pool);
     matrix.data = out;
     weights.gate_up.matrix = matrix;
   }
@@ -428,11 +428,11 @@ struct SmallLayer {
 
   Matrix pack_one(std::vector<float>& values, int rows, int cols) {
     values = round(normal(static_cast<std::size_t>(rows) * cols, 0.2f));
-    Team team(1);
+    ThreadPool pool(1);
     auto matrix = describe(Format::kBf16, rows, cols, 1);
     packed.emplace_back(matrix.bytes());
     pack(PlainMatrix{Dtype::kF32, rows, cols, values.data()}, matrix, packed.back().data(), {},
-         team);
+         pool);
     matrix.data = packed.back().data();
     return matrix;
   }
@@ -526,7 +526,7 @@ void test_layer() {
   constexpr int kWidth = SmallLayer::kWidth;
   const SmallLayer small;
   const Layer layer(small.config, small.weights, small.frequencies.data());
-  Team team(2);
+  ThreadPool pool(2);
   const std::uint16_t masked = to_bf16(kMasked);
   // Tokens, rows of the cache, and which of them are attended to.
   for (const auto& [tokens, rows, used] : {std::tuple{1, 0, std::vector<int>{}},
@@ -551,7 +551,7 @@ void test_layer() {
     std::vector<std::uint16_t> out(tokens * kHidden);
     LayerTensors t{tokens,     rows,        keys16.data(),   values16.data(),   indices.data(),
                    x16.data(), mask.data(), keys_out.data(), values_out.data(), out.data()};
-    layer.run(t, team, kernels());
+    layer.run(t, pool, kernels());
 
     std::vector<float> all_keys, all_values, new_keys, new_values, expected;
     for (const int column : used) {
@@ -589,7 +589,7 @@ void test_layer() {
     auto again = out;
     t.keys = with_nan.data();
     t.output = again.data();
-    layer.run(t, team, kernels());
+    layer.run(t, pool, kernels());
     CHECK(again == out);
   }
 }
@@ -597,7 +597,7 @@ void test_layer() {
 void test_masks() {
   const SmallLayer small;
   const Layer layer(small.config, small.weights, small.frequencies.data());
-  Team team(1);
+  ThreadPool pool(1);
   static constexpr int kTokens = 2, kRows = 3, kWidth = SmallLayer::kWidth;
   const std::uint16_t no = to_bf16(kMasked);
   auto status = [&](const std::vector<std::uint16_t>& mask, int out_row = 3,
@@ -610,7 +610,7 @@ void test_masks() {
     const LayerTensors t{kTokens,  kRows,       keys.data(), values.data(), indices,
                          x.data(), mask.data(), keys_out,    values_out,    out.data()};
     try {
-      layer.run(t, team, kernels());
+      layer.run(t, pool, kernels());
     } catch (const Problem& problem) {
       return problem.kind;
     }

@@ -664,11 +664,11 @@ void test_norms(const Kernels& k, int n) {
 }
 
 /// What follows a tile, with and without a bias and a scale.
-void test_finish(const Kernels& k, Finish::Kind kind, int tokens, int width, bool with) {
+void test_epilogue(const Kernels& k, Epilogue::Kind kind, int tokens, int width, bool with) {
   constexpr int kColumns = 2 * kLanes, kStride = kColumns + 3;
-  const bool swiglu = kind == Finish::Kind::kSwiglu;
+  const bool swiglu = kind == Epilogue::Kind::kSwiglu;
   if (swiglu) width = std::min(width, kLanes);
-  context = std::string(k.name) + " finish " + std::to_string(static_cast<int>(kind)) + ", " +
+  context = std::string(k.name) + " epilogue " + std::to_string(static_cast<int>(kind)) + ", " +
             std::to_string(tokens) + " x " + std::to_string(width) + (with ? " with bias" : "");
   const std::vector<float> values = floats(tokens * kColumns, 12);
   Aligned<float> y(tokens * kColumns);
@@ -678,9 +678,9 @@ void test_finish(const Kernels& k, Finish::Kind kind, int tokens, int width, boo
   const auto bias = floats(kColumns, with ? 2 : 0), scale = floats(width, 2);
   const auto before = floats(tokens * kStride, 3);
   auto out = before;
-  k.finish(y.data, tokens,
-           {kind, with ? bias.data() : nullptr, with ? scale.data() : nullptr, out.data(), kStride,
-            width});
+  k.apply_epilogue(y.data, tokens,
+                   {kind, with ? bias.data() : nullptr, with ? scale.data() : nullptr, out.data(),
+                    kStride, width});
   for (int t = 0; t < tokens; ++t) {
     for (int c = 0; c < kStride; ++c) {
       const float old = before[t * kStride + c], found = out[t * kStride + c];
@@ -693,12 +693,12 @@ void test_finish(const Kernels& k, Finish::Kind kind, int tokens, int width, boo
       const double factor = with ? scale[c] : 1.0f;
       if (std::isnan(sum)) {
         CHECK(std::isnan(found));
-      } else if (kind == Finish::Kind::kStore) {
+      } else if (kind == Epilogue::Kind::kStore) {
         CHECK(found == sum);
-      } else if (kind == Finish::Kind::kAdd) {
+      } else if (kind == Epilogue::Kind::kAdd) {
         CHECK_NEAR(found, old + factor * sum,
                    kRounding * (std::abs(factor * sum) + std::abs(old + factor * sum)) * 1.01);
-      } else if (kind == Finish::Kind::kGelu) {
+      } else if (kind == Epilogue::Kind::kGelu) {
         const double expected = 0.5 * sum * std::erfc(-sum / std::sqrt(2.0));
         CHECK_NEAR(found, expected, 1e-6 + 1e-6 * std::abs(expected));
       } else {
@@ -812,12 +812,12 @@ int main(int argc, char** argv) {
       test_elements(k, n);
     }
     for (int head_dim : {2, 6, 16, 32, 34, 64, 80, 96, 128}) test_rotate(k, head_dim);
-    for (const auto kind :
-         {Finish::Kind::kStore, Finish::Kind::kAdd, Finish::Kind::kGelu, Finish::Kind::kSwiglu}) {
+    for (const auto kind : {Epilogue::Kind::kStore, Epilogue::Kind::kAdd, Epilogue::Kind::kGelu,
+                            Epilogue::Kind::kSwiglu}) {
       for (int tokens : {1, 5, k.token_block}) {
         for (int width : {1, 7, 8, 16, 17, 31, 32}) {
-          test_finish(k, kind, tokens, width, false);
-          test_finish(k, kind, tokens, width, true);
+          test_epilogue(k, kind, tokens, width, false);
+          test_epilogue(k, kind, tokens, width, true);
         }
       }
     }

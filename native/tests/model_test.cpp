@@ -25,7 +25,7 @@
 #include "model/pack.h"
 #include "model/rows.h"
 #include "model/vision.h"
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 using namespace edgevl;
 
@@ -76,24 +76,24 @@ double distance(const float* a, const float* b, std::size_t n) {
 // --- threads ---------------------------------------------------------------------------------
 
 void test_team() {
-  context = "team";
-  CHECK_THROWS(Team(0));
-  CHECK_THROWS(Team(257));
+  context = "pool";
+  CHECK_THROWS(ThreadPool(0));
+  CHECK_THROWS(ThreadPool(257));
   for (int threads : {1, 2, 3, 7}) {
-    Team team(threads);
-    CHECK(team.size() == threads);
+    ThreadPool pool(threads);
+    CHECK(pool.size() == threads);
     constexpr int kItems = 1000;
     for (int round = 0; round < 50; ++round) {
       std::vector<int> times(kItems), shared(kItems);
       std::vector<long> sums(threads);
-      team.run([&](Member& member) {
-        member.each(kItems, [&](int i) { ++times[i]; });
+      pool.run([&](Worker& worker) {
+        worker.each(kItems, [&](int i) { ++times[i]; });
         // After a barrier everybody sees what everybody wrote.
-        sums[member.rank()] = std::accumulate(times.begin(), times.end(), 0L);
-        member.barrier();
-        const auto [begin, end] = member.share(kItems);
+        sums[worker.rank()] = std::accumulate(times.begin(), times.end(), 0L);
+        worker.barrier();
+        const auto [begin, end] = worker.share(kItems);
         for (int i = begin; i < end; ++i) ++shared[i];
-        member.each(3, [&](int i) { times[i] += 10; });
+        worker.each(3, [&](int i) { times[i] += 10; });
       });
       CHECK(std::count(shared.begin(), shared.end(), 1) == kItems);
       CHECK(std::count(sums.begin(), sums.end(), kItems) == threads);
@@ -103,14 +103,14 @@ void test_team() {
 }
 
 void test_team_sleeps_and_wakes() {
-  context = "team that slept";
-  Team team(3);
+  context = "pool that slept";
+  ThreadPool pool(3);
   std::atomic<int> count{0};
   for (int i = 0; i < 3; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
-    team.run([&](Member& member) {
-      if (member.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2));
-      member.barrier();
+    pool.run([&](Worker& worker) {
+      if (worker.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      worker.barrier();
       ++count;
     });
   }
@@ -118,32 +118,32 @@ void test_team_sleeps_and_wakes() {
 }
 
 void test_team_errors() {
-  context = "team with errors";
-  Team team(3);
+  context = "pool with errors";
+  ThreadPool pool(3);
   for (int i = 0; i < 20; ++i) {
     bool thrown = false;
     try {
-      team.run([&](Member& member) {
-        if (member.rank() == i % 3) throw std::runtime_error("expected");
+      pool.run([&](Worker& worker) {
+        if (worker.rank() == i % 3) throw std::runtime_error("expected");
       });
     } catch (const std::runtime_error&) {
       thrown = true;
     }
     CHECK(thrown);
     int count = 0;
-    team.run([&](Member& member) { member.each(1, [&](int) { ++count; }); });
+    pool.run([&](Worker& worker) { worker.each(1, [&](int) { ++count; }); });
     CHECK(count == 1);
   }
 }
 
 void test_team_with_two_callers() {
-  context = "team with two callers";
-  Team team(2);
+  context = "pool with two callers";
+  ThreadPool pool(2);
   long total = 0;  // not atomic: steps must not overlap
   auto call = [&] {
     for (int i = 0; i < 200; ++i) {
-      team.run([&](Member& member) {
-        member.each(10, [&](int j) {
+      pool.run([&](Worker& worker) {
+        worker.each(10, [&](int j) {
           if (j == 0) ++total;
         });
       });
@@ -184,19 +184,19 @@ struct Packed {
   Buffer<std::uint8_t> bytes;
   std::vector<float> weights;  ///< float32 [rows, cols], unpacked again
 
-  Packed(Format format, int rows, int cols, int group, Team& team, const std::vector<float>& source,
-         const std::vector<float>* source2 = nullptr) {
+  Packed(Format format, int rows, int cols, int group, ThreadPool& pool,
+         const std::vector<float>& source, const std::vector<float>* source2 = nullptr) {
     linear.matrix = describe(format, rows, cols, group);
     bytes = Buffer<std::uint8_t>(linear.matrix.bytes());
     if (source2) {
       const int each = static_cast<int>(source.size()) / cols;
       pack(PlainMatrix{Dtype::kF32, each, cols, source.data()}, linear.matrix, bytes.data(), {0, 2},
-           team);
+           pool);
       pack(PlainMatrix{Dtype::kF32, each, cols, source2->data()}, linear.matrix, bytes.data(),
-           {1, 2}, team);
+           {1, 2}, pool);
     } else {
       pack(PlainMatrix{Dtype::kF32, rows, cols, source.data()}, linear.matrix, bytes.data(), {},
-           team);
+           pool);
     }
     linear.matrix.data = bytes.data();
     weights.resize(static_cast<std::size_t>(rows) * cols);
@@ -205,12 +205,12 @@ struct Packed {
 };
 
 void test_packing() {
-  Team team(2);
+  ThreadPool pool(2);
   for (const auto& [rows, cols, group] : {std::tuple{16, 8, 8}, {37, 100, 32}, {64, 250, 128}}) {
     const auto source = normal(static_cast<std::size_t>(rows) * cols);
     for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
       context = "packing, format " + std::to_string(static_cast<int>(format));
-      const Packed packed(format, rows, cols, group, team, source);
+      const Packed packed(format, rows, cols, group, pool, source);
       CHECK(packed.linear.matrix.cols >= cols && packed.linear.matrix.panels() % 2 == 0);
       for (int row = 0; row < rows; ++row) {
         const float* x = source.data() + static_cast<std::size_t>(row) * cols;
@@ -241,25 +241,25 @@ void test_packing() {
   }
   context = "packing zeros and NaN";
   for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
-    const Packed zeros(format, 16, 32, 32, team, std::vector<float>(16 * 32));
+    const Packed zeros(format, 16, 32, 32, pool, std::vector<float>(16 * 32));
     CHECK(std::count(zeros.weights.begin(), zeros.weights.end(), 0.0f) == 16 * 32);
-    Packed(format, 16, 32, 32, team, std::vector<float>(16 * 32, NAN));  // must not be undefined
+    Packed(format, 16, 32, 32, pool, std::vector<float>(16 * 32, NAN));  // must not be undefined
   }
   context = "packing what does not fit";
   std::vector<float> source(40 * 32);
   Buffer<std::uint8_t> out(1 << 16);
   const Matrix matrix = describe(Format::kInt8, 32, 32, 32);
-  CHECK_THROWS(pack(PlainMatrix{Dtype::kF32, 40, 32, source.data()}, matrix, out.data(), {}, team));
-  CHECK_THROWS(pack(PlainMatrix{Dtype::kF32, 32, 64, source.data()}, matrix, out.data(), {}, team));
+  CHECK_THROWS(pack(PlainMatrix{Dtype::kF32, 40, 32, source.data()}, matrix, out.data(), {}, pool));
+  CHECK_THROWS(pack(PlainMatrix{Dtype::kF32, 32, 64, source.data()}, matrix, out.data(), {}, pool));
   CHECK_THROWS(
-      pack(PlainMatrix{Dtype::kF32, 32, 32, source.data()}, matrix, out.data(), {1, 1}, team));
+      pack(PlainMatrix{Dtype::kF32, 32, 32, source.data()}, matrix, out.data(), {1, 1}, pool));
   CHECK_THROWS(describe(Format::kInt4, 16, 16, 12));
   CHECK_THROWS(describe(Format::kInt8, 0, 16, 16));
 }
 
 void test_gptq() {
   context = "GPTQ";
-  Team team(2);
+  ThreadPool pool(2);
   const int rows = 40, cols = 64, group = 32;
   std::vector<std::uint32_t> words(cols / 8 * rows);
   for (auto& word : words) word = random_bits();
@@ -268,7 +268,7 @@ void test_gptq() {
   const Matrix layout = describe(Format::kInt4, rows, cols, group);
   Buffer<std::uint8_t> bytes(layout.bytes());
   pack(GptqMatrix{rows, cols, group, words.data(), Dtype::kF16, scales.data()}, layout,
-       bytes.data(), {}, team);
+       bytes.data(), {}, pool);
   Matrix matrix = layout;
   matrix.data = bytes.data();
   std::vector<float> weights(rows * cols);
@@ -340,7 +340,7 @@ struct SmallDecoder {
   PlainMatrix embedding;
   DecoderWeights weights;
 
-  SmallDecoder(bool qwen3, Format format, bool exact, Team& team) : format(format) {
+  SmallDecoder(bool qwen3, Format format, bool exact, ThreadPool& pool) : format(format) {
     auto& c = config;
     c.hidden_size = 56;
     c.intermediate_size = 72;
@@ -358,7 +358,7 @@ struct SmallDecoder {
     for (int i = 0; i < c.num_hidden_layers; ++i) {
       DecoderLayer layer;
       layer.input_norm = vector(c.hidden_size, 0.2f, 1);
-      layer.qkv = matrix(c.qkv_rows(), c.hidden_size, team);
+      layer.qkv = matrix(c.qkv_rows(), c.hidden_size, pool);
       if (qwen3) {
         layer.q_norm = vector(c.head_dim, 0.2f, 1);
         layer.k_norm = vector(c.head_dim, 0.2f, 1);
@@ -367,22 +367,22 @@ struct SmallDecoder {
         layer.o.bias = vector(c.hidden_size, 0.5f);
       }
       const float* o_bias = layer.o.bias;
-      layer.o = matrix(c.hidden_size, inner, team);
+      layer.o = matrix(c.hidden_size, inner, pool);
       layer.o.bias = o_bias;
       layer.post_norm = vector(c.hidden_size, 0.2f, 1);
       const auto gate = random_matrix(c.intermediate_size, c.hidden_size);
       const auto up = random_matrix(c.intermediate_size, c.hidden_size);
-      matrices.emplace_back(format, 2 * c.padded(c.intermediate_size), c.hidden_size, 32, team,
+      matrices.emplace_back(format, 2 * c.padded(c.intermediate_size), c.hidden_size, 32, pool,
                             gate, &up);
       layer.gate_up = matrices.back().linear;
-      layer.down = matrix(c.hidden_size, c.intermediate_size, team);
+      layer.down = matrix(c.hidden_size, c.intermediate_size, pool);
       weights.layers.push_back(layer);
     }
     embedding = {Dtype::kF32, c.vocab_size, c.hidden_size, vector(c.vocab_size * c.hidden_size, 1)};
     weights.embedding = embedding;
     weights.norm = vector(c.hidden_size, 0.2f, 1);
     const float* head = vector(c.vocab_size * c.hidden_size, 0.2f);
-    matrices.emplace_back(format, c.vocab_size, c.hidden_size, 32, team, vectors.back());
+    matrices.emplace_back(format, c.vocab_size, c.hidden_size, 32, pool, vectors.back());
     weights.head = matrices.back().linear;
     if (exact) weights.head_exact = PlainMatrix{Dtype::kF32, c.vocab_size, c.hidden_size, head};
     float* frequencies = vector(c.head_dim / 2, 0);
@@ -399,8 +399,8 @@ struct SmallDecoder {
   std::vector<float> random_matrix(int rows, int cols) {
     return normal(static_cast<std::size_t>(rows) * cols, 1 / std::sqrt(static_cast<float>(cols)));
   }
-  Linear matrix(int rows, int cols, Team& team) {
-    matrices.emplace_back(format, rows, cols, 32, team, random_matrix(rows, cols));
+  Linear matrix(int rows, int cols, ThreadPool& pool) {
+    matrices.emplace_back(format, rows, cols, 32, pool, random_matrix(rows, cols));
     return matrices.back().linear;
   }
 
@@ -520,11 +520,11 @@ void test_decoder(const std::string& isa, int threads, bool qwen3, Format format
   context = "decoder " + isa + ", " + std::to_string(threads) + " threads, " +
             (qwen3 ? "qwen3" : "qwen2") + ", format " + std::to_string(static_cast<int>(format)) +
             ", cache " + std::to_string(static_cast<int>(kv_cache));
-  Team team(threads);
-  SmallDecoder small(qwen3, format, false, team);
+  ThreadPool pool(threads);
+  SmallDecoder small(qwen3, format, false, pool);
   small.config.kv_cache = kv_cache;
   const auto& c = small.config;
-  Decoder decoder(c, small.weights, team, kernels(isa));
+  Decoder decoder(c, small.weights, pool, kernels(isa));
   const auto vocabulary = static_cast<std::size_t>(c.vocab_size);
   const auto ids = token_ids(90, c.vocab_size);
   const auto expected = small.reference(ids);
@@ -566,10 +566,10 @@ void test_decoder(const std::string& isa, int threads, bool qwen3, Format format
 
 void test_decoder_errors() {
   context = "decoder errors";
-  Team team(2);
-  const SmallDecoder small(true, Format::kBf16, false, team);
-  Decoder decoder(small.config, small.weights, team, kernels());
-  Decoder other(small.config, small.weights, team, kernels());
+  ThreadPool pool(2);
+  const SmallDecoder small(true, Format::kBf16, false, pool);
+  Decoder decoder(small.config, small.weights, pool, kernels());
+  Decoder other(small.config, small.weights, pool, kernels());
   const auto sequence = decoder.new_sequence();
   const auto stranger = other.new_sequence();
   std::vector<float> x(201 * small.config.hidden_size);
@@ -590,10 +590,10 @@ void test_decoder_errors() {
   CHECK_THROWS(decoder.decode(mine, {{1}}));
   auto config = small.config;
   config.hidden_size = 57;
-  CHECK_THROWS(Decoder(config, small.weights, team, kernels()));
+  CHECK_THROWS(Decoder(config, small.weights, pool, kernels()));
   config = small.config;
   config.head_dim = 0;
-  CHECK_THROWS(Decoder(config, small.weights, team, kernels()));
+  CHECK_THROWS(Decoder(config, small.weights, pool, kernels()));
 }
 
 void test_exact_head() {
@@ -602,16 +602,16 @@ void test_exact_head() {
   std::vector<float> first;
   for (int threads : {1, 2, 3}) {
     random_bits.seed(7);
-    Team team(threads);
-    SmallDecoder small(true, Format::kBf16, false, team);
+    ThreadPool pool(threads);
+    SmallDecoder small(true, Format::kBf16, false, pool);
     const auto& c = small.config;
     // "Exact" weights twice as large show which logits they were used for.
     std::vector<float> doubled = small.matrices.back().weights;
     for (auto& weight : doubled) weight *= 2;
-    Decoder plain(c, small.weights, team, kernels());
+    Decoder plain(c, small.weights, pool, kernels());
     small.weights.head_exact =
         PlainMatrix{Dtype::kF32, c.vocab_size, c.hidden_size, doubled.data()};
-    Decoder rescoring(c, small.weights, team, kernels());
+    Decoder rescoring(c, small.weights, pool, kernels());
     const auto ids = token_ids(kTokens, c.vocab_size);
     const auto before = plain.extend(*plain.new_sequence(), ids);
     const auto after = rescoring.extend(*rescoring.new_sequence(), ids);
@@ -714,8 +714,8 @@ void test_rows() {
 /// The same logits from rows in a file; where it is cut short, an error that leaves all as it was.
 void test_decoder_with_files(int threads) {
   context = "decoder with files, " + std::to_string(threads) + " threads";
-  Team team(threads);
-  SmallDecoder small(true, Format::kInt4, false, team);
+  ThreadPool pool(threads);
+  SmallDecoder small(true, Format::kInt4, false, pool);
   const auto& c = small.config;
   const int size = c.vocab_size * c.hidden_size;
   std::vector<std::uint16_t> halves(size);
@@ -723,10 +723,10 @@ void test_decoder_with_files(int threads) {
   const PlainMatrix exact{Dtype::kBf16, c.vocab_size, c.hidden_size, halves.data()};
   MatrixFile embedding(small.embedding), head(exact);
   small.weights.head_exact = exact;
-  Decoder inside(c, small.weights, team, kernels());
+  Decoder inside(c, small.weights, pool, kernels());
   small.weights.embedding = embedding.rows();
   small.weights.head_exact = head.rows();
-  Decoder outside(c, small.weights, team, kernels());
+  Decoder outside(c, small.weights, pool, kernels());
 
   const auto ids = token_ids(20, c.vocab_size);
   const auto first = inside.new_sequence(), second = outside.new_sequence();
@@ -772,7 +772,7 @@ void test_decoder_with_files(int threads) {
 /// Features of two tiles, from the same random weights in every call.
 std::vector<float> features(const std::string& isa, int threads, bool large, Format format) {
   random_bits.seed(11);
-  Team team(threads);
+  ThreadPool pool(threads);
   VisionConfig c;
   c.hidden_size = large ? 45 : 32;  // heads of 15 channels, or 16
   c.intermediate_size = 70;
@@ -796,7 +796,7 @@ std::vector<float> features(const std::string& isa, int threads, bool large, For
   };
   auto matrix = [&](int rows, int cols, bool bias) {
     matrices.emplace_back(
-        format, rows, cols, 32, team,
+        format, rows, cols, 32, pool,
         normal(static_cast<std::size_t>(rows) * cols, 1 / std::sqrt(static_cast<float>(cols))));
     Linear linear = matrices.back().linear;
     if (bias) linear.bias = vector(rows);
@@ -826,7 +826,7 @@ std::vector<float> features(const std::string& isa, int threads, bool large, For
   w.projector_fc1 = matrix(c.text_hidden_size, c.merged_size(), true);
   w.projector_fc2 = matrix(c.text_hidden_size, c.text_hidden_size, true);
   const auto pixels = normal(2 * 3 * static_cast<std::size_t>(c.image_size) * c.image_size);
-  VisionEncoder encoder(c, w, team, kernels(isa));
+  VisionEncoder encoder(c, w, pool, kernels(isa));
   const std::size_t tile = static_cast<std::size_t>(c.image_tokens()) * c.text_hidden_size;
   std::vector<float> out(2 * tile), alone(tile);
   encoder.encode(pixels.data(), 2, out.data());
@@ -851,9 +851,9 @@ void test_vision(const std::string& isa) {
 
 void test_measurements() {
   context = "measurements";
-  Team team(2);
+  ThreadPool pool(2);
   Buffer<std::uint8_t> memory(1 << 20);
-  CHECK(read_bandwidth(team, kernels(), memory) > 0);
+  CHECK(read_bandwidth(pool, kernels(), memory) > 0);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ Tensors: TypeAlias = dict[str, NDArray[np.float32] | Matrix | Stored | InFile]
 def instruction_sets() -> list[str]:
     """Return the instruction sets that this processor can run, the best first."""
 
-class Team:
+class ThreadPool:
     """Threads that compute together; the calling thread is one of them."""
 
     def __init__(self, threads: int) -> None: ...
@@ -43,7 +43,7 @@ def pack(
     out: NDArray[np.uint8],
     first_panel: int,
     panel_step: int,
-    team: Team,
+    pool: ThreadPool,
 ) -> None:
     """Round a weight [R, C] (BF16, F16 as uint16; F32) to nearest into panels of ``out``."""
 
@@ -54,7 +54,7 @@ def pack_gptq(
     out: NDArray[np.uint8],
     first_panel: int,
     panel_step: int,
-    team: Team,
+    pool: ThreadPool,
 ) -> None:
     """Take symmetric 4-bit GPTQ, qweight [C / 8, R] and scales [groups, R], as it is."""
 
@@ -81,7 +81,7 @@ class Decoder:
     """
 
     def __init__(
-        self, config: dict[str, Any], tensors: Tensors, team: Team, isa: str = ""
+        self, config: dict[str, Any], tensors: Tensors, pool: ThreadPool, isa: str = ""
     ) -> None: ...
     def new_cache(self) -> Cache: ...
     def share(self, cache: Cache, other: Cache, length: int) -> None:
@@ -103,13 +103,13 @@ class VisionEncoder:
     """The vision encoder, pixel shuffle and projector."""
 
     def __init__(
-        self, config: dict[str, Any], tensors: Tensors, team: Team, isa: str = ""
+        self, config: dict[str, Any], tensors: Tensors, pool: ThreadPool, isa: str = ""
     ) -> None: ...
     def encode(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Tiles [B, 3, S, S] -> features [B, image_tokens, H]."""
 
-def read_bandwidth(team: Team, bytes: int, isa: str = "") -> float:
+def read_bandwidth(pool: ThreadPool, bytes: int, isa: str = "") -> float:
     """Return the GB/s of reading a buffer of that size once."""
 
-def int8_rate(team: Team, isa: str = "") -> float:
+def int8_rate(pool: ThreadPool, isa: str = "") -> float:
     """Return the int8 rate in GOPS, a multiply-add counted as two operations."""

@@ -85,8 +85,8 @@ def some_close(shares):
 
 
 @pytest.fixture(scope="module")
-def team():
-    return native.Team(2)
+def pool():
+    return native.ThreadPool(2)
 
 
 @pytest.fixture
@@ -107,8 +107,8 @@ def qwen3(mini_checkpoint):
 @pytest.mark.parametrize(
     ("precision", "kv_cache"), [("int8", "bf16"), ("bf16", "bf16"), ("bf16", "int8")]
 )
-def test_text_agrees_with_the_reference(checkpoint, precision, kv_cache, team):
-    dequantized = Dequantized(checkpoint, precision, team)
+def test_text_agrees_with_the_reference(checkpoint, precision, kv_cache, pool):
+    dequantized = Dequantized(checkpoint, precision, pool)
     rounded, exact = RoundedReference(dequantized, kv_cache), ReferenceEngine(dequantized)
     options = {"precision": precision, "kv_cache": kv_cache, "threads": 2}
     engines = {isa: CpuEngine(checkpoint, **options, isa=isa) for isa in ISAS}
@@ -127,9 +127,9 @@ def test_text_agrees_with_the_reference(checkpoint, precision, kv_cache, team):
         assert some_close(shares[isa]), (isa, shares[isa])
 
 
-def vision_agrees(checkpoint, precision, team):
+def vision_agrees(checkpoint, precision, pool):
     """Compare every instruction set with the reference, rounded alike and not at all."""
-    dequantized = Dequantized(checkpoint, precision, team)
+    dequantized = Dequantized(checkpoint, precision, pool)
     tiles = random_tiles(checkpoint, 3)
     rounded = RoundedReference(dequantized).encode_images(tiles)
     exact = ReferenceEngine(dequantized).encode_images(tiles)
@@ -151,31 +151,31 @@ def vision_agrees(checkpoint, precision, team):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_vision_agrees_with_the_reference(checkpoint, precision, team):
-    vision_agrees(checkpoint, precision, team)
+def test_vision_agrees_with_the_reference(checkpoint, precision, pool):
+    vision_agrees(checkpoint, precision, pool)
 
 
 @pytest.mark.parametrize("kept", [slice(0, None, 3), slice(1, None, 2), slice(4)])
-def test_vision_with_layers_kept_in_bfloat16(checkpoint, kept, team):
+def test_vision_with_layers_kept_in_bfloat16(checkpoint, kept, pool):
     """qkv of one layer, what follows it in both, or one layer whole."""
     keep = tuple(vision_linears(checkpoint.config)[kept])
     checkpoint.config = dataclasses.replace(checkpoint.config, vision_keep=keep)
-    vision_agrees(checkpoint, "int8", team)
+    vision_agrees(checkpoint, "int8", pool)
 
 
 @pytest.mark.parametrize("select_layer", [-2, 1, 0])
 @pytest.mark.parametrize("ps_version", ["v1", "v2"])
-def test_selected_layers_and_both_shuffles(qwen3, team, select_layer, ps_version):
+def test_selected_layers_and_both_shuffles(qwen3, pool, select_layer, ps_version):
     qwen3.config = dataclasses.replace(
         qwen3.config, select_layer=select_layer, ps_version=ps_version
     )
     tiles = random_tiles(qwen3, 1)
-    expected = RoundedReference(Dequantized(qwen3, "bf16", team)).encode_images(tiles)
+    expected = RoundedReference(Dequantized(qwen3, "bf16", pool)).encode_images(tiles)
     features = CpuEngine(qwen3, precision="bf16", threads=2).encode_images(tiles)
     assert off(features, expected) < 2 * CLOSE
 
 
-def test_all_biases_and_stored_types(tmp_path, team):
+def test_all_biases_and_stored_types(tmp_path, pool):
     """A Llama with every bias there is, each far from zero; F32 and F16 as stored types."""
     text = {**TEXT, "model_type": "llama", "attention_bias": True, "mlp_bias": True}
     _, config = parse_config(changed(CHAT, "llm_config", text), "config.json")
@@ -188,7 +188,7 @@ def test_all_biases_and_stored_types(tmp_path, team):
             tmp_path / dtype, changed(CHAT, "llm_config", text), tensors, dtype
         )
         with Checkpoint.open(directory) as checkpoint:
-            rounded = OneSequence(RoundedReference(Dequantized(checkpoint, "int8", team)))
+            rounded = OneSequence(RoundedReference(Dequantized(checkpoint, "int8", pool)))
             engine = OneSequence(CpuEngine(checkpoint, precision="int8", threads=2))
             shares = []
             for seed, length in enumerate(LENGTHS):
@@ -200,8 +200,8 @@ def test_all_biases_and_stored_types(tmp_path, team):
 
 
 @pytest.mark.parametrize("precision", ["auto", "int4"])
-def test_the_int4_head_is_exact_for_the_best(checkpoint, precision, team):
-    dequantized = Dequantized(checkpoint, precision, team)
+def test_the_int4_head_is_exact_for_the_best(checkpoint, precision, pool):
+    dequantized = Dequantized(checkpoint, precision, pool)
     rounded = RoundedReference(dequantized)
     weight = checkpoint.tensor(head_weight(checkpoint.config.text))
     model = CpuEngine(checkpoint, precision=precision, threads=3)
@@ -223,10 +223,10 @@ def test_the_int4_head_is_exact_for_the_best(checkpoint, precision, team):
 
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_context_up_to_the_limit(checkpoint, isa, kv_cache, team):
+def test_every_context_up_to_the_limit(checkpoint, isa, kv_cache, pool):
     """Through the blocks of the cache, a position at a time."""
     limit = 131
-    dequantized = Dequantized(checkpoint, "bf16", team)
+    dequantized = Dequantized(checkpoint, "bf16", pool)
     rounded = OneSequence(RoundedReference(dequantized, kv_cache, max_context=limit))
     options = {"precision": "bf16", "kv_cache": kv_cache, "threads": 2, "isa": isa}
     engine = OneSequence(CpuEngine(checkpoint, limit, **options))
@@ -242,10 +242,10 @@ def test_every_context_up_to_the_limit(checkpoint, isa, kv_cache, team):
         engine.decode(0)
 
 
-def test_a_long_context(qwen3, team):
+def test_a_long_context(qwen3, pool):
     limit = 1100
     ids = random_ids(qwen3, limit)
-    reference = ReferenceEngine(Dequantized(qwen3, "bf16", team), chunk=256)
+    reference = ReferenceEngine(Dequantized(qwen3, "bf16", pool), chunk=256)
     expected = prefill(OneSequence(reference), ids)
     for kv_cache in KV_CACHE_FORMATS:
         model = CpuEngine(qwen3, limit, precision="bf16", threads=2, kv_cache=kv_cache)
@@ -300,7 +300,7 @@ def gptq_by_layer(name):
 
 
 @pytest.mark.parametrize("group_size", [-1, 16, 64, 128, "by layer"])
-def test_gptq_agrees_with_the_reference(tmp_path, team, group_size):
+def test_gptq_agrees_with_the_reference(tmp_path, pool, group_size):
     how = {"hidden_size": 160, "intermediate_size": 136, "vocab_size": 120}
     if group_size == "by layer":
         dynamic = {"k": {"bits": 8, "group_size": 32}, "o": {"group_size": 8}, "-:v": {}}
@@ -313,7 +313,7 @@ def test_gptq_agrees_with_the_reference(tmp_path, team, group_size):
         # The weights are the checkpoint's own, so the reference reads them by itself.
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             weight = f"language_model.model.layers.1.{name}.weight"
-            packed = Dequantized(checkpoint, "auto", team).tensor(weight)
+            packed = Dequantized(checkpoint, "auto", pool).tensor(weight)
             np.testing.assert_array_equal(packed, checkpoint.tensor(weight))
         reference = OneSequence(ReferenceEngine(checkpoint))
         for seed in range(4):
@@ -637,4 +637,4 @@ def test_the_cache_takes_what_it_says(checkpoint, kv_cache):
 def test_the_native_decoder_knows_its_caches(qwen3):
     config = cpu.decoder_config(qwen3, 8, 8, "fp8")
     with pytest.raises(ValueError, match="kv_cache is 'fp8'"):
-        native.Decoder(config, {}, native.Team(1))
+        native.Decoder(config, {}, native.ThreadPool(1))

@@ -278,7 +278,9 @@ def test_a_rounded_network_is_the_rounded_reference(mini):
     kept = tuple(vision_linears(mini.config)[::2])
     mini.config = dataclasses.replace(mini.config, vision_keep=kept)
     tiles = random_tiles(mini.config, 2)
-    expected = RoundedReference(Dequantized(mini, "auto", _native.Team(1))).encode_images(tiles)
+    expected = RoundedReference(Dequantized(mini, "auto", _native.ThreadPool(1))).encode_images(
+        tiles
+    )
     plans = {m.parts[0].weight: m for m in vision_matrices(mini.config, "auto")}
     network, rounding = VisionNetwork(mini), Rounding(plans)
     x = network.embed(tiles, rounding)

@@ -18,10 +18,10 @@ class Dequantized:
     The head is never tied: a packed head differs from the embedding.
     """
 
-    def __init__(self, checkpoint, precision, team):
+    def __init__(self, checkpoint, precision, pool):
         self.path, self.config = checkpoint.path, checkpoint.config
         self.plan = make_plan(checkpoint, precision)
-        packed = pack_in_memory(checkpoint, self.plan, team)
+        packed = pack_in_memory(checkpoint, self.plan, pool)
         self.tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
         for matrix in self.plan.matrices:
             weight = packed_layout.unpack(

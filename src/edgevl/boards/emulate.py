@@ -98,10 +98,10 @@ def write_emulated(
     times = timing.group_times_ms(text, shape, target=target)
     groups = layer_groups(text, shape, times)
     post_group = _post_group(text, post or Post(), timing.post_time_ms(text, target=target))
-    team = _native.Team(this_machine().threads)
+    pool = _native.ThreadPool(this_machine().threads)
 
     def write(name: str, begin: bytes, matrices: Matrices, floats: Vectors) -> None:
-        _write(directory / name, begin, checkpoint, matrices, floats, team)
+        _write(directory / name, begin, checkpoint, matrices, floats, pool)
         progress(directory / name)
 
     for layer in range(text.num_hidden_layers):
@@ -129,14 +129,14 @@ def _write(
     checkpoint: Checkpoint,
     matrices: Matrices,
     vectors: Vectors,
-    team: _native.Team,
+    pool: _native.ThreadPool,
 ) -> None:
     """Write a file beside its place, a matrix at a time, and rename it."""
     with replacing(path) as file:
         file.write(begin)
         for matrix in matrices.values():
             data = packed.aligned_zeros(packed.packed_bytes(matrix))
-            packed.pack_matrix(checkpoint, matrix, data, team)
+            packed.pack_matrix(checkpoint, matrix, data, pool)
             file.write(data.data)
         for vector in vectors.values():
             file.write(vector.tobytes())

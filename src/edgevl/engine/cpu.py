@@ -127,16 +127,16 @@ class CpuEngine(Engine):
         self.chunk = min(chunk, self.max_context)
         self.plan = make_plan(checkpoint, precision, exact_logits)
         check_memory(checkpoint, self.plan, precision, machine.available_bytes)
-        self._team = _native.Team(self.threads)
+        self._pool = _native.ThreadPool(self.threads)
         tensors = stored_tensors(checkpoint, self.plan)
         # Before the weights come, so that the two do not add up: parsing a large tokenizer.json
         # leaves 100 MB of free memory behind that malloc would keep.
         checkpoint.release()
         trim_heap()
         if cache and not exact_logits:  # a second file would not be worth its disk
-            packed = packed_matrices(checkpoint, self.plan, precision, self._team)
+            packed = packed_matrices(checkpoint, self.plan, precision, self._pool)
         else:
-            packed = pack_in_memory(checkpoint, self.plan, self._team)
+            packed = pack_in_memory(checkpoint, self.plan, self._pool)
         for matrix in self.plan.matrices:
             model, _, name = matrix.name.partition(".")
             data = packed[matrix.name]
@@ -144,13 +144,13 @@ class CpuEngine(Engine):
         self.decoder = _native.Decoder(
             decoder_config(checkpoint, self.max_context, self.chunk, kv_cache),
             tensors["text"],
-            self._team,
+            self._pool,
             self.instruction_set,
         )
         self.vision: _native.VisionEncoder | None = None
         if checkpoint.has_vision:
             self.vision = _native.VisionEncoder(
-                vision_config(checkpoint), tensors["vision"], self._team, self.instruction_set
+                vision_config(checkpoint), tensors["vision"], self._pool, self.instruction_set
             )
         self.notes = self.plan.notes
         self.path = checkpoint.path
@@ -200,7 +200,7 @@ class CpuEngine(Engine):
         return logits
 
 
-#: The most that a team takes.
+#: The most that a pool takes.
 MAX_THREADS = 256
 
 

@@ -51,7 +51,7 @@ def packed_bytes(matrix: MatrixPlan) -> int:
 
 
 def packed_matrices(
-    checkpoint: Checkpoint, plan: PackingPlan, precision: str, team: _native.Team
+    checkpoint: Checkpoint, plan: PackingPlan, precision: str, pool: _native.ThreadPool
 ) -> dict[str, Bytes]:
     """Return the data of every matrix of ``plan`` by name, read from the cache or packed now.
 
@@ -60,36 +60,38 @@ def packed_matrices(
     """
     total = sum(map(packed_bytes, plan.matrices))
     if total < CACHE_FROM_BYTES:
-        return pack_in_memory(checkpoint, plan, team)
+        return pack_in_memory(checkpoint, plan, pool)
     path = cache_path(checkpoint, plan, precision)
     if is_file(path):
         try:
-            return read_cache(path, plan, team.size)
+            return read_cache(path, plan, pool.size)
         except CheckpointError as error:
             log.warning("%s; packing the weights anew", error)
     try:
-        write_cache(path, checkpoint, plan, team)
-        return read_cache(path, plan, team.size)
+        write_cache(path, checkpoint, plan, pool)
+        return read_cache(path, plan, pool.size)
     except (OSError, CheckpointError) as error:  # read-only, the disk is full, or just removed
         log.info("%s: not written (%s), the weights are packed in memory", path, error)
-        return pack_in_memory(checkpoint, plan, team)
+        return pack_in_memory(checkpoint, plan, pool)
 
 
 # --- packing -------------------------------------------------------------------------------
 
 
 def pack_in_memory(
-    checkpoint: Checkpoint, plan: PackingPlan, team: _native.Team
+    checkpoint: Checkpoint, plan: PackingPlan, pool: _native.ThreadPool
 ) -> dict[str, Bytes]:
     """Pack all matrices into memory of their own."""
     packed = {}
     for matrix in plan.matrices:
         packed[matrix.name] = aligned_zeros(packed_bytes(matrix))
-        pack_matrix(checkpoint, matrix, packed[matrix.name], team)
+        pack_matrix(checkpoint, matrix, packed[matrix.name], pool)
     return packed
 
 
-def pack_matrix(checkpoint: Checkpoint, matrix: MatrixPlan, out: Bytes, team: _native.Team) -> None:
+def pack_matrix(
+    checkpoint: Checkpoint, matrix: MatrixPlan, out: Bytes, pool: _native.ThreadPool
+) -> None:
     """Pack one matrix into ``out``, which is zero.
 
     Raises:
@@ -97,7 +99,7 @@ def pack_matrix(checkpoint: Checkpoint, matrix: MatrixPlan, out: Bytes, team: _n
     """
     for part in matrix.parts:
         if matrix.gptq:
-            _pack_gptq(checkpoint, matrix, part, out, team)
+            _pack_gptq(checkpoint, matrix, part, out, pool)
             continue
         weight = convertible(checkpoint, part.weight)
         data = weight.data.reshape(part.rows, matrix.cols)
@@ -111,13 +113,13 @@ def pack_matrix(checkpoint: Checkpoint, matrix: MatrixPlan, out: Bytes, team: _n
             out,
             part.first_panel,
             part.panel_step,
-            team,
+            pool,
         )
     checkpoint.release()
 
 
 def _pack_gptq(
-    checkpoint: Checkpoint, matrix: MatrixPlan, part: Part, out: Bytes, team: _native.Team
+    checkpoint: Checkpoint, matrix: MatrixPlan, part: Part, out: Bytes, pool: _native.ThreadPool
 ) -> None:
     packed = checkpoint.gptq(part.weight)
     assert packed is not None  # the plan says so
@@ -132,7 +134,7 @@ def _pack_gptq(
         out,
         part.first_panel,
         part.panel_step,
-        team,
+        pool,
     )
 
 
@@ -165,7 +167,9 @@ def cache_path(checkpoint: Checkpoint, plan: PackingPlan, precision: str) -> Pat
     return checkpoint.path / ".edgevl" / f"{precision}-{key}.safetensors"
 
 
-def write_cache(path: Path, checkpoint: Checkpoint, plan: PackingPlan, team: _native.Team) -> None:
+def write_cache(
+    path: Path, checkpoint: Checkpoint, plan: PackingPlan, pool: _native.ThreadPool
+) -> None:
     """Pack all matrices into a cache file, one at a time, and remove those it takes the place of.
 
     Raises:
@@ -183,7 +187,7 @@ def write_cache(path: Path, checkpoint: Checkpoint, plan: PackingPlan, team: _na
         sums = []
         for matrix, size in zip(plan.matrices, sizes, strict=True):
             data = aligned_zeros(size)
-            pack_matrix(checkpoint, matrix, data, team)
+            pack_matrix(checkpoint, matrix, data, pool)
             sums.append(checksum(data))
             yield data.data
         yield np.array(sums, "<u8").view(np.uint8).data

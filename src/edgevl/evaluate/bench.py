@@ -272,8 +272,8 @@ def machine_probe(threads: int | None) -> Probe | None:
         return None
     if threads is None:
         return None
-    team = _native.Team(threads)
-    return lambda: (_native.read_bandwidth(team, READ_BYTES), _native.int8_rate(team))
+    pool = _native.ThreadPool(threads)
+    return lambda: (_native.read_bandwidth(pool, READ_BYTES), _native.int8_rate(pool))
 
 
 def peak_rss_bytes() -> int:

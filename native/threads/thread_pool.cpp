@@ -1,4 +1,4 @@
-#include "threads/team.h"
+#include "threads/thread_pool.h"
 
 #include <chrono>
 #include <exception>
@@ -15,7 +15,7 @@ namespace edgevl {
 namespace {
 
 /// How long a thread spins before it sleeps. Waking a sleeper costs about as much, so that spinning
-/// longer would not pay; members that all run reach a barrier within a few microseconds.
+/// longer would not pay; workers that all run reach a barrier within a few microseconds.
 constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kMaxThreads = 256;
 
@@ -50,42 +50,42 @@ long process_id() {
 
 }  // namespace
 
-struct Team::State {
-  // Each counter has a cache line of its own: members spin on one while others write the next.
+struct ThreadPool::State {
+  // Each counter has a cache line of its own: workers spin on one while others write the next.
   alignas(64) std::atomic<int> next{0};               ///< item that the next claim gets
-  alignas(64) std::atomic<int> arrived{0};            ///< members at the current barrier
+  alignas(64) std::atomic<int> arrived{0};            ///< workers at the current barrier
   alignas(64) std::atomic<std::uint32_t> passed{0};   ///< barriers passed; wraps around
   alignas(64) std::atomic<std::uint32_t> started{0};  ///< steps started; wraps around
 
   alignas(64) int size = 1;
   long process = process_id();
   std::mutex turn;                                     ///< held by the caller whose step runs
-  const std::function<void(Member&)>* step = nullptr;  ///< null: leave
+  const std::function<void(Worker&)>* step = nullptr;  ///< null: leave
   std::mutex error_mutex;
   std::exception_ptr error;
   std::vector<std::thread> threads;
 
-  void run_step(Member& member) {
+  void run_step(Worker& worker) {
     try {
-      (*step)(member);
+      (*step)(worker);
     } catch (...) {
       std::lock_guard lock(error_mutex);
       if (!error) error = std::current_exception();
     }
-    member.barrier();
+    worker.barrier();
   }
 
-  void start(const std::function<void(Member&)>* next_step) {
+  void start(const std::function<void(Worker&)>* next_step) {
     step = next_step;
     started.fetch_add(1, std::memory_order_release);
     started.notify_all();
   }
 
-  void work(Member member) {
+  void work(Worker worker) {
     for (std::uint32_t seen = 0;; ++seen) {
       wait_for_change(started, seen);
       if (!step) return;
-      run_step(member);
+      run_step(worker);
     }
   }
 
@@ -95,15 +95,15 @@ struct Team::State {
   }
 };
 
-int Member::claim() { return team_.state_->next.fetch_add(1, std::memory_order_relaxed); }
+int Worker::claim() { return pool_.state_->next.fetch_add(1, std::memory_order_relaxed); }
 
-Member::Range Member::share(int n) const {
+Worker::Range Worker::share(int n) const {
   auto edge = [&](int rank) { return static_cast<int>(static_cast<long long>(n) * rank / size_); };
   return {edge(rank_), edge(rank_ + 1)};
 }
 
-void Member::barrier() {
-  auto& state = *team_.state_;
+void Worker::barrier() {
+  auto& state = *pool_.state_;
   const std::uint32_t passed = state.passed.load(std::memory_order_relaxed);
   if (state.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < size_) {
     wait_for_change(state.passed, passed);
@@ -116,7 +116,7 @@ void Member::barrier() {
   state.passed.notify_all();
 }
 
-Team::Team(int threads) {
+ThreadPool::ThreadPool(int threads) {
   if (threads < 1 || threads > kMaxThreads) {
     throw std::invalid_argument("threads is " + std::to_string(threads) + ": give 1 to " +
                                 std::to_string(kMaxThreads));
@@ -125,7 +125,7 @@ Team::Team(int threads) {
   state_->size = threads;
   try {
     for (int rank = 1; rank < threads; ++rank) {
-      state_->threads.emplace_back(&State::work, state_.get(), Member(*this, rank, threads));
+      state_->threads.emplace_back(&State::work, state_.get(), Worker(*this, rank, threads));
     }
   } catch (...) {  // the system has no more threads
     state_->stop();
@@ -133,7 +133,7 @@ Team::Team(int threads) {
   }
 }
 
-Team::~Team() {
+ThreadPool::~ThreadPool() {
   if (state_->process != process_id()) {
     state_
         .release();  // a fork's child: the threads to join, and so their objects, are the parent's
@@ -142,16 +142,16 @@ Team::~Team() {
   state_->stop();
 }
 
-int Team::size() const { return state_->size; }
+int ThreadPool::size() const { return state_->size; }
 
-void Team::run(const std::function<void(Member&)>& step) {
+void ThreadPool::run(const std::function<void(Worker&)>& step) {
   auto& state = *state_;
   if (state.process != process_id()) {
     throw std::runtime_error("threads do not survive a fork: load the model in the child process");
   }
   std::lock_guard lock(state.turn);
   state.error = nullptr;
-  Member caller(*this, 0, state.size);
+  Worker caller(*this, 0, state.size);
   if (state.size == 1) {
     state.step = &step;
   } else {
