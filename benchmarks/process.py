@@ -26,13 +26,20 @@ class Worker:
     again.
     """
 
-    def __init__(self, python: Path, arguments: list[str], log: Path, variables: dict[str, str]):
+    def __init__(
+        self,
+        python: Path,
+        arguments: list[str],
+        log: Path,
+        variables: dict[str, str],
+        script: Path = HERE / "worker.py",
+    ) -> None:
         """Start the process; `ready` waits until it has loaded."""
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                [str(python), str(HERE / "worker.py"), *arguments],
+                [str(python), str(script), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

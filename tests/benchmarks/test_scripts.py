@@ -21,6 +21,7 @@ ELSEWHERE = {
     "benchmarks/same_answers.py": "test_same_answers.py",
     "benchmarks/serving.py": "test_benchmark_serving.py",
     "benchmarks/speculation.py": "test_benchmark_speculation.py",
+    "benchmarks/versions.py": "test_versions.py",
     "benchmarks/worker.py": "test_benchmarks.py",
     "benchmarks/quantizers/compare_quantizers.py": "test_benchmark_quantizers.py",
     "benchmarks/quantizers/corpus.py": "test_benchmark_quantizers.py",
