@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -118,25 +119,17 @@ class Source {
     return cast<T>(config_[name], std::string("config: ") + name);
   }
 
-  /// float32 [size]; null where there is none and it is not required.
-  const float* vector(const std::string& name, long long size, bool required = true) {
-    return floats(name, {size}, required);
+  /// float32 [size].
+  const float* vector(const std::string& name, std::size_t size) { return floats(name, {size}); }
+
+  /// The same, or null where there is none.
+  const float* optional_vector(const std::string& name, std::size_t size) {
+    return tensors_.contains(name.c_str()) ? vector(name, size) : nullptr;
   }
 
-  const float* floats(const std::string& name, const std::vector<long long>& shape, bool required) {
-    if (!tensors_.contains(name.c_str())) {
-      if (required) fail("tensors: " + name + " is missing");
-      return nullptr;
-    }
-    const auto array = keep(tensors_[name.c_str()], name);
-    const float* address = data<float>(array, name, shape.size());
-    for (std::size_t i = 0; i < shape.size(); ++i) {
-      if (static_cast<long long>(array.shape(i)) != shape[i]) {
-        fail("tensors: " + name + " has size " + std::to_string(array.shape(i)) + ", expected " +
-             std::to_string(shape[i]));
-      }
-    }
-    return address;
+  /// float32 [rows, cols].
+  const float* rows(const std::string& name, std::size_t rows, std::size_t cols) {
+    return floats(name, {rows, cols});
   }
 
   /// A packed matrix and the bias `bias`, which may be missing.
@@ -146,7 +139,7 @@ class Source {
     linear.matrix = packed_matrix(cast<std::string>(parts[0], name), cast<int>(parts[1], name),
                                   cast<int>(parts[2], name), cast<int>(parts[3], name),
                                   keep(parts[4], name), name);
-    linear.bias = vector(bias, linear.matrix.rows, false);
+    linear.bias = optional_vector(bias, linear.matrix.rows);
     return linear;
   }
   Linear linear(const std::string& name) { return linear(name, name + "_bias"); }
@@ -168,12 +161,37 @@ class Source {
             cast<nb::bytes>(parts[5], name).c_str()};
   }
 
+  /// Refuses tensors that nobody has asked for: a model that has them computes something else.
+  void require_all_used() const {
+    for (const auto& [key, value] : tensors_) {
+      const auto name = cast<std::string>(key, "tensors: a name");
+      if (!used_.contains(name)) fail("tensors: " + name + " is not one of the model's");
+    }
+  }
+
   std::vector<Array> take_arrays() { return std::move(arrays_); }
 
  private:
-  nb::tuple tuple(const std::string& name, std::initializer_list<std::size_t> sizes) const {
+  nb::object tensor(const std::string& name) {
     if (!tensors_.contains(name.c_str())) fail("tensors: " + name + " is missing");
-    const auto parts = cast<nb::tuple>(tensors_[name.c_str()], "tensors: " + name);
+    used_.insert(name);
+    return tensors_[name.c_str()];
+  }
+
+  const float* floats(const std::string& name, const std::vector<std::size_t>& shape) {
+    const auto array = keep(tensor(name), name);
+    const float* address = data<float>(array, name, shape.size());
+    for (std::size_t i = 0; i < shape.size(); ++i) {
+      if (array.shape(i) != shape[i]) {
+        fail("tensors: " + name + " has size " + std::to_string(array.shape(i)) + ", expected " +
+             std::to_string(shape[i]));
+      }
+    }
+    return address;
+  }
+
+  nb::tuple tuple(const std::string& name, std::initializer_list<std::size_t> sizes) {
+    const auto parts = cast<nb::tuple>(tensor(name), "tensors: " + name);
     if (std::find(sizes.begin(), sizes.end(), parts.size()) == sizes.end()) {
       fail("tensors: " + name + " is a tuple of " + std::to_string(parts.size()));
     }
@@ -186,6 +204,7 @@ class Source {
   }
 
   nb::dict config_, tensors_;
+  std::set<std::string> used_;
   std::vector<Array> arrays_;
 };
 
@@ -218,8 +237,8 @@ DecoderWeights decoder_weights(Source& source, const DecoderConfig& config) {
     DecoderLayer layer;
     layer.input_norm = source.vector(name + "input_norm", config.hidden_size);
     layer.qkv = source.linear(name + "qkv");
-    layer.q_norm = source.vector(name + "q_norm", config.head_dim, false);
-    layer.k_norm = source.vector(name + "k_norm", config.head_dim, false);
+    layer.q_norm = source.optional_vector(name + "q_norm", config.head_dim);
+    layer.k_norm = source.optional_vector(name + "k_norm", config.head_dim);
     layer.o = source.linear(name + "o");
     layer.post_norm = source.vector(name + "post_norm", config.hidden_size);
     layer.gate_up = source.linear(name + "gate_up");
@@ -256,43 +275,11 @@ VisionConfig vision_config(const Source& source) {
   return config;
 }
 
-VisionWeights vision_weights(Source& source, const VisionConfig& config) {
-  const long long hidden = config.hidden_size;
-  VisionWeights weights;
-  weights.patch = source.linear("patch");
-  weights.class_embedding = source.vector("class_embedding", hidden);
-  weights.position_embedding =
-      source.floats("position_embedding", {config.positions(), hidden}, true);
-  for (int i = 0; i < config.num_hidden_layers; ++i) {
-    const std::string name = "layers." + std::to_string(i) + ".";
-    VisionLayer layer;
-    layer.norm1 = source.vector(name + "norm1", hidden);
-    layer.norm1_bias = source.vector(name + "norm1_bias", hidden, config.layer_norm);
-    layer.qkv = source.linear(name + "qkv");
-    layer.q_norm = source.vector(name + "q_norm", hidden, false);
-    layer.k_norm = source.vector(name + "k_norm", hidden, layer.q_norm != nullptr);
-    layer.proj = source.linear(name + "proj");
-    layer.ls1 = source.vector(name + "ls1", hidden);
-    layer.norm2 = source.vector(name + "norm2", hidden);
-    layer.norm2_bias = source.vector(name + "norm2_bias", hidden, config.layer_norm);
-    layer.fc1 = source.linear(name + "fc1");
-    layer.fc2 = source.linear(name + "fc2");
-    layer.ls2 = source.vector(name + "ls2", hidden);
-    weights.layers.push_back(layer);
-  }
-  weights.projector_norm = {source.vector("projector.norm", config.merged_size()),
-                            source.vector("projector.norm_bias", config.merged_size()),
-                            config.projector_norm_eps};
-  weights.projector_fc1 = source.linear("projector.fc1");
-  weights.projector_fc2 = source.linear("projector.fc2");
-  return weights;
-}
-
 /// A model and the Python objects it points into.
 template <class Model>
 struct Held {
-  Held(Source source, nb::object held_team, const std::string& isa)
-      : pool(std::move(held_team)),
+  Held(Source source, nb::object held_pool, const std::string& isa)
+      : pool(std::move(held_pool)),
         model(make(source, nb::cast<ThreadPool&>(pool), kernels(isa))),
         arrays(source.take_arrays()) {}
 
@@ -300,10 +287,14 @@ struct Held {
     if constexpr (std::is_same_v<Model, Decoder>) {
       const auto config = decoder_config(source);
       check(config);
-      return std::make_unique<Decoder>(config, decoder_weights(source, config), pool, kernels);
+      auto weights = decoder_weights(source, config);
+      source.require_all_used();
+      return std::make_unique<Decoder>(config, std::move(weights), pool, kernels);
     } else {
       const auto config = vision_config(source);
-      return std::make_unique<VisionEncoder>(config, vision_weights(source, config), pool, kernels);
+      auto weights = read_vision_weights(source, config);
+      source.require_all_used();
+      return std::make_unique<VisionEncoder>(config, std::move(weights), pool, kernels);
     }
   }
 

@@ -213,14 +213,26 @@ const float* ModelFile::optional_vector(const std::string& name, std::size_t siz
     fail(name + " has " + std::to_string(found->second.size) + " numbers, expected " +
          std::to_string(size));
   }
+  used_.insert(name);
   return found->second.data;
 }
 
 Linear ModelFile::linear(const std::string& name) const {
   const auto found = matrices_.find(name);
   if (found == matrices_.end()) fail(name + " is missing");
+  used_.insert(name);
   const auto rows = static_cast<std::size_t>(found->second.rows);
   return {found->second, optional_vector(name + "_bias", rows)};
+}
+
+void ModelFile::require_all_used() const {
+  const auto require = [&](const auto& weights) {
+    for (const auto& [name, weight] : weights) {
+      if (!used_.contains(name)) fail(name + " is not one of the model's weights");
+    }
+  };
+  require(matrices_);
+  require(vectors_);
 }
 
 }  // namespace edgevl::emulator

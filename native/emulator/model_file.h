@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -61,12 +62,18 @@ class ModelFile {
   /// Parts of it by name. Throw Problem for what is missing or not as it is asked for.
   const std::vector<double>& numbers(const std::string& name, std::size_t count) const;
   int integer(const std::string& name) const;
-  bool has(const std::string& name) const { return vectors_.contains(name); }
   const float* vector(const std::string& name, std::size_t size) const;
   /// The same, or null where there is none.
   const float* optional_vector(const std::string& name, std::size_t size) const;
+  /// A vector of rows * cols numbers.
+  const float* rows(const std::string& name, std::size_t rows, std::size_t cols) const {
+    return vector(name, rows * cols);
+  }
   /// A matrix, with the bias NAME_bias if there is one.
   Linear linear(const std::string& name) const;
+  /// Throws Problem where there are weights that nobody has asked for: a model that has them
+  /// computes something else.
+  void require_all_used() const;
 
  private:
   class Line;
@@ -85,6 +92,7 @@ class ModelFile {
   std::map<std::string, std::vector<double>> numbers_;
   std::map<std::string, Matrix> matrices_;
   std::map<std::string, Vector> vectors_;
+  mutable std::set<std::string> used_;  ///< names of weights that were asked for
   std::size_t weight_bytes_ = 0;
 };
 

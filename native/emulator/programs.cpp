@@ -208,7 +208,8 @@ class PostProgram : public Program {
 class VisionProgram : public Program {
  public:
   VisionProgram(const ModelFile& file, ThreadPool& pool)
-      : config_(config(file)), encoder_(config_, weights(file, config_), pool, kernels()) {
+      : config_(config(file)),
+        encoder_(config_, read_vision_weights(file, config_), pool, kernels()) {
     for (int i = 0; i < 3; ++i) {
       mean_[i] = static_cast<float>(file.numbers("mean", 3)[i]);
       std_[i] = static_cast<float>(file.numbers("std", 3)[i]);
@@ -259,39 +260,6 @@ class VisionProgram : public Program {
     return c;
   }
 
-  static VisionWeights weights(const ModelFile& file, const VisionConfig& c) {
-    const auto hidden = static_cast<std::size_t>(c.hidden_size);
-    VisionWeights w;
-    w.patch = file.linear("patch");
-    w.class_embedding = file.vector("class_embedding", hidden);
-    w.position_embedding = file.vector("position_embedding", c.positions() * hidden);
-    for (int i = 0; i < c.num_hidden_layers; ++i) {
-      const std::string name = "layers." + std::to_string(i) + ".";
-      auto vector = [&](const char* part) { return file.vector(name + part, hidden); };
-      auto optional = [&](const char* part) { return file.optional_vector(name + part, hidden); };
-      VisionLayer layer;
-      layer.norm1 = vector("norm1");
-      layer.norm1_bias = optional("norm1_bias");
-      layer.qkv = file.linear(name + "qkv");
-      layer.q_norm = optional("q_norm");
-      layer.k_norm = layer.q_norm ? vector("k_norm") : nullptr;
-      layer.proj = file.linear(name + "proj");
-      layer.ls1 = vector("ls1");
-      layer.norm2 = vector("norm2");
-      layer.norm2_bias = optional("norm2_bias");
-      layer.fc1 = file.linear(name + "fc1");
-      layer.fc2 = file.linear(name + "fc2");
-      layer.ls2 = vector("ls2");
-      w.layers.push_back(layer);
-    }
-    const auto merged = static_cast<std::size_t>(c.merged_size());
-    w.projector_norm = {file.vector("projector.norm", merged),
-                        file.vector("projector.norm_bias", merged), c.projector_norm_eps};
-    w.projector_fc1 = file.linear("projector.fc1");
-    w.projector_fc2 = file.linear("projector.fc2");
-    return w;
-  }
-
   const VisionConfig config_;
   VisionEncoder encoder_;
   float mean_[3], std_[3];
@@ -300,10 +268,14 @@ class VisionProgram : public Program {
 }  // namespace
 
 std::unique_ptr<Program> make_program(const ModelFile& file, ThreadPool& pool) {
-  if (file.kind() == "layer") return std::make_unique<LayerProgram>(file);
-  if (file.kind() == "post") return std::make_unique<PostProgram>(file, pool);
-  if (file.kind() == "vision") return std::make_unique<VisionProgram>(file, pool);
-  fail("its kind is unknown");
+  auto program = [&]() -> std::unique_ptr<Program> {
+    if (file.kind() == "layer") return std::make_unique<LayerProgram>(file);
+    if (file.kind() == "post") return std::make_unique<PostProgram>(file, pool);
+    if (file.kind() == "vision") return std::make_unique<VisionProgram>(file, pool);
+    fail("its kind is unknown");
+  }();
+  file.require_all_used();
+  return program;
 }
 
 }  // namespace edgevl::emulator

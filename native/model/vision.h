@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -66,6 +67,42 @@ struct VisionWeights {
   Linear projector_fc1;
   Linear projector_fc2;
 };
+
+/// Weights by name from what has `linear`, `vector`, `optional_vector` and `rows`, as Python's
+/// tensors and the emulator's files do.
+template <class Source>
+VisionWeights read_vision_weights(Source& source, const VisionConfig& config) {
+  const auto hidden = static_cast<std::size_t>(config.hidden_size);
+  const auto merged = static_cast<std::size_t>(config.merged_size());
+  VisionWeights weights;
+  weights.patch = source.linear("patch");
+  weights.class_embedding = source.vector("class_embedding", hidden);
+  weights.position_embedding = source.rows("position_embedding", config.positions(), hidden);
+  for (int i = 0; i < config.num_hidden_layers; ++i) {
+    const std::string name = "layers." + std::to_string(i) + ".";
+    const auto vector = [&](const char* part) { return source.vector(name + part, hidden); };
+    VisionLayer layer;
+    layer.norm1 = vector("norm1");
+    layer.norm1_bias = config.layer_norm ? vector("norm1_bias") : nullptr;
+    layer.qkv = source.linear(name + "qkv");
+    layer.q_norm = source.optional_vector(name + "q_norm", hidden);
+    layer.k_norm = layer.q_norm ? vector("k_norm") : nullptr;
+    layer.proj = source.linear(name + "proj");
+    layer.ls1 = vector("ls1");
+    layer.norm2 = vector("norm2");
+    layer.norm2_bias = config.layer_norm ? vector("norm2_bias") : nullptr;
+    layer.fc1 = source.linear(name + "fc1");
+    layer.fc2 = source.linear(name + "fc2");
+    layer.ls2 = vector("ls2");
+    weights.layers.push_back(layer);
+  }
+  weights.projector_norm = {source.vector("projector.norm", merged),
+                            source.vector("projector.norm_bias", merged),
+                            config.projector_norm_eps};
+  weights.projector_fc1 = source.linear("projector.fc1");
+  weights.projector_fc2 = source.linear("projector.fc2");
+  return weights;
+}
 
 /// Tiles to features that take the place of image tokens. Tiles are encoded one after another, so
 /// that memory does not grow with their number. `encode` may be called from several threads; one

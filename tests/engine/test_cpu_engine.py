@@ -638,3 +638,18 @@ def test_the_native_decoder_knows_its_caches(qwen3):
     config = cpu.decoder_config(qwen3, 8, 8, "fp8")
     with pytest.raises(ValueError, match="kv_cache is 'fp8'"):
         native.Decoder(config, {}, native.ThreadPool(1))
+
+
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_the_native_models_refuse_tensors_that_they_do_not_know(qwen3, part, monkeypatch):
+    """One that the table of a model's tensors lists and the engine does not would do nothing."""
+
+    def with_another(checkpoint, plan):
+        tensors = stored_tensors(checkpoint, plan)
+        tensors[part]["layers.0.o_norm"] = np.ones(64, np.float32)
+        return tensors
+
+    stored_tensors = cpu.stored_tensors
+    monkeypatch.setattr(cpu, "stored_tensors", with_another)
+    with pytest.raises(ValueError, match="layers.0.o_norm is not one of the model's"):
+        CpuEngine(qwen3, threads=1)
