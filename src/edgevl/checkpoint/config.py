@@ -36,7 +36,12 @@ FLASH_REFUSED = (
 NormType = Literal["layer_norm", "rms_norm"]
 TextModelType = Literal["qwen3", "qwen2", "llama"]
 GPTQFormat = Literal["gptq", "gptq_v2"]
-TEXT_MODELS: tuple[TextModelType, ...] = ("qwen3", "qwen2", "llama")
+#: The text models there are, each with the class of transformers that runs it.
+TEXT_MODELS: dict[TextModelType, str] = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgevl.checkpoint.config import TextConfig
-
-_ARCHITECTURES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
+from edgevl.checkpoint.config import TEXT_MODELS, TextConfig
 
 
 def text_json(text: TextConfig, torch_dtype: str) -> dict[str, Any]:
@@ -23,7 +17,7 @@ def text_json(text: TextConfig, torch_dtype: str) -> dict[str, Any]:
         torch_dtype: PyTorch's name of the type that weights are stored in, such as "bfloat16".
     """
     fields: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[text.model_type]],
+        "architectures": [TEXT_MODELS[text.model_type]],
         "attention_dropout": 0.0,
         "head_dim": text.head_dim,
         "hidden_act": "silu",
