@@ -128,9 +128,10 @@ class Ours:
     def __init__(self, directory: Path) -> None:
         """Load the model."""
         from edgevl.loading import load_engine, open_model
+        from edgevl.options import LoadOptions
 
         self.model = open_model(directory, "axera")
-        self.engine = load_engine(self.model, "axera")
+        self.engine = load_engine(self.model, LoadOptions("axera"))
         self._sequence = self.engine.new_sequence()
 
     def prefill(self, token_ids: NDArray[np.int64]) -> int:

@@ -24,11 +24,10 @@ import numpy as np
 import edgevl
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine import Engine
-from edgevl.engine.plan import PRECISIONS
 from edgevl.generate import generation
 from edgevl.generate.speculation import PromptLookup
 from edgevl.loading import load_engine
-from edgevl.options import GREEDY
+from edgevl.options import GREEDY, PRECISIONS, LoadOptions
 from edgevl.preprocess import Message
 from speculation_prompts import PROMPTS
 
@@ -93,9 +92,7 @@ def main() -> int:
     if arguments.shapes:
         engine = load_engine(
             Checkpoint.open(arguments.shapes),
-            "cpu",
-            precision=arguments.shapes_precision,
-            threads=arguments.threads,
+            LoadOptions("cpu", precision=arguments.shapes_precision, threads=arguments.threads),
         )
         for context in CONTEXTS:
             computed[f"after {context}"] = costs = measure_steps(engine, context, arguments.rounds)

@@ -12,8 +12,9 @@ from pathlib import Path
 from edgevl.checkpoint import Checkpoint, ModelDirectory
 from edgevl.checkpoint.directory import is_directory, is_file
 from edgevl.checkpoint.hub import cached, download, is_repository
-from edgevl.engine import Engine, KVCacheFormat, Precision, ReferenceEngine, native_missing
+from edgevl.engine import Engine, ReferenceEngine, native_missing
 from edgevl.errors import BoardError, CheckpointError, DownloadError, EdgeVLError
+from edgevl.options import LoadOptions, only_for
 
 log = logging.getLogger(__name__)
 
@@ -120,96 +121,52 @@ def _is_compiled(path: Path) -> bool:
     return not any(path.glob("*.safetensors")) and holds_compiled(path)
 
 
-def load_engine(
-    checkpoint: ModelDirectory,
-    engine: str = "auto",
-    max_context: int | None = None,
-    precision: Precision = "auto",
-    threads: int | None = None,
-    kv_cache: KVCacheFormat = "bf16",
-    exact_logits: bool = False,
-    cache: bool = True,
-) -> Engine:
-    """Load ``checkpoint`` into the engine of that name.
+def load_engine(checkpoint: ModelDirectory, options: LoadOptions | None = None) -> Engine:
+    """Load ``checkpoint`` into an engine.
 
     ``auto`` is ``axera`` for a model that was compiled for a board; otherwise ``cpu`` or, where
-    that cannot run, ``reference`` with a warning. With ``exact_logits`` those of all tokens are as
-    good as those of the best: see `make_plan`; those of the other engines are in any case.
-    ``cache`` is for ``cpu``: see `CpuEngine`.
+    that cannot run, ``reference`` with a warning.
+
+    Args:
+        checkpoint: what to load.
+        options: how; see `edgevl.load`.
 
     Raises:
-        EdgeVLError: an argument is not one of its choices, or a number is out of range.
+        EdgeVLError: an option is of another engine, or the engine cannot run here.
         BoardError: the engine is ``axera`` and there is no NPU that runs the model, or it is
             another and the model was compiled for a board.
     """
-    if max_context is not None and max_context < 1:
-        raise EdgeVLError(f"max_context is {max_context}: it must be at least 1")
-    if engine != "auto" and engine not in ENGINES:
-        raise EdgeVLError(f"engine {engine!r} is unknown: choose auto or {', '.join(ENGINES)}")
+    options = options or LoadOptions()
+    engine = options.engine
     if engine == "auto" and not isinstance(checkpoint, Checkpoint):
         engine = "axera"
     if engine == "auto":
+        engine = "cpu"
         if reason := native_missing():
             log.warning("%s: answering with the slow reference engine, in float32", reason)
-            engine, precision, threads, kv_cache = "reference", "auto", None, "bf16"
-        else:
-            engine = "cpu"
-    return ENGINES[engine](
-        checkpoint, max_context, precision, threads, kv_cache, exact_logits, cache
-    )
+            engine, options = "reference", LoadOptions(max_context=options.max_context)
+    return ENGINES[engine](checkpoint, options)
 
 
-def _cpu(
-    checkpoint: ModelDirectory,
-    max_context: int | None,
-    precision: Precision,
-    threads: int | None,
-    kv_cache: KVCacheFormat,
-    exact_logits: bool,
-    cache: bool,
-) -> Engine:
+def _cpu(checkpoint: ModelDirectory, options: LoadOptions) -> Engine:
     weights = _weights(checkpoint, "cpu")
     if reason := native_missing():
         raise EdgeVLError(reason)
     from edgevl.engine import cpu
 
-    return cpu.CpuEngine(
-        weights,
-        max_context,
-        precision=precision,
-        threads=threads,
-        kv_cache=kv_cache,
-        exact_logits=exact_logits,
-        cache=cache,
-    )
+    return cpu.CpuEngine(weights, options)
 
 
-def _reference(
-    checkpoint: ModelDirectory,
-    max_context: int | None,
-    precision: Precision,
-    threads: int | None,
-    kv_cache: KVCacheFormat,
-    exact_logits: bool,
-    cache: bool,
-) -> Engine:
-    if precision != "auto" or threads is not None or kv_cache != "bf16":
+def _reference(checkpoint: ModelDirectory, options: LoadOptions) -> Engine:
+    if given := _only_for_cpu(options):
         raise EdgeVLError(
-            "the reference engine computes in float32, with NumPy's threads: leave precision, "
-            "threads and kv_cache out, or use engine cpu"
+            "the reference engine computes in float32, with NumPy's threads: leave "
+            f"{given} out, or use engine cpu"
         )
-    return ReferenceEngine(_weights(checkpoint, "reference"), max_context)
+    return ReferenceEngine(_weights(checkpoint, "reference"), options.max_context)
 
 
-def _axera(
-    checkpoint: ModelDirectory,
-    max_context: int | None,
-    precision: Precision,
-    threads: int | None,
-    kv_cache: KVCacheFormat,
-    exact_logits: bool,
-    cache: bool,
-) -> Engine:
+def _axera(checkpoint: ModelDirectory, options: LoadOptions) -> Engine:
     from edgevl.axera.engine import AxeraEngine
     from edgevl.axera.model.directory import BoardModel
 
@@ -218,18 +175,22 @@ def _axera(
             f"{checkpoint.path}: not compiled for a board, which engine axera needs: compile it "
             "first, edgevl compile MODEL -o OUT --target ax650"
         )
-    if precision != "auto" or threads is not None or kv_cache != "bf16":
+    if given := _only_for_cpu(options):
         raise EdgeVLError(
-            "the axera engine runs what was compiled: leave precision, threads and kv_cache out, "
-            "or compile with other options"
+            f"the axera engine runs what was compiled: leave {given} out, or compile with other "
+            "options"
         )
-    engine = AxeraEngine(checkpoint, max_context)
-    if exact_logits and engine.top_k is not None:
+    engine = AxeraEngine(checkpoint, options.max_context)
+    if options.exact_logits and engine.top_k is not None:
         raise BoardError(
             f"{checkpoint.root}: compiled to give the {engine.top_k} likeliest tokens only, but "
             "comparing needs all logits: compile without --post-topk"
         )
     return engine
+
+
+def _only_for_cpu(options: LoadOptions) -> str:
+    return " and ".join(option.name for option in only_for("cpu", options))
 
 
 def _weights(checkpoint: ModelDirectory, engine: str) -> Checkpoint:
@@ -242,12 +203,12 @@ def _weights(checkpoint: ModelDirectory, engine: str) -> Checkpoint:
     return checkpoint
 
 
-_Loader = Callable[
-    [ModelDirectory, "int | None", Precision, "int | None", KVCacheFormat, bool, bool], Engine
-]
-
 #: Engines by name, the preferred first.
-ENGINES: dict[str, _Loader] = {"cpu": _cpu, "reference": _reference, "axera": _axera}
+ENGINES: dict[str, Callable[[ModelDirectory, LoadOptions], Engine]] = {
+    "cpu": _cpu,
+    "reference": _reference,
+    "axera": _axera,
+}
 
 
 def _shipped(name: str) -> Path:

@@ -19,6 +19,7 @@ from edgevl.engine import ReferenceEngine
 from edgevl.errors import BoardError, CheckpointError, EdgeVLError, PromptError
 from edgevl.generate import Model
 from edgevl.loading import load_engine, open_model
+from edgevl.options import LoadOptions
 from edgevl.preprocess import Message, PromptEncoder, prepare_picture
 from fake_npu import Compiled, FakeRuntime, write_board
 from one_sequence import OneSequence
@@ -463,7 +464,7 @@ def test_a_checkpoint_is_refused(mini_checkpoint):
     with pytest.raises(BoardError, match="compile the checkpoint first"):
         edgevl.load(path, engine="axera")
     with Checkpoint.open(path) as checkpoint, pytest.raises(BoardError, match="edgevl compile"):
-        load_engine(checkpoint, "axera")
+        load_engine(checkpoint, LoadOptions("axera"))
 
 
 def test_a_checkpoint_with_its_layers_beside_it_is_both(mini_checkpoint, tmp_path, npu):

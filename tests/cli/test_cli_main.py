@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from edgevl import cli
-from edgevl.cli.options import ENGINES, model_name
+from edgevl.cli.options import model_name
 from edgevl.errors import CheckpointError
+from edgevl.options import LoadOptions, options_of
 
 
 def run(*args, **options):
@@ -69,9 +70,9 @@ def test_a_model_is_called_by_its_last_part(tmp_path, monkeypatch, model, name):
 
 
 def test_engine_choices_are_those_of_the_registry():
-    from edgevl.loading import ENGINES as REGISTRY
+    from edgevl.loading import ENGINES
 
-    assert ("auto", *REGISTRY) == ENGINES
+    assert options_of(LoadOptions)["engine"].choices == ("auto", *ENGINES)
 
 
 def test_version(capsys):

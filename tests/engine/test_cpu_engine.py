@@ -35,9 +35,10 @@ import pytest
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, expected_tensors, parse_config
 from edgevl.checkpoint.architecture import EMBEDDING, vision_linears
-from edgevl.engine import KV_CACHE_FORMATS, ReferenceEngine
+from edgevl.engine import ReferenceEngine
 from edgevl.errors import CheckpointError, EdgeVLError
 from edgevl.loading import load_engine
+from edgevl.options import KV_CACHE_FORMATS, LoadOptions
 
 native = pytest.importorskip("edgevl._native", reason="the native engine is not built")
 
@@ -111,7 +112,7 @@ def test_text_agrees_with_the_reference(checkpoint, precision, kv_cache, pool):
     dequantized = Dequantized(checkpoint, precision, pool)
     rounded, exact = RoundedReference(dequantized, kv_cache), ReferenceEngine(dequantized)
     options = {"precision": precision, "kv_cache": kv_cache, "threads": 2}
-    engines = {isa: CpuEngine(checkpoint, **options, isa=isa) for isa in ISAS}
+    engines = {isa: CpuEngine(checkpoint, LoadOptions(**options), isa=isa) for isa in ISAS}
     limit = text_bound(checkpoint.config, precision, kv_cache)
     shares = {isa: [] for isa in ISAS}
     for seed, length in enumerate(LENGTHS):
@@ -134,7 +135,7 @@ def vision_agrees(checkpoint, precision, pool):
     rounded = RoundedReference(dequantized).encode_images(tiles)
     exact = ReferenceEngine(dequantized).encode_images(tiles)
     for isa in ISAS:
-        model = CpuEngine(checkpoint, precision=precision, threads=2, isa=isa)
+        model = CpuEngine(checkpoint, LoadOptions(precision=precision, threads=2), isa=isa)
         features = model.encode_images(tiles)
         assert features.shape == exact.shape
         assert off(features, exact) < vision_bound(checkpoint.config, precision), isa
@@ -171,7 +172,7 @@ def test_selected_layers_and_both_shuffles(qwen3, pool, select_layer, ps_version
     )
     tiles = random_tiles(qwen3, 1)
     expected = RoundedReference(Dequantized(qwen3, "bf16", pool)).encode_images(tiles)
-    features = CpuEngine(qwen3, precision="bf16", threads=2).encode_images(tiles)
+    features = CpuEngine(qwen3, LoadOptions(precision="bf16", threads=2)).encode_images(tiles)
     assert off(features, expected) < 2 * CLOSE
 
 
@@ -189,7 +190,7 @@ def test_all_biases_and_stored_types(tmp_path, pool):
         )
         with Checkpoint.open(directory) as checkpoint:
             rounded = OneSequence(RoundedReference(Dequantized(checkpoint, "int8", pool)))
-            engine = OneSequence(CpuEngine(checkpoint, precision="int8", threads=2))
+            engine = OneSequence(CpuEngine(checkpoint, LoadOptions(precision="int8", threads=2)))
             shares = []
             for seed, length in enumerate(LENGTHS):
                 ids = random_ids(checkpoint, length, seed)
@@ -204,7 +205,7 @@ def test_the_int4_head_is_exact_for_the_best(checkpoint, precision, pool):
     dequantized = Dequantized(checkpoint, precision, pool)
     rounded = RoundedReference(dequantized)
     weight = checkpoint.tensor(head_weight(checkpoint.config.text))
-    model = CpuEngine(checkpoint, precision=precision, threads=3)
+    model = CpuEngine(checkpoint, LoadOptions(precision=precision, threads=3))
     best_shares, other_shares = [], []
     for seed, length in enumerate(LENGTHS):
         ids = random_ids(checkpoint, length, seed)
@@ -228,8 +229,8 @@ def test_every_context_up_to_the_limit(checkpoint, isa, kv_cache, pool):
     limit = 131
     dequantized = Dequantized(checkpoint, "bf16", pool)
     rounded = OneSequence(RoundedReference(dequantized, kv_cache, max_context=limit))
-    options = {"precision": "bf16", "kv_cache": kv_cache, "threads": 2, "isa": isa}
-    engine = OneSequence(CpuEngine(checkpoint, limit, **options))
+    options = LoadOptions(max_context=limit, precision="bf16", kv_cache=kv_cache, threads=2)
+    engine = OneSequence(CpuEngine(checkpoint, options, isa=isa))
     shares = []
     for token_id in random_ids(checkpoint, limit).tolist():
         expected = rounded.decode(token_id)
@@ -248,7 +249,9 @@ def test_a_long_context(qwen3, pool):
     reference = ReferenceEngine(Dequantized(qwen3, "bf16", pool), chunk=256)
     expected = prefill(OneSequence(reference), ids)
     for kv_cache in KV_CACHE_FORMATS:
-        model = CpuEngine(qwen3, limit, precision="bf16", threads=2, kv_cache=kv_cache)
+        model = CpuEngine(
+            qwen3, LoadOptions(max_context=limit, precision="bf16", threads=2, kv_cache=kv_cache)
+        )
         engine = OneSequence(model)
         share = off(prefill(engine, ids), expected)
         assert share < text_bound(qwen3.config, "bf16", kv_cache), kv_cache
@@ -260,9 +263,9 @@ def test_a_long_context(qwen3, pool):
 @pytest.mark.parametrize("isa", ISAS)
 def test_chunks_do_not_change_a_bit(qwen3, isa, kv_cache, precision):
     ids = random_ids(qwen3, 70)
-    options = {"precision": precision, "kv_cache": kv_cache, "isa": isa, "threads": 2}
+    options = LoadOptions(precision=precision, kv_cache=kv_cache, threads=2)
     whole, *others = (
-        prefill(OneSequence(CpuEngine(qwen3, chunk=chunk, **options)), ids)
+        prefill(OneSequence(CpuEngine(qwen3, options, chunk=chunk, isa=isa)), ids)
         for chunk in (128, 1, 2, 15, 16, 17)
     )
     for logits in others:
@@ -275,7 +278,7 @@ def test_threads_do_not_change_a_bit(checkpoint, threads, kv_cache):
     ids, tiles = random_ids(checkpoint, 40), random_tiles(checkpoint, 1)
     results = []
     for count in (2, threads):
-        engine = OneSequence(CpuEngine(checkpoint, threads=count, kv_cache=kv_cache))
+        engine = OneSequence(CpuEngine(checkpoint, LoadOptions(threads=count, kv_cache=kv_cache)))
         steps = [prefill(engine, ids[:35])]
         steps += [engine.decode(token_id).copy() for token_id in ids[35:].tolist()]
         results.append((np.array(steps), engine.encode_images(tiles)))
@@ -285,10 +288,10 @@ def test_threads_do_not_change_a_bit(checkpoint, threads, kv_cache):
 
 def test_pieces_of_a_long_prefill(qwen3, monkeypatch):
     ids = random_ids(qwen3, 100)
-    whole = prefill(OneSequence(CpuEngine(qwen3, threads=1, chunk=8)), ids)
+    whole = prefill(OneSequence(CpuEngine(qwen3, LoadOptions(threads=1), chunk=8)), ids)
     monkeypatch.setattr(cpu, "INTERRUPTIBLE", 30)
     np.testing.assert_array_equal(
-        prefill(OneSequence(CpuEngine(qwen3, threads=1, chunk=8)), ids), whole
+        prefill(OneSequence(CpuEngine(qwen3, LoadOptions(threads=1), chunk=8)), ids), whole
     )
 
 
@@ -309,7 +312,7 @@ def test_gptq_agrees_with_the_reference(tmp_path, pool, group_size):
     config = GPTQConfig(4, group_size, "gptq")
     with gptq_checkpoint(tmp_path, config, **how) as checkpoint:
         assert not checkpoint.has_vision
-        engine = OneSequence(load_engine(checkpoint, "cpu", threads=2))
+        engine = OneSequence(load_engine(checkpoint, LoadOptions("cpu", threads=2)))
         # The weights are the checkpoint's own, so the reference reads them by itself.
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             weight = f"language_model.model.layers.1.{name}.weight"
@@ -334,7 +337,7 @@ def test_gptq_agrees_with_the_reference(tmp_path, pool, group_size):
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 def test_rewind_forgets_exactly_what_came_after(checkpoint, kv_cache):
     ids, other = random_ids(checkpoint, 90), random_ids(checkpoint, 90, seed=1)
-    model = CpuEngine(checkpoint, threads=2, kv_cache=kv_cache)
+    model = CpuEngine(checkpoint, LoadOptions(threads=2, kv_cache=kv_cache))
     for kept in (0, 10, 63, 64, 65):
         engine, fresh = OneSequence(model), OneSequence(model)
         prefill(engine, np.concatenate((ids[:kept], other)))
@@ -348,7 +351,7 @@ def test_rewind_forgets_exactly_what_came_after(checkpoint, kv_cache):
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 def test_a_shared_prefix_is_each_sequences_own(checkpoint, kv_cache):
     ids, other = random_ids(checkpoint, 140), random_ids(checkpoint, 90, seed=1)
-    model = CpuEngine(checkpoint, threads=2, kv_cache=kv_cache)
+    model = CpuEngine(checkpoint, LoadOptions(threads=2, kv_cache=kv_cache))
     source, alone = OneSequence(model), OneSequence(model)
     prefill(source, ids)
     prefill(alone, ids)
@@ -367,14 +370,14 @@ def test_a_shared_prefix_is_each_sequences_own(checkpoint, kv_cache):
     with pytest.raises(ValueError, match="share 141 positions, but 140 are cached"):
         model.share(twin.sequence, source.sequence, 141)
     with pytest.raises(ValueError, match="another decoder's"):
-        model.share(twin.sequence, CpuEngine(checkpoint, threads=2).new_sequence(), 0)
+        model.share(twin.sequence, CpuEngine(checkpoint, LoadOptions(threads=2)).new_sequence(), 0)
     batch = model.decode([source.sequence, alone.sequence], [5, 5])
     np.testing.assert_array_equal(batch[0], batch[1])
 
 
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 def test_sequences_decoded_together_equal_those_decoded_alone(checkpoint, kv_cache):
-    model = CpuEngine(checkpoint, precision="int8", threads=2, kv_cache=kv_cache)
+    model = CpuEngine(checkpoint, LoadOptions(precision="int8", threads=2, kv_cache=kv_cache))
     together, alone = ([OneSequence(model) for _ in range(5)] for _ in range(2))
     for number, (one, other) in enumerate(zip(together, alone, strict=True)):
         ids = random_ids(checkpoint, 5 + 30 * number, number)
@@ -394,7 +397,9 @@ def test_sequences_decoded_together_equal_those_decoded_alone(checkpoint, kv_cac
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_extending_gives_the_bits_of_every_step(qwen3, isa, kv_cache, precision):
-    model = CpuEngine(qwen3, precision=precision, kv_cache=kv_cache, isa=isa, threads=2)
+    model = CpuEngine(
+        qwen3, LoadOptions(precision=precision, kv_cache=kv_cache, threads=2), isa=isa
+    )
     ids = random_ids(qwen3, 30)
     steps, extended = OneSequence(model), OneSequence(model)
     prefill(steps, ids[:12])
@@ -407,7 +412,7 @@ def test_extending_gives_the_bits_of_every_step(qwen3, isa, kv_cache, precision)
 
 
 def test_logits_are_not_copied(qwen3):
-    engine = OneSequence(CpuEngine(qwen3, threads=1))
+    engine = OneSequence(CpuEngine(qwen3, LoadOptions(threads=1)))
     first = engine.decode(1)
     before = first.copy()
     engine.decode(2)
@@ -416,7 +421,7 @@ def test_logits_are_not_copied(qwen3):
 
 def test_a_model_outlives_its_checkpoint(mini_checkpoint):
     checkpoint = Checkpoint.open(mini_checkpoint("mini-qwen3"))
-    engine = OneSequence(load_engine(checkpoint, "cpu"))
+    engine = OneSequence(load_engine(checkpoint, LoadOptions("cpu")))
     ids = random_ids(checkpoint, 9)
     expected = prefill(engine, ids)
     checkpoint.close()
@@ -433,7 +438,7 @@ def test_rows_in_the_file_and_in_memory_give_the_same_bits(mini_checkpoint, monk
         for in_file in (True, False):
             if not in_file:
                 monkeypatch.setattr(Checkpoint, "place", lambda self, name: None)
-            engine = OneSequence(load_engine(checkpoint, "cpu", precision="int4"))
+            engine = OneSequence(load_engine(checkpoint, LoadOptions("cpu", precision="int4")))
             embeddings = engine.embed(ids)
             np.testing.assert_array_equal(embeddings, checkpoint.tensor(EMBEDDING, ids))
             results.append([engine.prefill(embeddings).copy(), engine.extend([3, 4]).copy()])
@@ -448,7 +453,7 @@ def test_weights_cut_short_after_loading(mini_checkpoint, preset, tmp_path, dtyp
     path = directory / "model.safetensors"
     whole = path.read_bytes()
     with Checkpoint.open(directory) as checkpoint:
-        model = CpuEngine(checkpoint, precision="int4", threads=3)
+        model = CpuEngine(checkpoint, LoadOptions(precision="int4", threads=3))
         head = head_weight(checkpoint.config.text)
         places = [checkpoint.place(EMBEDDING), checkpoint.place(head)]
         ids = random_ids(checkpoint, 12)
@@ -491,7 +496,7 @@ def test_descriptors_are_given_back(mini_checkpoint, tmp_path):
 
     for _ in range(3):
         checkpoint = Checkpoint.open(directory)
-        engine = OneSequence(load_engine(checkpoint, "cpu", precision="int4"))
+        engine = OneSequence(load_engine(checkpoint, LoadOptions("cpu", precision="int4")))
         checkpoint.close()
         # The embedding's and the head's; neither the checkpoint's own nor a memory map.
         assert descriptors() == 2
@@ -509,7 +514,7 @@ def test_several_models_and_threads(mini_checkpoint):
 
     def work(preset, number):
         with Checkpoint.open(mini_checkpoint(preset)) as checkpoint:
-            engine = OneSequence(load_engine(checkpoint, "cpu", threads=2))
+            engine = OneSequence(load_engine(checkpoint, LoadOptions("cpu", threads=2)))
             ids = random_ids(checkpoint, 30)
             results[preset, number] = [prefill(engine, ids[:20])]
             results[preset, number] += [engine.decode(i).copy() for i in ids[20:].tolist()]
@@ -531,7 +536,7 @@ def test_several_models_and_threads(mini_checkpoint):
 
 
 def test_the_cache_refuses_what_does_not_fit(checkpoint):
-    engine = OneSequence(CpuEngine(checkpoint, 8, threads=1))
+    engine = OneSequence(CpuEngine(checkpoint, LoadOptions(max_context=8, threads=1)))
     ids = random_ids(checkpoint, 9)
     with pytest.raises(ValueError, match="exceed 8"):
         prefill(engine, ids)
@@ -556,7 +561,7 @@ def test_the_cache_refuses_what_does_not_fit(checkpoint):
 
 
 def test_sequences_of_another_model_or_twice(qwen3):
-    one, other = (CpuEngine(qwen3, threads=1) for _ in range(2))
+    one, other = (CpuEngine(qwen3, LoadOptions(threads=1)) for _ in range(2))
     sequence = one.new_sequence()
     with pytest.raises(ValueError):  # noqa: PT011 -- which of two caches is wrong has many names
         one.decode([sequence, other.new_sequence()], [1, 2])
@@ -568,7 +573,7 @@ def test_sequences_of_another_model_or_twice(qwen3):
 def test_max_context_is_at_most_the_models(qwen3):
     limit = qwen3.config.text.max_position_embeddings
     assert CpuEngine(qwen3).max_context == limit
-    assert CpuEngine(qwen3, limit + 1).max_context == limit
+    assert CpuEngine(qwen3, LoadOptions(max_context=limit + 1)).max_context == limit
 
 
 def test_too_little_memory_gives_both_numbers(qwen3, monkeypatch):
@@ -577,17 +582,17 @@ def test_too_little_memory_gives_both_numbers(qwen3, monkeypatch):
     with pytest.raises(EdgeVLError, match=r"need 0\.0 GiB of memory, 0\.0 GiB are free.*smaller"):
         CpuEngine(qwen3)
     with pytest.raises(EdgeVLError, match="--precision int4"):
-        CpuEngine(qwen3, precision="bf16")
+        CpuEngine(qwen3, LoadOptions(precision="bf16"))
 
 
 def test_wrong_arguments(qwen3, monkeypatch):
-    with pytest.raises(EdgeVLError, match="precision 'int2' is unknown"):
-        CpuEngine(qwen3, precision="int2")
+    with pytest.raises(EdgeVLError, match="'int2' is unknown: choose auto, int4, int8, bf16"):
+        CpuEngine(qwen3, LoadOptions(precision="int2"))
     with pytest.raises(EdgeVLError, match="kv_cache 'int4' is unknown: choose bf16, int8"):
-        CpuEngine(qwen3, kv_cache="int4")
+        CpuEngine(qwen3, LoadOptions(kv_cache="int4"))
     for threads in (0, 257):
         with pytest.raises(EdgeVLError, match=f"threads is {threads}"):
-            CpuEngine(qwen3, threads=threads)
+            CpuEngine(qwen3, LoadOptions(threads=threads))
     monkeypatch.setenv("EDGEVL_ISA", "mmx")
     with pytest.raises(EdgeVLError, match=r"'mmx' \(EDGEVL_ISA\).*portable"):
         CpuEngine(qwen3)
@@ -601,7 +606,7 @@ def test_the_environment_chooses_the_instruction_set(qwen3, monkeypatch):
 
 
 def test_timings_count_work(qwen3):
-    engine = OneSequence(CpuEngine(qwen3, threads=1))
+    engine = OneSequence(CpuEngine(qwen3, LoadOptions(threads=1)))
     before = engine.timings()
     prefill(engine, random_ids(qwen3, 5))
     engine.decode(1)
@@ -614,7 +619,7 @@ def test_timings_count_work(qwen3):
 
 
 def test_weight_bytes_are_those_of_the_matrices(qwen3):
-    engine = CpuEngine(qwen3, precision="int8", threads=1)
+    engine = CpuEngine(qwen3, LoadOptions(precision="int8", threads=1))
     weights, text = engine.weight_bytes(), qwen3.config.text
     elements = sum(
         math.prod(qwen3.shape(name))
@@ -629,7 +634,7 @@ def test_weight_bytes_are_those_of_the_matrices(qwen3):
 
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 def test_the_cache_takes_what_it_says(checkpoint, kv_cache):
-    engine = OneSequence(CpuEngine(checkpoint, kv_cache=kv_cache, threads=1))
+    engine = OneSequence(CpuEngine(checkpoint, LoadOptions(kv_cache=kv_cache, threads=1)))
     engine.decode(1)
     assert engine.sequence.cache.bytes == 64 * engine.weight_bytes().cache_per_token  # a block
 

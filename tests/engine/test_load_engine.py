@@ -8,10 +8,10 @@ import pytest
 import edgevl
 from edgevl import cli
 from edgevl.checkpoint import Checkpoint
-from edgevl.cli import options
-from edgevl.engine import KV_CACHE_FORMATS, PRECISIONS, ReferenceEngine, native_missing
+from edgevl.engine import ReferenceEngine, native_missing
 from edgevl.errors import EdgeVLError
 from edgevl.loading import load_engine
+from edgevl.options import KV_CACHE_FORMATS, PRECISIONS, LoadOptions
 
 needs_native = pytest.mark.skipif(
     native_missing() is not None, reason="the native engine is not built"
@@ -36,15 +36,15 @@ def without_native(monkeypatch):
 def test_the_native_engine_is_the_default(checkpoint, engine):
     from edgevl.engine.cpu import CpuEngine
 
-    assert type(load_engine(checkpoint, engine)) is CpuEngine
+    assert type(load_engine(checkpoint, LoadOptions(engine))) is CpuEngine
 
 
 def test_the_reference_by_name(checkpoint):
-    assert type(load_engine(checkpoint, "reference")) is ReferenceEngine
+    assert type(load_engine(checkpoint, LoadOptions("reference"))) is ReferenceEngine
 
 
 def test_without_the_native_engine_auto_warns_and_answers(checkpoint, without_native, caplog):
-    engine = load_engine(checkpoint, "auto", precision="int4", threads=2)
+    engine = load_engine(checkpoint, LoadOptions("auto", precision="int4", threads=2))
     assert type(engine) is ReferenceEngine
     [record] = caplog.records
     assert record.levelname == "WARNING"
@@ -67,7 +67,7 @@ def test_the_warning_is_one_line_on_standard_error(mini_checkpoint):
 
 def test_without_the_native_engine_cpu_is_an_error(checkpoint, without_native, capsys):
     with pytest.raises(EdgeVLError, match=r"native engine is missing .*compiler"):
-        load_engine(checkpoint, "cpu")
+        load_engine(checkpoint, LoadOptions("cpu"))
     args = ["chat", str(checkpoint.path), "-q", "x", "--engine", "cpu"]
     assert cli.main(args) == 1
     assert capsys.readouterr().err.startswith("edgevl: error: the native engine is missing")
@@ -76,13 +76,13 @@ def test_without_the_native_engine_cpu_is_an_error(checkpoint, without_native, c
 @pytest.mark.parametrize("options", [{"precision": "int8"}, {"threads": 2}, {"kv_cache": "int8"}])
 def test_the_reference_has_none_of_the_native_options(checkpoint, options):
     with pytest.raises(EdgeVLError, match="computes in float32"):
-        load_engine(checkpoint, "reference", **options)
+        load_engine(checkpoint, LoadOptions("reference", **options))
 
 
 @needs_native
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_precision_reaches_the_engine(checkpoint, precision):
-    engine = load_engine(checkpoint, precision=precision, threads=3)
+    engine = load_engine(checkpoint, LoadOptions(precision=precision, threads=3))
     formats = {m.format for m in engine.plan.matrices if m.name.startswith("text.layers")}
     assert formats == {"int8" if precision == "auto" else precision}
     assert engine.threads == 3
@@ -92,13 +92,8 @@ def test_precision_reaches_the_engine(checkpoint, precision):
 def test_the_kv_cache_reaches_the_engine(checkpoint):
     sizes = {}
     for kv_cache in KV_CACHE_FORMATS:
-        engine = load_engine(checkpoint, kv_cache=kv_cache)
+        engine = load_engine(checkpoint, LoadOptions(kv_cache=kv_cache))
         sequence = engine.new_sequence()
         engine.decode([sequence], [1])
         sizes[kv_cache] = sequence.cache.bytes
     assert sizes["int8"] < 0.6 * sizes["bf16"]
-
-
-def test_the_command_line_offers_every_choice():
-    assert options.PRECISIONS == PRECISIONS
-    assert options.KV_CACHE_FORMATS == KV_CACHE_FORMATS

@@ -7,8 +7,8 @@ import pytest
 
 from edgevl.checkpoint import Checkpoint, GPTQConfig, GPTQWeight, StoredTensor
 from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, vision_layers
-from edgevl.engine.plan import PRECISIONS, exact_group, make_plan
-from edgevl.errors import EdgeVLError
+from edgevl.engine.plan import exact_group, make_plan
+from edgevl.options import PRECISIONS
 from stored_gptq import gptq_checkpoint, quantized
 
 
@@ -97,11 +97,6 @@ def test_layers_after_the_selected_one_are_left_out(mini_checkpoint):
         for select, expected in ((-1, layers), (-2, layers - 1), (0, 0), (1, 1)):
             config = dataclasses.replace(checkpoint.config, select_layer=select)
             assert vision_layers(config) == expected
-
-
-def test_an_unknown_precision_names_the_known(checkpoint):
-    with pytest.raises(EdgeVLError, match="'int2' is unknown: choose auto, int4, int8, bf16"):
-        make_plan(checkpoint, "int2")
 
 
 @pytest.mark.parametrize(

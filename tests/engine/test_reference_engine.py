@@ -10,6 +10,7 @@ from edgevl.engine import ReferenceEngine
 from edgevl.errors import EdgeVLError
 from edgevl.loading import load_engine
 from edgevl.machine import this_machine
+from edgevl.options import LoadOptions
 from one_sequence import OneSequence
 
 PRESETS = ["mini-qwen3", "mini-qwen2", "mini-llama", "mini-6b"]
@@ -144,8 +145,8 @@ def test_timings_count_work(checkpoint):
 
 
 def test_an_unknown_engine_names_the_known(checkpoint):
-    with pytest.raises(EdgeVLError, match="'gpu' is unknown: choose auto or cpu, reference"):
-        load_engine(checkpoint, "gpu")
+    with pytest.raises(EdgeVLError, match="'gpu' is unknown: choose auto, cpu, reference"):
+        load_engine(checkpoint, LoadOptions("gpu"))
 
 
 def test_too_little_memory_gives_both_numbers(checkpoint, monkeypatch):
@@ -158,4 +159,4 @@ def test_too_little_memory_gives_both_numbers(checkpoint, monkeypatch):
 @pytest.mark.parametrize("limit", [0, -5])
 def test_a_context_of_nothing_is_refused(checkpoint, limit):
     with pytest.raises(EdgeVLError, match=f"max_context is {limit}"):
-        load_engine(checkpoint, max_context=limit)
+        load_engine(checkpoint, LoadOptions(max_context=limit))

@@ -15,6 +15,7 @@ from edgevl.checkpoint.writer import encode  # noqa: E402
 from edgevl.engine import ReferenceEngine, native_missing  # noqa: E402
 from edgevl.engine.plan import vision_matrices  # noqa: E402
 from edgevl.loading import locate  # noqa: E402
+from edgevl.options import LoadOptions  # noqa: E402
 from edgevl.preprocess import prepare_picture  # noqa: E402
 from edgevl.quantize import vision  # noqa: E402
 from edgevl.quantize.settings import QuantizationError  # noqa: E402
@@ -239,7 +240,7 @@ def engine_error(directory, original, result, tiles, dtype):
 
     with written(directory, original, result.tensors, dtype, result.keep) as checkpoint:
         assert checkpoint.config.vision_keep == result.keep
-        features = CpuEngine(checkpoint, threads=2).encode_images(tiles)
+        features = CpuEngine(checkpoint, LoadOptions(threads=2)).encode_images(tiles)
     return off(features, ReferenceEngine(original).encode_images(tiles))
 
 

@@ -6,12 +6,13 @@ command lines are made from them. Nothing heavy is imported, so that ``--help`` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from edgevl.axera.layout import BoardShape, vision_file
 from edgevl.errors import BoardError
+from edgevl.options import REQUIRED, only_for, option, options_of
 
 #: The weight type of a text model that is not quantized, where nothing else is asked for.
 DEFAULT_WEIGHT_TYPE = "s8"
@@ -63,152 +64,120 @@ TARGETS: dict[str, Target] = {target.name: target for target in (AX650, AX630C)}
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is known of a field of `CompileSettings`.
-
-    Attributes:
-        help: what it does, for ``--help``.
-        default: where the user says nothing; False is that of a switch.
-        required: whether the user has to say something.
-        choices: the values that there are.
-        low: the least number; without ``low`` and ``choices`` it is a text or a path.
-        high: the largest, if there is one.
-        metavar: what stands for the value in ``--help``.
-        is_path: whether it is a path.
-        of_pulsar2: whether it would change nothing where Pulsar2 does not run, with ``emulate``.
-        name: of the field.
-    """
-
-    help: str
-    default: Any = None
-    required: bool = False
-    choices: tuple[Any, ...] = ()
-    low: int | None = None
-    high: int | None = None
-    metavar: str | None = None
-    is_path: bool = False
-    of_pulsar2: bool = False
-    name: str = ""
-
-    @property
-    def flag(self) -> str:
-        """What the command line calls it."""
-        return f"--{self.name.replace('_', '-')}"
-
-    def field(self) -> Any:
-        """Return a dataclass's field for it."""
-        metadata = {"setting": self}
-        return (
-            field(metadata=metadata)
-            if self.required
-            else field(default=self.default, metadata=metadata)
-        )
-
-    def check(self, value: Any) -> None:
-        """Refuse a value that there is not, or that is out of range.
-
-        Raises:
-            BoardError: says what it must be.
-        """
-        if value is None and not self.required:
-            return
-        if self.choices and value not in self.choices:
-            raise BoardError(f"{self.flag} {value}: choose {', '.join(map(str, self.choices))}")
-        if self.low is not None and not self.low <= value <= (self.high or value):
-            span = f"{self.low} or more" if self.high is None else f"{self.low} to {self.high}"
-            raise BoardError(f"{self.flag} {value}: must be {span}")
-
-
-@dataclass(frozen=True)
 class CompileSettings:
-    """How to compile; each field's `Setting` says what it does.
+    """How to compile; each field's `Option` says what it does.
 
     Raises:
         BoardError: a value is out of its range, or two contradict each other.
     """
 
-    target: str = Setting(
+    target: str = option(
+        REQUIRED,
+        "choice",
         "The chip; ax650 is the AX650N, AX650A and AX8850 too, ax630c the AX620Q.",
-        required=True,
         choices=tuple(TARGETS),
-    ).field()
-    context: int = Setting(
-        "Positions of the key/value cache; prompt and answer take one more at most.",
+    )
+    context: int = option(
         BoardShape.context,
+        "integer",
+        "Positions of the key/value cache; prompt and answer take one more at most.",
         low=1,
-    ).field()
-    chunk: int = Setting(
-        "Tokens of a prompt that are computed at once.", BoardShape.chunk, low=1
-    ).field()
-    max_prefill: int = Setting(
-        "Longest history that a chunk may follow; beyond, a prompt goes token by token.",
+    )
+    chunk: int = option(
+        BoardShape.chunk, "integer", "Tokens of a prompt that are computed at once.", low=1
+    )
+    max_prefill: int = option(
         BoardShape.max_prefill,
+        "integer",
+        "Longest history that a chunk may follow; beyond, a prompt goes token by token.",
         low=0,
-    ).field()
-    npu_mode: str | None = Setting(
-        "NPU cores that work as one.  [default: all]", choices=("NPU1", "NPU2", "NPU3")
-    ).field()
-    calibration_images: Path | None = Setting(  # noqa: RUF009
+    )
+    npu_mode: str | None = option(
+        None,
+        "choice",
+        "NPU cores that work as one.  [default: all]",
+        choices=("NPU1", "NPU2", "NPU3"),
+    )
+    calibration_images: Path | None = option(
+        None,
+        "path",
         "Pictures like those to be asked about.  [default: drawn ones]",
-        metavar="DIR|TAR",
-        is_path=True,
-        of_pulsar2=True,
-    ).field()
-    samples: int = Setting("Pictures to calibrate vision on.", 32, low=1, high=1024).field()
-    uint8_input: bool = Setting(
-        "Give pictures to the NPU as bytes: a quarter of the size, normalised there.", False
-    ).field()
-    weight_type: Literal["s4", "s8"] | None = Setting(
+        "DIR|TAR",
+        only="pulsar2",
+    )
+    samples: int = option(32, "integer", "Pictures to calibrate vision on.", low=1, high=1024)
+    uint8_input: bool = option(
+        False,
+        "switch",
+        "Give pictures to the NPU as bytes: a quarter of the size, normalised there.",
+    )
+    weight_type: Literal["s4", "s8"] | None = option(
+        None,
+        "choice",
         "What plain text weights are rounded to; GPTQ stays as it is.  "
         f"[default: {DEFAULT_WEIGHT_TYPE}]",
         choices=("s4", "s8"),
-    ).field()
-    post_topk: int = Setting(
-        "Return only the K most probable tokens from the NPU, not all logits.",
+    )
+    post_topk: int = option(
         0,
+        "integer",
+        "Return only the K most probable tokens from the NPU, not all logits.",
+        "K",
         low=0,
-        metavar="K",
-    ).field()
-    pulsar2: str | None = Setting(
+        show_default=False,
+    )
+    pulsar2: str | None = option(
+        None,
+        "text",
         "The vendor's compiler.  [default: pulsar2 on PATH]",
-        metavar="docker:IMAGE|PATH",
-        of_pulsar2=True,
-    ).field()
-    pulsar2_config: Path | None = Setting(  # noqa: RUF009
+        "docker:IMAGE|PATH",
+        only="pulsar2",
+    )
+    pulsar2_config: Path | None = option(
+        None,
+        "path",
         "Configuration of the vision build; see docs/boards.md.",
-        metavar="FILE",
-        is_path=True,
-        of_pulsar2=True,
-    ).field()
-    llm_build: Literal[1, 2] | None = Setting(
+        "FILE",
+        only="pulsar2",
+    )
+    llm_build: Literal[1, 2] | None = option(
+        None,
+        "choice",
         "Pulsar2's command for text: llm_build or llm_build2.  [default: the newest it has]",
         choices=(1, 2),
-        of_pulsar2=True,
-    ).field()
-    decode_step: int | None = Setting(
+        only="pulsar2",
+    )
+    decode_step: int | None = option(
+        None,
+        "integer",
         "With llm_build2: a decode group for each N positions of context; 0 makes one.",
+        "N",
         low=0,
-        metavar="N",
-        of_pulsar2=True,
-    ).field()
-    parallel: int = Setting(
-        "Layers that Pulsar2 builds at once; each takes memory.", 4, low=1, high=256
-    ).field()
-    check_level: int = Setting(
-        "How Pulsar2 checks text: 0 not, 1 a layer against floats, 2 by generating, for hours.",
+        only="pulsar2",
+    )
+    parallel: int = option(
+        4, "integer", "Layers that Pulsar2 builds at once; each takes memory.", low=1, high=256
+    )
+    check_level: int = option(
         1,
+        "integer",
+        "How Pulsar2 checks text: 0 not, 1 a layer against floats, 2 by generating, for hours.",
         low=0,
         high=2,
-    ).field()
-    dry_run: bool = Setting(
-        "Write everything but the compiled files, and a build.sh that makes them elsewhere.", False
-    ).field()
-    emulate: bool = Setting("Write a model for the emulator; needs no Pulsar2.", False).field()
+    )
+    dry_run: bool = option(
+        False,
+        "switch",
+        "Write everything but the compiled files, and a build.sh that makes them elsewhere.",
+    )
+    emulate: bool = option(False, "switch", "Write a model for the emulator; needs no Pulsar2.")
 
     def __post_init__(self) -> None:
-        given = {setting: getattr(self, name) for name, setting in SETTINGS.items()}
-        for setting, value in given.items():
-            setting.check(value)
+        for name, each in options_of(CompileSettings).items():
+            value = getattr(self, name)
+            if not each.accepts(value):
+                rule = f"choose {each.listed}" if each.choices else f"must be {each.span}"
+                raise BoardError(f"{each.flag} {value}: {rule}")
         if self.dry_run and self.emulate:
             raise BoardError("--dry-run and --emulate: give one of the two")
         if self.npu_mode not in (None, *self.chip.npu_modes):
@@ -220,11 +189,9 @@ class CompileSettings:
             raise BoardError(
                 f"--weight-type {self.weight_type}: the emulator computes in bf16; leave it out"
             )
-        for setting, value in given.items():
-            if setting.of_pulsar2 and value is not None:
-                raise BoardError(
-                    f"{setting.flag} {value}: --emulate does without Pulsar2; leave it out"
-                )
+        for each in only_for("pulsar2", self):
+            value = getattr(self, each.name)
+            raise BoardError(f"{each.flag} {value}: --emulate does without Pulsar2; leave it out")
 
     @property
     def shape(self) -> BoardShape:
@@ -312,9 +279,3 @@ class CompileSettings:
             command += ["--npu_mode", self.cores]
         command += ["--chip", self.chip.chip, "--check_level", str(self.check_level)]
         return [*command, "--parallel", str(self.parallel)]
-
-
-#: By name, in the order of ``edgevl compile --help``.
-SETTINGS: dict[str, Setting] = {
-    each.name: replace(each.metadata["setting"], name=each.name) for each in fields(CompileSettings)
-}

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevl.cli.options import (
+    FILE,
     answer_options,
     as_unicode,
-    engine_options,
+    flags,
     load_model,
-    read_constraint,
+    question_of,
+    taken,
 )
-from edgevl.cli.terminal import chinese, print_json, progress_bar
+from edgevl.cli.terminal import chinese, print_json, progress_bar, resumable, tell
+from edgevl.options import LoadOptions
 
 if TYPE_CHECKING:
     from edgevl.batch import BatchInput, BatchResult
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--input",
     "source",
-    type=click.Path(path_type=Path),
+    type=FILE,
     required=True,
     metavar="FILE.jsonl|DIR",
     help="A directory of pictures and videos; or one JSON object a line with image or video, "
@@ -48,25 +51,8 @@ if TYPE_CHECKING:
     help="File to write, one JSON object a line; it must not exist. - is standard output.",
 )
 @answer_options
-@engine_options
-def command(
-    model: str,
-    source: Path,
-    question: str | None,
-    output: Path,
-    system: str | None,
-    think: bool | None,
-    max_tiles: int | None,
-    frames: int,
-    json_object: bool,
-    json_schema: Path | None,
-    engine: str,
-    max_context: int | None,
-    precision: str,
-    kv_cache: str,
-    threads: int | None,
-    **sampling: Any,
-) -> int:
+@flags(LoadOptions)
+def command(model: str, source: Path, question: str | None, output: Path, **options: Any) -> int:
     """Ask MODEL about many pictures and videos and write a line for each.
 
     A picture, video or line that cannot be used gives a line with `error`, and the rest goes on. A
@@ -84,33 +70,19 @@ def command(
     to_stdout = str(output) == "-"
     if not to_stdout:
         check_output(output)
-    sampling["constraint"] = read_constraint(json_object, json_schema, think)
+    loading = taken(LoadOptions, options)
+    asked = question_of(options)
     questions = open_batch(source, question)
-    loading: dict[str, Any] = {
-        "engine": engine,
-        "max_context": max_context,
-        "precision": precision,
-        "kv_cache": kv_cache,
-    }
-    loaded = load_model(model, threads=threads, **loading)
-    options = {
-        "system": system,
-        "thinking": think,
-        "max_tiles": max_tiles,
-        "frames": frames,
-        **sampling,
-    }
+    loaded = load_model(model, **loading)
     if to_stdout:
-        result = _print(loaded, questions, options)
+        result = _print(loaded, questions, asked)
     else:
-        result = _write(loaded, questions, output, loading, options)
+        result = _write(loaded, questions, output, loading, asked)
         click.echo(output)
     if result.failed:
-        click.echo(
-            f"{result.rows} 条中有 {result.failed} 条失败，原因见各行的 `error`"
-            if chinese()
-            else f"{result.failed} of {result.rows} failed; their `error` says why",
-            err=True,
+        tell(
+            f"{result.failed} of {result.rows} failed; their `error` says why",
+            f"{result.rows} 条中有 {result.failed} 条失败，原因见各行的 `error`",
         )
     return int(result.failed == result.rows)
 
@@ -138,14 +110,8 @@ def _write(
     """Write the rows to a file, with a bar on the terminal."""
     from edgevl.batch import run_batch
 
-    try:
-        with progress_bar("回答" if chinese() else "answers") as show:
-            return run_batch(model, questions, output, loading=loading, progress=show, **options)
-    except (KeyboardInterrupt, SystemExit):
-        click.echo(
-            f"已中断；再次运行同一命令即可从 {output}.partial 继续"
-            if chinese()
-            else f"interrupted; the same command goes on in {output}.partial",
-            err=True,
-        )
-        raise
+    # Answers are the same however many threads there are.
+    decisive = {name: value for name, value in loading.items() if name != "threads"}
+    bar = progress_bar("回答" if chinese() else "answers")
+    with resumable(output), bar as show:
+        return run_batch(model, questions, output, loading=decisive, progress=show, **options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.options import engine_options
-from edgevl.cli.terminal import is_terminal, note, print_json
+from edgevl.cli.options import flags, json_option, load_model
+from edgevl.cli.terminal import bar_of, print_result
 from edgevl.files import replacing
+from edgevl.options import LoadOptions
 
 if TYPE_CHECKING:
     from edgevl.evaluate.bench import BenchResult
@@ -66,8 +65,8 @@ def _lengths(context: click.Context, parameter: click.Parameter, value: str) -> 
     metavar="OUT.png",
     help="Draw the machine's roofline and the steps under it.",
 )
-@engine_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags(LoadOptions)
+@json_option
 def command(
     model: str,
     prompt_tokens: tuple[int, ...],
@@ -92,23 +91,12 @@ def command(
             from edgevl.evaluate.roofline import plot_roofline, require_matplotlib
 
             require_matplotlib()
-        from tqdm import tqdm
-
         from edgevl.evaluate.bench import run_bench
 
-        # Imports what it needs, which is not part of loading a model.
-        from edgevl.generate import load
-
-        note(f"loading {model} …")
-        started = time.perf_counter()
-        loaded = load(model, **loading)
-        load_ms = 1000 * (time.perf_counter() - started)
+        loaded = load_model(model, quiet=True, **loading)
+        steps = (runs + 1) * (len(prompt_tokens) + 1 + image)
         bar = stack.enter_context(
-            tqdm(
-                total=(runs + 1) * (len(prompt_tokens) + 1 + image),
-                bar_format="{percentage:3.0f}%|{bar}| {elapsed} {desc}",
-                disable=not is_terminal(sys.stderr),
-            )
+            bar_of(total=steps, bar_format="{percentage:3.0f}%|{bar}| {elapsed} {desc}")
         )
 
         def progress(step: str) -> None:
@@ -116,16 +104,12 @@ def command(
             bar.update()
 
         result = run_bench(
-            loaded, model, load_ms, prompt_tokens, generate, image, runs, progress=progress
+            loaded, model, loaded.load_ms, prompt_tokens, generate, image, runs, progress=progress
         )
         bar.close()
         if drawing is not None:
             plot_roofline(result, loaded.checkpoint.config, loaded.engine.weight_bytes(), drawing)
-    if as_json:
-        print_json(result.to_dict())
-        return
-    for line in describe(result):
-        click.echo(line)
+    print_result(result.to_dict(), describe(result), as_json)
 
 
 def describe(result: BenchResult) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -13,16 +13,15 @@ from edgevl.cli.answer import print_answer
 from edgevl.cli.options import (
     answer_options,
     as_unicode,
-    engine_options,
+    flags,
     load_model,
     read_constraint,
+    taken,
 )
 from edgevl.cli.terminal import is_terminal, print_json
 from edgevl.errors import EdgeVLError
 from edgevl.files import as_text, replacing
-
-if TYPE_CHECKING:
-    from edgevl.engine import KVCacheFormat, Precision
+from edgevl.options import LoadOptions
 
 #: A question from standard input is read up to this size.
 MAX_QUESTION_BYTES = 1 << 20
@@ -48,7 +47,7 @@ MAX_QUESTION_BYTES = 1 << 20
     help="A video: path, data: URL, or - for standard input. May be repeated.",
 )
 @answer_options
-@engine_options
+@flags(LoadOptions)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--draw-boxes",
@@ -67,11 +66,6 @@ def command(
     max_tiles: int | None,
     json_object: bool,
     json_schema: Path | None,
-    engine: str,
-    max_context: int | None,
-    precision: Precision,
-    kv_cache: KVCacheFormat,
-    threads: int | None,
     as_json: bool,
     draw_boxes: Path | None,
     **sampling: Any,
@@ -86,6 +80,7 @@ def command(
     edgevl chat OpenGVLab/InternVL3_5-1B -i left.jpg -i right.jpg
     edgevl chat OpenGVLab/InternVL3_5-1B -v clip.mp4 -q "What happens?"
     """  # noqa: D301
+    loading = taken(LoadOptions, sampling)
     converse = question is None and is_terminal(sys.stdin)
     if converse and (as_json or draw_boxes):
         raise click.UsageError("--json and --draw-boxes need a question: add -q TEXT")
@@ -109,14 +104,7 @@ def command(
 
         pictures = [load_image(image) for image in images]
         clips: list[Any] = [open_video(video) for video in videos]
-        loaded = load_model(
-            model,
-            engine=engine,
-            max_context=max_context,
-            precision=precision,
-            threads=threads,
-            kv_cache=kv_cache,
-        )
+        loaded = load_model(model, **loading)
         if question is None:
             from edgevl.cli.conversation import Conversation
 

@@ -2,60 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from edgevl.boards.settings import SETTINGS, CompileSettings, Setting
-from edgevl.cli.terminal import note, progress_bar
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-FILE = click.Path(path_type=Path)
-
-
-def _option(setting: Setting) -> Callable[[Function], Function]:
-    """Return the decorator that adds the flag of a setting."""
-    if setting.default is False:
-        return click.option(setting.flag, is_flag=True, help=setting.help)
-    values = {str(value): value for value in setting.choices}
-    kind: Any = FILE if setting.is_path else None
-    if values:
-        kind = click.Choice([*values])
-    elif setting.low is not None:
-        kind = click.IntRange(setting.low, setting.high)
-    return click.option(
-        setting.flag,
-        type=kind,
-        callback=lambda _, __, given: values.get(given, given),
-        default=setting.default,
-        required=setting.required,
-        show_default=bool(setting.default),
-        metavar=setting.metavar,
-        help=setting.help,
-    )
-
-
-def _settings(function: Function) -> Function:
-    """Add the flags of `CompileSettings`, by the names of its fields."""
-    for setting in reversed(SETTINGS.values()):
-        function = _option(setting)(function)
-    return function
+from edgevl.boards.settings import CompileSettings
+from edgevl.cli.options import flags, output_option
+from edgevl.cli.terminal import note, progress_bar, resumable
 
 
 @click.command("compile")
 @click.argument("model")
-@click.option(
-    "-o",
-    "--output",
-    type=FILE,
-    required=True,
-    metavar="DIR",
-    help="Directory to write; it must not exist, or be empty.",
-)
-@_settings
+@output_option
+@flags(CompileSettings)
 def command(model: str, output: Path, **options: Any) -> None:
     """Compile MODEL for an Axera NPU with Pulsar2, the vendor's compiler.
 
@@ -65,11 +26,8 @@ def command(model: str, output: Path, **options: Any) -> None:
     from edgevl.boards.run import compile_model
 
     settings = CompileSettings(**options)
-    try:
+    with resumable(output):
         board = compile_model(model, output, settings, progress=progress_bar)
-    except (KeyboardInterrupt, SystemExit):
-        click.echo(f"interrupted; the same command goes on in {output}.partial", err=True)
-        raise
     for line in board["warnings"]:
         click.echo(f"warning: {line}", err=True)
     for line in summary(board):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.terminal import print_json, reason
+from edgevl.cli.options import json_option
+from edgevl.cli.terminal import print_result, reason
 from edgevl.errors import EdgeVLError
 
 if TYPE_CHECKING:
@@ -69,15 +70,11 @@ NUMBER = "407"
 
 
 @click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def command(as_json: bool) -> int:
     """Check this machine and the installation; exit status 1 if something needed is broken."""
     report = examine()
-    if as_json:
-        print_json(report)
-    else:
-        for line in describe(report):
-            click.echo(line)
+    print_result(report, describe(report), as_json)
     return 1 if report["problems"] else 0
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from edgevl.cli.options import engine_options
-from edgevl.cli.terminal import is_terminal, note, print_json, show_notes
+from edgevl.cli.options import FILE, flags, json_option, load_model
+from edgevl.cli.terminal import bar_of, print_result, show_notes
 from edgevl.files import replacing
+from edgevl.options import LoadOptions
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from edgevl.evaluate import Outcome, PerplexityResult, VQAComparison, VQAResult
     from edgevl.generate import Model
 
@@ -27,13 +25,13 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option(
     "--vqa",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE.jsonl",
     help="Questions: one JSON object a line with image, question, answer, family.",
 )
 @click.option(
     "--perplexity",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Plain text, UTF-8, to predict token by token.",
 )
@@ -56,12 +54,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--save",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE.jsonl",
     help="Write every answer, to read the failures.",
 )
-@engine_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags(LoadOptions)
+@json_option
 def command(
     model: str,
     vqa: Path | None,
@@ -95,11 +93,7 @@ def command(
         lines = _describe_perplexity(result)
     else:
         raise click.UsageError("give either --vqa FILE.jsonl or --perplexity FILE")
-    if as_json:
-        print_json(result.to_dict())
-        return
-    for line in lines:
-        click.echo(line)
+    print_result(result.to_dict(), lines, as_json)
 
 
 def _evaluate_vqa(
@@ -118,7 +112,7 @@ def _evaluate_vqa(
     with ExitStack() as stack:
         record = stack.enter_context(replacing(save)) if save else None
         model, other = _load(name, against, loading)
-        bar = stack.enter_context(_progress(len(questions), "question"))
+        bar = stack.enter_context(bar_of(total=len(questions), unit="question"))
         right = 0
 
         def on_outcome(outcome: Outcome, reference: Outcome | None = None) -> None:
@@ -146,7 +140,7 @@ def _evaluate_perplexity(
     text = read_text(path)
     model, other = _load(name, against, loading, exact_logits=True)
     windows = text_windows(model, text, limit=limit)
-    with _progress(sum(len(window) - 1 for window in windows), "token") as bar:
+    with bar_of(total=sum(len(window) - 1 for window in windows), unit="token") as bar:
         return evaluate_perplexity(model, windows, other, bar.update)
 
 
@@ -154,25 +148,12 @@ def _load(
     name: str, against: str | None, loading: dict[str, Any], exact_logits: bool = False
 ) -> tuple[Model, Model | None]:
     """Load the model, and the one to compare with: where there is one, both with exact logits."""
-    from edgevl.generate import load
-
-    exact_logits = exact_logits or against is not None
+    loading = loading | {"exact_logits": exact_logits or against is not None}
     models: list[Model] = []
-    for each in (name, against):
-        if each is None:
-            return models[0], None
-        note(f"loading {each} …")
-        models.append(load(each, exact_logits=exact_logits, **loading))
+    for each in filter(None, (name, against)):
+        models.append(load_model(each, quiet=True, **loading))
         show_notes(models[-1].engine.notes)
-    return models[0], models[1]
-
-
-@contextmanager
-def _progress(total: int, unit: str) -> Iterator[tqdm[Any]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=unit, disable=not is_terminal(sys.stderr)) as bar:
-        yield bar
+    return models[0], models[1] if against else None
 
 
 def _describe_vqa(result: VQAResult | VQAComparison) -> Iterator[str]:

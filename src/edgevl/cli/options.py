@@ -11,19 +11,15 @@ import click
 from edgevl.cli.terminal import chinese, note, show_notes
 from edgevl.errors import PromptError
 from edgevl.files import read_text
-from edgevl.options import OPTIONS, Option
+from edgevl.options import OPTIONS, REQUIRED, Option, options_of
 
 if TYPE_CHECKING:
     from edgevl.generate import Constraint, Model
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-#: What ``edgevl.loading.load_engine`` accepts, written out so that --help needs no NumPy.
-ENGINES = ("auto", "cpu", "reference", "axera")
-#: What it accepts as a precision.
-PRECISIONS = ("auto", "int4", "int8", "bf16")
-#: What it accepts as a format of keys and values.
-KV_CACHE_FORMATS = ("bf16", "int8")
+#: A file or directory, which need not be there.
+FILE = click.Path(path_type=Path)
 #: ``DEFAULT_FRAMES`` and ``MAX_SAMPLED`` of ``edgevl.preprocess.video``.
 DEFAULT_FRAMES, MAX_FRAMES = 8, 256
 
@@ -56,45 +52,69 @@ def model_name(model: str) -> str:
     return short_name(name if name.strip(".") else Path(model).resolve().name or model)
 
 
-def engine_options(function: Function) -> Function:
-    """Add what every command that runs a model takes, by the names that ``edgevl.load`` has for it.
+def flags(kind: type, **callbacks: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Return the decorator that adds the flags of a dataclass of options, by the fields' names.
 
-    These are ``engine``, ``max_context``, ``precision``, ``kv_cache`` and ``threads``.
+    Args:
+        kind: the dataclass.
+        **callbacks: of click, for fields of which more is to be checked than their `Option` knows.
     """
-    function = click.option(
-        "--threads",
-        type=click.IntRange(1, 256),
-        metavar="N",
-        help="Threads that compute.  [default: one for each physical core]",
-    )(function)
-    function = click.option(
-        "--kv-cache",
-        type=click.Choice(KV_CACHE_FORMATS),
-        default="bf16",
-        show_default=True,
-        help="Keys and values in memory; int8 is half as large, which counts in long contexts.",
-    )(function)
-    function = click.option(
-        "--precision",
-        type=click.Choice(PRECISIONS),
-        default="auto",
-        show_default=True,
-        help="Weights in memory; auto keeps 4-bit GPTQ and takes all else to INT8.",
-    )(function)
-    function = click.option(
-        "--context",
-        "max_context",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Most tokens of prompt and answer together.  [default: the checkpoint's]",
-    )(function)
+
+    def add(function: Function) -> Function:
+        for option in reversed(options_of(kind).values()):
+            function = _flag(option, callbacks.get(option.name))(function)
+        return function
+
+    return add
+
+
+def taken(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Take out of what click gives a command, and return, what are options of a dataclass."""
+    return {name: given.pop(name) for name in options_of(kind) if name in given}
+
+
+def _flag(option: Option, callback: Callable[..., Any] | None) -> Callable[[Function], Function]:
+    """Return the decorator that adds the flag of an option."""
+    if option.kind == "switch":
+        return click.option(option.flag, option.name, is_flag=True, help=option.help)
+    values = {str(value): value for value in option.choices}
+    default: Any = None if option.default is REQUIRED else option.default
+    kind: Any = None
+    if option.kind == "choice":
+        kind = click.Choice([*values])
+    elif option.kind in ("path", "paths"):
+        kind = FILE
+    elif option.kind in ("integer", "number"):
+        range_of: Any = click.IntRange if option.kind == "integer" else click.FloatRange
+        kind = range_of(option.low, option.high, min_open=option.above)
+
+    def read(_: click.Context, __: click.Parameter, given: Any) -> Any:
+        return given * option.unit if option.unit != 1 else values.get(given, given)
+
     return click.option(
-        "--engine",
-        type=click.Choice(ENGINES),
-        default="auto",
-        show_default=True,
-        help="What computes.",
-    )(function)
+        option.flag,
+        option.name,
+        type=kind,
+        multiple=option.kind in ("texts", "paths"),
+        callback=callback or read,
+        default=default // option.unit if option.unit != 1 else default,
+        required=option.default is REQUIRED,
+        show_default=option.show_default,
+        metavar=option.metavar,
+        help=option.help or None,
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+output_option = click.option(
+    "-o",
+    "--output",
+    type=FILE,
+    required=True,
+    metavar="DIR",
+    help="Directory to write; it must not exist, or be empty.",
+)
 
 
 def listen_options(port: int) -> Callable[[Function], Function]:
@@ -149,6 +169,17 @@ def answer_options(function: Function) -> Function:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def question_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what `answer_options` gave as the arguments of `Model.ask`.
+
+    Raises:
+        click.UsageError, EdgeVLError: see `read_constraint`.
+    """
+    think = given.pop("think")
+    constraint = read_constraint(given.pop("json_object"), given.pop("json_schema"), think)
+    return {"thinking": think, "constraint": constraint, **given}
 
 
 def read_constraint(
@@ -245,14 +276,18 @@ _OPTIONS = (
 )
 
 
-def load_model(model: str, **options: Any) -> Model:
-    """Load a model with what `engine_options` gave; tell who waits, and what there is to note."""
+def load_model(model: str, quiet: bool = False, **options: Any) -> Model:
+    """Load a model with options of `edgevl.load`; tell who waits.
+
+    Unless ``quiet``, tell what there is to note before it is asked, too.
+    """
     from edgevl.generate import load
 
     note(f"{'正在加载' if chinese() else 'loading'} {model} …")
     loaded = load(model, **options)
-    config = loaded.checkpoint.config
-    show_notes([*loaded.engine.notes, *_describe_sampling(config.sampling), *config.ignored])
+    if not quiet:
+        config = loaded.checkpoint.config
+        show_notes([*loaded.engine.notes, *_describe_sampling(config.sampling), *config.ignored])
     return loaded
 
 

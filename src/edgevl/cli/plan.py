@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edgevl.boards.settings import TARGETS, Target
-from edgevl.cli.terminal import print_json
+from edgevl.cli.options import json_option
+from edgevl.cli.terminal import print_result
 
 if TYPE_CHECKING:
     from edgevl.axera.layout import BoardShape
@@ -54,7 +55,7 @@ PUBLISHED_MODEL = "internvl3_5-1b"
     metavar="GiB",
     help="NPU memory (CMM) of your board.  [default: that of a typical one]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def command(
     model: str,
     target: str,
@@ -95,11 +96,11 @@ def command(
         vision=described.has_vision,
         memory_bytes=None if memory is None else round(memory * (1 << 30)),
     )
-    if as_json:
-        print_json({"model": model, "target": target, **plan.to_dict()})
-        return
-    for line in describe(plan, model, TARGETS[target], shape, typical=memory is None):
-        click.echo(line)
+    print_result(
+        {"model": model, "target": target, **plan.to_dict()},
+        describe(plan, model, TARGETS[target], shape, typical=memory is None),
+        as_json,
+    )
 
 
 def describe(

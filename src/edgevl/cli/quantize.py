@@ -8,86 +8,23 @@ from typing import Any
 
 import click
 
-from edgevl.cli.terminal import note, progress_bar
+from edgevl.cli.options import FILE, flags, output_option
+from edgevl.cli.terminal import note, progress_bar, resumable
 from edgevl.optional import needs
-
-FILE = click.Path(path_type=Path)
+from edgevl.quantize.settings import QuantizationSettings
 
 
 @click.command("quantize")
 @click.argument("model")
-@click.option(
-    "-o",
-    "--output",
-    type=FILE,
-    required=True,
-    metavar="DIR",
-    help="Directory to write; it must not exist, or be empty.",
-)
-@click.option(
-    "--text",
-    type=click.Choice(["int4", "int8", "none"]),
-    default="int4",
-    show_default=True,
-    help="Format of the text model's linear layers.",
-)
-@click.option(
-    "--vision",
-    type=click.Choice(["int8", "none"]),
-    default="int8",
-    show_default=True,
-    help="Format in which the vision encoder is to run.",
-)
-@click.option(
-    "--method",
-    type=click.Choice(["gptq", "rtn"]),
-    default="gptq",
-    show_default=True,
-    help="rtn rounds each weight to nearest: quick, and worse.",
-)
-@click.option(
-    "--group-size",
-    type=click.Choice(["128", "64", "32"]),
-    default="128",
-    show_default=True,
-    help="Inputs that share a scale; fewer cost space and keep more.",
-)
-@click.option(
-    "--calibration-text",
-    type=FILE,
-    multiple=True,
-    metavar="FILE",
-    help="Plain text like the one to be read and written; repeatable.",
-)
-@click.option(
-    "--calibration-images",
-    type=FILE,
-    metavar="DIR|TAR",
-    help="Pictures like those to be asked about.  [default: drawn ones]",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1, max=4096),
-    default=128,
-    show_default=True,
-    help="Conversations and texts to calibrate on.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@output_option
+@flags(QuantizationSettings)
 @click.option(
     "--vqa",
     type=FILE,
     metavar="FILE.jsonl",
     help="Questions on which to compare original and result; see `edgevl eval`.",
 )
-def command(
-    model: str,
-    output: Path,
-    group_size: str,
-    calibration_text: tuple[Path, ...],
-    vqa: Path | None,
-    **options: Any,
-) -> None:
+def command(model: str, output: Path, vqa: Path | None, **options: Any) -> None:
     """Quantize MODEL to INT4 text and INT8 vision, and report what it cost.
 
     The result runs here and loads in transformers and GPTQModel. DIR/report.html says what was
@@ -95,24 +32,19 @@ def command(
     """
     with needs("quantize"):
         import torch  # noqa: F401
-    from edgevl.quantize import QuantizationSettings, quantize_checkpoint
+    from edgevl.quantize import quantize_checkpoint
 
-    settings = QuantizationSettings(
-        group_size=int(group_size), calibration_text=calibration_text, **options
-    )
+    settings = QuantizationSettings(**options)
     context = click.get_current_context()
     origins = {
         name: "command line"
         for name in context.params
         if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     }
-    try:
+    with resumable(output):
         report = quantize_checkpoint(
             model, output, settings, origins=origins, vqa=vqa, progress=progress_bar
         )
-    except (KeyboardInterrupt, SystemExit):
-        click.echo(f"interrupted; the same command goes on in {output}.partial", err=True)
-        raise
     for line in summary(report):
         note(line)
     note(f"details: {output / 'report.html'}")

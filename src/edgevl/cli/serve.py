@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevl.cli.options import engine_options, listen_options, load_model, model_name
+from edgevl.cli.options import flags, listen_options, load_model, model_name, taken
 from edgevl.cli.terminal import tell
 from edgevl.machine import share_heap
 from edgevl.optional import needs
+from edgevl.options import LoadOptions
 from edgevl.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,64 +43,15 @@ def _check_origins(_: click.Context, __: click.Parameter, value: tuple[str, ...]
     metavar="NAME",
     help="What clients call the model.  [default: MODEL's last part]",
 )
-@click.option(
-    "--max-queue",
-    type=click.IntRange(1, 10_000),
-    default=Settings.max_queue,
-    show_default=True,
-    metavar="N",
-    help="Most requests that wait; more are told to come later.",
-)
-@click.option(
-    "--max-request-mb",
-    type=click.IntRange(1, 1024),
-    default=Settings.max_request_bytes // 10**6,
-    show_default=True,
-    metavar="MB",
-    help="Largest request, pictures included.",
-)
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=Settings.timeout_s,
-    show_default=True,
-    metavar="S",
-    help="Most seconds for a request, waiting included.",
-)
-@click.option(
-    "--grace",
-    "grace_s",
-    type=click.FloatRange(min=0),
-    default=Settings.grace_s,
-    show_default=True,
-    metavar="S",
-    help="Seconds that requests under way have when the server is stopped.",
-)
-@click.option(
-    "--allow-host",
-    "allowed_hosts",
-    multiple=True,
-    metavar="NAME",
-    help="A host from which pictures and videos are fetched. Repeatable.  [default: none]",
-)
-@click.option(
-    "--cors-origin",
-    "cors_origins",
-    multiple=True,
-    metavar="ORIGIN",
-    callback=_check_origins,
-    help="An origin whose pages may call the server. Repeatable.  [default: none]",
-)
-@click.option("--strict", is_flag=True, help="Refuse fields that are not known, not ignore them.")
+@flags(Settings, cors_origins=_check_origins)
 @click.option("--no-ui", is_flag=True, help="Have no page at /.")
-@engine_options
+@flags(LoadOptions)
 def command(
     model: str,
     host: str,
     port: int,
     served_name: str | None,
-    max_request_mb: int,
+    api_key: str | None,
     no_ui: bool,
     **options: Any,
 ) -> int:
@@ -121,13 +72,11 @@ def command(
     share_heap()
     sock = listen(host, port)
     url = url_of(sock)
-    # What is no setting of the server is the engine's.
-    names = {field.name for field in fields(Settings)} & set(options)
     settings = Settings(
         name=served_name or model_name(model),
-        max_request_bytes=max_request_mb * 10**6,
+        api_key=api_key,
         loopback=is_loopback(sock),
-        **{name: options.pop(name) for name in names},
+        **taken(Settings, options),
     )
     if not settings.loopback and settings.api_key is None:
         tell(

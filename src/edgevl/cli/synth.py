@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
-from edgevl.cli.terminal import is_terminal
+from edgevl.cli.options import output_option
+from edgevl.cli.terminal import bar_of
 from edgevl.synth.presets import PRESETS
 from edgevl.synth.writer import DTYPES, LAYOUTS, stored_bytes, write_checkpoint
 
@@ -44,27 +43,15 @@ def _parse_size(context: click.Context, parameter: click.Parameter, value: str) 
     metavar="SIZE",
     help="Largest file of weights.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="DIR",
-    help="Directory to write; it must not exist, or be empty.",
-)
+@output_option
 def command(preset: str, layout: str, seed: int, dtype: str, shard_size: int, output: Path) -> None:
     """Write a checkpoint with real shapes, real files and random weights.
 
     For measuring speed and memory where the real weights cannot be downloaded.
     """
     chosen = PRESETS[preset]
-    with tqdm(
-        total=stored_bytes(chosen.config, dtype),
-        unit="B",
-        unit_scale=True,
-        desc=output.name,
-        disable=not is_terminal(sys.stderr),
-    ) as bar:
+    size = stored_bytes(chosen.config, dtype)
+    with bar_of(total=size, unit="B", unit_scale=True, desc=output.name) as bar:
         write_checkpoint(
             chosen.config,
             output,

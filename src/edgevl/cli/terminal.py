@@ -9,12 +9,16 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from edgevl.errors import EdgeVLError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 #: Engines' notes that users read often.
 _CHINESE_NOTES = {"emulated NPU: no board computes": "模拟的 NPU：没有板子在计算"}
@@ -24,6 +28,15 @@ def print_json(value: object) -> None:
     """Print one JSON object on standard output, in ASCII where it cannot show more."""
     unicode_output = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     click.echo(json.dumps(value, ensure_ascii=not unicode_output, allow_nan=False))
+
+
+def print_result(result: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
+    """Print a result on standard output: as one JSON object, or as lines for people."""
+    if as_json:
+        print_json(result)
+        return
+    for line in lines:
+        click.echo(line)
 
 
 def note(text: str) -> None:
@@ -107,11 +120,29 @@ def tell(english: str, in_chinese: str) -> None:
 
 
 @contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], object]]:
-    """Show a bar with an estimate while a stretch of work is done."""
+def resumable(output: Path) -> Iterator[None]:
+    """Say what an interruption leaves, where it ends a command that writes ``output``."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        tell(
+            f"interrupted; the same command goes on in {output}.partial",
+            f"已中断；再次运行同一命令即可从 {output}.partial 继续",
+        )
+        raise
+
+
+def bar_of(**options: Any) -> tqdm[Any]:
+    """Return a bar, with tqdm's options, that is shown on a terminal only."""
     from tqdm import tqdm
 
-    with tqdm(desc=name, disable=not is_terminal(sys.stderr)) as bar:
+    return tqdm(disable=not is_terminal(sys.stderr), **options)
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], object]]:
+    """Show a bar with an estimate while a stretch of work is done."""
+    with bar_of(desc=name) as bar:
 
         def show(done: int, total: int) -> None:
             if bar.total is None:

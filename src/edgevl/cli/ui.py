@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from edgevl.cli.options import engine_options, listen_options, load_model, model_name
+from edgevl.cli.options import flags, listen_options, load_model, model_name
 from edgevl.cli.terminal import chinese, tell
 from edgevl.machine import share_heap
 from edgevl.optional import needs
+from edgevl.options import LoadOptions
 
 #: What is under way when the page ends has so long to be broken off, seconds.
 FAREWELL_S = 2
@@ -19,14 +20,8 @@ FAREWELL_S = 2
 @click.command("ui")
 @click.argument("model")
 @listen_options(port=7860)
-@engine_options
-def command(
-    model: str,
-    host: str,
-    port: int,
-    api_key: str | None,
-    **engine: Any,
-) -> None:
+@flags(LoadOptions)
+def command(model: str, host: str, port: int, api_key: str | None, **loading: Any) -> None:
     """Open a page in the browser that talks to MODEL about pictures and videos.
 
     \b
@@ -45,7 +40,7 @@ def command(
     with listen(host, port) as sock:
         from edgevl.generate.scheduler import Scheduler
 
-        loaded = load_model(model, **engine)
+        loaded = load_model(model, **loading)
         scheduler = Scheduler(loaded)
         app = page_app(loaded, scheduler, model_name(model), api_key)
         if is_loopback(sock):

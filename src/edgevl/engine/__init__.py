@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from edgevl.engine.base import (
-    KV_CACHE_FORMATS,
-    Engine,
-    EngineTimings,
-    KVCacheFormat,
-    Sequence,
-    WeightBytes,
-)
-from edgevl.engine.plan import PRECISIONS, Precision
+from edgevl.engine.base import Engine, EngineTimings, Sequence, WeightBytes
 from edgevl.engine.reference import ReferenceEngine
 
 __all__ = [
-    "KV_CACHE_FORMATS",
-    "PRECISIONS",
     "Engine",
     "EngineTimings",
-    "KVCacheFormat",
-    "Precision",
     "ReferenceEngine",
     "Sequence",
     "WeightBytes",

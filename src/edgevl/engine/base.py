@@ -8,15 +8,12 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-#: How keys and values are cached: in bfloat16, or in INT8 with a scale for each position and head.
-KVCacheFormat = Literal["bf16", "int8"]
-KV_CACHE_FORMATS: tuple[KVCacheFormat, ...] = ("bf16", "int8")
 
 
 @dataclass

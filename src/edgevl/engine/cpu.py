@@ -20,19 +20,13 @@ from edgevl.checkpoint.architecture import (
     vision_components,
     vision_layers,
 )
-from edgevl.engine.base import (
-    KV_CACHE_FORMATS,
-    Engine,
-    Floats,
-    KVCacheFormat,
-    Sequence,
-    WeightBytes,
-)
+from edgevl.engine.base import Engine, Floats, Sequence, WeightBytes
 from edgevl.engine.packed import convertible, pack_in_memory, packed_bytes, packed_matrices
-from edgevl.engine.plan import PANEL, PackingPlan, Precision, make_plan
+from edgevl.engine.plan import PANEL, PackingPlan, make_plan
 from edgevl.engine.reference import PROJECTOR_NORM_EPS, inverse_frequencies
 from edgevl.errors import CheckpointError, EdgeVLError
 from edgevl.machine import this_machine, trim_heap
+from edgevl.options import MAX_THREADS, KVCacheFormat, LoadOptions
 
 #: Positions computed at once by default.
 CHUNK = 128
@@ -78,14 +72,9 @@ class CpuEngine(Engine):
     def __init__(
         self,
         checkpoint: Checkpoint,
-        max_context: int | None = None,
-        chunk: int = CHUNK,
+        options: LoadOptions | None = None,
         *,
-        precision: Precision = "auto",
-        threads: int | None = None,
-        kv_cache: KVCacheFormat = "bf16",
-        exact_logits: bool = False,
-        cache: bool = True,
+        chunk: int = CHUNK,
         isa: str = "",
     ) -> None:
         """Pack the weights of ``checkpoint``, or map them from its cache.
@@ -93,39 +82,27 @@ class CpuEngine(Engine):
         Args:
             checkpoint: an open checkpoint; when it is closed, the files with the embedding and
                 the exact head stay open here, as rows of these are read when they are used.
-            max_context: most positions of one sequence; default and limit is what the model was
-                trained for. Memory follows use.
+            options: see `edgevl.load`. With ``exact_logits`` weights are packed anew, and the cache
+                is left alone.
             chunk: positions computed at once by a prefill.
-            precision: see `make_plan`.
-            threads: how many compute; default is one for each physical core that may be used.
-            kv_cache: how keys and values are stored. ``int8`` takes half the memory of ``bf16``,
-                and a long context is read in less time.
-            exact_logits: compute the logits of all tokens as well as those of the best, slower and
-                with more memory: see `make_plan`. Weights are packed anew, the cache is left alone.
-            cache: map the weights from the file beside the checkpoint, or leave it there; without,
-                they are packed in memory.
             isa: instruction set; default is the environment's ``EDGEVL_ISA``, or else the best.
 
         Raises:
-            EdgeVLError: the machine has less memory to spare than the weights take, or an argument
-                is not one of its choices.
+            EdgeVLError: the machine has less memory to spare than the weights take, or ``isa`` is
+                none that it runs.
             CheckpointError: the quantization of a weight is damaged.
         """
         super().__init__()
+        options = options or LoadOptions()
+        precision = options.precision
         config = self.config = checkpoint.config
         self.instruction_set = instruction_set(isa)
         machine = this_machine()
-        self.threads = machine.threads if threads is None else threads
-        if not 1 <= self.threads <= MAX_THREADS:
-            raise EdgeVLError(f"threads is {threads}: it must be from 1 to {MAX_THREADS}")
-        if kv_cache not in KV_CACHE_FORMATS:
-            raise EdgeVLError(
-                f"kv_cache {kv_cache!r} is unknown: choose {', '.join(KV_CACHE_FORMATS)}"
-            )
+        self.threads = options.threads or min(machine.threads, MAX_THREADS)
         limit = config.text.max_position_embeddings
-        self.max_context = min(max_context or limit, limit)
+        self.max_context = min(options.max_context or limit, limit)
         self.chunk = min(chunk, self.max_context)
-        self.plan = make_plan(checkpoint, precision, exact_logits)
+        self.plan = make_plan(checkpoint, precision, options.exact_logits)
         check_memory(checkpoint, self.plan, precision, machine.available_bytes)
         self._pool = _native.ThreadPool(self.threads)
         tensors = stored_tensors(checkpoint, self.plan)
@@ -133,7 +110,7 @@ class CpuEngine(Engine):
         # leaves 100 MB of free memory behind that malloc would keep.
         checkpoint.release()
         trim_heap()
-        if cache and not exact_logits:  # a second file would not be worth its disk
+        if options.cache and not options.exact_logits:  # a second file would not be worth its disk
             packed = packed_matrices(checkpoint, self.plan, precision, self._pool)
         else:
             packed = pack_in_memory(checkpoint, self.plan, self._pool)
@@ -142,7 +119,7 @@ class CpuEngine(Engine):
             data = packed[matrix.name]
             tensors[model][name] = (matrix.format, matrix.rows, matrix.cols, matrix.group, data)
         self.decoder = _native.Decoder(
-            decoder_config(checkpoint, self.max_context, self.chunk, kv_cache),
+            decoder_config(checkpoint, self.max_context, self.chunk, options.kv_cache),
             tensors["text"],
             self._pool,
             self.instruction_set,
@@ -154,7 +131,7 @@ class CpuEngine(Engine):
             )
         self.notes = self.plan.notes
         self.path = checkpoint.path
-        self._weight_bytes = weight_bytes(checkpoint, self.plan, kv_cache)
+        self._weight_bytes = weight_bytes(checkpoint, self.plan, options.kv_cache)
 
     def embed(self, token_ids: NDArray[np.int64]) -> Floats:
         """Look up token embeddings: int [T] -> float32 [T, H]."""
@@ -198,10 +175,6 @@ class CpuEngine(Engine):
         logits = self.decoder.extend(sequence.cache, np.array(token_ids, np.int64))
         sequence.length += len(token_ids)
         return logits
-
-
-#: The most that a pool takes.
-MAX_THREADS = 256
 
 
 def instruction_set(isa: str = "") -> str:

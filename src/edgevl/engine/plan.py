@@ -22,11 +22,9 @@ from edgevl.checkpoint.architecture import (
     vision_layers,
 )
 from edgevl.checkpoint.gptq import group_length
-from edgevl.errors import EdgeVLError
+from edgevl.options import Precision
 
 Format = Literal["int4", "int8", "bf16"]
-Precision = Literal["auto", "int4", "int8", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("auto", "int4", "int8", "bf16")
 
 #: Rows of a panel.
 PANEL = 16
@@ -92,12 +90,7 @@ def make_plan(
     which the best candidates are scored again with the stored weights: the head is read whole for
     every token, so its size is speed, and only the candidates' order is what its precision is for.
     ``exact_logits`` has it in bfloat16 instead, for who needs the logits of all tokens.
-
-    Raises:
-        EdgeVLError: ``precision`` is not one of `PRECISIONS`.
     """
-    if precision not in PRECISIONS:
-        raise EdgeVLError(f"precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}")
     text = _Text(checkpoint, precision, exact_logits)
     plans = list(text.matrices())
     if checkpoint.has_vision:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevl.checkpoint import ModelDirectory
-from edgevl.engine import Engine, KVCacheFormat, Precision, base
+from edgevl.engine import Engine, base
 from edgevl.engine.base import Floats
 from edgevl.errors import ContextLengthError, EdgeVLError
 from edgevl.generate.answer import Answer
@@ -22,6 +22,7 @@ from edgevl.generate.session import Session, Stream
 from edgevl.generate.text import Piece
 from edgevl.generate.token_mask import TokenMasks
 from edgevl.loading import load_engine, locate, open_model
+from edgevl.options import KVCacheFormat, LoadOptions, Precision
 from edgevl.preprocess import Prompt, PromptEncoder, Tool
 from edgevl.preprocess.video import DEFAULT_FRAMES
 
@@ -64,11 +65,12 @@ def load(
         EdgeVLError: the memory does not suffice, or an argument is not one of its choices.
     """
     started = time.perf_counter()
+    options = LoadOptions(
+        engine, max_context, precision, kv_cache, threads, exact_logits=exact_logits, cache=cache
+    )
     checkpoint = open_model(locate(model), engine)
     prompts = PromptEncoder(checkpoint)  # first: what parsing takes is free again for the weights
-    loaded = load_engine(
-        checkpoint, engine, max_context, precision, threads, kv_cache, exact_logits, cache
-    )
+    loaded = load_engine(checkpoint, options)
     return Model(checkpoint, loaded, prompts, load_ms=1000 * (time.perf_counter() - started))
 
 

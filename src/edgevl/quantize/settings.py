@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from edgevl.errors import EdgeVLError
+from edgevl.options import check_options, option
 
 TextFormat = Literal["int4", "int8", "none"]
 VisionFormat = Literal["int8", "none"]
 Method = Literal["gptq", "rtn"]
 
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = (128, 64, 32)
 
 
 class QuantizationError(EdgeVLError):
@@ -22,29 +23,53 @@ class QuantizationError(EdgeVLError):
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """How to quantize.
+    """How to quantize; each field's `Option` says what it does.
 
-    Attributes:
-        text: format of the linear layers of the decoder; embedding and head stay as they are.
-        vision: format in which the vision encoder and the projector are to run.
-        method: ``gptq``, or ``rtn`` (round to nearest), which needs no calibration of the text.
-        group_size: input channels that share a scale, one of `GROUP_SIZES`.
-        calibration_text: files of plain text, UTF-8.
-        calibration_images: a directory or a tar file of pictures.
-        samples: sequences to calibrate on.
-        seed: of everything random.
-        device: where PyTorch computes, ``cpu`` or ``cuda``.
+    Raises:
+        QuantizationError: a value is not one of its choices, or out of its range.
     """
 
-    text: TextFormat = "int4"
-    vision: VisionFormat = "int8"
-    method: Method = "gptq"
-    group_size: int = 128
-    calibration_text: tuple[Path, ...] = ()
-    calibration_images: Path | None = None
-    samples: int = 128
-    seed: int = 0
-    device: str = "cpu"
+    text: TextFormat = option(
+        "int4",
+        "choice",
+        "Format of the text model's linear layers.",
+        choices=get_args(TextFormat),
+    )
+    vision: VisionFormat = option(
+        "int8",
+        "choice",
+        "Format in which the vision encoder is to run.",
+        choices=get_args(VisionFormat),
+    )
+    method: Method = option(
+        "gptq",
+        "choice",
+        "rtn rounds each weight to nearest: quick, and worse.",
+        choices=get_args(Method),
+    )
+    group_size: int = option(
+        128,
+        "choice",
+        "Inputs that share a scale; fewer cost space and keep more.",
+        choices=GROUP_SIZES,
+    )
+    calibration_text: tuple[Path, ...] = option(
+        (), "paths", "Plain text like the one to be read and written; repeatable.", "FILE"
+    )
+    calibration_images: Path | None = option(
+        None,
+        "path",
+        "Pictures like those to be asked about.  [default: drawn ones]",
+        "DIR|TAR",
+    )
+    samples: int = option(
+        128, "integer", "Conversations and texts to calibrate on.", low=1, high=4096
+    )
+    seed: int = option(0, "integer", low=0)
+    device: str = option("cpu", "choice", choices=("cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        check_options(self, QuantizationError)
 
 
 BITS = {"int4": 4, "int8": 8}

@@ -12,13 +12,12 @@ import numpy as np
 
 from edgevl import generate
 from edgevl.checkpoint import Checkpoint, StoredTensor
-from edgevl.engine import Precision
 from edgevl.engine.base import Floats
 from edgevl.errors import EdgeVLError
 from edgevl.evaluate import Outcome, evaluate_vqa, read_questions
 from edgevl.generate import Model
 from edgevl.loading import load_engine
-from edgevl.options import GREEDY
+from edgevl.options import GREEDY, LoadOptions, Precision
 from edgevl.quantize.calibration import Example, Sample
 from edgevl.quantize.settings import QuantizationError
 
@@ -61,7 +60,7 @@ def verify(
                         f"{made}: {part} of {name} is not what was written; is the disk damaged?"
                     )
         checkpoint.release()
-        engine = load_engine(checkpoint, cache=False)
+        engine = load_engine(checkpoint, LoadOptions(cache=False))
         logits = engine.prefill(engine.new_sequence(), sample.embeddings)
     if not np.isfinite(logits).all():
         raise QuantizationError(f"{made}: its logits are not finite numbers")
