@@ -49,6 +49,7 @@ class Option:
         from_checkpoint: whether ``generation_config.json`` may have another default.
         label: what the page calls it, in English and in Chinese.
         slider: on the page: from, to, step. A checkpoint's default outside makes it longer.
+        rare: whether few need it, so that the page has it further down.
         aliases: what other servers call it.
         name: of the field.
     """
@@ -68,6 +69,7 @@ class Option:
     from_checkpoint: bool = False
     label: tuple[str, str] | None = None
     slider: tuple[float, float, float] | None = None
+    rare: bool = False
     aliases: tuple[str, ...] = ()
     name: str = ""
 
@@ -294,6 +296,7 @@ class SamplingOptions:
         from_checkpoint=True,
         label=("Min-p (0: all)", "Min-p（0：不限）"),
         slider=(0, 1, 0.01),
+        rare=True,
     )
     repetition_penalty: float = option(
         1.0,
@@ -316,6 +319,7 @@ class SamplingOptions:
         high=2,
         label=("Frequency penalty (0: off)", "频率惩罚（0：关闭）"),
         slider=(-2, 2, 0.01),
+        rare=True,
     )
     presence_penalty: float = option(
         0.0,
@@ -326,6 +330,7 @@ class SamplingOptions:
         high=2,
         label=("Presence penalty (0: off)", "存在惩罚（0：关闭）"),
         slider=(-2, 2, 0.01),
+        rare=True,
     )
     logit_bias: Mapping[int, float] = option(
         {},

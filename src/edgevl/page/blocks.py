@@ -44,8 +44,7 @@ MOST_ANSWERING, MOST_WAITING = 16, 64
 UPLOAD_AGE_S, UPLOAD_CHECK_S = 6 * 3600, 600
 
 _SLIDERS = [name for name, option in OPTIONS.items() if option.slider is not None]
-#: Those of them that few need.
-_RARE = ("min_p", "frequency_penalty", "presence_penalty")
+_RARE = [name for name in _SLIDERS if OPTIONS[name].rare]
 
 # Browsers, and Python's table, do not know all of these by their kind.
 _PICTURES = ["image", ".heic", ".heif"]
