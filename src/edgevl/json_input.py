@@ -104,6 +104,28 @@ def check_size(name: str, text: str, max_bytes: int) -> None:
         raise PromptError(f"{name} has {size} bytes: the limit is {max_bytes}")
 
 
+def filled_text(value: object, name: str, max_bytes: float = math.inf) -> str:
+    """Return what a user has to write in a field: a text that is not empty, and Unicode.
+
+    Raises:
+        ValueError: says of the field ``name`` what is wrong.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"`{name}` must be a text, not empty")
+    check_unicode(value, name)
+    if len(value.encode()) > max_bytes:
+        raise ValueError(f"`{name}` is over the limit of {int(max_bytes) >> 20} MiB")
+    return value
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raise a ValueError for lone surrogates, which JSON can spell and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"`{name}` has half a surrogate pair; correct it") from None
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
 

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
-from edgevl.batch.rows import Row
+from edgevl.batch.line import Row
 from edgevl.errors import ContextLengthError, ImageError, PromptError, VideoError
 from edgevl.generate.model import Model
 from edgevl.preprocess import prepare_picture, prepare_video
@@ -14,7 +14,7 @@ from edgevl.preprocess.picture import most_tiles
 from edgevl.preprocess.video import DEFAULT_FRAMES, check_frames
 
 #: Pictures and videos as `Model.ask` takes them.
-_Shown: TypeAlias = tuple[list[Any], list[Any]]
+_Prepared: TypeAlias = tuple[list[Any], list[Any]]
 
 
 def answer_rows(
@@ -55,7 +55,7 @@ def answer_rows(
     check_frames(frames)
     options = {"system": system, "thinking": thinking, "frames": frames, **sampling}
     prepare = _Preparation(model, max_tiles, frames)
-    waiting: tuple[Row, Future[_Shown]] | None = None
+    waiting: tuple[Row, Future[_Prepared]] | None = None
     # One thread and one row ahead: no more than two rows' pictures are in memory.
     with ThreadPoolExecutor(max_workers=1) as pool:
         for row in rows:
@@ -73,15 +73,16 @@ class _Preparation:
         self._model = model
         self._max_tiles = max_tiles
         self._frames = frames
-        self._latest: tuple[tuple[Any, ...], _Shown] = ((), ([], []))
+        self._latest: tuple[tuple[Any, ...], _Prepared] = ((), ([], []))
 
-    def __call__(self, row: Row) -> _Shown:
+    def __call__(self, row: Row) -> _Prepared:
         """Return what the row shows; what the row before showed is not decoded again."""
+        images = tuple(shown.source for shown in row.images)
+        videos = tuple(shown.source for shown in row.videos)
         if not self._model.checkpoint.has_vision:
-            # Asking about them says what is missing.
-            return list(row.sources), list(row.video_sources)
+            return list(images), list(videos)  # asking about them says what is missing
         frames = int(row.options.get("frames", self._frames))
-        wanted = (row.sources, row.video_sources, frames)
+        wanted = (images, videos, frames)
         if wanted != self._latest[0]:
             try:
                 self._latest = wanted, self._prepare(*wanted)
@@ -91,7 +92,7 @@ class _Preparation:
                 ) from None
         return self._latest[1]
 
-    def _prepare(self, sources: tuple[Any, ...], videos: tuple[Any, ...], frames: int) -> _Shown:
+    def _prepare(self, images: tuple[Any, ...], videos: tuple[Any, ...], frames: int) -> _Prepared:
         config = self._model.checkpoint.config
         clips: list[Any] = []
         pictures: list[Any] = []
@@ -99,7 +100,7 @@ class _Preparation:
             self._check_context((len(clips) + 1) * frames)  # known before they are decoded
             clips.append(prepare_video(source, config, frames))
         tiles = len(videos) * frames
-        for source in sources:
+        for source in images:
             pictures.append(prepare_picture(source, config, self._max_tiles))
             tiles += len(pictures[-1].pixels)
             self._check_context(tiles)
@@ -117,16 +118,16 @@ class _Preparation:
 
 
 def _answer(
-    model: Model, row: Row, shown: Future[_Shown], options: dict[str, Any]
+    model: Model, row: Row, prepared: Future[_Prepared], options: dict[str, Any]
 ) -> dict[str, Any]:
-    result: dict[str, Any] = {"id": row.id, "images": list(row.images)}
+    result: dict[str, Any] = {"id": row.id, "images": [shown.name for shown in row.images]}
     if row.videos:
-        result["videos"] = list(row.videos)
+        result["videos"] = [shown.name for shown in row.videos]
     result["question"] = row.question
     if row.error:
         return result | {"error": row.error}
     try:
-        images, videos = shown.result()
+        images, videos = prepared.result()
         answer = model.ask(row.question, images=images, videos=videos, **{**options, **row.options})
     except (ImageError, VideoError, PromptError) as error:
         return result | {"error": str(error)}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from edgevl.batch.line import parse_line
+from edgevl.batch.line import Row, Shown, parse_line
 from edgevl.errors import EdgeVLError
 from edgevl.files import reading
 from edgevl.preprocess.sources import PICTURE_SUFFIXES, VIDEO_SUFFIXES, find_files
@@ -26,31 +25,7 @@ class BatchError(EdgeVLError):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One question, or why there is none.
-
-    Attributes:
-        id: what the input calls it; else the name of its first picture or video, or ``line N``.
-        images: its pictures, as the input names them; of ``data:`` URLs only the beginning.
-        videos: its videos, likewise.
-        sources: the pictures, to be read.
-        video_sources: the videos, to be read.
-        question: what is asked.
-        options: ``system``, ``frames`` and fields of `SamplingOptions`, where the line has its own.
-        error: what is wrong with the line; empty if nothing is.
-    """
-
-    id: str | int
-    images: tuple[str, ...] = ()
-    videos: tuple[str, ...] = ()
-    sources: tuple[str | Path, ...] = ()
-    video_sources: tuple[str | Path, ...] = ()
-    question: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    error: str = ""
-
-
-class BatchInput(ABC):
+class BatchInput:
     """Rows of which there are ``len``, in an order that stays.
 
     Attributes:
@@ -62,18 +37,20 @@ class BatchInput(ABC):
     path: Path
     question: str | None
     digest: str
+    _count: int
+    _rows: Callable[[int], Iterator[Row]]
 
-    @abstractmethod
     def __len__(self) -> int:
         """Return how many rows there are."""
+        return self._count
 
-    @abstractmethod
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Yield the rows from ``start`` on.
 
         Raises:
             BatchError: the input can no longer be read.
         """
+        return self._rows(start)
 
 
 def open_batch(path: str | Path, question: str | None = None) -> BatchInput:
@@ -94,74 +71,63 @@ def open_batch(path: str | Path, question: str | None = None) -> BatchInput:
         raise BatchError("the question is empty: say what is to be asked")
     with reading(path, BatchError):
         if path.is_dir():
-            return _Directory(path, question)
+            return _directory(path, question)
         if path.name.lower().endswith(PICTURE_SUFFIXES + VIDEO_SUFFIXES) and path.is_file():
             raise BatchError(
                 f"{path}: is a picture or video; give the directory it is in, or a file of JSON "
                 "lines (edgevl chat asks about one)"
             )
         if path.is_file():
-            return _Lines(path, question)
+            return _file(path, question)
     raise BatchError(
         f"{path}: no such file or directory; give a directory of pictures and videos, or a file of "
         "JSON lines"
     )
 
 
-class _Directory(BatchInput):
+def _directory(path: Path, question: str | None) -> BatchInput:
     """A directory's pictures and videos, and one question for all."""
+    if question is None:
+        raise BatchError(f"{path}: a directory needs a question (--question TEXT)")
+    suffixes = PICTURE_SUFFIXES + VIDEO_SUFFIXES
+    found = find_files(path, suffixes)
+    if not found:
+        raise BatchError(f"{path}: has no pictures or videos ({', '.join(suffixes)})")
+    names = [str(each.relative_to(path)) for each in found]
 
-    def __init__(self, path: Path, question: str | None) -> None:
-        if question is None:
-            raise BatchError(f"{path}: a directory needs a question (--question TEXT)")
-        self.path, self.question = path, question
-        suffixes = PICTURE_SUFFIXES + VIDEO_SUFFIXES
-        self._paths = find_files(path, suffixes)
-        if not self._paths:
-            raise BatchError(f"{path}: has no pictures or videos ({', '.join(suffixes)})")
-        names = b"\0".join(os.fsencode(each.relative_to(path)) for each in self._paths)
-        self.digest = hashlib.sha256(names).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def rows(self, start: int = 0) -> Iterator[Row]:
-        for path in self._paths[start:]:
-            name = str(path.relative_to(self.path))
-            question = self.question or ""
+    def rows(start: int) -> Iterator[Row]:
+        for name, source in islice(zip(names, found, strict=True), start, None):
+            shown = (Shown(name, source),)
             if name.lower().endswith(VIDEO_SUFFIXES):
-                yield Row(name, videos=(name,), video_sources=(path,), question=question)
+                yield Row(name, videos=shown, question=question)
             else:
-                yield Row(name, images=(name,), sources=(path,), question=question)
+                yield Row(name, images=shown, question=question)
+
+    digest = hashlib.sha256(b"\0".join(map(os.fsencode, names))).hexdigest()
+    return BatchInput(path, question, digest, len(found), rows)
 
 
-class _Lines(BatchInput):
+def _file(path: Path, question: str | None) -> BatchInput:
     """The lines of a JSONL file that are not blank; it is read as it is needed."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+        file.seek(0)
+        count = sum(1 for _ in _lines(file))
+    if not count:
+        raise BatchError(f"{path}: has no questions; write one JSON object a line")
 
-    def __init__(self, path: Path, question: str | None) -> None:
-        self.path, self.question = path, question
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-            file.seek(0)
-            self._count = sum(1 for _ in _lines(file))
-        self.digest = digest.hexdigest()
-        if not self._count:
-            raise BatchError(f"{path}: has no questions; write one JSON object a line")
-
-    def __len__(self) -> int:
-        return self._count
-
-    def rows(self, start: int = 0) -> Iterator[Row]:
-        with reading(self.path, BatchError), self.path.open("rb") as file:
-            for number, line in islice(_lines(file), start, self._count):
+    def rows(start: int) -> Iterator[Row]:
+        with reading(path, BatchError), path.open("rb") as file:
+            for number, line in islice(_lines(file), start, count):
                 if line is None:
                     error = f"line {number}: over the limit of {MAX_LINE_BYTES >> 20} MiB"
                     yield Row(f"line {number}", error=error)
-                    continue
-                known, error = parse_line(line, number, self.path.parent, self.question)
-                yield Row(**known, error=error)
+                else:
+                    yield parse_line(line, number, path.parent, question)
+
+    return BatchInput(path, question, digest.hexdigest(), count, rows)
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:

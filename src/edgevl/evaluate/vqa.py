@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgevl.errors import EdgeVLError, PromptError
 from edgevl.evaluate.boxes import mean_iou, parse_boxes
 from edgevl.files import read_text
-from edgevl.json_input import parse_object
+from edgevl.json_input import check_unicode, filled_text, parse_object
 from edgevl.options import GREEDY
 
 if TYPE_CHECKING:
@@ -133,66 +133,52 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
 def _question(line: str, path: Path, number: int) -> Question:
     where = f"{path}:{number}"
     value = parse_object(line, where, QuestionFileError)
-    for field in ("image", "question"):
-        if not isinstance(value.get(field), str) or not value[field].strip():
-            raise QuestionFileError(f"{where}: `{field}` must be a text, not empty")
-    _check_unicode(value["question"], "question", where)
-    answers = value.get("answer")
-    answers = answers if isinstance(answers, list) else [answers]
-    if not answers or not all(
-        isinstance(answer, dict) or (isinstance(answer, str) and normalise(answer))
-        for answer in answers
-    ):
-        raise QuestionFileError(
-            f"{where}: `answer` must be a text, not empty (numbers in quotes), an object, or a "
-            "list of them"
-        )
-    _check_unicode(json.dumps(answers, ensure_ascii=False), "answer", where)
-    family = value.get("family", "all")
-    if not isinstance(family, str) or not family:
-        raise QuestionFileError(f"{where}: `family` must be a text, not empty")
-    _check_unicode(family, "family", where)
-    return Question(
-        _picture(path.parent, value["image"], where),
-        value["question"],
-        tuple(answers),
-        family,
-        number,
-        _constraint(value["json_schema"], where) if "json_schema" in value else None,
-    )
-
-
-def _constraint(schema: Any, where: str) -> Constraint:
-    from edgevl.generate.constraint import Constraint
-
     try:
-        return Constraint.json_schema(schema)
-    except PromptError as error:
+        for name in ("image", "question"):
+            filled_text(value.get(name), name)
+        answers = value.get("answer")
+        answers = answers if isinstance(answers, list) else [answers]
+        if not answers or not all(
+            isinstance(answer, dict) or (isinstance(answer, str) and normalise(answer))
+            for answer in answers
+        ):
+            raise ValueError(
+                "`answer` must be a text, not empty (numbers in quotes), an object, or a list of "
+                "them"
+            )
+        check_unicode(json.dumps(answers, ensure_ascii=False), "answer")
+        return Question(
+            _picture(path.parent, value["image"]),
+            value["question"],
+            tuple(answers),
+            filled_text(value.get("family", "all"), "family"),
+            number,
+            _constraint(value["json_schema"]) if "json_schema" in value else None,
+        )
+    except (PromptError, ValueError) as error:
         raise QuestionFileError(f"{where}: {error}") from None
 
 
-def _check_unicode(text: str, field: str, where: str) -> None:
-    """Refuse lone surrogates, which JSON can spell and no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise QuestionFileError(f"{where}: `{field}` has half a surrogate pair; mend it") from None
+def _constraint(schema: Any) -> Constraint:
+    from edgevl.generate.constraint import Constraint
+
+    return Constraint.json_schema(schema)
 
 
-def _picture(directory: Path, name: str, where: str) -> Path:
+def _picture(directory: Path, name: str) -> Path:
     """Return the path of a picture; refuse what leads out of ``directory``, also by a link."""
     image = directory / name
     try:
         inside = image.resolve().is_relative_to(directory.resolve())
         exists = inside and image.is_file()
     except (OSError, ValueError, RuntimeError):  # too long, a null byte, a loop of links
-        raise QuestionFileError(f"{where}: `image` {name[:80]!r} is not a usable path") from None
+        raise ValueError(f"`image` {name[:80]!r} is not a usable path") from None
     if not inside:
-        raise QuestionFileError(
-            f"{where}: `image` {name!r} lies outside of {directory}; put pictures beside the file"
+        raise ValueError(
+            f"`image` {name!r} lies outside of {directory}; put pictures beside the file"
         )
     if not exists:
-        raise QuestionFileError(f"{where}: `image` {name!r} is not a file in {directory}")
+        raise ValueError(f"`image` {name!r} is not a file in {directory}")
     return image
 
 
