@@ -1,5 +1,7 @@
 """Which engine is loaded, and what happens where the native one is missing."""
 
+import dataclasses
+import inspect
 import subprocess
 import sys
 
@@ -97,3 +99,10 @@ def test_the_kv_cache_reaches_the_engine(checkpoint):
         engine.decode([sequence], [1])
         sizes[kv_cache] = sequence.cache.bytes
     assert sizes["int8"] < 0.6 * sizes["bf16"]
+
+
+def test_load_takes_every_option_with_its_default():
+    taken = dict(inspect.signature(edgevl.load).parameters)
+    assert taken.pop("model").default is inspect.Parameter.empty
+    options = {each.name: each.default for each in dataclasses.fields(LoadOptions)}
+    assert {name: each.default for name, each in taken.items()} == options

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from edgevl.cli.terminal import chinese, dim, harmless, note
+from edgevl.cli.terminal import dim, harmless, note, translated
 
 if TYPE_CHECKING:
     from edgevl.generate import Answer, Stream
@@ -71,10 +71,10 @@ def print_answer(
     printer.end()
     answer = stream.answer
     seconds, rate = answer.timings.ttft_ms / 1000, answer.timings.decode_tokens_per_s
-    if chinese():
-        cut = " · 已达长度上限" if answer.finish_reason == "length" else ""
-        note(f"首字 {seconds:.2f} 秒 · {rate:.1f} 词元/秒{cut}")
-    else:
-        cut = " · cut off at the token limit" if answer.finish_reason == "length" else ""
-        note(f"first token {seconds:.2f} s · {rate:.1f} tokens/s{cut}")
+    speed = translated(
+        f"first token {seconds:.2f} s · {rate:.1f} tokens/s",
+        f"首字 {seconds:.2f} 秒 · {rate:.1f} 词元/秒",
+    )
+    cut = translated(" · cut off at the token limit", " · 已达长度上限")
+    note(speed + cut * (answer.finish_reason == "length"))
     return answer

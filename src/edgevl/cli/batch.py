@@ -17,7 +17,7 @@ from edgevl.cli.options import (
     question_of,
     taken,
 )
-from edgevl.cli.terminal import chinese, print_json, progress_bar, resumable, tell
+from edgevl.cli.terminal import print_json, progress_bar, resumable, tell, translated
 from edgevl.options import LoadOptions
 
 if TYPE_CHECKING:
@@ -112,6 +112,6 @@ def _write(
 
     # Answers are the same however many threads there are.
     decisive = {name: value for name, value in loading.items() if name != "threads"}
-    bar = progress_bar("回答" if chinese() else "answers")
+    bar = progress_bar(translated("answers", "回答"))
     with resumable(output), bar as show:
         return run_batch(model, questions, output, loading=decisive, progress=show, **options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import click
 
-from edgevl.cli.terminal import chinese, note, show_notes
+from edgevl.cli.terminal import note, show_notes, translated
 from edgevl.errors import PromptError
 from edgevl.files import read_text
 from edgevl.options import OPTIONS, REQUIRED, Option, options_of
@@ -283,7 +283,7 @@ def load_model(model: str, quiet: bool = False, **options: Any) -> Model:
     """
     from edgevl.generate import load
 
-    note(f"{'正在加载' if chinese() else 'loading'} {model} …")
+    note(translated(f"loading {model} …", f"正在加载 {model} …"))
     loaded = load(model, **options)
     if not quiet:
         config = loaded.checkpoint.config
@@ -295,8 +295,7 @@ def _describe_sampling(sampling: Mapping[str, Any]) -> Iterator[str]:
     """Say in the user's language that a checkpoint has defaults: answers may differ each time."""
     if sampling:
         listed = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
-        yield (
-            f"采样默认值取自模型的 generation_config.json：{listed}"
-            if chinese()
-            else f"sampling by default as generation_config.json has it: {listed}"
+        yield translated(
+            f"sampling by default as generation_config.json has it: {listed}",
+            f"采样默认值取自模型的 generation_config.json：{listed}",
         )

@@ -48,7 +48,7 @@ def note(text: str) -> None:
 def show_notes(notes: Iterable[str]) -> None:
     """Write what an engine has to say to standard error, also where that is no terminal."""
     for line in notes:
-        click.echo(dim(_CHINESE_NOTES.get(line, line) if chinese() else line), err=True)
+        click.echo(dim(translated(line, _CHINESE_NOTES.get(line, line))), err=True)
 
 
 def leave_on_signals() -> None:
@@ -99,6 +99,11 @@ def chinese() -> bool:
     return False
 
 
+def translated(english: str, in_chinese: str) -> str:
+    """Return what is to be said in the user's language."""
+    return in_chinese if chinese() else english
+
+
 def reason(error: Exception) -> str:
     """Say in one line what went wrong."""
     if isinstance(error, EdgeVLError):
@@ -116,7 +121,7 @@ def reason(error: Exception) -> str:
 
 def tell(english: str, in_chinese: str) -> None:
     """Write a line to standard error, in the user's language."""
-    click.echo(in_chinese if chinese() else english, err=True)
+    click.echo(translated(english, in_chinese), err=True)
 
 
 @contextmanager

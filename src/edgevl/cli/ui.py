@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from edgevl.cli.options import flags, listen_options, load_model, model_name
-from edgevl.cli.terminal import chinese, tell
+from edgevl.cli.terminal import tell, translated
 from edgevl.machine import share_heap
 from edgevl.optional import needs
 from edgevl.options import LoadOptions
@@ -66,7 +66,7 @@ def _announce(sock: socket.socket, locked: bool) -> None:
     from edgevl.serve.server import is_loopback, url_of
 
     url = url_of(sock)
-    click.echo(f"页面地址：{url}/（按 Ctrl-C 结束）" if chinese() else f"{url}/  (Ctrl-C ends it)")
+    click.echo(translated(f"{url}/  (Ctrl-C ends it)", f"页面地址：{url}/（按 Ctrl-C 结束）"))
     if not locked and not is_loopback(sock):
         tell(
             "warning: there is no password: whoever reaches this machine can use the page; "

@@ -80,7 +80,7 @@ def compare_vqa(
         raise QuestionFileError("no questions to ask")
     check_same_tokens(model, against)
     options = {"max_tokens": max_tokens, "max_tiles": max_tiles}
-    comparison = Comparison("the reference")
+    comparison = Comparison()
     outcomes, expected = [], []
     for question in questions:
         reference, answer = ask_question(against, question, **options)
