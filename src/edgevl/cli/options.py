@@ -227,7 +227,7 @@ def _sampling_option(option: Option) -> Callable[[Function], Function]:
     elif not several and option.default is not None:
         notes.insert(0, f"default: {option.default:g}")
     return click.option(
-        f"--{option.name.replace('_', '-')}",
+        option.flag,
         multiple=several,
         callback=read,
         metavar=option.metavar,
