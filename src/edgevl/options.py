@@ -43,7 +43,7 @@ class Option:
         above: whether ``low`` itself is too little.
         choices: the values that there are of a "choice".
         flag: what the command line calls it; default is the field's name, with dashes.
-        unit: what a number on the command line is multiplied by.
+        unit: what a number on the command line is multiplied by; ``low`` and ``high`` are of that.
         show_default: whether ``--help`` shows it.
         only: what makes a difference to nothing else: an engine, a compiler.
         from_checkpoint: whether ``generation_config.json`` may have another default.

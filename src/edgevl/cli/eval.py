@@ -148,12 +148,12 @@ def _load(
     name: str, against: str | None, loading: dict[str, Any], exact_logits: bool = False
 ) -> tuple[Model, Model | None]:
     """Load the model, and the one to compare with: where there is one, both with exact logits."""
-    loading = loading | {"exact_logits": exact_logits or against is not None}
+    exact_logits = exact_logits or against is not None
     models: list[Model] = []
-    for each in filter(None, (name, against)):
-        models.append(load_model(each, quiet=True, **loading))
+    for each in [name] if against is None else [name, against]:
+        models.append(load_model(each, quiet=True, exact_logits=exact_logits, **loading))
         show_notes(models[-1].engine.notes)
-    return models[0], models[1] if against else None
+    return models[0], None if against is None else models[1]
 
 
 def _describe_vqa(result: VQAResult | VQAComparison) -> Iterator[str]:
