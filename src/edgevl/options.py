@@ -45,7 +45,7 @@ class Option:
         flag: what the command line calls it; default is the field's name, with dashes.
         unit: what a number on the command line is multiplied by; ``low`` and ``high`` are of that.
         show_default: whether ``--help`` shows it.
-        only: what makes a difference to nothing else: an engine, a compiler.
+        only: the engine or compiler without which it changes nothing; empty if it always does.
         from_checkpoint: whether ``generation_config.json`` may have another default.
         label: what the page calls it, in English and in Chinese.
         slider: on the page: from, to, step. A checkpoint's default outside makes it longer.
@@ -140,7 +140,8 @@ class Option:
     def _in_range(self, value: Any) -> bool:
         number = isinstance(value, Real) and not isinstance(value, bool)
         low = -math.inf if self.low is None else self.low
-        return number and bool(low <= value <= (math.inf if self.high is None else self.high))
+        high = math.inf if self.high is None else self.high
+        return number and bool(low <= value <= high) and not (self.above and value == low)
 
     def _rule(self) -> str:
         return {
@@ -185,10 +186,10 @@ def check_options(given: Any, error: type[EdgeVLError]) -> None:
 
 
 def only_for(what: str, given: Any) -> list[Option]:
-    """Return the options of an instance that are not the default and make no difference elsewhere.
+    """Return the options for ``what`` alone (see `Option.only`) that ``given`` has set.
 
     Args:
-        what: such as an engine; see `Option.only`.
+        what: an engine or compiler.
         given: an instance of a dataclass of options.
     """
     return [

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from edgevl.cli.options import FILE, flags, json_option, load_model
 from edgevl.cli.terminal import bar_of, print_result, show_notes
 from edgevl.files import replacing
-from edgevl.options import LoadOptions
+from edgevl.options import LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from edgevl.evaluate import Outcome, PerplexityResult, VQAComparison, VQAResult
@@ -46,7 +46,12 @@ if TYPE_CHECKING:
     metavar="N",
     help="Take only the first N questions, or windows of text.",
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=SamplingOptions.max_tokens,
+    show_default=True,
+)
 @click.option(
     "--max-tiles",
     type=click.IntRange(min=1),

@@ -150,10 +150,10 @@ def run_bench(
     model: Model,
     name: str,
     load_ms: float,
-    prompt_tokens: Sequence[int] = (128, 300, 1024),
-    generate: int = 128,
-    image: bool = False,
-    runs: int = 5,
+    prompt_tokens: Sequence[int],
+    generate: int,
+    image: bool,
+    runs: int,
     progress: Callable[[str], object] = lambda step: None,
 ) -> BenchResult:
     """Measure a model that has just been loaded.

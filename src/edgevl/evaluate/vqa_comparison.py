@@ -14,6 +14,7 @@ from edgevl.evaluate.vqa import (
     VQAResult,
     ask_question,
 )
+from edgevl.options import SamplingOptions
 
 if TYPE_CHECKING:
     from edgevl.generate import Answer, Model
@@ -56,7 +57,7 @@ def compare_vqa(
     questions: Sequence[Question],
     on_outcome: Callable[[Outcome, Outcome], None] | None = None,
     *,
-    max_tokens: int = 512,
+    max_tokens: int = SamplingOptions.max_tokens,
     max_tiles: int | None = None,
 ) -> VQAComparison:
     """Ask both models every question by itself, greedily, and compare.
