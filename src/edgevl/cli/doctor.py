@@ -82,6 +82,13 @@ def examine() -> dict[str, Any]:
     """Look at everything; ``problems`` has a line for each thing that must be mended."""
     from edgevl.version import __version__
 
+    looks = {
+        "machine": _machine,
+        "cpu_engine": _cpu_engine,
+        "npu": _npu,
+        "hub": _hub,
+        "tiny": _tiny,
+    }
     problems: list[str] = []
     packages = _packages(problems)
     report: dict[str, Any] = {
@@ -94,19 +101,8 @@ def examine() -> dict[str, Any]:
             name: {"present": all(map(_version, distributions)), "purpose": purpose}
             for name, (distributions, purpose) in EXTRAS.items()
         },
-        "machine": None,
-        "cpu_engine": None,
-        "npu": None,
-        "hub": None,
-        "tiny": None,
+        **dict.fromkeys(looks),
         "problems": problems,
-    }
-    looks = {
-        "machine": _machine,
-        "cpu_engine": _cpu_engine,
-        "npu": _npu,
-        "hub": _hub,
-        "tiny": _tiny,
     }
     for name, look in looks.items():
         try:
