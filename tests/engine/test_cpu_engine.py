@@ -656,5 +656,5 @@ def test_the_native_models_refuse_tensors_that_they_do_not_know(qwen3, part, mon
 
     stored_tensors = cpu.stored_tensors
     monkeypatch.setattr(cpu, "stored_tensors", with_another)
-    with pytest.raises(ValueError, match="layers.0.o_norm is not one of the model's"):
-        CpuEngine(qwen3, threads=1)
+    with pytest.raises(ValueError, match=r"layers\.0\.o_norm is not one of the model's"):
+        CpuEngine(qwen3, LoadOptions(threads=1))
