@@ -77,6 +77,35 @@ def test_what_a_killed_run_has_left_is_made_anew(tmp_path):
         path.write_text("2")
 
 
+def test_a_step_may_go_on_with_what_it_has_kept(tmp_path):
+    def make(path, tell):
+        parts = len([*path.iterdir()])
+        (path / f"{parts}").touch()
+        if parts < 2:
+            raise StoppedError
+        return parts
+
+    def run():
+        with begin(tmp_path / "out") as work:
+            assert work.do(Step("a", make, goes_on=True), None) == 2
+            assert len([*work.product("a").iterdir()]) == 3
+
+    for _ in range(2):
+        with pytest.raises(StoppedError):
+            run()
+    run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_stays_of_a_step_that_has_kept_nothing(tmp_path):
+    def make(path, tell):
+        raise StoppedError
+
+    with pytest.raises(StoppedError), begin(tmp_path / "out") as work:
+        work.do(Step("a", make, goes_on=True), None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_settings_are_free_until_a_product_depends_on_them(tmp_path):
     def run(settings, product):
         with begin(tmp_path / "out", settings) as work:

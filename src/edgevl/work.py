@@ -1,8 +1,8 @@
 """The directory of a long run under way: what is done of it, so that it can be resumed.
 
-``OUT.partial`` holds ``run.json`` (what was asked for) and what the run keeps there: files, the
-state of loops (`Loop`), and the products of steps (`Step`), which may be directories. Each is
-written beside and renamed: what is there is whole.
+``OUT.partial`` holds ``run.json`` (what was asked for) and the products of steps (`Step`), files or
+directories. Each is made beside and renamed: what is there is whole. A long step may go on where it
+was interrupted: what it keeps meanwhile lies where it makes its product (`Loop`).
 """
 
 from __future__ import annotations
@@ -51,15 +51,18 @@ class Step:
         make: makes it at a path, may tell how far it is, and returns what it has found out, as JSON
             can have it.
         title: what its progress is called; empty where it takes no time, or tells by itself.
+        goes_on: whether it makes a directory, which is there when ``make`` is called, with what an
+            interrupted run has made of it.
     """
 
     product: str
     make: Callable[[Path, Tell], object]
     title: str = ""
+    goes_on: bool = False
 
 
 class WorkDirectory:
-    """The files of one run.
+    """The files of one run, or of one of its steps.
 
     Attributes:
         path: the directory.
@@ -97,6 +100,13 @@ class WorkDirectory:
         """
         return SafetensorsFile(self.path / name)
 
+    def load(self, name: str) -> dict[str, NDArray[Any]]:
+        """Read a safetensors file that `save` wrote, into memory of its own."""
+        file = self.open(name)
+        tensors = {name: np.array(file[name].data) for name in file}
+        file.close()
+        return tensors
+
     def save_json(self, name: str, value: object) -> None:
         """Write a JSON file."""
         with replacing(self.path / name, sync=True) as file:
@@ -127,28 +137,38 @@ class WorkDirectory:
         findings = f"{step.product}.json"
         if not self.is_done(step.product):
             telling = progress(step.title) if step.title else nullcontext(lambda done, total: None)
-            with telling as tell, self.making(step.product) as path:
+            with telling as tell, self.making(step.product, step.goes_on) as path:
                 self.save_json(findings, step.make(path, tell))
         return self.load_json(findings)
 
     @contextmanager
-    def making(self, name: str) -> Iterator[Path]:
+    def making(self, name: str, goes_on: bool = False) -> Iterator[Path]:
         """Give the path to make a product at, a file or a directory.
 
         If the block ends well, it moves to where `product` says, and is removed otherwise. What an
         interrupted run has left there is removed first.
+
+        Args:
+            name: of the product.
+            goes_on: make a directory, and remove nothing from it.
 
         Raises:
             OSError: the disk is full, or a file of an interrupted run cannot be removed.
         """
         path = self.path / MAKING / name
         path.parent.mkdir(exist_ok=True)
-        remove_tree(path)
+        if goes_on:
+            path.mkdir(exist_ok=True)
+        else:
+            remove_tree(path)
         try:
             yield path
         except BaseException:
             with suppress(OSError):  # which would hide what has happened
-                remove_tree(path)
+                if goes_on:
+                    path.rmdir()  # if there is nothing in it
+                else:
+                    remove_tree(path)
                 path.parent.rmdir()
             raise
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -174,9 +194,7 @@ class Loop:
         """Return the steps done, of ``steps``, and what was saved after the last of them."""
         for done in range(steps, 0, -1):
             if self._work is not None and self._work.has(self._file(done, "safetensors")):
-                file = self._work.open(self._file(done, "safetensors"))
-                tensors = {name: np.array(file[name].data) for name in file}
-                file.close()
+                tensors = self._work.load(self._file(done, "safetensors"))
                 return done, tensors, self._work.load_json(self._file(done, "json"))
         return None
 
@@ -232,7 +250,7 @@ def opened(
             raise error(f"{path}: another process is writing it") from None
         work = WorkDirectory(path)
         try:
-            for left in path.glob(UNFINISHED + "*"):  # of a run that was killed
+            for left in path.rglob(UNFINISHED + "*"):  # of a run that was killed
                 left.unlink()
             _resume(work, run, settled, error)
             try:

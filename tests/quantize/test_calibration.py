@@ -12,7 +12,7 @@ import pytest
 
 import edgevl
 from edgevl.preprocess import Message, prepare_picture
-from edgevl.quantize.calibration import collect, saved
+from edgevl.quantize.calibration import collect, collection_key, load_set, save_set
 from edgevl.quantize.calibration.collect import notes_on_size, widest_inputs
 from edgevl.quantize.calibration.conversations import ConversationLog, converse
 from edgevl.quantize.calibration.drawn import draw
@@ -169,25 +169,21 @@ def test_an_interrupted_collection_goes_on_to_the_same_result(calibration, tmp_p
 def test_every_kind_of_model_can_be_asked(mini_checkpoint, preset, tmp_path):
     model = edgevl.load(mini_checkpoint(preset), threads=1)
     result = collect(model, SETTINGS, tmp_path)
-    assert_equal(saved(model.checkpoint, SETTINGS, tmp_path), result)
+    save_set(tmp_path / "set", result)
+    assert_equal(load_set(tmp_path / "set", model.checkpoint), result)
     assert all(0 < s.reply_start < len(s.token_ids) for s in result.samples + result.heldout)
 
 
-def test_a_finished_one_is_loaded_without_an_engine(model, calibration, work):
-    assert_equal(saved(model.checkpoint, SETTINGS, work), calibration)
-    assert not list(work.glob(".unfinished-*"))
+def test_what_was_saved_is_loaded_without_an_engine(model, calibration, tmp_path):
+    save_set(tmp_path / "set", calibration)
+    assert_equal(load_set(tmp_path / "set", model.checkpoint), calibration)
+
+
+def test_other_settings_have_another_key(model):
+    keys = {collection_key(model.checkpoint, SETTINGS)}
     for other in (replace(SETTINGS, seed=1), replace(SETTINGS, samples=9)):
-        assert saved(model.checkpoint, other, work) is None
-    assert saved(model.checkpoint, SETTINGS, work, text_only=True) is None
-
-
-def test_a_damaged_file_is_made_again(model, calibration, work, tmp_path):
-    for path in work.iterdir():
-        shutil.copy(path, tmp_path)
-    whole = (tmp_path / "calibration.safetensors").read_bytes()
-    (tmp_path / "calibration.safetensors").write_bytes(whole[:-100])
-    assert saved(model.checkpoint, SETTINGS, tmp_path) is None
-    assert_equal(collect(model, SETTINGS, tmp_path), calibration)
+        keys.add(collection_key(model.checkpoint, other))
+    assert len(keys) == 3
 
 
 def test_conversations_of_another_checkpoint_are_dropped(model, work, calibration, tmp_path):

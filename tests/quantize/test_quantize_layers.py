@@ -218,15 +218,18 @@ def begin(output, asked, *files):
     """Begin a run that is interrupted when it has written ``files``."""
     with opened(output, asked) as work:
         for name in files:
+            (work.path / name).parent.mkdir(parents=True, exist_ok=True)
             work.save(name, {"x": np.arange(3, dtype=np.int32)})
         raise StoppedError
 
 
-@pytest.mark.parametrize("done", ["layer-0.safetensors", "vision-decide-1.safetensors"])
+@pytest.mark.parametrize(
+    "done", ["making/text/layer-0.safetensors", "done/vision/vision-decide-1.safetensors"]
+)
 def test_once_a_layer_is_done_other_settings_are_refused(tmp_path, done):
     output = tmp_path / "out"
     with pytest.raises(StoppedError):
-        begin(output, {"samples": "8"}, "calibration.safetensors")
+        begin(output, {"samples": "8"}, "done/calibration-0123")
     with pytest.raises(StoppedError):
         begin(output, {"samples": "16"}, done)
     with pytest.raises(QuantizationError, match=r"another samples \(16, now 8\).*remove it"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,39 @@ from edgevl.evaluate import read_questions
 from edgevl.evaluate.bench import peak_rss_bytes
 from edgevl.loading import locate, model_name, open_checkpoint
 from edgevl.machine import this_machine
-from edgevl.quantize.calibration import CalibrationSet, collect, saved
+from edgevl.quantize.calibration import (
+    CalibrationSet,
+    collect,
+    collection_key,
+    load_set,
+    save_set,
+)
 from edgevl.quantize.layers import check_sizes, packed_tensors, quantize_layers
-from edgevl.quantize.measure import Cost, measure
+from edgevl.quantize.measure import measure
 from edgevl.quantize.output import Packed, part_bytes, write_checkpoint
 from edgevl.quantize.report import write_report
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings, quantization_fields
+from edgevl.quantize.smoothing import SmoothedTensors
 from edgevl.quantize.verify import compare_accuracy, compare_answers, load, verify
-from edgevl.quantize.vision import VisionQuantization, quantize_vision
+from edgevl.quantize.vision import quantize_vision
 from edgevl.version import __version__
-from edgevl.work import Progress, WorkDirectory, check_target, identity, opened, publish
+from edgevl.work import (
+    Progress,
+    Step,
+    Tell,
+    WorkDirectory,
+    check_target,
+    identity,
+    opened,
+    publish,
+)
 
-#: The finished checkpoint in the work directory, before it is moved to its place.
-MADE = "checkpoint"
+#: Products of the steps, besides those whose names say what they were made from.
+VISION, TEXT, MADE, EXAMPLES = "vision", "text", "checkpoint", "examples"
+#: In the products of vision and of text.
+FACTORS, KEEP, LOGITS = "factors.safetensors", "keep.json", "logits.safetensors"
 #: The tensors of a finished layer, and the state after it.
-SETTLED = "*-*.safetensors"
+SETTLED = "*/*/*-*.safetensors"
 #: Sequences that are enough where only vision is calibrated, and everything measured.
 FEW_SAMPLES = 16
 #: Linear layers that the report calls the worst.
@@ -82,16 +101,22 @@ def quantize_checkpoint(
         begun = {"edgevl": __version__, "checkpoint": checkpoint.fingerprint()}
         begun |= {name: identity(value) for name, value in asdict(settings).items()}
         with opened(output, begun, settled=SETTLED, error=QuantizationError) as work:
-            report: dict[str, Any] = {"model": model_name(model, path)}
-            report |= _Run(checkpoint, settings, work, progress).report(vqa)
+            report: dict[str, Any] = {
+                "model": model_name(model, path),
+                "edgevl": __version__,
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "machine": {"cpu": this_machine().cpu, "threads": torch.get_num_threads()},
+            }
+            for step in _Run(checkpoint, settings, work).steps(vqa):
+                report |= work.do(step, progress)
             report["settings"] = {
                 name: {"value": _shown(value), "source": (origins or {}).get(name, "default")}
                 for name, value in {**asdict(settings), "vqa": vqa}.items()
             }
             report["seconds"] = work.elapsed_s()
             report["peak_rss_bytes"] = peak_rss_bytes()
-            write_report(report, work.path / MADE)
-            publish(work.path / MADE, output)
+            write_report(report, work.product(MADE))
+            publish(work.product(MADE), output)
     return report
 
 
@@ -131,107 +156,122 @@ def bfloat16_products() -> Iterator[None]:
 
 
 class _Run:
-    """One quantization; each stage finds in the work directory what is done of it."""
+    """One quantization, as a list of steps.
+
+    Each takes what it needs from the products before, and finds out a part of the report.
+    """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        settings: QuantizationSettings,
-        work: WorkDirectory,
-        progress: Progress,
+        self, checkpoint: Checkpoint, settings: QuantizationSettings, work: WorkDirectory
     ) -> None:
         self._checkpoint = checkpoint
         self._settings = settings
         self._work = work
-        self._progress = progress
+        calibrated = settings
+        if settings.method == "rtn" or settings.text == "none":
+            calibrated = replace(settings, samples=min(settings.samples, FEW_SAMPLES))
+        self._calibrated = calibrated
+        self._samples = f"calibration-{collection_key(checkpoint, calibrated)}"
 
-    def report(self, vqa: Path | None) -> dict[str, Any]:
-        """Do everything; return the parts of the report that say what came of it."""
-        checkpoint, settings = self._checkpoint, self._settings
-        calibration = self._calibration()
-        report: dict[str, Any] = {
-            "edgevl": __version__,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": {"cpu": this_machine().cpu, "threads": torch.get_num_threads()},
-            "calibration": calibration.summary(),
+    def steps(self, vqa: Path | None) -> Iterator[Step]:
+        """Yield all that is to be done; ``vqa`` is a file of questions to compare on."""
+        yield Step(self._samples, self._collect, "conversations")
+        if self._settings.vision != "none":
+            yield Step(VISION, self._quantize_vision, "vision", goes_on=True)
+        if self._settings.text != "none":
+            yield Step(TEXT, self._quantize_text, "text", goes_on=True)
+        yield Step(MADE, self._write, "writing")
+        yield Step(EXAMPLES, self._compare_answers, "examples")
+        if vqa is not None:
+            digest = hashlib.sha256(vqa.read_bytes()).hexdigest()  # another run may name another
+            compare = partial(self._compare_accuracy, vqa)
+            yield Step(f"questions-{digest[:16]}", compare, "questions")
+
+    @cached_property
+    def _calibration(self) -> CalibrationSet:
+        return load_set(self._work.product(self._samples), self._checkpoint)
+
+    def _collect(self, path: Path, tell: Tell) -> dict[str, Any]:
+        # In the formats that it usually runs in: what it says is its own, and comes sooner.
+        model = load(self._checkpoint.path)
+        calibration = collect(model, self._calibrated, self._work.path, tell)
+        del model
+        gc.collect()  # the engine's weights go before the layers come
+        save_set(path, calibration)
+        return {"calibration": calibration.summary()}
+
+    def _quantize_vision(self, path: Path, tell: Tell) -> dict[str, Any]:
+        work, calibration = WorkDirectory(path), self._calibration
+        vision = quantize_vision(
+            self._checkpoint,
+            calibration.tiles,
+            calibration.heldout_tiles,
+            self._settings.device,
+            tell,
+            work,
+        )
+        work.save(FACTORS, vision.tensors.factors)
+        work.save_json(KEEP, vision.keep)
+        return {"vision": {"format": self._settings.vision, **vision.summary()}}
+
+    def _quantize_text(self, path: Path, tell: Tell) -> dict[str, Any]:
+        checkpoint, settings, heldout = self._checkpoint, self._settings, self._calibration.heldout
+        work = WorkDirectory(path)
+        with bfloat16_products():
+            states, rows = quantize_layers(
+                checkpoint, settings, self._calibration.samples, heldout, work, tell
+            )
+        cost = measure(checkpoint, states, heldout, torch.device(settings.device))
+        work.save(LOGITS, {"logits": cost.logits})
+        worst = sorted(rows, key=lambda row: row["error"], reverse=True)[:WORST]
+        return {
+            "text": {
+                "format": settings.text,
+                "method": settings.method,
+                "layers": rows,
+                "worst": worst,
+            },
+            "perplexity": cost.perplexity,
+            "conversations": cost.conversations,
         }
+
+    def _write(self, path: Path, tell: Tell) -> dict[str, Any]:
+        """Write the checkpoint, and see that it is what was meant."""
+        checkpoint, settings, work = self._checkpoint, self._settings, self._work
         smoothed: Mapping[str, Floats] = {}
-        keep: tuple[str, ...] = ()
+        keep: Sequence[str] = ()
         packed: Packed = {}
-        cost = None
+        logits = None
         if settings.vision != "none":
-            vision = self._vision(calibration)
-            smoothed, keep = vision.tensors, vision.keep
-            report["vision"] = {"format": settings.vision, **vision.summary()}
+            vision = WorkDirectory(work.product(VISION))
+            smoothed = SmoothedTensors(checkpoint, vision.load(FACTORS))
+            keep = vision.load_json(KEEP)
         if settings.text != "none":
-            report["text"], cost = self._text(calibration)
-            report["perplexity"], report["conversations"] = cost.perplexity, cost.conversations
-            packed = packed_tensors(self._work, checkpoint.config.text.num_hidden_layers)
-        made = self._write(packed, smoothed, keep)
-        verify(made, packed, calibration.heldout[0], cost.logits if cost else None)
-        with Checkpoint.open(made) as quantized:
-            report["sizes"] = {
+            text = WorkDirectory(work.product(TEXT))
+            packed = packed_tensors(text, checkpoint.config.text.num_hidden_layers)
+            logits = text.load(LOGITS)["logits"]
+        path.mkdir()
+        fields = quantization_fields(settings, keep, __version__)
+        write_checkpoint(checkpoint, path, packed, smoothed, fields, tell)
+        verify(path, packed, self._calibration.heldout[0], logits)
+        with Checkpoint.open(path) as quantized:
+            sizes = {
                 "original_bytes": checkpoint.stored_bytes,
                 "quantized_bytes": quantized.stored_bytes,
                 **part_bytes(quantized),
             }
-        path, examples = checkpoint.path, calibration.examples
-        with self._progress("examples") as progress:
-            report["examples"] = compare_answers(path, made, examples, progress)
-        if vqa is not None:
-            with self._progress("questions") as progress:
-                report["vqa"] = compare_accuracy(path, made, vqa, progress)
-        return report
+        return {"sizes": sizes}
 
-    def _calibration(self) -> CalibrationSet:
-        settings = self._settings
-        if settings.method == "rtn" or settings.text == "none":
-            settings = replace(settings, samples=min(settings.samples, FEW_SAMPLES))
-        found = saved(self._checkpoint, settings, self._work.path)
-        if found is not None:
-            return found
-        # In the formats that it usually runs in: what it says is its own, and comes sooner.
-        model = load(self._checkpoint.path)
-        with self._progress("conversations") as progress:
-            calibration = collect(model, settings, self._work.path, progress)
-        del model
-        gc.collect()  # the engine's weights go before the layers come
-        return calibration
+    def _compare_answers(self, path: Path, tell: Tell) -> dict[str, Any]:
+        path.touch()  # what is found out is all there is
+        made = self._work.product(MADE)
+        examples = self._calibration.examples
+        return {"examples": compare_answers(self._checkpoint.path, made, examples, tell)}
 
-    def _vision(self, calibration: CalibrationSet) -> VisionQuantization:
-        with self._progress("vision") as progress:
-            return quantize_vision(
-                self._checkpoint,
-                calibration.tiles,
-                calibration.heldout_tiles,
-                self._settings.device,
-                progress,
-                self._work,
-            )
-
-    def _text(self, calibration: CalibrationSet) -> tuple[dict[str, Any], Cost]:
-        """Quantize the text model: -> its part of the report, and what it cost."""
-        checkpoint, settings = self._checkpoint, self._settings
-        heldout = calibration.heldout
-        with self._progress("text") as progress, bfloat16_products():
-            states, rows = quantize_layers(
-                checkpoint, settings, calibration.samples, heldout, self._work, progress
-            )
-        device = torch.device(settings.device)
-        cost = measure(checkpoint, states, heldout, device)
-        worst = sorted(rows, key=lambda row: row["error"], reverse=True)[:WORST]
-        part = {"format": settings.text, "method": settings.method, "layers": rows, "worst": worst}
-        return part, cost
-
-    def _write(self, packed: Packed, smoothed: Mapping[str, Floats], keep: Sequence[str]) -> Path:
-        """Write the checkpoint into the work directory: -> where it is."""
-        made = self._work.path / MADE
-        shutil.rmtree(made, ignore_errors=True)  # of a run that was interrupted
-        made.mkdir()
-        fields = quantization_fields(self._settings, keep, __version__)
-        with self._progress("writing") as progress:
-            write_checkpoint(self._checkpoint, made, packed, smoothed, fields, progress)
-        return made
+    def _compare_accuracy(self, vqa: Path, path: Path, tell: Tell) -> dict[str, Any]:
+        path.touch()
+        made = self._work.product(MADE)
+        return {"vqa": compare_accuracy(self._checkpoint.path, made, vqa, tell)}
 
 
 def _shown(value: object) -> object:

@@ -16,8 +16,6 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.architecture import EMBEDDING
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import TensorSpec, raw, write_file
-from edgevl.errors import CheckpointError
-from edgevl.files import replacing
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,8 @@ class CalibrationSet:
         }
 
 
-def save(path: Path, calibration: CalibrationSet, key: str) -> None:
-    """Write a calibration beside ``path`` and rename it; `load` wants the same ``key``.
+def save_set(path: Path, calibration: CalibrationSet) -> None:
+    """Write a calibration set.
 
     Embeddings of tokens are not stored, only the features of pictures: a quarter to a half.
 
@@ -98,7 +96,6 @@ def save(path: Path, calibration: CalibrationSet, key: str) -> None:
     samples = [*calibration.samples, *calibration.heldout]
     record = json.dumps(
         {
-            "key": key,
             "samples": len(calibration.samples),
             "lengths": [len(sample.token_ids) for sample in samples],
             "reply_starts": [sample.reply_start for sample in samples],
@@ -118,7 +115,7 @@ def save(path: Path, calibration: CalibrationSet, key: str) -> None:
         TensorSpec("is_image", "U8", (tokens,)),
         TensorSpec("record", "U8", (len(record),)),
     ]
-    with replacing(path) as file:
+    with path.open("wb") as file:
         write_file(file, tensors, _pieces(calibration, record))
 
 
@@ -135,18 +132,15 @@ def _pieces(calibration: CalibrationSet, record: bytes) -> Iterator[bytes | memo
     yield record
 
 
-def load(path: Path, checkpoint: Checkpoint, key: str) -> CalibrationSet | None:
-    """Read what `save` wrote; None if it is not there, damaged, or of another ``key``."""
-    if not path.exists():
-        return None
-    try:
-        file = SafetensorsFile(path)
-    except CheckpointError:
-        return None
+def load_set(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
+    """Read what `save_set` wrote.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    file = SafetensorsFile(path)
     try:
         record: dict[str, Any] = json.loads(file["record"].data.tobytes())
-        if record["key"] != key:
-            return None
         samples = list(_samples(file, record, checkpoint))
         tiles, heldout_tiles = (np.array(file[name].data) for name in ("tiles", "heldout_tiles"))
     finally:

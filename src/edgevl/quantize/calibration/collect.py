@@ -1,4 +1,4 @@
-"""The entrance: from settings to a calibration set, which is made once and kept."""
+"""The entrance: from settings to a calibration set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgevl.engine.base import Floats
 from edgevl.errors import ImageError
 from edgevl.generate import Model
 from edgevl.preprocess import load_image, prepare_picture
-from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example, Sample, load, save
+from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example, Sample
 from edgevl.quantize.calibration.conversations import (
     MAX_WINDOW,
     ConversationLog,
@@ -59,8 +59,7 @@ def collect(
 ) -> CalibrationSet:
     """Collect what to calibrate on; called again after an interruption, go on from there.
 
-    ``conversations.jsonl`` in ``work`` has the conversations so far, ``calibration.safetensors``
-    the whole once it is complete.
+    ``conversations.jsonl`` in ``work`` has the conversations so far.
 
     Args:
         model: what is to be quantized; it answers the questions.
@@ -81,38 +80,21 @@ def collect(
         )
     assert isinstance(checkpoint, Checkpoint)  # whoever quantizes opened one
     check_count(settings.samples)
-    finished = saved(checkpoint, settings, work, text_only)
-    if finished is not None:
-        return finished
     with contextlib.ExitStack() as stack:
         collector = _Collector(model, checkpoint, settings, work, text_only, stack)
-        calibration = collector.run(progress)
-    save(_file(work), calibration, _key(checkpoint, settings, text_only))
-    return calibration
+        return collector.run(progress)
 
 
-def saved(
-    checkpoint: Checkpoint, settings: QuantizationSettings, work: Path, text_only: bool = False
-) -> CalibrationSet | None:
-    """Return what `collect` completed in ``work`` for these arguments, or None; needs no engine."""
-    return load(_file(work), checkpoint, _key(checkpoint, settings, text_only))
-
-
-def _file(work: Path) -> Path:
-    return work / "calibration.safetensors"
-
-
-def _key(checkpoint: Checkpoint, settings: QuantizationSettings, text_only: bool) -> str:
-    """Return what tells one calibration from another."""
+def collection_key(checkpoint: Checkpoint, settings: QuantizationSettings) -> str:
+    """Return what tells one calibration set from another: hexadecimal digits."""
     parts = [
         checkpoint.fingerprint(),
         [str(path) for path in settings.calibration_text],
         str(settings.calibration_images),
         settings.samples,
         settings.seed,
-        text_only,
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 class _Collector:
