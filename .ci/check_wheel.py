@@ -9,6 +9,8 @@ NEEDED = {
     "edgevl/__init__.py",
     "edgevl/py.typed",
     "edgevl/quantize/report.html.jinja",
+    "edgevl/quantize/calibration/pictures.tar",
+    "edgevl/quantize/calibration/questions.json",
     "edgevl/page/page.css",
     "edgevl/page/page.js",
     f"{MODEL}config.json",

@@ -26,7 +26,7 @@ import numpy as np
 
 import edgevl
 from edgevl.options import GREEDY
-from edgevl.quantize.calibration.drawn import draw
+from edgevl.quantize.calibration.shipped import drawn
 
 #: Where a layer rounds to bfloat16: inputs of its four products, queries, keys, values, weights of
 #: attention, its output.
@@ -46,7 +46,7 @@ def main() -> int:
     arguments = parser.parse_args()
     board = edgevl.load(arguments.board, engine="axera")
     reference = edgevl.load(arguments.checkpoint, engine="reference")
-    pictures = [draw(kind, arguments.seed + kind).image for kind in range(3)]
+    pictures = [drawn(place, arguments.seed + place) for place in range(3)]
     cases: dict[str, Sequence[tuple[str, list[Any]]]] = {
         "one picture": [(QUESTIONS[0], pictures[:1])],
         "three pictures": [(QUESTIONS[1], pictures)],

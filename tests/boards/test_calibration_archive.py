@@ -14,7 +14,7 @@ from edgevl.boards.settings import CompileSettings
 from edgevl.checkpoint import Checkpoint
 from edgevl.errors import BoardError, EdgeVLError
 from edgevl.preprocess import prepare_picture
-from edgevl.quantize.calibration.drawn import draw
+from edgevl.quantize.calibration.shipped import drawn
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_drawn_tiles_are_what_preprocessing_makes(checkpoint, tmp_path):
     assert {(image.format, image.mode, image.size) for image in pictures.values()} == {
         ("PNG", "RGB", (56, 56))
     }
-    prepared = prepare_picture(draw(3, 3).image, checkpoint.config, 1).pixels
+    prepared = prepare_picture(drawn(3, 3), checkpoint.config, 1).pixels
     configured = default_config(checkpoint.config, "tiles.tar").quant.input_configs[0]
     values = np.asarray(pictures["0003.png"], np.float32)
     normalised = (values - configured.calibration_mean) / configured.calibration_std

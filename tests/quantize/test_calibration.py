@@ -15,9 +15,9 @@ from edgevl.preprocess import Message, prepare_picture
 from edgevl.quantize.calibration import collect, collection_key, load_set, save_set
 from edgevl.quantize.calibration.collect import notes_on_size, widest_inputs
 from edgevl.quantize.calibration.conversations import ConversationLog, converse
-from edgevl.quantize.calibration.drawn import draw
 from edgevl.quantize.calibration.pictures import FoundPicture
 from edgevl.quantize.calibration.requests import heldout_count, kinds, requests
+from edgevl.quantize.calibration.shipped import drawn
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 
 #: The package's function of this name hides its module.
@@ -54,7 +54,7 @@ def images(tmp_path):
     directory = tmp_path / "images"
     directory.mkdir()
     for kind in range(5):
-        draw(kind, kind).image.save(directory / f"{kind}.png")
+        drawn(kind, kind).save(directory / f"{kind}.png")
     return directory
 
 
@@ -106,7 +106,7 @@ def test_a_sample_is_what_the_engine_read(model, calibration):
         if len(request.questions) > 1:
             continue
         pictures = [
-            prepare_picture(draw(p.kind, p.seed).image, config, request.max_tiles)
+            prepare_picture(drawn(p.place, p.seed), config, request.max_tiles)
             for p in request.pictures
         ]
         prompt = model.prompts.encode([Message.user(request.questions[0], pictures)])
@@ -291,7 +291,7 @@ def test_fewer_tokens_than_inputs(model, calibration, monkeypatch):
 
 
 def test_one_picture_cannot_be_kept_apart(model, tmp_path):
-    draw(0, 0).image.save(tmp_path / "only.png")
+    drawn(0, 0).save(tmp_path / "only.png")
     with pytest.raises(QuantizationError, match="one readable picture only; at least 2"):
         collect(model, replace(SETTINGS, calibration_images=tmp_path), tmp_path)
 

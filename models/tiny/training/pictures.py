@@ -46,9 +46,13 @@ def _wide_chance(text: str) -> float:
 
 
 def draw_display(
-    rng: random.Random, style: Style, text: str | None = None, size: tuple[int, int] | None = None
+    rng: random.Random,
+    style: Style,
+    text: str | None = None,
+    size: tuple[int, int] | None = None,
+    captions: bool = True,
 ) -> Scene:
-    """A device with a bezel and a lit LED, LCD or dot-matrix display."""
+    """A device with a bezel and a lit LED, LCD or dot-matrix display; maybe with its unit."""
     text = text or random_number(rng)
     width, height = size or source_size(rng, _wide_chance(text))
     image = background(rng, (width, height), random_colour(rng))
@@ -101,7 +105,7 @@ def draw_display(
         glow = ink[0].filter(ImageFilter.GaussianBlur(ink[0].height * 0.06))
         put(image, classes, (glow.point(lambda v: v // 2), ink[1]), lit, centre)
     put(image, classes, ink, vary(rng, lit, 25) if sum(lit) > 300 else lit, centre)
-    if rng.random() < 0.25:
+    if captions and rng.random() < 0.25:
         caption(
             rng,
             image,

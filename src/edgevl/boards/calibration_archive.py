@@ -14,8 +14,8 @@ from edgevl.errors import BoardError, ImageError
 from edgevl.files import replacing
 from edgevl.preprocess import load_image
 from edgevl.preprocess.tiles import split
-from edgevl.quantize.calibration.drawn import draw
 from edgevl.quantize.calibration.pictures import choose_pictures, open_pictures
+from edgevl.quantize.calibration.shipped import drawn
 
 
 def write_calibration(checkpoint: Checkpoint, source: Path | None, path: Path, samples: int) -> int:
@@ -57,7 +57,7 @@ def write_calibration(checkpoint: Checkpoint, source: Path | None, path: Path, s
 
 
 def _drawn(count: int) -> Iterator[Image.Image]:
-    return (draw(kind, kind).image for kind in range(count))
+    return (drawn(place, place) for place in range(count))
 
 
 def _found(source: Path, count: int) -> Iterator[Image.Image]:

@@ -111,7 +111,7 @@ class Compilation:
             EMBEDDINGS,
             _at_once(lambda path: write_embeddings(checkpoint, path)),
             "embeddings",
-            EMBEDDING_FILES,
+            files=EMBEDDING_FILES,
         )
         if generation is None:
             yield embeddings
@@ -191,7 +191,7 @@ class Compilation:
                 post=Post(topk=self.settings.post_topk),
             )
 
-        return BoardStep(LAYERS, make, "emulated model", files)
+        return BoardStep(LAYERS, make, "emulated model", files=files)
 
     def _build(
         self,

@@ -19,7 +19,7 @@ from edgevl.files import replacing
 from edgevl.machine import this_machine
 from edgevl.optional import needs
 from edgevl.preprocess.tiles import byte_statistics, split, to_pixels
-from edgevl.quantize.calibration.drawn import draw
+from edgevl.quantize.calibration.shipped import drawn
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -148,7 +148,7 @@ def _tiles(size: int) -> list[Image.Image]:
     """Return pictures of ``size`` squared to compare on."""
     noise = np.random.default_rng(0).integers(0, 256, (_NOISE_TILES, size, size, 3), np.uint8)
     tiles = [Image.fromarray(tile) for tile in noise]
-    return tiles + split(draw(_STREET, 0).image, size, 1, 1, thumbnail=False)
+    return tiles + split(drawn(_STREET, 0), size, 1, 1, thumbnail=False)
 
 
 def _run(path: Path, pixels: Floats) -> Floats:

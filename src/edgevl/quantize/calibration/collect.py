@@ -27,7 +27,6 @@ from edgevl.quantize.calibration.conversations import (
     to_sample,
     token_windows,
 )
-from edgevl.quantize.calibration.drawn import draw
 from edgevl.quantize.calibration.pictures import (
     FoundPicture,
     PictureFiles,
@@ -37,6 +36,7 @@ from edgevl.quantize.calibration.pictures import (
     thumbnail,
 )
 from edgevl.quantize.calibration.requests import Kind, Request, heldout_count, kinds, requests
+from edgevl.quantize.calibration.shipped import drawn
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
 
 #: Tiles to calibrate vision on, and held out.
@@ -191,7 +191,7 @@ class _Collector:
 
     def _image(self, picture: Any) -> Image.Image:
         if not isinstance(picture, FoundPicture):
-            return draw(picture.kind, picture.seed).image
+            return drawn(picture.place, picture.seed)
         assert self._files is not None  # pictures are found only there
         try:
             return load_image(self._files.read(picture.place))
@@ -242,7 +242,7 @@ class _Collector:
     def _sources(self, sets: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:
         settings = self._settings
         origin: dict[Kind, str] = {
-            "drawn": "drawn and asked about by EdgeVL, answered by the model",
+            "drawn": "EdgeVL's drawn pictures and questions, answered by the model",
             "pictures": f"{settings.calibration_images}, answered by the model",
             "chat": "asked by EdgeVL, answered by the model",
             "window": ", ".join(map(str, settings.calibration_text)),

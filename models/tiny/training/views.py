@@ -1,6 +1,4 @@
-"""Shapes, landscapes, textures, icons."""
-
-from __future__ import annotations
+"""Streets, landscapes, textures, icons."""
 
 import math
 import random
@@ -8,57 +6,15 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from edgevl.quantize.calibration.drawn.canvas import (
-    COLOURS,
-    Colour,
-    Drawing,
-    any_colour,
-    blank,
-    paper,
-)
-
-_SHAPES = (("circle", "圆形"), ("square", "正方形"), ("triangle", "三角形"), ("star", "五角星"))
+from canvas import random_colour
+from lettering import blank
 
 
-def _shape(
-    draw: ImageDraw.ImageDraw, name: str, x: float, y: float, radius: float, colour: Colour
-) -> None:
-    if name == "circle":
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-        return
-    if name == "square":
-        draw.rectangle((x - radius, y - radius, x + radius, y + radius), colour)
-        return
-    corners = 10 if name == "star" else 3
-    points = []
-    for corner in range(corners):
-        angle = 2 * math.pi * corner / corners - math.pi / 2
-        reach = radius * (0.42 if name == "star" and corner % 2 else 1)
-        points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
-    draw.polygon(points, colour)
-
-
-def shapes(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw one to nine coloured shapes that hardly overlap."""
-    image, draw = blank(size, paper(rng))
-    columns, rows = rng.randint(1, 3), rng.randint(1, 3)
-    cells = [(column, row) for column in range(columns) for row in range(rows)]
-    width, height = size[0] / columns, size[1] / rows
-    for column, row in rng.sample(cells, rng.randint(1, len(cells))):
-        name, name_zh = rng.choice(_SHAPES)
-        colour, colour_zh, value = rng.choice(COLOURS)
-        radius = min(width, height) * rng.uniform(0.2, 0.45)
-        x = (column + rng.uniform(0.45, 0.55)) * width
-        y = (row + rng.uniform(0.45, 0.55)) * height
-        _shape(draw, name, x, y, radius, value)
-    return Drawing(image, f"{colour} {name}", f"{colour_zh}的{name_zh}")
-
-
-def street(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw houses, trees and a sky with sun or moon."""
+def street(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """Houses, trees and a sky with sun or moon."""
     width, height = size
     night = rng.random() < 0.3
-    image, draw = blank(size, any_colour(rng, 10, 50) if night else (150, 200, 240))
+    image, draw = blank(size, random_colour(rng, 10, 50) if night else (150, 200, 240))
     ground = height * rng.uniform(0.68, 0.85)
     light = min(size) * rng.uniform(0.06, 0.12)
     x, y = rng.uniform(0.1, 0.9) * width, rng.uniform(0.1, 0.25) * height
@@ -74,7 +30,7 @@ def street(rng: random.Random, size: tuple[int, int]) -> Drawing:
             _house(rng, draw, (left, top, right, ground), night)
         else:
             _tree(rng, draw, (left, top, right, ground))
-    return Drawing(image, "moon" if night else "sun", "月亮" if night else "太阳")
+    return image
 
 
 def _house(
@@ -85,10 +41,10 @@ def _house(
 ) -> None:
     left, top, right, bottom = box
     width, height = right - left, bottom - top
-    draw.rectangle(box, any_colour(rng, 120, 235))
+    draw.rectangle(box, random_colour(rng, 120, 235))
     draw.polygon(
         [(left, top), ((left + right) / 2, top - height * 0.4), (right, top)],
-        any_colour(rng, 60, 160),
+        random_colour(rng, 60, 160),
     )
     glass = (250, 220, 110) if night else (190, 220, 240)
     for column in range(2):
@@ -96,7 +52,7 @@ def _house(
         draw.rectangle((x, top + height * 0.15, x + width * 0.25, top + height * 0.4), glass)
     door = left + width * rng.uniform(0.2, 0.6)
     draw.rectangle(
-        (door, bottom - height * 0.4, door + width * 0.2, bottom), any_colour(rng, 0, 120)
+        (door, bottom - height * 0.4, door + width * 0.2, bottom), random_colour(rng, 0, 120)
     )
 
 
@@ -124,16 +80,16 @@ def _noise(random_state: np.random.Generator, size: tuple[int, int], octaves: in
     return Image.fromarray(total / max(float(total.max()), 1e-6))
 
 
-def landscape(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw ridges behind each other under a cloudy sky, with the grain of a photograph."""
+def landscape(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """Ridges behind each other under a cloudy sky, with the grain of a photograph."""
     state = np.random.default_rng(rng.getrandbits(32))
     width, height = size
-    above, below = np.array(any_colour(rng, 40, 200)), np.array(any_colour(rng, 150, 250))
+    above, below = np.array(random_colour(rng, 40, 200)), np.array(random_colour(rng, 150, 250))
     rise = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
     pixels = above * (1 - rise) + below * rise
     clouds = np.asarray(_noise(state, size, 5))[..., None]
     pixels = pixels + (np.clip(clouds - 0.55, 0, 1) * 2) * (255 - pixels)
-    far, near = np.array(any_colour(rng, 110, 190)), np.array(any_colour(rng, 10, 90))
+    far, near = np.array(random_colour(rng, 110, 190)), np.array(random_colour(rng, 10, 90))
     ridges = rng.randint(2, 5)
     rows = np.arange(height)[:, None]
     for ridge in range(ridges):
@@ -144,14 +100,13 @@ def landscape(rng: random.Random, size: tuple[int, int]) -> Drawing:
         colour = (far * (1 - nearness) + near * nearness) * texture
         pixels = np.where((rows >= line[None, :])[..., None], colour, pixels)
     pixels = pixels + state.normal(0, rng.uniform(0, 8), pixels.shape)
-    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    return Drawing(image, "sky", "天空")
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def texture(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw a gradient, stripes, a chessboard, clouds of colour, or noise."""
+def texture(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """A gradient, stripes, a chessboard, clouds of colour, or noise."""
     state = np.random.default_rng(rng.getrandbits(32))
-    first, second = any_colour(rng), any_colour(rng)
+    first, second = random_colour(rng), random_colour(rng)
     x = np.linspace(0, 1, size[0], dtype=np.float32)[None, :]
     y = np.linspace(0, 1, size[1], dtype=np.float32)[:, None]
     angle, waves = rng.uniform(0, math.pi), rng.randint(3, 20)
@@ -173,12 +128,12 @@ def texture(rng: random.Random, size: tuple[int, int]) -> Drawing:
     )
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(1, 6)))
-    return Drawing(image, "brightest part", "最亮的部分")
+    return image
 
 
-def icons(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw a grid of simple icons, as on a screen."""
-    image, draw = blank(size, any_colour(rng, 20, 240))
+def icons(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """A grid of simple icons, as on a screen."""
+    image, draw = blank(size, random_colour(rng, 20, 240))
     columns, rows = rng.randint(2, 5), rng.randint(2, 4)
     step = min(size[0] / columns, size[1] / rows)
     for column in range(columns):
@@ -186,12 +141,12 @@ def icons(rng: random.Random, size: tuple[int, int]) -> Drawing:
             x = (column + 0.5) * size[0] / columns
             y = (row + 0.5) * size[1] / rows
             _icon(rng, draw, x, y, step * 0.36)
-    return Drawing(image, "icon in the top left corner", "左上角的图标")
+    return image
 
 
 def _icon(rng: random.Random, draw: ImageDraw.ImageDraw, x: float, y: float, radius: float) -> None:
     box = (x - radius, y - radius, x + radius, y + radius)
-    draw.rounded_rectangle(box, radius * 0.35, any_colour(rng, 30, 230))
+    draw.rounded_rectangle(box, radius * 0.35, random_colour(rng, 30, 230))
     light, line = (250, 250, 250), max(2, round(radius / 8))
     r = radius * 0.55
     kind = rng.choice(("envelope", "clock", "play", "plus", "wave", "bars", "person"))

@@ -1,30 +1,25 @@
 """Charts, maps and plans."""
 
-from __future__ import annotations
-
 import random
 
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
-from edgevl.quantize.calibration.drawn.canvas import (
-    COLOURS,
-    WORDS,
-    Drawing,
-    any_colour,
-    blank,
-    ink,
-    paper,
-    phrase,
-    write,
-)
+from canvas import ink_colour, paper_colour, random_colour
+from lettering import blank, phrase, write
+from scenes import COLOURS, Colour
+
+#: Of bars, lines and sectors: all but black and white.
+PALETTE = [*COLOURS.values()][:-2]
+#: Of text with its ground.
+CONTRAST = 130
 
 
 def _axes(
-    rng: random.Random, draw: ImageDraw.ImageDraw, size: tuple[int, int]
+    rng: random.Random, draw: ImageDraw.ImageDraw, size: tuple[int, int], ground: Colour
 ) -> tuple[float, float, float, float]:
-    """Draw a title and axes with numbers: -> left, top, right, bottom of the area."""
+    """A title and axes with numbers: -> left, top, right, bottom of the area."""
     width, height = size
-    colour, pixels = ink(rng), min(size) * 0.035
+    colour, pixels = ink_colour(rng, ground, CONTRAST), min(size) * 0.035
     left, top, right, bottom = width * 0.12, height * 0.14, width * 0.95, height * 0.86
     write(draw, (width / 2, height * 0.05), phrase(rng, 2), pixels * 1.6, colour, "ma")
     draw.line([(left, top), (left, bottom), (right, bottom)], colour, 2)
@@ -36,26 +31,28 @@ def _axes(
     return left, top, right, bottom
 
 
-def bar_chart(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw bars of different heights with names below."""
-    image, draw = blank(size, paper(rng))
-    left, top, right, bottom = _axes(rng, draw, size)
-    names = rng.sample(WORDS, rng.randint(3, 7))
-    single = rng.choice(COLOURS)[2] if rng.random() < 0.5 else None
+def bar_chart(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """Bars of different heights with names below."""
+    ground = paper_colour(rng)
+    image, draw = blank(size, ground)
+    left, top, right, bottom = _axes(rng, draw, size, ground)
+    names = [phrase(rng, 1) for _ in range(rng.randint(3, 7))]
+    single = rng.choice(PALETTE) if rng.random() < 0.5 else None
     step = (right - left) / len(names)
     for place, name in enumerate(names):
         x, share = left + (place + 0.2) * step, rng.uniform(0.05, 1)
-        colour = single or COLOURS[place][2]
+        colour = single or PALETTE[place % len(PALETTE)]
         draw.rectangle((x, bottom - share * (bottom - top), x + 0.6 * step, bottom), colour)
         at = (x + 0.3 * step, bottom + size[1] * 0.02)
         write(draw, at, name, min(step / 5, min(size) * 0.035), (30, 30, 30), "ma")
-    return Drawing(image, "tallest bar", "最高的柱子")
+    return image
 
 
-def line_chart(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw one to three lines over months, with a legend."""
-    image, draw = blank(size, paper(rng))
-    left, top, right, bottom = _axes(rng, draw, size)
+def line_chart(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """One to three lines over months, with a legend."""
+    ground = paper_colour(rng)
+    image, draw = blank(size, ground)
+    left, top, right, bottom = _axes(rng, draw, size, ground)
     months = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
     months = months[: rng.randint(4, 12)]
     step = (right - left) / (len(months) - 1)
@@ -63,8 +60,8 @@ def line_chart(rng: random.Random, size: tuple[int, int]) -> Drawing:
     for place, month in enumerate(months):
         at = (left + place * step, bottom + size[1] * 0.02)
         write(draw, at, month, min(pixels, step / 2.5), (30, 30, 30), "ma")
-    lines = rng.sample(COLOURS, rng.randint(1, 3))
-    for index, (_, _, colour) in enumerate(lines):
+    lines = rng.sample(PALETTE, rng.randint(1, 3))
+    for index, colour in enumerate(lines):
         share = rng.uniform(0.2, 0.8)
         points = []
         for place in range(len(months)):
@@ -73,32 +70,32 @@ def line_chart(rng: random.Random, size: tuple[int, int]) -> Drawing:
         draw.line(points, colour, max(2, round(min(size) / 150)), "curve")
         y = top + (index + 0.5) * 1.5 * pixels
         draw.line((right - 9 * pixels, y, right - 7.5 * pixels, y), colour, 3)
-        write(draw, (right - 7 * pixels, y), rng.choice(WORDS), pixels, (30, 30, 30), "lm")
-    return Drawing(image, f"{lines[0][0]} line", f"{lines[0][1]}的线")
+        write(draw, (right - 7 * pixels, y), phrase(rng, 1), pixels, (30, 30, 30), "lm")
+    return image
 
 
-def pie_chart(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw a pie with a legend of names and per cent."""
-    image, draw = blank(size, paper(rng))
-    parts = rng.sample(COLOURS, rng.randint(2, 6))
+def pie_chart(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """A pie with a legend of names and per cent."""
+    image, draw = blank(size, paper_colour(rng))
+    parts = rng.sample(PALETTE, rng.randint(2, 6))
     weights = [rng.uniform(0.3, 2) for _ in parts]
     radius = min(size[0] * 0.28, size[1] * 0.42)
     x, y, angle = size[0] * 0.33, size[1] / 2, rng.uniform(0, 360)
     pixels = min(size) * 0.045
-    for place, ((_, _, colour), weight) in enumerate(zip(parts, weights, strict=True)):
+    for place, (colour, weight) in enumerate(zip(parts, weights, strict=True)):
         share = weight / sum(weights)
         box = (x - radius, y - radius, x + radius, y + radius)
         draw.pieslice(box, angle, angle + 360 * share, colour, (255, 255, 255))
         angle += 360 * share
         left, top = size[0] * 0.66, size[1] * 0.2 + place * 1.8 * pixels
         draw.rectangle((left, top, left + pixels, top + pixels), colour)
-        text = f"{rng.choice(WORDS)} {100 * share:.0f}%"
+        text = f"{phrase(rng, 1)} {100 * share:.0f}%"
         write(draw, (left + 1.5 * pixels, top), text, min(pixels, size[0] / 26), (30, 30, 30))
-    return Drawing(image, f"{parts[0][0]} sector", f"{parts[0][1]}的扇形")
+    return image
 
 
-def city_map(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw streets, parks, a river and names."""
+def city_map(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """Streets, parks, a river and names."""
     image, draw = blank(size, (238, 234, 224))
     width, height = size
     for _ in range(rng.randint(1, 4)):
@@ -119,13 +116,13 @@ def city_map(rng: random.Random, size: tuple[int, int]) -> Drawing:
     for _ in range(rng.randint(3, 8)):
         x, y = rng.uniform(0.05, 0.75) * width, rng.uniform(0.05, 0.92) * height
         draw.ellipse((x - 5, y - 5, x + 5, y + 5), (200, 50, 50))
-        write(draw, (x + 9, y), rng.choice(WORDS), min(size) * 0.032, (50, 50, 60), "lm")
-    return Drawing(image, "river", "河流")
+        write(draw, (x + 9, y), phrase(rng, 1), min(size) * 0.032, (50, 50, 60), "lm")
+    return image
 
 
-def floor_plan(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw rooms with walls, doors and names."""
-    image, draw = blank(size, paper(rng))
+def floor_plan(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """Rooms with walls, doors and names."""
+    image, draw = blank(size, paper_colour(rng))
     margin = min(size) * 0.06
     rooms = [(margin, margin, size[0] - margin, size[1] - margin)]
     for _ in range(rng.randint(2, 6)):
@@ -141,7 +138,7 @@ def floor_plan(rng: random.Random, size: tuple[int, int]) -> Drawing:
     names = ["Kitchen", "Bath", "Bedroom", "Living", "Office", "Hall", "Store"]
     wall, pixels = max(3, round(min(size) * 0.012)), min(size) * 0.036
     for name, (left, top, right, bottom) in zip(rng.sample(names, len(rooms)), rooms, strict=True):
-        draw.rectangle((left, top, right, bottom), any_colour(rng, 222, 252), (40, 40, 40), wall)
+        draw.rectangle((left, top, right, bottom), random_colour(rng, 222, 252), (40, 40, 40), wall)
         x, y = (left + right) / 2, (top + bottom) / 2
         write(draw, (x, y), name, min(pixels, (right - left) / 6), (40, 40, 40), "mm")
         area = f"{(right - left) * (bottom - top) / 4000:.1f} m2"
@@ -150,4 +147,4 @@ def floor_plan(rng: random.Random, size: tuple[int, int]) -> Drawing:
         )
     left, top, right, bottom = rooms[0]
     draw.rectangle((left + wall, bottom - wall, left + 5 * wall, bottom + 1), (250, 250, 250))
-    return Drawing(image, "largest room", "最大的房间")
+    return image

@@ -1,38 +1,23 @@
 """What is read: signs, documents, tables, displays, meters."""
 
-from __future__ import annotations
-
 import math
 import random
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from edgevl.quantize.calibration.drawn.canvas import (
-    COLOURS,
-    WORDS,
-    Colour,
-    Drawing,
-    any_colour,
-    blank,
-    ink,
-    number,
-    paper,
-    phrase,
-    write,
-)
+from canvas import ink_colour, paper_colour, random_colour
+from lettering import blank, number, phrase, write
+from scenes import COLOURS
+from words import WORDS
 
-#: Segments of a seven-segment digit that are lit: top, upper left, upper right, middle, lower left,
-#: lower right, bottom.
-_SEGMENTS = {
-    "0": "1110111", "1": "0010010", "2": "1011101", "3": "1011011", "4": "0111010",
-    "5": "1101011", "6": "1101111", "7": "1010010", "8": "1111111", "9": "1111011",
-}  # fmt: skip
+#: Of text with its ground.
+CONTRAST = 130
 
 
-def sign(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw a board with a few words or numbers in different sizes."""
-    colour, colour_zh, value = rng.choice(COLOURS)
-    image, draw = blank(size, any_colour(rng, 60, 235))
+def sign(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """A board with a few words or numbers in different sizes."""
+    value = rng.choice([*COLOURS.values()])
+    image, draw = blank(size, random_colour(rng, 60, 235))
     width, height = size
     margin = min(size) * 0.06
     draw.rounded_rectangle((margin, margin, width - margin, height - margin), margin, value)
@@ -49,17 +34,18 @@ def sign(rng: random.Random, size: tuple[int, int]) -> Drawing:
         image = image.rotate(
             rng.uniform(-8, 8), Image.Resampling.BILINEAR, fillcolor=image.getpixel((0, 0))
         )
-    return Drawing(image, f"{colour} sign", f"{colour_zh}的牌子")
+    return image
 
 
-def document(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw a page: letterhead, heading, paragraphs, a list."""
-    image, draw = blank(size, paper(rng))
+def document(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """A page: letterhead, heading, paragraphs, a list."""
+    ground = paper_colour(rng)
+    image, draw = blank(size, ground)
     width, height = size
-    colour = ink(rng)
+    colour = ink_colour(rng, ground, CONTRAST)
     margin, pixels = width * rng.uniform(0.06, 0.1), rng.uniform(12, 20)
     y = margin
-    write(draw, (margin, y), phrase(rng, 2).upper(), pixels * 0.8, any_colour(rng, 60, 150))
+    write(draw, (margin, y), phrase(rng, 2).upper(), pixels * 0.8, random_colour(rng, 60, 150))
     date = f"20{rng.randint(10, 29)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
     write(draw, (width - margin, y), date, pixels * 0.8, colour, "ra")
     y += 2.5 * pixels
@@ -74,20 +60,21 @@ def document(rng: random.Random, size: tuple[int, int]) -> Drawing:
             x = margin + (pixels if items else 0)
             text = start + phrase(rng, 1).lower()
             while draw.textlength(text) * pixels / 10 < width - 2 * margin - 7 * pixels:
-                text += " " + (number(rng) if rng.random() < 0.1 else rng.choice(WORDS).lower())
+                text += " " + (number(rng) if rng.random() < 0.1 else rng.choice(WORDS))
             write(draw, (x, y), text, pixels, colour)
             y += 1.4 * pixels
             if y > height - margin - 1.5 * pixels:
                 break
         y += 0.8 * pixels
-    return Drawing(image, "heading", "标题")
+    return image
 
 
-def table(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw a table with a header, names and numbers."""
-    image, draw = blank(size, paper(rng))
+def table(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """A table with a header, names and numbers."""
+    ground = paper_colour(rng)
+    image, draw = blank(size, ground)
     width, height = size
-    colour, head = ink(rng), any_colour(rng, 150, 225)
+    colour, head = ink_colour(rng, ground, CONTRAST), random_colour(rng, 150, 225)
     columns, rows = rng.randint(2, 5), rng.randint(3, 9)
     margin = min(size) * 0.05
     cell = (width - 2 * margin) / columns, min((height - 2 * margin) / (rows + 1), 60)
@@ -99,7 +86,7 @@ def table(rng: random.Random, size: tuple[int, int]) -> Drawing:
         if striped and row and row % 2 == 0:
             draw.rectangle((margin, top, width - margin, top + cell[1]), (235, 238, 242))
         for column in range(columns):
-            text = rng.choice(WORDS) if row == 0 or column == 0 else number(rng)
+            text = phrase(rng, 1) if row == 0 or column == 0 else number(rng)
             x = margin + (column + 0.5) * cell[0]
             write(draw, (x, top + cell[1] / 2), text, pixels, colour, "mm")
     if not striped:
@@ -109,64 +96,17 @@ def table(rng: random.Random, size: tuple[int, int]) -> Drawing:
         for column in range(columns + 1):
             x = margin + column * cell[0]
             draw.line((x, margin, x, margin + (rows + 1) * cell[1]), colour)
-    return Drawing(image, "first row of the table", "表格的第一行")
+    return image
 
 
-def display(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw a device with a seven-segment display."""
-    image, draw = blank(size, any_colour(rng, 60, 220))
-    width, height = size
-    text = "".join(rng.choices("0123456789", k=rng.randint(2, 6)))
-    digit = min(width * 0.8 / (len(text) * 0.75), height * 0.5)
-    length = digit * 0.75 * len(text)
-    left, top = (width - length) / 2, (height - digit) / 2
-    glass, lit = rng.choice(
-        (
-            ((12, 12, 14), (255, 50, 40)),
-            ((8, 16, 10), (80, 255, 100)),
-            ((168, 184, 150), (30, 36, 30)),
-            ((10, 14, 30), (120, 190, 255)),
-        )
-    )
-    pad = digit * 0.2
-    draw.rounded_rectangle(
-        (left - 2 * pad, top - 2 * pad, left + length + 2 * pad, top + digit + 2 * pad),
-        pad,
-        any_colour(rng, 20, 80),
-    )
-    draw.rectangle((left - pad, top - pad, left + length + pad, top + digit + pad), glass)
-    for place, character in enumerate(text):
-        _digit(draw, character, left + place * digit * 0.75 + digit * 0.08, top, digit, lit)
-    unit = rng.choice(("kWh", "V", "A", "rpm", "kg", "m3", "Hz", "bar"))
-    write(draw, (width / 2, top + digit + 2.6 * pad), unit, digit * 0.25, (20, 20, 20), "ma")
-    return Drawing(image, "display", "显示屏")
-
-
-def _digit(
-    draw: ImageDraw.ImageDraw, character: str, x: float, y: float, height: float, colour: Colour
-) -> None:
-    width, half = height * 0.5, height / 2
-    ends = (
-        ((0.0, 0.0), (width, 0.0)),
-        ((0.0, 0.0), (0.0, half)),
-        ((width, 0.0), (width, half)),
-        ((0.0, half), (width, half)),
-        ((0.0, half), (0.0, height)),
-        ((width, half), (width, height)),
-        ((0.0, height), (width, height)),
-    )
-    for lit, ((x0, y0), (x1, y1)) in zip(_SEGMENTS[character], ends, strict=True):
-        if lit == "1":
-            draw.line((x + x0, y + y0, x + x1, y + y1), colour, max(2, round(height * 0.1)))
-
-
-def meter(rng: random.Random, size: tuple[int, int]) -> Drawing:
-    """Draw a round gauge with a needle, or a clock."""
-    image, draw = blank(size, any_colour(rng, 90, 230))
+def meter(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """A round gauge with a needle, or a clock."""
+    image, draw = blank(size, random_colour(rng, 90, 230))
     x, y, radius = size[0] / 2, size[1] / 2, min(size) * rng.uniform(0.36, 0.46)
-    colour = ink(rng)
+    face = paper_colour(rng)
+    colour = ink_colour(rng, face, CONTRAST)
     box = (x - radius, y - radius, x + radius, y + radius)
-    draw.ellipse(box, paper(rng), colour, max(3, round(radius / 25)))
+    draw.ellipse(box, face, colour, max(3, round(radius / 25)))
     clock = rng.random() < 0.35
     marks = 12 if clock else rng.choice((5, 8, 10))
     begin, sweep = (-math.pi / 3, 2 * math.pi) if clock else (0.75 * math.pi, 1.5 * math.pi)
@@ -185,5 +125,4 @@ def meter(rng: random.Random, size: tuple[int, int]) -> Drawing:
         angle = begin + sweep * rng.random()
         tip = (x + reach * radius * math.cos(angle), y + reach * radius * math.sin(angle))
         draw.line([(x, y), tip], (170, 30, 30), max(3, round(radius * thickness)))
-    subject = ("clock", "时钟") if clock else ("needle", "指针")
-    return Drawing(image, *subject)
+    return image
