@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from edgevl.checkpoint import ModelConfig
 from edgevl.checkpoint.architecture import TEXT, expected_tensors
 from edgevl.checkpoint.writer import TensorSpec, encode, write_safetensors
-from edgevl.synth.config_files import internvl_chat_files
+from edgevl.synth.config_files import config_files
 from edgevl.synth.presets import PRESETS
 from edgevl.synth.writer import random_values
 
@@ -58,7 +58,7 @@ def main() -> None:
     tokenizer = make_tokenizer(fields)
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(fields["tokenizer.chat_template"])
-    files = internvl_chat_files(config, tokenizer, "fp16")
+    files = config_files("internvl_chat", config, tokenizer, "fp16")
     for name in ("config.json", "generation_config.json"):
         (directory / name).write_text(json.dumps(files[name], indent=2) + "\n")
     write_safetensors(

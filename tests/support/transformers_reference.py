@@ -54,12 +54,12 @@ def model_inputs(checkpoint: Checkpoint, picture: str) -> tuple[np.ndarray, np.n
 
 def write_hf_twin(checkpoint: Checkpoint, directory: Path) -> Path:
     """Write the same model in transformers' layout, float32."""
-    from edgevl.synth.config_files import hf_files
+    from edgevl.synth.config_files import config_files
     from storage import hf_names, write_tensors
 
     directory.mkdir()
     tokenizer = PromptEncoder(checkpoint).tokenizer
-    for filename, content in hf_files(checkpoint.config, tokenizer, "fp32").items():
+    for filename, content in config_files("internvl", checkpoint.config, tokenizer, "fp32").items():
         (directory / filename).write_text(json.dumps(content))
     for filename in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(checkpoint.path / filename, directory)

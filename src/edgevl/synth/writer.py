@@ -33,7 +33,7 @@ from edgevl.checkpoint.writer import (
     write_safetensors,
 )
 from edgevl.errors import CheckpointError
-from edgevl.synth.config_files import CHAT_TEMPLATE, hf_files, internvl_chat_files
+from edgevl.synth.config_files import CHAT_TEMPLATE, config_files
 from edgevl.synth.tokenizer import (
     QWEN_BASE_VOCABULARY,
     build_tokenizer,
@@ -245,9 +245,8 @@ def _write_side_files(
     config: ModelConfig, directory: Path, layout: str, dtype: str, tokenizer: Tokenizer
 ) -> None:
     """Write everything but the weights."""
-    files = (internvl_chat_files if layout == "internvl_chat" else hf_files)(
-        config, tokenizer, dtype
-    )
+    described = "internvl" if layout == "hf" else layout
+    files = config_files(described, config, tokenizer, dtype)
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
         (directory / name).write_text(text + "\n", encoding="utf-8")
