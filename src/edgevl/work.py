@@ -30,9 +30,6 @@ Tell = Callable[[int, int], object]
 #: Opens a stretch of work of some name, and gives what is to be told how far it is.
 Progress = Callable[[str], AbstractContextManager[Tell]]
 
-#: safetensors' names of the types that are stored here.
-_TYPES = {"float16": "F16", "float32": "F32", "int8": "I8", "int32": "I32", "int64": "I64"}
-
 #: Where products are made, and where they are once they are whole.
 MAKING, DONE = "making", "done"
 
@@ -88,7 +85,7 @@ class WorkDirectory:
         Raises:
             OSError: the disk is full.
         """
-        specs = [TensorSpec(n, _TYPES[t.dtype.name], t.shape) for n, t in tensors.items()]
+        specs = [TensorSpec.of(name, tensor) for name, tensor in tensors.items()]
         with replacing(self.path / name, sync=True) as file:
             write_file(file, specs, map(raw, tensors.values()))
 

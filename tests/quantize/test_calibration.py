@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,9 +293,3 @@ def test_one_picture_cannot_be_kept_apart(model, tmp_path):
     drawn(0, 0).save(tmp_path / "only.png")
     with pytest.raises(QuantizationError, match="one readable picture only; at least 2"):
         collect(model, replace(SETTINGS, calibration_images=tmp_path), tmp_path)
-
-
-def test_a_checkpoint_without_vision_is_refused(tmp_path):
-    checkpoint = SimpleNamespace(path="somewhere", has_vision=False)
-    with pytest.raises(QuantizationError, match="somewhere: has no vision encoder"):
-        collect(SimpleNamespace(checkpoint=checkpoint), SETTINGS, tmp_path)

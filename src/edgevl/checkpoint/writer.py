@@ -12,18 +12,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: Bytes an element of a safetensors dtype takes.
-ITEM_BYTES = {
-    "BF16": 2,
-    "F16": 2,
-    "F32": 4,
-    "F64": 8,
-    "I32": 4,
-    "I64": 8,
-    "U8": 1,
-    "I8": 1,
-    "U64": 8,
-}
+from edgevl.checkpoint.safetensors import NUMPY_TYPES
+
+#: Types whose NumPy type has the same numbers.
+_PLAIN_TYPES = ("F16", "F32", "I8", "U8", "I32", "I64")
 
 #: Like the Hub's checkpoints: larger ones are cut into files of this size.
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -35,7 +27,7 @@ class TensorSpec:
 
     Attributes:
         name: Name in the file.
-        dtype: One of ``ITEM_BYTES``.
+        dtype: One of `NUMPY_TYPES`.
         shape: Sizes, outermost first.
     """
 
@@ -46,7 +38,13 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of its data."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * NUMPY_TYPES[self.dtype].itemsize
+
+    @classmethod
+    def of(cls, name: str, array: NDArray[Any]) -> TensorSpec:
+        """Return that of an array of numbers, stored as they are."""
+        kind = next(dtype for dtype in _PLAIN_TYPES if NUMPY_TYPES[dtype] == array.dtype)
+        return cls(name, kind, array.shape)
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -67,7 +65,7 @@ def encode(values: NDArray[np.float32], dtype: str) -> bytes:
     """Return float32 values as the little-endian bytes of ``BF16``, ``F16``, ``F32`` or ``F64``."""
     if dtype == "BF16":
         return to_bfloat16(values).astype("<u2", copy=False).tobytes()
-    return values.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype], copy=False).tobytes()
+    return values.astype(NUMPY_TYPES[dtype], copy=False).tobytes()
 
 
 def raw(array: NDArray[Any]) -> memoryview:

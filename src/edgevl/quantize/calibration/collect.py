@@ -69,15 +69,9 @@ def collect(
         text_only: leave pictures out, to measure what they do for.
 
     Raises:
-        QuantizationError: the user's pictures or text cannot be used or are too few, or the
-            checkpoint has no vision.
+        QuantizationError: the user's pictures or text cannot be used or are too few.
     """
     checkpoint = model.checkpoint
-    if not checkpoint.has_vision:
-        raise QuantizationError(
-            f"{checkpoint.path}: has no vision encoder, and its text is quantized already; give "
-            "the original checkpoint"
-        )
     assert isinstance(checkpoint, Checkpoint)  # whoever quantizes opened one
     check_count(settings.samples)
     with contextlib.ExitStack() as stack:
