@@ -6,7 +6,6 @@ import io
 import math
 import os
 import struct
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,7 +31,7 @@ from PIL import (
 
 from edgevl.errors import ImageError
 from edgevl.files import first_line, reading
-from edgevl.preprocess.sources import data_url, short_name
+from edgevl.preprocess.sources import Medium
 
 #: What a picture may be given as: path, ``"-"`` or ``data:`` URL, encoded bytes, picture, array.
 ImageSource: TypeAlias = (
@@ -52,6 +51,9 @@ LARGE_PIXELS = 2**26
 #: With 3, Pillow's own proposal, pixels are then within half a level of 255, on average, of those
 #: resized in one step (photographs; sharp noise: 1.3).
 REDUCING_GAP = 3
+
+_PICTURE = Medium("picture", "图片", ImageError)
+_TOO_LARGE = ("shrink the picture", "请先缩小")
 
 # Only decoders of plain raster files: no EPS (Ghostscript), no WMF, no rarely used parsers.
 _FORMATS = tuple(
@@ -161,56 +163,20 @@ def _open(source: ImageSource) -> _Opened:
         return _Opened(source, "the picture", is_ours=False)
     if isinstance(source, np.ndarray):
         return _Opened(_from_array(source), "the array")
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(_check_bytes(bytes(source[: MAX_BYTES + 1]), "the bytes"), "the bytes")
-    if isinstance(source, str):
-        return _from_string(source)
-    if isinstance(source, os.PathLike):
-        return _from_path(os.fspath(source))
+    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
+        name, data = _PICTURE.locate(source, MAX_BYTES, *_TOO_LARGE)
+        if isinstance(data, Path):
+            with (
+                reading(name, ImageError, "picture file"),
+                data.expanduser().open("rb") as file,
+            ):
+                # Bounded, so that a device or pipe without an end is refused rather than read.
+                data = file.read(MAX_BYTES + 1)
+            _PICTURE.check_size(name, len(data), MAX_BYTES, *_TOO_LARGE)
+        return _decode(data, name)
     raise ImageError(
         f"a picture cannot be a {type(source).__name__}; give a path, bytes, PIL image or array"
     )
-
-
-def _from_string(source: str) -> _Opened:
-    scheme = source[:8].lower()
-    if source == "-":
-        if sys.stdin is None:
-            raise ImageError("standard input is closed; give the path of the picture")
-        data = sys.stdin.buffer.read(MAX_BYTES + 1)
-        return _decode(_check_bytes(data, "standard input"), "standard input")
-    if scheme.startswith("data:"):
-        data = data_url(source, MAX_BYTES, ImageError)
-        return _decode(_check_bytes(data, "the data: URL"), "the data: URL")
-    if scheme.startswith(("http://", "https://")):
-        raise ImageError(
-            f"{short_name(source)}: pictures are not fetched from the network; download it first "
-            "and give its path"
-        )
-    return _from_path(source)
-
-
-def _from_path(path: str | bytes) -> _Opened:
-    name = short_name(os.fsdecode(path))
-    with (
-        reading(name, ImageError, "picture file"),
-        Path(os.fsdecode(path)).expanduser().open("rb") as file,
-    ):
-        # Bounded, so that a device or pipe without an end is refused rather than read.
-        data = file.read(MAX_BYTES + 1)
-    return _decode(_check_bytes(data, name), name)
-
-
-def _check_bytes(data: bytes, name: str) -> bytes:
-    if not data:
-        raise ImageError(f"{name}: empty; not a picture", f"{name}：文件是空的，不是图片")
-    if len(data) > MAX_BYTES:
-        limit = f"{MAX_BYTES // 2**20} MiB"
-        raise ImageError(
-            f"{name}: over the limit of {limit}; shrink the picture",
-            f"{name}：超过 {limit} 的大小上限，请先缩小",
-        )
-    return data
 
 
 def _decode(data: bytes, name: str) -> _Opened:

@@ -1,4 +1,4 @@
-"""Pictures and videos as files: ``data:`` URLs, what lies in a directory, names in messages."""
+"""Pictures and videos as files: what users give, what lies in a directory, names in messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import base64
 import binascii
 import os
 import string
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -15,6 +17,73 @@ from edgevl.errors import EdgeVLError
 _MAX_ESCAPES = 2**17
 #: Characters of base64 that are decoded at a time, a multiple of four.
 _BASE64_STEP = 2**20
+
+
+@dataclass(frozen=True)
+class Medium:
+    """Pictures, or videos.
+
+    Attributes:
+        name: what messages call one, in English.
+        name_zh: likewise in Chinese.
+        error: what is raised.
+    """
+
+    name: str
+    name_zh: str
+    error: type[EdgeVLError]
+
+    def locate(
+        self,
+        source: str | os.PathLike[str] | bytes | bytearray | memoryview,
+        max_bytes: int,
+        fix: str,
+        fix_zh: str,
+    ) -> tuple[str, bytes | Path]:
+        """Return the name of a source, for messages, and its bytes or, of a path, where they are.
+
+        Args:
+            source: a path; ``"-"`` for standard input; a ``data:`` URL; the bytes of a file.
+            max_bytes: more are refused, where they are here already.
+            fix: what to do then.
+            fix_zh: likewise in Chinese.
+
+        Raises:
+            EdgeVLError: of ``error``: it is empty, over the limit, malformed or on the network.
+        """
+        if isinstance(source, bytes | bytearray | memoryview):
+            name, data = "the bytes", bytes(source[: max_bytes + 1])
+        elif source == "-":
+            if sys.stdin is None:
+                raise self.error(f"standard input is closed; give the path of the {self.name}")
+            name, data = "standard input", sys.stdin.buffer.read(max_bytes + 1)
+        elif isinstance(source, str) and source[:5].lower() == "data:":
+            name, data = "the data: URL", data_url(source, max_bytes, self.error)
+        else:
+            path = os.fsdecode(source)
+            name = short_name(path)
+            if isinstance(source, str) and path[:8].lower().startswith(("http://", "https://")):
+                raise self.error(
+                    f"{name}: {self.name}s are not fetched from the network; download it first "
+                    "and give its path"
+                )
+            return name, Path(path)
+        self.check_size(name, len(data), max_bytes, fix, fix_zh)
+        return name, data
+
+    def check_size(self, name: str, size: int, max_bytes: int, fix: str, fix_zh: str) -> None:
+        """Refuse a file of no bytes, or of too many; see `locate`."""
+        if not size:
+            raise self.error(
+                f"{name}: empty; not a {self.name}", f"{name}：文件是空的，不是{self.name_zh}"
+            )
+        if size > max_bytes:
+            gib = max_bytes >> 30
+            limit = f"{gib} GiB" if gib else f"{max_bytes >> 20} MiB"
+            raise self.error(
+                f"{name}: over the limit of {limit}; {fix}",
+                f"{name}：超过 {limit} 的大小上限，{fix_zh}",
+            )
 
 
 def data_url(url: str, max_bytes: int, error_type: type[EdgeVLError]) -> bytes:

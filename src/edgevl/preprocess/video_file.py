@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 from edgevl.errors import EdgeVLError, VideoError
 from edgevl.files import first_line, reading
 from edgevl.optional import needs
-from edgevl.preprocess.sources import data_url, short_name
+from edgevl.preprocess.sources import Medium
 
 if TYPE_CHECKING:
     from av import Packet
@@ -30,6 +29,8 @@ MAX_FRAME_PIXELS = 7680 * 4320
 #: More decoding threads would each hold frames of their own.
 DECODING_THREADS = 4
 
+_VIDEO = Medium("video", "视频", VideoError)
+
 # Containers that are one file. Playlists (HLS, DASH, ffconcat) would have FFmpeg open other files
 # and addresses; pictures have their own decoders.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,mxf,ivf,h264,hevc,mpegvideo,m4v,mjpeg"
@@ -44,54 +45,20 @@ def locate(
     Raises:
         VideoError: It is missing, no file, empty, or over a limit of bytes.
     """
-    if isinstance(source, bytes | bytearray | memoryview):
-        return "the bytes", _check_bytes(bytes(source[: MAX_MEMORY_BYTES + 1]), "the bytes")
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
         raise VideoError(f"a video cannot be a {type(source).__name__}; give a path or bytes")
-    path = os.fspath(source)
-    name = short_name(path)
-    if isinstance(source, str):
-        if source == "-":
-            if sys.stdin is None:
-                raise VideoError("standard input is closed; give the path of the video")
-            data = sys.stdin.buffer.read(MAX_MEMORY_BYTES + 1)
-            return "standard input", _check_bytes(data, "standard input")
-        if source[:5].lower() == "data:":
-            data = data_url(source, MAX_MEMORY_BYTES, VideoError)
-            return "the data: URL", _check_bytes(data, "the data: URL")
-        if source[:8].lower().startswith(("http://", "https://")):
-            raise VideoError(
-                f"{name}: videos are not fetched from the network; download it first and give its "
-                "path"
-            )
+    name, data = _VIDEO.locate(source, MAX_MEMORY_BYTES, "give it as a file", "请以文件给出")
+    if isinstance(data, bytes):
+        return name, data
     with reading(name, VideoError, "video file"):
-        place = Path(path).expanduser()
+        place = data.expanduser()
         status = place.stat()
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError
     if not stat.S_ISREG(status.st_mode):
         raise VideoError(f"{name}: a device or pipe, which may have no end; give a video file")
-    if not status.st_size:
-        raise VideoError(f"{name}: empty; not a video", f"{name}：文件是空的，不是视频")
-    if status.st_size > MAX_FILE_BYTES:
-        limit = f"{MAX_FILE_BYTES // 2**30} GiB"
-        raise VideoError(
-            f"{name}: over the limit of {limit}; shorten it",
-            f"{name}：超过 {limit} 的大小上限，请先缩短",
-        )
+    _VIDEO.check_size(name, status.st_size, MAX_FILE_BYTES, "shorten it", "请先缩短")
     return name, place
-
-
-def _check_bytes(data: bytes, name: str) -> bytes:
-    if not data:
-        raise VideoError(f"{name}: empty; not a video", f"{name}：文件是空的，不是视频")
-    if len(data) > MAX_MEMORY_BYTES:
-        limit = f"{MAX_MEMORY_BYTES // 2**20} MiB"
-        raise VideoError(
-            f"{name}: over the limit of {limit}; give it as a file",
-            f"{name}：超过 {limit} 的大小上限，请以文件给出",
-        )
-    return data
 
 
 class CannotSeekError(Exception):
