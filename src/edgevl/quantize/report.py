@@ -20,7 +20,7 @@ HEIGHT = 60
 UNKNOWN = "–"
 
 
-def write_report(report: Mapping[str, Any], directory: Path) -> None:
+def write_report(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Write ``report.json`` and ``report.html`` to a directory, which is made if need be.
 
     The page needs nothing else: no network, no JavaScript. Texts in the report are untrusted.
@@ -34,15 +34,19 @@ def write_report(report: Mapping[str, Any], directory: Path) -> None:
             or ``engine``. Numbers that are not finite are written as null.
         directory: where to.
 
+    Returns:
+        What ``report.json`` has.
+
     Raises:
         OSError: the files cannot be written.
     """
-    plain = _plain(report)
+    plain: dict[str, Any] = _plain(report)
     page = render_report(plain)
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=1)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "report.json").write_text(text + "\n", "utf-8")
     (directory / "report.html").write_text(page, "utf-8")
+    return plain
 
 
 def render_report(report: Mapping[str, Any]) -> str:

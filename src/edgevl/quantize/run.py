@@ -110,12 +110,12 @@ def quantize_checkpoint(
             for step in _Run(checkpoint, settings, work).steps(vqa):
                 report |= work.do(step, progress)
             report["settings"] = {
-                name: {"value": _shown(value), "source": (origins or {}).get(name, "default")}
+                name: {"value": value, "source": (origins or {}).get(name, "default")}
                 for name, value in {**asdict(settings), "vqa": vqa}.items()
             }
             report["seconds"] = work.elapsed_s()
             report["peak_rss_bytes"] = peak_rss_bytes()
-            write_report(report, work.product(MADE))
+            report = write_report(report, work.product(MADE))
             publish(work.product(MADE), output)
     return report
 
@@ -272,10 +272,3 @@ class _Run:
         path.touch()
         made = self._work.product(MADE)
         return {"vqa": compare_accuracy(self._checkpoint.path, made, vqa, tell)}
-
-
-def _shown(value: object) -> object:
-    """Return a setting as JSON can have it."""
-    if isinstance(value, tuple):
-        return [str(item) for item in value]
-    return value if value is None or isinstance(value, (str, int)) else str(value)
