@@ -28,7 +28,7 @@ LANGUAGES: tuple[Language, Language] = ("en", "zh")
 
 #: How many of the topics of conversations without pictures, and of the pictures that come with
 #: EdgeVL, are kept for the held-out ones.
-_HELDOUT_TOPICS, _HELDOUT_PICTURES = 5, 7
+_HELDOUT = 5
 #: Shares of conversations: with a second turn, about two pictures, with more than one tile.
 _SECOND_TURN, _TWO_PICTURES, _TILED = 1 / 4, 1 / 8, 1 / 4
 _MAX_TILES = (2, 3, 4)
@@ -119,7 +119,7 @@ def requests(
             if kind == "pictures":
                 known: Sequence[FoundPicture | int] = found
             else:
-                known = set_apart(range(len(shipped.kinds())), _HELDOUT_PICTURES)[heldout]
+                known = set_apart(range(len(shipped.kinds())), _HELDOUT)[heldout]
             result.append(_about_pictures(rng, kind, index, language, known, max_tiles))
     return result
 
@@ -160,7 +160,7 @@ def _subject(picture: DrawnPicture | FoundPicture, language: Language) -> str:
 
 def _chat_question(seed: int, heldout: bool, language: Language, index: int) -> str:
     bank = _questions()[language]
-    topics = set_apart(bank["topics"], _HELDOUT_TOPICS)[heldout]
+    topics = set_apart(bank["topics"], _HELDOUT)[heldout]
     pairs = list(itertools.product(bank["without_picture"], topics))
     random.Random(f"{seed} {language}").shuffle(pairs)
     question, topic = pairs[index % len(pairs)]
