@@ -71,7 +71,7 @@ def compare(
     chat, shadow = board.chat(max_tiles=1), reference.chat(max_tiles=1)
     failed = False
     for number, (text, images) in enumerate(turns, start=1):
-        shadow.messages[:] = chat.messages
+        shadow.turns = list(chat.turns)
         started = time.perf_counter()
         answer = chat.ask(text, images=images, max_tokens=max_tokens, **GREEDY)
         elapsed_s = time.perf_counter() - started

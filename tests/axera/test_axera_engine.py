@@ -18,6 +18,7 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.engine import ReferenceEngine
 from edgevl.errors import BoardError, CheckpointError, EdgeVLError, PromptError
 from edgevl.generate import Model
+from edgevl.generate.session import Turn
 from edgevl.loading import load_engine, open_model
 from edgevl.options import LoadOptions
 from edgevl.preprocess import Message, PromptEncoder, prepare_picture
@@ -312,7 +313,8 @@ def test_a_second_turn_with_pictures(boards, mini_checkpoint):
             model = Model(checkpoint, engine, PromptEncoder(checkpoint))
             chat = model.chat(max_tiles=2)
             first = [prepare_picture(pictures[0], checkpoint.config, 2)]
-            chat.messages[:] = [Message.user("What?", first), Message.assistant("A box.")]
+            told = [Message.user("What?", first), Message.assistant("A box.")]
+            chat.turns.append(Turn(messages=told))
             prompt = chat.prompt("And these?", list(pictures[1:]))
             blocks = model.score(prompt, [5, 6, 7])
             logits.append(np.concatenate([np.array(block) for block in blocks]))

@@ -12,6 +12,7 @@ import edgevl
 from edgevl.errors import ContextLengthError, EdgeVLError, PromptError
 from edgevl.generate.generation import Generation
 from edgevl.generate.sampling import SamplingParams
+from edgevl.generate.session import Turn
 from edgevl.generate.token_mask import TokenMasks
 from edgevl.loading import locate
 from edgevl.preprocess import GeneratedTokens, Message
@@ -56,7 +57,7 @@ def test_reuse_does_not_change_the_answer(model, directory):
     chat.ask("What is this?", images=[picture(0)], max_tokens=6)
     continued = chat.ask("And now?", images=[picture(1)], max_tokens=20)
     fresh = edgevl.load(directory).chat()
-    fresh.messages.extend(chat.messages[:2])
+    fresh.turns.append(chat.turns[0])
     recomputed = fresh.ask("And now?", images=[picture(1)], max_tokens=20)
     assert recomputed.usage.cached_tokens == 0
     assert continued.usage.cached_tokens > 0
@@ -153,6 +154,11 @@ def test_the_oldest_turns_go_first(directory):
     assert "Question number 0" not in texts
     assert texts == [f"Question number {n}" for n in range(12 - len(texts), 12)]
     assert [m.role for m in chat.messages] == ["user", "assistant"] * len(texts)
+    # The turns stay, but nothing of them that takes memory.
+    assert [turn.text for turn in chat.turns] == [f"Question number {n}" for n in range(12)]
+    assert [bool(turn.messages) for turn in chat.turns] == [
+        turn.text in texts for turn in chat.turns
+    ]
 
 
 def test_a_message_that_cannot_fit_gives_both_numbers(directory):
@@ -177,7 +183,7 @@ def test_history_keeps_the_very_tokens(model):
     answer = chat.ask("hi", max_tokens=5)
     assert chat.messages[1].parts == (GeneratedTokens(answer.token_ids),)
     chat.reset()
-    assert chat.messages == []
+    assert chat.messages == ()
     chat.ask("hi", max_tokens=5, stop=["\x00 never said"])
     assert chat.messages[1].parts == (GeneratedTokens(answer.token_ids),)
     chat.reset()
@@ -187,16 +193,16 @@ def test_history_keeps_the_very_tokens(model):
 def test_a_turn_is_taken_back(model):
     chat = model.chat()
     first = chat.ask("hi", max_tokens=5)
-    kept = list(chat.messages)
+    kept = chat.messages
     second = chat.ask("and?", max_tokens=5)
-    chat.undo()
+    assert chat.undo().answer == second
     assert chat.messages == kept
     again = chat.ask("and?", max_tokens=5)
     assert again.token_ids == second.token_ids
     assert again.usage.cached_tokens >= first.usage.prompt_tokens
     for _ in range(3):
         chat.undo()
-    assert chat.messages == []
+    assert chat.messages == ()
 
 
 def test_the_system_message_may_change(model):
@@ -211,12 +217,33 @@ def test_the_system_message_may_change(model):
     assert changed.usage.prompt_tokens != plain.usage.prompt_tokens
 
 
+def test_an_edited_turn_takes_the_place_of_those_after_it(model):
+    chat = model.chat()
+    first, expected = chat.ask("hi", max_tokens=5), chat.ask("and?", max_tokens=5)
+    chat.ask("and so?", max_tokens=5)
+    kept = list(chat.turns)
+    with pytest.raises(ContextLengthError):
+        chat.answer(Turn("word " * 5000), kept[:1])
+    chat.answer(Turn("and?"), kept[:1], max_tokens=5).close()  # before its first word
+    assert chat.turns == kept
+    for _ in chat.answer(turn := Turn("and?"), kept[:1], max_tokens=5):
+        assert chat.turns == kept
+    assert chat.turns == [kept[0], turn]
+    assert (chat.turns[0].answer, turn.answer.token_ids) == (first, expected.token_ids)
+
+
 def test_an_abandoned_stream_keeps_what_was_said_and_harms_nothing(model, directory):
     chat = model.chat()
     stream = chat.stream("Tell me a story", max_tokens=30)
     said = next(stream) + next(stream)
     stream.close()
     assert chat.messages[1].parts == (said,)
+    assert chat.turns[0].to_dict() == {
+        "question": "Tell me a story",
+        "images": [],
+        "text": said,
+        "finish_reason": "interrupted",
+    }
     fresh = edgevl.load(directory).ask("Another thing", max_tokens=10)
     assert model.ask("Another thing", max_tokens=10).token_ids == fresh.token_ids
 
@@ -238,7 +265,7 @@ def test_an_interrupt_inside_the_engine_harms_nothing(model, directory, monkeypa
         with pytest.raises(KeyboardInterrupt):
             chat.ask("and then?", max_tokens=20)
     fresh = edgevl.load(directory).chat()
-    fresh.messages.extend(chat.messages)
+    fresh.turns.extend(chat.turns)
     expected = fresh.ask("go on", max_tokens=10).token_ids
     assert chat.ask("go on", max_tokens=10).token_ids == expected
 

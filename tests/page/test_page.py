@@ -24,7 +24,6 @@ from edgevl import cli
 from edgevl.errors import ContextLengthError, ImageError
 from edgevl.generate import Answer, Piece, Session, Stream, Timings, Usage
 from edgevl.generate.scheduler import Scheduler
-from edgevl.preprocess import Message
 from page_browser import CHROMIUM, answered, ask, attach, chromium, open_page, served
 from repository import EXAMPLES
 
@@ -32,7 +31,7 @@ pytest.importorskip("gradio", reason="needs edgevl[ui]")
 
 from edgevl.cli import ui
 from edgevl.page import blocks, create_page, guard, markup, password_check, texts
-from edgevl.page.conversation import MAX_FILES, Conversation, Conversations, Settings, Turn
+from edgevl.page.conversation import MAX_FILES, Conversation, Conversations, PageTurn, Settings
 from edgevl.serve.server import listen
 
 METER, SHAPES = EXAMPLES / "meter.png", EXAMPLES / "shapes.png"
@@ -40,58 +39,63 @@ QUESTION = "What number is on the display?"
 
 
 class Scripted:
-    """A session that says what a test tells it to, and remembers turns as the real one does."""
+    """A session that says what a test tells it to, and keeps turns as the real one does."""
 
     def __init__(self, say, pause_s=0.0):
         self.say, self.pause_s = say, pause_s
-        self.messages, self.calls, self.made = [], [], []
+        self.turns, self.calls = [], []
         self.words = 0  # said so far, whatever became of the answers
 
-    def new(self, *kind):
+    def new(self):
         """Take the place of ``Model.chat``; sessions share the script and what was counted."""
         session = Scripted(self.say, self.pause_s)
         session.calls, session.owner = self.calls, self
-        self.made.append((kind, session))
         return session
 
-    def stream(self, text, images=(), videos=(), frames=8, **sampling):
-        self.calls.append({"text": text, "images": images, "frames": frames, **sampling})
-        return Stream(self._pieces(text))
+    def undo(self):
+        return self.turns.pop() if self.turns else None
 
-    def _pieces(self, text):
-        said = ""
+    def reset(self):
+        self.turns = []
+
+    def answer(self, turn, after, frames, **sampling):
+        call = {"text": turn.text, "images": turn.files, "frames": frames, **sampling}
+        self.calls.append(call)
+        return Stream(self._pieces(turn, [*after, turn]))
+
+    def _pieces(self, turn, turns):
         try:
-            for part in self.say(text):
+            for part in self.say(turn.text):
                 if isinstance(part, Exception):
                     raise part
                 self.owner.words += 1
-                said += "" if getattr(part, "thinking", False) else part
+                if getattr(part, "thinking", False):
+                    turn.thinking += part
+                else:
+                    turn.reply += part
                 yield part if isinstance(part, Piece) else Piece(part)
                 time.sleep(self.pause_s)
-            return Answer(
-                said, "", (1, 2), "stop", Usage(10, 4, 2, 3), Timings(1, 2, 3, 40, 5, 200)
+            turn.answer = Answer(
+                turn.reply, "", (1, 2), "stop", Usage(10, 4, 2, 3), Timings(1, 2, 3, 40, 5, 200)
             )
+            return turn.answer
         finally:
-            if said and not isinstance(sys.exc_info()[1], RuntimeError):
-                self.messages += [Message.user(text), Message.assistant(said)]
+            if turn.reply and not isinstance(sys.exc_info()[1], RuntimeError):
+                self.turns = turns
 
 
 def talk(conversation, text, keep=None, **settings):
-    turn = Turn(text)
+    turn = PageTurn(text)
     for _ in conversation.ask(turn, Settings(**settings), keep):
         pass
     return turn
-
-
-def texts_of(messages):
-    return [part for message in messages for part in message.parts]
 
 
 @pytest.fixture
 def echo(tmp_path):
     """A conversation with a model that repeats the question in capitals."""
     script = Scripted(lambda text: [text.upper()])
-    conversation = Conversation(script.new, tmp_path)
+    conversation = Conversation(script.new(), tmp_path)
     conversation.script = script
     return conversation
 
@@ -105,9 +109,7 @@ def test_turns_follow_one_another(echo):
     assert [turn.reply for turn in echo.turns] == ["ONE", "TWO"]
     assert first.answer.text == "ONE"
     assert echo.script.calls[0] == {"text": "one", "images": [], "frames": 8, "seed": 4}
-    assert len(echo.script.made) == 1
-    assert texts_of(echo.script.made[0][1].messages) == ["one", "ONE", "two", "TWO"]
-    assert texts_of(second.messages) == ["two", "TWO"]
+    assert echo.turns == [first, second]
 
 
 def test_an_edited_question_replaces_all_that_followed(echo):
@@ -115,7 +117,6 @@ def test_an_edited_question_replaces_all_that_followed(echo):
     talk(echo, "three")
     talk(echo, second.again("TWO?").text, keep=[first])
     assert [turn.text for turn in echo.turns] == ["one", "TWO?"]
-    assert texts_of(echo.script.made[0][1].messages) == ["one", "ONE", "TWO?", "TWO?"]
 
 
 def test_undo_and_clear(echo):
@@ -123,49 +124,42 @@ def test_undo_and_clear(echo):
     talk(echo, "one")
     talk(echo, "two")
     assert echo.undo().text == "two"
-    assert texts_of(echo.script.made[0][1].messages) == ["one", "ONE"]
+    assert [turn.text for turn in echo.turns] == ["one"]
     echo.clear()
     assert echo.turns == []
     talk(echo, "three")
-    assert texts_of(echo.script.made[1][1].messages) == ["three", "THREE"]
+    assert [turn.text for turn in echo.turns] == ["three"]
 
 
-def test_a_new_session_takes_the_turns_along(echo):
-    talk(echo, "one")
-    talk(echo, "two", system="Be brief.", thinking=True, max_tiles=2)
-    assert [kind for kind, _ in echo.script.made] == [(None, None, None), ("Be brief.", True, 2)]
-    assert texts_of(echo.script.made[1][1].messages) == ["one", "ONE", "two", "TWO"]
+def test_settings_go_with_the_next_question(tmp_path):
+    session = edgevl.load("tiny", engine="reference").chat()
+    conversation = Conversation(session, tmp_path)
+    talk(conversation, "one", sampling={"max_tokens": 1})
+    assert (session.system, session.thinking, session.max_tiles) == (None, None, None)
+    talk(conversation, "two", sampling={"max_tokens": 1}, system="Be brief.", thinking=False)
+    assert (session.system, session.thinking) == ("Be brief.", False)
+    assert [turn.text for turn in conversation.turns] == ["one", "two"]
+    assert [message.role for message in session.messages] == ["user", "assistant"] * 2
 
 
 def test_an_error_leaves_everything_as_it_was(tmp_path):
     script = Scripted(lambda text: [RuntimeError("broken")] if text == "bad" else ["fine"])
-    conversation = Conversation(script.new, tmp_path)
+    conversation = Conversation(script.new(), tmp_path)
     talk(conversation, "good")
     turn = talk(conversation, "bad", keep=[])
     assert str(turn.error) == "broken"
     assert [turn.text for turn in conversation.turns] == ["good"]
-    assert texts_of(script.made[0][1].messages) == ["good", "fine"]
-    too_many = Turn("many", tuple(METER for _ in range(MAX_FILES + 1)))
+    too_many = PageTurn.of("many", [METER] * (MAX_FILES + 1))
     list(conversation.ask(too_many, Settings()))
     assert "more than 32 files" in str(too_many.error)
     assert "exceeds" in str(talk(conversation, "x" * (1 << 20) + "x").error)
     assert [call["text"] for call in script.calls] == ["good", "bad"]
 
 
-def test_what_the_session_has_left_out_is_forgotten(echo):
-    first = talk(echo, "one")
-    second = talk(echo, "two")
-    session = echo.script.made[0][1]
-    say, session.say = session.say, lambda text: session.messages.clear() or say(text)
-    third = talk(echo, "three")
-    assert first.messages == second.messages == []
-    assert texts_of(third.messages) == ["three", "THREE"]
-
-
 def test_stopping_keeps_what_was_said(tmp_path):
     script = Scripted(lambda text: (f"{number} " for number in range(10_000)), pause_s=0.01)
-    conversation = Conversation(script.new, tmp_path)
-    turn = Turn("count")
+    conversation = Conversation(script.new(), tmp_path)
+    turn = PageTurn("count")
     asked = conversation.ask(turn, Settings())
     while len(turn.reply) < 6:
         next(asked)
@@ -174,7 +168,6 @@ def test_stopping_keeps_what_was_said(tmp_path):
         pass
     assert turn.answer is None
     assert conversation.turns == [turn]
-    assert texts_of(turn.messages) == ["count", turn.reply]
     # Closing the iterator, as Gradio does when the tab is closed, stops as well.
     again = conversation.ask(turn.again(), Settings())
     next(again)
@@ -187,9 +180,9 @@ def test_stopping_keeps_what_was_said(tmp_path):
 def test_a_question_stopped_before_the_first_word_is_forgotten(tmp_path):
     went_on = threading.Event()
     conversation = Conversation(
-        Scripted(lambda text: went_on.wait(5) and [Piece("hm", True), "yes"]).new, tmp_path
+        Scripted(lambda text: went_on.wait(5) and [Piece("hm", True), "yes"]).new(), tmp_path
     )
-    asked = conversation.ask(Turn("well?"), Settings())
+    asked = conversation.ask(PageTurn("well?"), Settings())
     next(asked)
     conversation.stop()
     went_on.set()
@@ -200,8 +193,8 @@ def test_a_question_stopped_before_the_first_word_is_forgotten(tmp_path):
 def test_two_tabs_wait_for_one_another(tmp_path):
     """Also where one thread shows both, as Gradio's may."""
     model = edgevl.load("tiny")
-    turns = [Turn(QUESTION, (METER,)) for _ in range(2)]
-    asked = [Conversation(model.chat, tmp_path).ask(turn, Settings()) for turn in turns]
+    turns = [PageTurn.of(QUESTION, [METER]) for _ in range(2)]
+    asked = [Conversation(model.chat(), tmp_path).ask(turn, Settings()) for turn in turns]
     while any([next(one, True) is None for one in asked]):  # noqa: C419 - each of them goes on
         pass
     assert [turn.reply for turn in turns] == ["7305", "7305"]
@@ -210,8 +203,8 @@ def test_two_tabs_wait_for_one_another(tmp_path):
 def test_boxes_are_drawn_on_the_picture_asked_about_before(tmp_path):
     answer = "<ref>star</ref><box>[[610, 100, 860, 430]]</box>"
     script = Scripted(lambda text: ["a star"] if text == "what?" else [answer])
-    conversation = Conversation(script.new, tmp_path)
-    list(conversation.ask(Turn("what?", (SHAPES,)), Settings()))
+    conversation = Conversation(script.new(), tmp_path)
+    list(conversation.ask(PageTurn.of("what?", [SHAPES]), Settings()))
     turn = talk(conversation, "where?")
     with Image.open(turn.drawing) as drawn, Image.open(SHAPES) as original:
         assert drawn.size == original.size
@@ -220,7 +213,9 @@ def test_boxes_are_drawn_on_the_picture_asked_about_before(tmp_path):
 
 
 def test_a_closed_tab_lingers_for_a_while(tmp_path, monkeypatch):
-    conversations = Conversations(lambda: Conversation(Scripted(lambda text: ["x"]).new, tmp_path))
+    conversations = Conversations(
+        lambda: Conversation(Scripted(lambda text: ["x"]).new(), tmp_path)
+    )
     a = conversations.of("a")
     conversations.close("a")
     conversations.close("unknown")
@@ -242,9 +237,9 @@ def test_a_closed_tab_lingers_for_a_while(tmp_path, monkeypatch):
 def test_what_nobody_waits_for_any_more_is_stopped(tmp_path, monkeypatch, how):
     monkeypatch.setattr(Conversations, "MOST", 1)
     script = Scripted(lambda text: (f"{number} " for number in range(10_000)), pause_s=0.01)
-    conversations = Conversations(lambda: Conversation(script.new, tmp_path))
+    conversations = Conversations(lambda: Conversation(script.new(), tmp_path))
     conversation = conversations.of("a")
-    turn = Turn("count")
+    turn = PageTurn("count")
     asked = conversation.ask(turn, Settings())
     while not turn.reply:
         next(asked)
@@ -254,7 +249,7 @@ def test_what_nobody_waits_for_any_more_is_stopped(tmp_path, monkeypatch, how):
     elif how == "others make room":
         conversations.of("b")
     else:
-        next(another := conversation.ask(Turn("count"), Settings()))
+        next(another := conversation.ask(PageTurn("count"), Settings()))
         assert not reading.is_alive()  # one session answers one question at a time
         another.close()
     reading.join(5)
@@ -264,9 +259,9 @@ def test_what_nobody_waits_for_any_more_is_stopped(tmp_path, monkeypatch, how):
 
 def test_what_is_cleared_or_taken_back_is_stopped_first(tmp_path):
     script = Scripted(lambda text: (f"{number} " for number in range(10_000)), pause_s=0.01)
-    conversation = Conversation(script.new, tmp_path)
+    conversation = Conversation(script.new(), tmp_path)
     for forget in (conversation.clear, conversation.undo):
-        turn = Turn("count")
+        turn = PageTurn("count")
         asked = conversation.ask(turn, Settings())
         while not turn.reply:
             next(asked)
@@ -277,7 +272,9 @@ def test_what_is_cleared_or_taken_back_is_stopped_first(tmp_path):
 
 
 def test_who_comes_back_is_not_forgotten_for_having_been_away(tmp_path, monkeypatch):
-    conversations = Conversations(lambda: Conversation(Scripted(lambda text: ["x"]).new, tmp_path))
+    conversations = Conversations(
+        lambda: Conversation(Scripted(lambda text: ["x"]).new(), tmp_path)
+    )
     a = conversations.of("a")
     conversations.close("a")
     conversations.of("a")
@@ -289,12 +286,12 @@ def test_who_comes_back_is_not_forgotten_for_having_been_away(tmp_path, monkeypa
 def test_drawings_are_of_the_latest_picture_and_not_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr("edgevl.page.conversation.DRAWING_SIDE", 32)
     script = Scripted(lambda text: ["<box>[[610, 100, 860, 430]]</box>"])
-    conversation = Conversation(script.new, tmp_path)
+    conversation = Conversation(script.new(), tmp_path)
     tall, wide = tmp_path / "tall.png", tmp_path / "wide.png"
     Image.new("RGB", (40, 80)).save(tall)
     Image.new("RGB", (80, 40)).save(wide)
     for path in (tall, wide):
-        list(conversation.ask(turn := Turn("where?", (path,)), Settings()))
+        list(conversation.ask(turn := PageTurn.of("where?", [path]), Settings()))
     with Image.open(turn.drawing) as drawn:
         assert drawn.size == (32, 16)
     failed = []
@@ -327,7 +324,8 @@ def test_markdown(text, shown):
 
 
 def test_messages_of_a_growing_answer():
-    turns = [Turn("a", reply="b"), Turn("what?", (METER,), thinking="hm"), Turn("")]
+    turns = [PageTurn("a", reply="b"), PageTurn.of("what?", [METER]), PageTurn("")]
+    turns[1].thinking = "hm"
     messages = markup.chat_messages(turns[:2], "zh", growing=True)
     roles = [message["role"] for message in messages]
     assert roles == ["user", "assistant", "user", "user", "assistant"]
@@ -356,14 +354,14 @@ def test_failures_in_the_users_language(tmp_path):
     broken = tmp_path / ("d" * 90) / "photo.png"
     broken.parent.mkdir()
     broken.write_bytes(b"nothing")
-    turn = Turn("?", (broken,))
+    turn = PageTurn.of("?", [broken])
     model = edgevl.load("tiny", engine="reference")
-    for _ in Conversation(model.chat, tmp_path).ask(turn, Settings()):
+    for _ in Conversation(model.chat(), tmp_path).ask(turn, Settings()):
         pass
     assert isinstance(turn.error, ImageError)
     assert texts.failure(turn, "en").startswith("photo.png: not a picture")
     assert texts.failure(turn, "zh").startswith("photo.png：不是可读取的图片")
-    turn = talk(Conversation(model.chat, tmp_path), "word " * 5000)
+    turn = talk(Conversation(model.chat(), tmp_path), "word " * 5000)
     assert isinstance(turn.error, ContextLengthError)
     assert re.match(r"这条消息需要 \d+ 个词元，而上下文只能容纳 2048 个", texts.failure(turn, "zh"))
     turn.error = KeyError("secret")
@@ -384,18 +382,18 @@ def test_pictures_that_fail_in_chinese(tmp_path, name, data, said):
     path = tmp_path / name
     if data is not None:
         path.write_bytes(data)
-    conversation = Conversation(edgevl.load("tiny", engine="reference").chat, tmp_path)
-    for _ in conversation.ask(turn := Turn("?", (path,)), Settings()):
+    conversation = Conversation(edgevl.load("tiny", engine="reference").chat(), tmp_path)
+    for _ in conversation.ask(turn := PageTurn.of("?", [path]), Settings()):
         pass
     assert texts.failure(turn, "zh").startswith(said)
 
 
 def test_refusals_in_chinese(tmp_path, monkeypatch):
     scheduler = Scheduler(model := edgevl.load("tiny"))
-    conversation = Conversation(lambda *kind: Session(model.checkpoint, scheduler), tmp_path)
+    conversation = Conversation(Session(model.checkpoint, scheduler), tmp_path)
 
     def said(text="?", pictures=()):
-        for _ in conversation.ask(turn := Turn(text, pictures), Settings()):
+        for _ in conversation.ask(turn := PageTurn.of(text, pictures), Settings()):
             pass
         return texts.failure(turn, "zh")
 
@@ -422,12 +420,12 @@ def test_statistics():
 def test_files_are_told_apart():
     names = ["a.PNG", "b.mp4", "c.heic", "d.mkv", "e.gif"]
     turn = blocks._turn({"text": "?", "files": names})
-    assert [path.name for path in turn.pictures] == ["a.PNG", "c.heic", "e.gif"]
-    assert [path.name for path in turn.videos] == ["b.mp4", "d.mkv"]
+    assert [path.name for path in turn.files] == ["a.PNG", "c.heic", "e.gif", "b.mp4", "d.mkv"]
+    assert [each.is_video for each in turn.shown] == [False, False, False, True, True]
 
 
 def test_what_comes_back_into_the_box_is_still_there(tmp_path):
-    turn = Turn("?", (METER, tmp_path / "deleted.png"))
+    turn = PageTurn.of("?", [METER, tmp_path / "deleted.png"])
     assert blocks._typed(turn) == {"text": "?", "files": [str(METER)]}
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from edgevl.generate import Answer, Piece, SamplingParams, Stream, Timings, Usage
+from edgevl.generate.session import Turn
 
 #: What the model says: pieces of text, thinking ones as Piece(text, True); or an error to raise.
 Script = Sequence[str | BaseException]
@@ -22,6 +23,7 @@ class FakeModel:
         self.calls: list[dict[str, Any]] = []
         self.load_options: dict[str, Any] = {}
         self.resets = self.undone = 0
+        self.turns: list[Turn] = []
         self.system: str | None = None
         self.engine = SimpleNamespace(notes=())
         self.defaults: dict[str, Any] = {}
@@ -43,9 +45,30 @@ class FakeModel:
 
     def reset(self) -> None:
         self.resets += 1
+        self.turns = []
 
-    def undo(self) -> None:
-        self.undone += 1
+    def undo(self) -> Turn | None:
+        self.undone += bool(self.turns)
+        return self.turns.pop() if self.turns else None
+
+    def answer(self, turn: Turn, **options: Any) -> Stream:
+        """Fill a turn, and keep it if anything was said, as `Session.answer` does."""
+        turn.reply, turn.answer = "", None
+        images = [each.source for each in turn.shown if not each.is_video]
+        options["videos"] = [each.source for each in turn.shown if each.is_video]
+        return Stream(self._answered(turn, self.stream(turn.text, images, **options)))
+
+    def _answered(self, turn: Turn, stream: Stream) -> Generator[Piece, None, Answer]:
+        try:
+            for piece in stream:
+                turn.reply += "" if piece.thinking else piece
+                yield piece
+            turn.answer = stream.answer
+        except (GeneratorExit, KeyboardInterrupt):
+            self.turns += [turn] if turn.reply else []
+            raise
+        self.turns.append(turn)
+        return stream.answer
 
     def stream(self, question: str, images: Any = (), **options: Any) -> Stream:
         self.calls.append({"question": question, "images": list(images), **options})

@@ -107,10 +107,13 @@ def command(
         loaded = load_model(model, **loading)
         if question is None:
             from edgevl.cli.conversation import Conversation
+            from edgevl.generate.session import Attachment
 
             session = loaded.chat(system=system, thinking=think, max_tiles=max_tiles)
             conversation = Conversation(model, session, sampling | {"frames": frames})
-            conversation.run(list(zip(images + videos, [*pictures, *clips], strict=True)))
+            shown = [Attachment(pictures[i], False, name) for i, name in enumerate(images)]
+            shown += [Attachment(clips[i], True, name) for i, name in enumerate(videos)]
+            conversation.run(shown)
             return
         stream = loaded.stream(
             question,

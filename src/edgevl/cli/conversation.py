@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,44 +19,27 @@ from edgevl.cli.prompt import keys_wait, line_reader
 from edgevl.cli.terminal import can_move, chinese, reason, tell
 from edgevl.errors import EdgeVLError
 from edgevl.files import replacing
+from edgevl.generate.session import Attachment, Turn
 from edgevl.options import OPTIONS
-from edgevl.preprocess import Video, load_image, open_video
+from edgevl.preprocess import load_image, open_video
 from edgevl.preprocess.sources import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from edgevl.generate import Session
 
 WELCOME = ("/help lists the commands, Ctrl-D leaves.", "输入 /help 查看命令，按 Ctrl-D 退出。")
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """A question, what it showed (name, what), and the answer as in ``--json``."""
-
-    question: str
-    shown: list[tuple[str, Image.Image | Video]]
-    answer: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        videos = [name for name, shown in self.shown if isinstance(shown, Video)]
-        images = [name for name, shown in self.shown if not isinstance(shown, Video)]
-        turn: dict[str, Any] = {"question": self.question, "images": images}
-        return turn | ({"videos": videos} if videos else {}) | self.answer
-
-
 class Conversation:
-    """Reads what is typed, keeps what is shown with the next question, and a transcript."""
+    """Reads what is typed, and keeps what is shown with the next question."""
 
     def __init__(self, model: str, session: Session, sampling: dict[str, Any]) -> None:
         """Hold a conversation in ``session``; ``sampling`` goes with every question."""
         self._model = model
         self._session = session
         self._sampling = dict(sampling)
-        self._waiting: list[tuple[str, Image.Image | Video]] = []
-        self._turns: list[_Turn] = []
-        self._unanswered = ""  # a question that was stopped before its answer began, or failed
+        # Has a text if it was asked, and was stopped before its answer began, or failed.
+        self._next = Turn()
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._add_picture,
             "/video": self._add_video,
@@ -70,9 +52,9 @@ class Conversation:
             "/help": lambda _: click.echo(help_text(), err=True),
         }
 
-    def run(self, shown: list[tuple[str, Image.Image | Video]]) -> None:
-        """Talk until the user leaves; ``shown`` (name, what) goes with the first question."""
-        self._waiting = shown
+    def run(self, shown: list[Attachment]) -> None:
+        """Talk until the user leaves; ``shown`` goes with the first question."""
+        self._next.shown = shown
         read = line_reader(COMMANDS, OPTIONS, PICTURE_SUFFIXES + VIDEO_SUFFIXES)
         tell(*WELCOME)
         while True:
@@ -128,7 +110,7 @@ class Conversation:
             return
         path = _path(path)
         picture = load_image(path)
-        self._waiting.append((path, picture))
+        self._next.shown.append(Attachment(picture, name=path))
         tell(
             f"{picture.width} x {picture.height}, goes with the next question.",
             f"{picture.width} x {picture.height}，将随下一个问题一起发送。",
@@ -140,7 +122,7 @@ class Conversation:
             return
         path = _path(path)
         video = open_video(path)
-        self._waiting.append((path, video))
+        self._next.shown.append(Attachment(video, is_video=True, name=path))
         tell(
             f"{video.frame_count} frames, {video.duration_s:.1f} s, goes with the next question.",
             f"{video.frame_count} 帧，{video.duration_s:.1f} 秒，将随下一个问题一起发送。",
@@ -148,54 +130,44 @@ class Conversation:
 
     def _show(self, *paths: str) -> None:
         """Show pictures and videos with the next question; all of them or, on an error, none."""
-        before = list(self._waiting)
+        before = list(self._next.shown)
         try:
             for path in paths:
                 is_video = path.lower().endswith(VIDEO_SUFFIXES)
                 (self._add_video if is_video else self._add_picture)(path)
         except Exception:
-            self._waiting = before
+            self._next.shown = before
             raise
 
     def _ask(self, question: str) -> None:
-        self._unanswered = question
-        said: list[str] = []
+        turn = self._next
+        turn.text = question
         with keys_wait(sys.stdin):
-            stream = self._session.stream(
-                question,
-                images=[shown for _, shown in self._waiting if not isinstance(shown, Video)],
-                videos=[shown for _, shown in self._waiting if isinstance(shown, Video)],
-                **self._sampling,
-            )
+            stream = self._session.answer(turn, **self._sampling)
             try:
-                result = print_answer(stream, said, _printer()).to_dict()
+                print_answer(stream, printer=_printer())
             except KeyboardInterrupt:
-                stream.close()  # the session remembers what was said so far
-                if not said:  # it forgets a question without an answer: what is shown waits on
-                    return
-                result = {"text": "".join(said), "finish_reason": "interrupted"}
-        self._turns.append(_Turn(question, self._waiting, result))
-        self._waiting, self._unanswered = [], ""
+                stream.close()  # the session keeps what was said so far
+        if turn in self._session.turns:
+            self._next = Turn()
 
     def _retry(self, _: str) -> None:
-        question = self._unanswered or self._take_back()
-        if question:
-            self._ask(question)
+        if self._next.text or self._take_back():
+            self._ask(self._next.text)
 
     def _undo(self, _: str) -> None:
-        if question := self._take_back():
-            self._unanswered = ""
-            tell(f"Forgotten: {question}", f"已撤回：{question}")
+        if self._take_back():
+            tell(f"Forgotten: {self._next.text}", f"已撤回：{self._next.text}")
+            self._next.text = ""
 
-    def _take_back(self) -> str:
-        """Forget the last turn and return its question; what it showed waits again."""
-        if not self._turns:
+    def _take_back(self) -> bool:
+        """Make the last turn, without its answer, the next; what it showed goes before the rest."""
+        turn = self._session.undo()
+        if turn is None:
             tell("Nothing has been asked yet.", "还没有提过问题。")
-            return ""
-        turn = self._turns.pop()
-        self._session.undo()
-        self._waiting = [*turn.shown, *self._waiting]
-        return turn.question
+            return False
+        self._next = Turn(turn.text, turn.shown + self._next.shown)
+        return True
 
     def _set_system(self, text: str) -> None:
         self._session.system = text or None
@@ -222,7 +194,7 @@ class Conversation:
 
     def _reset(self, _: str) -> None:
         self._session.reset()
-        self._waiting, self._turns, self._unanswered = [], [], ""
+        self._next = Turn()
         tell("A new conversation.", "已开始新的对话。")
 
     def _save(self, name: str) -> None:
@@ -230,7 +202,10 @@ class Conversation:
             tell("Name a file: /save FILE", "请给出文件名：/save 文件")
             return
         path = Path(unquoted(name)).expanduser()
-        transcript = {"model": self._model, "turns": [turn.to_dict() for turn in self._turns]}
+        transcript = {
+            "model": self._model,
+            "turns": [turn.to_dict() for turn in self._session.turns],
+        }
         with replacing(path) as file:
             file.write(json.dumps(transcript, ensure_ascii=False, indent=1).encode())
             file.write(b"\n")

@@ -1,10 +1,11 @@
-"""A conversation: its messages, and their place in the engine's cache."""
+"""A conversation: its turns, and what of them the model is told with the next."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from edgevl.checkpoint import ModelDirectory
@@ -20,6 +21,7 @@ from edgevl.preprocess import (
     Prompt,
     PromptEncoder,
     Tool,
+    ToolCall,
     prepare_picture,
     prepare_video,
 )
@@ -79,6 +81,51 @@ class Stream(Iterator[Piece]):
         self._pieces.close()
 
 
+@dataclass(frozen=True)
+class Attachment:
+    """A picture or video that is shown with a question.
+
+    Attributes:
+        source: what `Session.ask` takes for it.
+        is_video: which of the two it is.
+        name: what a saved conversation calls it.
+    """
+
+    source: Any
+    is_video: bool = False
+    name: str = ""
+
+
+@dataclass(eq=False)
+class Turn:
+    """A question and what has been said to it so far.
+
+    Attributes:
+        text: the question.
+        shown: the pictures and videos that go with it.
+        thinking: the model's thoughts.
+        reply: its answer.
+        answer: the same and more, once the answer is complete.
+        messages: what of the turn the model is told with the next.
+    """
+
+    text: str = ""
+    shown: list[Attachment] = field(default_factory=list)
+    thinking: str = ""
+    reply: str = ""
+    answer: Answer | None = None
+    messages: list[Message] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the turn as plain types, for JSON."""
+        images = [each.name for each in self.shown if not each.is_video]
+        videos = [each.name for each in self.shown if each.is_video]
+        turn = {"question": self.text, "images": images} | ({"videos": videos} if videos else {})
+        if self.answer:
+            return turn | self.answer.to_dict()
+        return turn | {"text": self.reply, "finish_reason": "interrupted"}
+
+
 class Session:
     """A conversation of many turns.
 
@@ -86,9 +133,11 @@ class Session:
     the context, its oldest turns are left out.
 
     Attributes:
-        messages: the turns so far, without the system message; they may be edited.
-        system: system message, None for the chat template's own; it may be changed, and goes with
-            the next question then.
+        turns: those that were answered, if not to the end; oldest first. They may be edited.
+        system: system message, None for the chat template's own. This and what follows may be
+            changed, and goes with the next question then.
+        thinking: whether the model thinks before it answers; None leaves it to the template.
+        max_tiles: most tiles a picture is cut into; None for the checkpoint's own number.
     """
 
     def __init__(
@@ -111,13 +160,18 @@ class Session:
             max_tiles: most tiles a picture is cut into; default is the checkpoint's.
             tools: what the model may call.
         """
-        self.messages: list[Message] = []
+        self.turns: list[Turn] = []
+        self.system = system
+        self.thinking = thinking
+        self.max_tiles = max_tiles
         self._checkpoint = checkpoint
         self._generator = generator
-        self.system = system
-        self._thinking = thinking
-        self._max_tiles = max_tiles
         self._tools = tuple(tools)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """What the model is told of the turns, without the system message."""
+        return tuple(message for turn in self.turns for message in turn.messages)
 
     def ask(
         self,
@@ -168,18 +222,45 @@ class Session:
 
         Pictures and videos are read, and errors raised, before this returns.
         """
+        shown = [Attachment(image) for image in _listed(images)]
+        shown += [Attachment(video, is_video=True) for video in _listed(videos)]
+        return self.answer(Turn(text, shown), None, frames, tool_results, **sampling)
+
+    def answer(
+        self,
+        turn: Turn,
+        after: Sequence[Turn] | None = None,
+        frames: int = DEFAULT_FRAMES,
+        tool_results: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> Stream:
+        """Answer a turn, which is filled as the answer is generated; see `ask`.
+
+        Where it ends, or is broken off after its first word, it becomes the last of `turns`;
+        otherwise these stay as they were.
+
+        Args:
+            turn: what is asked; one of which nothing came may be asked again.
+            after: the turns that it follows, in place of `turns`.
+            frames: how many are taken of each video.
+            tool_results: as `ask` takes them.
+            **sampling: as `ask` takes it.
+        """
         started = time.perf_counter()
         params = self.params(**sampling)
-        if params.constraint and self._thinking:
+        if params.constraint and self.thinking:
             # The thoughts would have to be of its form too.
             raise PromptError("constraint: it cannot be met while thinking: leave one of them out")
+        turn.thinking, turn.reply, turn.answer = "", "", None
         results = [tool_results] if isinstance(tool_results, str) else tool_results
-        asked = [Message.tool(result) for result in results]
-        pictures, clips = self._pictures(images), self._videos(videos, frames)
-        if text or pictures or clips or not asked:
-            asked.append(Message.user(text, pictures, clips))
-        messages, prompt = self._fit(asked, params)
-        return Stream(self._turn(messages, prompt, params, started))
+        turn.messages = [Message.tool(result) for result in results]
+        pictures = self._pictures([each.source for each in turn.shown if not each.is_video])
+        videos = self._videos([each.source for each in turn.shown if each.is_video], frames)
+        if turn.text or turn.shown or not turn.messages:
+            turn.messages.append(Message.user(turn.text, pictures, videos))
+        turns = [*(self.turns if after is None else after), turn]
+        left_out, prompt = self._fit(turns, params)
+        return Stream(self._run(turns, left_out, prompt, params, started))
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -204,43 +285,36 @@ class Session:
             images: a picture or several.
             answer_tokens: room that is wanted for the answer.
         """
-        message = Message.user(text, self._pictures(images))
-        return self._fit([message], SamplingParams(max_tokens=answer_tokens))[1]
+        turn = Turn(messages=[Message.user(text, self._pictures(_listed(images)))])
+        return self._fit([*self.turns, turn], SamplingParams(max_tokens=answer_tokens))[1]
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
-        self.messages.clear()
+        self.turns = []
 
-    def undo(self) -> None:
-        """Forget the last turn: its question and its answer."""
-        while self.messages and self.messages.pop().role != "user":
-            pass
+    def undo(self) -> Turn | None:
+        """Forget the last turn, its question and its answer, and return it, if there is one."""
+        return self.turns.pop() if self.turns else None
 
-    def _pictures(self, images: Any) -> list[Picture]:
+    def _pictures(self, sources: Sequence[Any]) -> list[Picture]:
+        self._check_vision(sources)
         config = self._checkpoint.config
-        return [prepare_picture(source, config, self._max_tiles) for source in self._seen(images)]
+        return [prepare_picture(source, config, self.max_tiles) for source in sources]
 
-    def _videos(self, videos: Any, frames: int) -> list[list[Picture]]:
-        config = self._checkpoint.config
-        return [prepare_video(source, config, frames) for source in self._seen(videos)]
+    def _videos(self, sources: Sequence[Any], frames: int) -> list[list[Picture]]:
+        self._check_vision(sources)
+        return [prepare_video(source, self._checkpoint.config, frames) for source in sources]
 
-    def _seen(self, sources: Any) -> Sequence[Any]:
-        """Return one source or several, or none, as a sequence, if the model can see."""
-        if sources is None:
-            sources = ()
-        sources = sources if isinstance(sources, (list, tuple)) else [sources]
+    def _check_vision(self, sources: Sequence[Any]) -> None:
         if sources and not self._checkpoint.has_vision:
             raise CheckpointError(
                 f"{self._checkpoint.path} has no vision weights: it answers text only; for "
                 "pictures give the whole model",
                 "这个模型没有视觉部分，只能回答文字问题",
             )
-        return sources
 
-    def _fit(
-        self, asked: Sequence[Message], params: SamplingParams
-    ) -> tuple[list[Message], Prompt]:
-        """Leave out the oldest turns until prompt and answer fit: -> messages kept, the prompt.
+    def _fit(self, turns: Sequence[Turn], params: SamplingParams) -> tuple[int, Prompt]:
+        """Leave out the oldest messages until prompt and answer fit: -> how many, the prompt.
 
         Half of the context at most is kept free for the answer, so that a generous ``max_tokens``
         does not cost the whole history.
@@ -248,39 +322,38 @@ class Session:
         context = self._generator.max_context
         reserve = min(params.max_tokens, context // 2)
         system = [Message.system(self.system)] if self.system is not None else []
-        messages = [*self.messages, *asked]
-        while True:
+        messages = [message for turn in turns for message in turn.messages]
+        # A conversation begins with a question: what tools gave is not parted from it.
+        begins = [i for i, message in enumerate(messages) if message.role == "user" and i]
+        for left_out in [0, *begins]:
             prompt = self._generator.prompts.encode(
-                [*system, *messages], thinking=self._thinking, tools=self._tools
+                [*system, *messages[left_out:]], thinking=self.thinking, tools=self._tools
             )
             length = len(prompt.token_ids)
             if length + reserve <= context:
-                return messages, prompt
-            shorter = without_oldest_turn(messages)
-            if not shorter:
                 break
-            messages = shorter
-        if length >= context:
-            raise ContextLengthError(
-                f"the message needs {length} tokens, but the context holds {context}, answer "
-                "included: shorten it, or use fewer pictures, tiles (max_tiles) or frames of "
-                "videos",
-                f"这条消息需要 {length} 个词元，而上下文只能容纳 {context} 个（含回答）："
-                "请缩短文字，或减少图片、图块或视频帧",
-            )
-        return messages, prompt
+        else:
+            if length >= context:
+                raise ContextLengthError(
+                    f"the message needs {length} tokens, but the context holds {context}, answer "
+                    "included: shorten it, or use fewer pictures, tiles (max_tiles) or frames of "
+                    "videos",
+                    f"这条消息需要 {length} 个词元，而上下文只能容纳 {context} 个（含回答）："
+                    "请缩短文字，或减少图片、图块或视频帧",
+                )
+        return left_out, prompt
 
-    def _turn(
+    def _run(
         self,
-        messages: list[Message],
+        turns: list[Turn],
+        left_out: int,
         prompt: Prompt,
         params: SamplingParams,
         started: float,
     ) -> Generator[Piece, None, Answer]:
-        """Answer ``prompt`` and record the turn, also one that is broken off in mid-answer."""
-        said: list[str] = []
-        thoughts = ""
-        reply: GeneratedTokens | str | None = None
+        """Answer the last turn, and keep the turns if anything was said."""
+        turn = turns[-1]
+        said: GeneratedTokens | str | None = None
         try:
             # Closed here and not when it is collected: it holds the engine until then.
             with closing(self._generator.run(prompt, params, started)) as pieces:
@@ -290,30 +363,37 @@ class Session:
                     except StopIteration as stop:
                         answer: Answer = stop.value
                         break
-                    if not piece.thinking:
-                        said.append(piece)
+                    if piece.thinking:
+                        turn.thinking += piece
+                    else:
+                        turn.reply += piece
                     yield piece
+            turn.answer = answer
             # The very tokens, so that the next prompt continues the cache; but not those of
             # thinking, which is the template's to place, nor of a cut-off stop string.
             tokenizer = self._generator.prompts.tokenizer
             exact = spoken_text(tokenizer, answer.token_ids) == answer.text
-            reply = GeneratedTokens(answer.token_ids) if exact else answer.text
-            thoughts = answer.thinking
+            said = GeneratedTokens(answer.token_ids) if exact else answer.text
             return answer
         except (GeneratorExit, KeyboardInterrupt):
-            reply = "".join(said) or None
+            said = turn.reply or None
             raise
         finally:
-            if reply is not None:
-                text, calls = (
-                    split_tool_calls(reply, self._tools) if isinstance(reply, str) else (reply, [])
-                )
-                self.messages[:] = [*messages, Message.assistant(text, calls, thoughts)]
+            if said is not None:
+                calls: list[ToolCall] = []
+                if isinstance(said, str):
+                    said, calls = split_tool_calls(said, self._tools)
+                thoughts = turn.thinking if turn.answer else ""
+                turn.messages.append(Message.assistant(said, calls, thoughts))
+                for each in turns:
+                    gone = min(left_out, len(each.messages))
+                    del each.messages[:gone]
+                    left_out -= gone
+                self.turns = turns
 
 
-def without_oldest_turn(history: Sequence[Message]) -> list[Message]:
-    """Drop messages up to the second user message (or all)."""
-    for index, message in enumerate(history[1:], start=1):
-        if message.role == "user":
-            return list(history[index:])
-    return []
+def _listed(sources: Any) -> list[Any]:
+    """Return one source or several, or none, as a list."""
+    if sources is None:
+        return []
+    return list(sources) if isinstance(sources, (list, tuple)) else [sources]

@@ -21,10 +21,10 @@ from typing import Any, TypeAlias
 
 from edgevl.errors import EdgeVLError
 from edgevl.generate.model import Model
-from edgevl.generate.session import Answerer, Session
+from edgevl.generate.session import Answerer, Session, Turn
 from edgevl.optional import needs
 from edgevl.options import OPTIONS
-from edgevl.page.conversation import Conversation, Conversations, NewSession, Settings, Turn
+from edgevl.page.conversation import Conversation, Conversations, PageTurn, Settings
 from edgevl.page.guard import PageGuard
 from edgevl.page.markup import LATEX_DELIMITERS, asked_at, chat_messages
 from edgevl.page.texts import LABELS, failure, language, statistics, stopped, working
@@ -57,7 +57,7 @@ Shown: TypeAlias = tuple[Any, Any, Any]
 
 
 def create_page(
-    new_session: NewSession,
+    new_session: Callable[[], Session],
     title: str,
     context: int,
     sees: bool = True,
@@ -70,8 +70,7 @@ def create_page(
     allow that.
 
     Args:
-        new_session: makes a session: (system message, thinking, most tiles); such as
-            `edgevl.generate.Model.chat`.
+        new_session: makes a session, such as `edgevl.generate.Model.chat`.
         title: the model's name.
         context: most tokens of prompt and answer.
         sees: whether the model takes pictures.
@@ -80,7 +79,7 @@ def create_page(
         sampling: defaults of the checkpoint, `edgevl.checkpoint.config.ModelConfig.sampling`.
     """
     uploads = _private_uploads()
-    conversations = Conversations(lambda: Conversation(new_session, uploads))
+    conversations = Conversations(lambda: Conversation(new_session(), uploads))
     labels = gr.I18n(**_locales())
     films = sees and importlib.util.find_spec("av") is not None
     with gr.Blocks(
@@ -199,7 +198,7 @@ def page_app(model: Model, answerer: Answerer, name: str, api_key: str | None) -
     checkpoint = model.checkpoint
     config = checkpoint.config
     page = create_page(
-        lambda *kind: Session(checkpoint, answerer, *kind),
+        lambda: Session(checkpoint, answerer),
         f"EdgeVL · {name}",
         answerer.max_context,
         sees=checkpoint.has_vision,
@@ -336,10 +335,10 @@ def _connect(
 
     def show(
         conversation: Conversation,
-        turn: Turn,
+        turn: PageTurn,
         given: Settings,
         lang: str,
-        keep: list[Turn] | None = None,
+        keep: list[PageTurn] | None = None,
     ) -> Iterator[Shown]:
         """Have ``turn`` answered, and show it as it grows."""
         cleared = {"value": {"text": "", "files": []}} if keep is None else {}
@@ -372,7 +371,7 @@ def _connect(
 
     def ask(request: gr.Request, typed: dict[str, Any], *given: Any) -> Iterator[Shown]:
         turn = _turn(typed)
-        if turn.text.strip() or turn.pictures or turn.videos:
+        if turn.text.strip() or turn.shown:
             conversation = conversations.of(_tab(request))
             yield from show(conversation, turn, read(*given), _language(request))
         else:
@@ -434,17 +433,17 @@ def _tab(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
-def _turn(typed: dict[str, Any]) -> Turn:
+def _turn(typed: dict[str, Any]) -> PageTurn:
     """Return what stands in the box as a turn."""
     files = [Path(name) for name in typed.get("files") or ()]
-    videos = tuple(path for path in files if _is_video(path))
-    pictures = tuple(path for path in files if path not in videos)
-    return Turn(typed.get("text") or "", pictures, videos)
+    videos = [path for path in files if _is_video(path)]
+    pictures = [path for path in files if path not in videos]
+    return PageTurn.of(typed.get("text") or "", pictures, videos)
 
 
 def _typed(turn: Turn) -> dict[str, Any]:
     """Return a turn as what stands in the box."""
-    files = [str(path) for path in (*turn.pictures, *turn.videos) if path.exists()]
+    files = [str(each.source) for each in turn.shown if each.source.exists()]
     return {"text": turn.text, "files": files}
 
 

@@ -1,4 +1,4 @@
-"""A conversation on the web page: its turns, and the session that answers them.
+"""A conversation on the web page: a session, and what is shown of it.
 
 An answer is read in a thread of its own: the engine must not wait for a slow browser, and Gradio
 continues a generator in whichever of its threads is free.
@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 from edgevl.errors import EdgeVLError, PromptError
 from edgevl.evaluate.boxes import draw_boxes, parse_boxes
-from edgevl.generate import Answer, Session
-from edgevl.preprocess import Message, load_image
+from edgevl.generate import Session
+from edgevl.generate.session import Attachment, Turn
+from edgevl.preprocess import load_image
 from edgevl.preprocess.video import DEFAULT_FRAMES
-
-#: Makes a session: system message, thinking, most tiles. `edgevl.generate.Model.chat` is one.
-NewSession: TypeAlias = Callable[[str | None, bool | None, int | None], Session]
 
 #: Longest question, characters: what is tokenized must be bounded.
 MAX_QUESTION = 1 << 20
@@ -54,62 +52,61 @@ class Settings:
 
 
 @dataclass(eq=False)
-class Turn:
-    """A question and what has been said to it so far.
+class PageTurn(Turn):
+    """A turn whose pictures and videos are files.
 
     Attributes:
-        text: the question.
-        pictures: files.
-        videos: files.
-        thinking: the model's thoughts.
-        reply: its answer.
         drawing: a file with the first picture and the answer's boxes on it.
-        answer: set once the answer is complete.
-        error: why there is none.
-        messages: what of the turn the session still remembers.
+        error: why there is no answer.
     """
 
-    text: str
-    pictures: tuple[Path, ...] = ()
-    videos: tuple[Path, ...] = ()
-    thinking: str = ""
-    reply: str = ""
     drawing: Path | None = None
-    answer: Answer | None = None
     error: Exception | None = None
-    messages: list[Message] = field(default_factory=list)
 
-    def again(self, text: str | None = None) -> Turn:
+    @classmethod
+    def of(cls, text: str, pictures: Sequence[Path] = (), videos: Sequence[Path] = ()) -> PageTurn:
+        """Return a question about pictures and videos."""
+        shown = [Attachment(path) for path in pictures]
+        return cls(text, shown + [Attachment(path, is_video=True) for path in videos])
+
+    @property
+    def files(self) -> list[Path]:
+        """What is shown: pictures, then videos."""
+        return [each.source for each in self.shown]
+
+    def again(self, text: str | None = None) -> PageTurn:
         """Return the same question, or another about the same pictures, without an answer."""
-        return Turn(self.text if text is None else text, self.pictures, self.videos)
+        return PageTurn(self.text if text is None else text, self.shown)
 
 
 class Conversation:
-    """The turns of one tab, answered one at a time.
+    """What one tab shows of a session, which answers one question at a time.
 
     Attributes:
-        turns: the turns, oldest first; the last one may still be growing.
         asked: what was asked last, if it was not taken back.
     """
 
-    def __init__(self, new_session: NewSession, drawings: Path) -> None:
+    def __init__(self, session: Session, drawings: Path) -> None:
         """Start an empty conversation.
 
         Args:
-            new_session: makes the session, with the first question and when settings change.
+            session: answers, and keeps the turns.
             drawings: directory for pictures with boxes.
         """
-        self.turns: list[Turn] = []
-        self.asked: Turn | None = None
-        self._new_session = new_session
+        self.asked: PageTurn | None = None
+        self._session = session
         self._drawings = drawings
-        self._session: Session | None = None
-        self._kind: tuple[str | None, bool | None, int | None] | None = None
+        self._growing: list[PageTurn] | None = None
         self._reading: _Reading | None = None
         self._lock = threading.Lock()
 
+    @property
+    def turns(self) -> list[PageTurn]:
+        """The turns, oldest first; the last one may still be growing."""
+        return self._growing or cast("list[PageTurn]", self._session.turns)
+
     def ask(
-        self, turn: Turn, settings: Settings, keep: Sequence[Turn] | None = None
+        self, turn: PageTurn, settings: Settings, keep: Sequence[PageTurn] | None = None
     ) -> Iterator[None]:
         """Have ``turn`` answered; yield whenever the page should show what has come.
 
@@ -125,8 +122,8 @@ class Conversation:
         with self._lock:
             self._stop()
             self.asked = turn
-            before = list(self.turns)
-            self.turns = [*(before if keep is None else keep), turn]
+            before = self.turns if keep is None else keep
+            self._growing = [*before, turn]
             self._reading = reading = _Reading(lambda: self._answer(turn, settings, before))
             reading.start()
         try:
@@ -143,18 +140,14 @@ class Conversation:
         with self._lock:
             self._stop()
             self.asked = None
-            forgotten = self.turns.pop() if self.turns else None
-            if self._session:
-                self._session.messages[:] = _remembered(self.turns)
-            return forgotten
+            return self._session.undo()
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._stop()
             self.asked = None
-            self.turns = []
-            self._session = self._kind = None
+            self._session.reset()
 
     def stop(self) -> None:
         """End the answer that is being given within a token, without waiting for that."""
@@ -166,58 +159,41 @@ class Conversation:
             self._reading.stopping.set()
             self._reading.join()
 
-    def _answer(self, turn: Turn, settings: Settings, before: list[Turn]) -> Iterator[None]:
-        """Fill ``turn``, yielding after each piece; restore ``before`` if nothing comes of it."""
-        session = self._session_for(settings)
-        old = list(session.messages)
-        session.messages[:] = history = _remembered(self.turns[:-1])
+    def _answer(
+        self, turn: PageTurn, settings: Settings, before: Sequence[PageTurn]
+    ) -> Iterator[None]:
+        """Fill ``turn``, yielding after each piece."""
+        session = self._session
+        session.system, session.thinking = settings.system, settings.thinking
+        session.max_tiles = settings.max_tiles
         try:
             _check(turn)
-            stream = session.stream(
-                turn.text,
-                images=list(turn.pictures),
-                videos=list(turn.videos),
-                frames=settings.frames,
-                **settings.sampling,
-            )
-            with closing(stream):
+            answer = session.answer(turn, before, settings.frames, **settings.sampling)
+            with closing(answer):
                 yield
-                for piece in stream:
-                    if piece.thinking:
-                        turn.thinking += piece
-                    else:
-                        turn.reply += piece
+                for _ in answer:
                     yield
-                turn.answer = stream.answer
         except Exception as error:
             turn.error = error
         finally:
-            if turn.error or not (turn.answer or turn.reply):
-                self.turns = before
-                session.messages[:] = old
-            else:
-                known = {id(message) for message in history}
-                turn.messages = [m for m in session.messages if id(m) not in known]
-                held = {id(message) for message in session.messages}
-                for other in self.turns:  # the oldest may have been left out to make room
-                    other.messages = [m for m in other.messages if id(m) in held]
+            if turn in session.turns:
                 turn.drawing = self._draw(turn)
+            self._growing = None
 
-    def _session_for(self, settings: Settings) -> Session:
-        """Return the session, made anew if a setting has changed that it is made with."""
-        kind = (settings.system, settings.thinking, settings.max_tiles)
-        if self._session is None or kind != self._kind:
-            self._session, self._kind = self._new_session(*kind), kind
-        return self._session
-
-    def _draw(self, turn: Turn) -> Path | None:
+    def _draw(self, turn: PageTurn) -> Path | None:
         """Draw the answer's boxes on the first picture of the latest turn that has one."""
         found = parse_boxes(turn.reply)
-        shown = next((other.pictures for other in reversed(self.turns) if other.pictures), None)
-        if not found or not shown:
+        pictures = (
+            each.source
+            for other in reversed(self.turns)
+            for each in other.shown
+            if not each.is_video
+        )
+        picture = next(pictures, None)
+        if not found or picture is None:
             return None
         try:
-            image = load_image(shown[0])
+            image = load_image(picture)
         except EdgeVLError:  # it has been deleted since
             return None
         image.thumbnail((DRAWING_SIDE, DRAWING_SIDE))
@@ -248,17 +224,13 @@ class _Reading(threading.Thread):
             self.news.set()
 
 
-def _remembered(turns: Sequence[Turn]) -> list[Message]:
-    return [message for turn in turns for message in turn.messages]
-
-
-def _check(turn: Turn) -> None:
+def _check(turn: PageTurn) -> None:
     if len(turn.text) > MAX_QUESTION:
         raise PromptError(
             f"the question exceeds {MAX_QUESTION} characters: shorten it",
             f"问题超过 {MAX_QUESTION} 个字符，请缩短",
         )
-    if len(turn.pictures) + len(turn.videos) > MAX_FILES:
+    if len(turn.shown) > MAX_FILES:
         raise PromptError(
             f"the question has more than {MAX_FILES} files: ask in several turns",
             f"一个问题最多 {MAX_FILES} 个文件，请分几次提问",

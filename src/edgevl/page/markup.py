@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgevl.page.conversation import Turn
+from edgevl.page.conversation import PageTurn
 
 #: What is set as a formula. ``$…$`` becomes ``\\(…\\)`` beforehand, where it is no price.
 LATEX_DELIMITERS: list[dict[str, str | bool]] = [
@@ -40,7 +40,9 @@ def _box_as_text(found: re.Match[str]) -> str:
     return f"**{label}** `{boxes}`" if label else f"`{boxes}`"
 
 
-def chat_messages(turns: Sequence[Turn], lang: str, growing: bool = False) -> list[dict[str, Any]]:
+def chat_messages(
+    turns: Sequence[PageTurn], lang: str, growing: bool = False
+) -> list[dict[str, Any]]:
     """Return the messages of Gradio's ``Chatbot`` for ``turns``.
 
     Args:
@@ -51,7 +53,7 @@ def chat_messages(turns: Sequence[Turn], lang: str, growing: bool = False) -> li
     return [message for _, message in _pairs(turns, lang, growing)]
 
 
-def asked_at(turns: Sequence[Turn], index: int) -> int | None:
+def asked_at(turns: Sequence[PageTurn], index: int) -> int | None:
     """Return the number of the turn whose question is message ``index``; None if it is another."""
     pairs = _pairs(turns, "en", False)
     if not 0 <= index < len(pairs):
@@ -61,11 +63,11 @@ def asked_at(turns: Sequence[Turn], index: int) -> int | None:
     return number if asked and "text" in message["content"] else None
 
 
-def _pairs(turns: Sequence[Turn], lang: str, growing: bool) -> list[tuple[int, dict[str, Any]]]:
+def _pairs(turns: Sequence[PageTurn], lang: str, growing: bool) -> list[tuple[int, dict[str, Any]]]:
     pairs = []
     for number, turn in enumerate(turns):
         last = growing and number == len(turns) - 1
-        messages = [_file("user", path) for path in (*turn.pictures, *turn.videos)]
+        messages = [_file("user", path) for path in turn.files]
         if turn.text:
             messages.append(_text("user", turn.text))
         if turn.thinking.strip():

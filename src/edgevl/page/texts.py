@@ -7,7 +7,7 @@ from pathlib import Path
 from edgevl.errors import EdgeVLError
 from edgevl.generate import Answer
 from edgevl.options import OPTIONS
-from edgevl.page.conversation import Turn
+from edgevl.page.conversation import PageTurn
 from edgevl.preprocess.sources import short_name
 
 #: Labels, translated in the browser.
@@ -50,7 +50,7 @@ def language(accept: str) -> str:
     return "zh" if accept.strip().lower().startswith("zh") else "en"
 
 
-def failure(turn: Turn, lang: str) -> str:
+def failure(turn: PageTurn, lang: str) -> str:
     """Say in one line why ``turn`` has no answer, with files by the names that the user knows."""
     if not isinstance(turn.error, EdgeVLError):
         return (
@@ -59,7 +59,7 @@ def failure(turn: Turn, lang: str) -> str:
             else "internal error; the server's log has it"
         )
     text = " ".join(((turn.error.chinese if lang == "zh" else "") or str(turn.error)).split())
-    for path in (*turn.pictures, *turn.videos):
+    for path in turn.files:
         text = text.replace(short_name(str(path)), Path(path).name)
     return text
 
