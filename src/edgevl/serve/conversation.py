@@ -226,7 +226,7 @@ def _constraint(body: ChatRequest, tools: Sequence[Tool]) -> Constraint | None:
     text: Constraint | None = None
     with blamed_on("response_format"):
         wanted = body.response_format
-        if wanted is not None and wanted.type != "text":
+        if wanted is not None and body.formatted:
             if isinstance(wanted, PlainFormat):
                 schema, name = wanted.schema_, "response_format.schema"
             else:

@@ -28,12 +28,8 @@ from edgevl.preprocess.sources import short_name
 #: Errors of EdgeVL that are the request's fault.
 REQUEST_ERRORS = (PromptError, ImageError, VideoError, FetchError)
 
-# Known to other servers, not offered here: these may only have the value that changes nothing.
-_NOT_OFFERED = frozenset(
-    "audio best_of echo function_call functions grammar guided_choice guided_grammar guided_json "
-    "guided_regex modalities structured_outputs suffix".split()
-)
-
+#: Type of a fault: a field that other servers know, with a value that cannot be had here.
+NOT_OFFERED = "not_offered"
 #: Most characters of a message.
 _MAX_CHARS = 1000
 
@@ -168,8 +164,8 @@ def as_invalid(error: ValidationError, body: Any) -> ApiError:
     )
     param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:] or None
     where, what, code = param or "the body", fault["msg"], "invalid_value"
-    if _NOT_OFFERED.intersection(path):
-        message, code = f"{param} is not supported here: leave it out", "unsupported_value"
+    if fault["type"] == NOT_OFFERED:
+        message, code = f"{param} {what}", "unsupported_value"
     elif fault["type"] == "missing":
         message, code = f"Missing required parameter: {where}", "missing_required_parameter"
     else:

@@ -1,7 +1,8 @@
 """Bodies of requests, as Pydantic checks them and the OpenAPI document describes them.
 
 Clients of other servers send fields that mean nothing here. They are kept, and `IgnoredFields`
-names them. What would make another answer of it and cannot be had is a field that must be empty.
+names them. What would make another answer of it and cannot be had is a field `NotOffered`, which may
+only have the value that changes nothing.
 """
 
 from __future__ import annotations
@@ -11,11 +12,21 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from edgevl.options import MAX_BIASES, OPTIONS, Option
-from edgevl.serve.errors import ApiError
+from edgevl.serve.errors import NOT_OFFERED, ApiError
 
 logger = logging.getLogger("edgevl.serve")
 
@@ -45,6 +56,14 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _only(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Take no other value than those of the type."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise PydanticCustomError(NOT_OFFERED, "is not supported here: leave it out") from None
+
+
 ShortText = Annotated[str, Field(max_length=512)]
 StopText = Annotated[str, Field(min_length=1, max_length=512)]
 Whole = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)]
@@ -57,7 +76,8 @@ TokenLimit = Annotated[
     ),
 ]
 Stop: TypeAlias = Annotated[str, Field(max_length=512)] | list[StopText] | None
-Nothing: TypeAlias = Annotated[list[Any], Field(max_length=0)] | None
+NotOffered = WrapValidator(_only)
+Nothing = Annotated[Annotated[list[Any], Field(max_length=0)] | None, NotOffered]
 
 
 class Strict(BaseModel):
@@ -396,7 +416,7 @@ class ChatRequest(Sampling):
         None, description="Whether `required` may be several calls; default: true."
     )
     functions: Nothing = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: list[Annotated[Literal["text"], NotOffered]] | None = None
 
     @property
     def thinking(self) -> bool | None:
@@ -444,9 +464,9 @@ class CompletionRequest(Sampling):
     )
     max_tokens: TokenLimit = Field(None, description="Default: 16.")
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    echo: Annotated[Literal[False] | None, NotOffered] = None
+    best_of: Annotated[Literal[1] | None, NotOffered] = None
+    suffix: Annotated[Literal[""] | None, NotOffered] = None
 
 
 class IgnoredFields:

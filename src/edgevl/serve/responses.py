@@ -15,9 +15,6 @@ from edgevl.generate.answer import Usage
 from edgevl.generate.sampling import TokenLogprobs
 from edgevl.generate.text import hidden_ids
 
-#: In place of minus infinity, which JSON lacks.
-LEAST = -9999.0
-
 
 class PromptTokensDetails(BaseModel):
     """What the prompt's tokens are."""
@@ -258,9 +255,9 @@ class TokenTexts:
             offset += self.characters(token.token_id)
         return CompletionLogprobs(
             tokens=[self.text(token.token_id) for token in tokens],
-            token_logprobs=[max(token.logprob, LEAST) for token in tokens],
+            token_logprobs=[token.logprob for token in tokens],
             top_logprobs=[
-                {self.text(token_id): max(logprob, LEAST) for token_id, logprob in token.top}
+                {self.text(token_id): logprob for token_id, logprob in token.top}
                 for token in tokens
             ],
             text_offset=offsets,
@@ -269,7 +266,7 @@ class TokenTexts:
     def _top(self, token_id: int, logprob: float) -> TopLogprob:
         return TopLogprob(
             token=self.text(token_id),
-            logprob=max(logprob, LEAST),
+            logprob=logprob,
             bytes=list(self.bytes(token_id)),
         )
 
