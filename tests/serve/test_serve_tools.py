@@ -287,6 +287,38 @@ def test_a_model_that_calls_of_itself(scripted, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_may_call_once(scripted, stream):
+    """What it says after its first call is not given, nor what that took."""
+    client, scheduler = scripted
+    asking = {"tools": TOOLS, "parallel_tool_calls": False, "stream": stream, "logprobs": True}
+
+    def work():
+        asked = ask(client, user(text("Hello")), **asking)
+        return list(asked) if stream else asked
+
+    thread, results = in_background(work)
+    job = scheduler.next()
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    for piece in ("I look.", "\n" + call + "\n" + call, "\nAnd", "\n" + call):
+        job.say(piece)
+    job.end()
+    thread.join(10)
+    (found,) = results
+    if stream:
+        choices = [chunk.choices[0] for chunk in found]
+        said = "".join(choice.delta.content or "" for choice in choices)
+        calls = [call for choice in choices for call in choice.delta.tool_calls or ()]
+        tokens = [token for c in choices if c.logprobs for token in c.logprobs.content]
+        reason = choices[-1].finish_reason
+    else:
+        (choice,) = found.choices
+        said, calls = choice.message.content, choice.message.tool_calls
+        tokens, reason = choice.logprobs.content, choice.finish_reason
+    assert (said, [call.function.name for call in calls]) == ("I look.", ["now"])
+    assert (len(tokens), reason) == (2, "tool_calls")
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("words", "content", "calls"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.generation import Chunk
-from edgevl.generate.sampling import TokenLogprobs
+from edgevl.generate.sampling import LEAST, TokenLogprobs
 from edgevl.generate.text import Piece
 from edgevl.serve.app import PageGate, create_app
 from edgevl.serve.server import Server, listen, url_of
@@ -90,7 +90,7 @@ class Job:
     def say(self, words, thinking=False, token_id=5):
         logprobs = ()
         if self.top_logprobs is not None:
-            top = ((token_id, -0.5), (6, float("-inf")))[: self.top_logprobs]
+            top = ((token_id, -0.5), (6, LEAST))[: self.top_logprobs]
             logprobs = (TokenLogprobs(token_id, -0.5, top),)
         self.ids.append(token_id)
         self.deliver(Chunk((Piece(words, thinking),), (token_id,), logprobs))

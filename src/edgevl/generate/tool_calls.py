@@ -43,8 +43,11 @@ class ToolCallSplitter:
     def __init__(self, tools: Sequence[Tool] = ()) -> None:
         """Start before the first character of an answer; ``tools`` are those that were offered."""
         self._tools = {tool.name: tool for tool in tools}
-        self._bare = bool(tools)  # the answer so far may be calls without tags
         self._held = ""
+        # The answer so far may be calls without tags: these, and what follows them.
+        self._bare = bool(tools)
+        self._calls: list[ToolCall] = []
+        self._rest = ""
         self._between = False  # after a call, where white space belongs to nothing
         # In a call, which begins with what is held:
         self._start = ""  # its tag; empty outside of calls
@@ -55,7 +58,7 @@ class ToolCallSplitter:
         """Take more text; yield the text and the calls that are now certain, in their order."""
         self._held += text
         if self._bare:
-            self._bare = len(self._held) <= MAX_TOOL_BYTES and self._may_be_calls()
+            self._bare = len(self._held) <= MAX_TOOL_BYTES and self._may_be_calls(text)
             if self._bare:
                 return
         while True:
@@ -74,10 +77,9 @@ class ToolCallSplitter:
         """Yield what was held back. A call that lacks only its end tag is one."""
         if self._bare:
             self._bare = False
-            calls, rest = _calls_in(self._held)
-            if not rest and calls and all(map(self._fits, calls)):
+            if self._calls and _GAP.fullmatch(self._rest):
                 self._held = ""
-                yield from calls
+                yield from self._calls
             yield from self.add("")
         while self._start:
             yield from self._end_call(len(self._held))
@@ -90,14 +92,18 @@ class ToolCallSplitter:
         tool = self._tools.get(call.name)
         return tool is not None and tool.takes(json.loads(call.arguments))
 
-    def _may_be_calls(self) -> bool:
-        """Whether all that is held may be calls without tags, or become ones."""
-        calls, rest = _calls_in(self._held)
-        if len(calls) > MAX_CALLS or not all(map(self._fits, calls)):
-            return False
+    def _may_be_calls(self, text: str) -> bool:
+        """Read on: whether all that is held may be calls without tags, or become ones."""
+        self._rest += text
+        if "}" in text:  # which ends an object, perhaps
+            calls, self._rest = _calls_in(self._rest)
+            self._calls += calls
+            if len(self._calls) > MAX_CALLS or not all(map(self._fits, calls)):
+                return False
+        rest = self._rest[_skip(_GAP, self._rest, 0) :]
         if not rest.startswith("{"):
             return any(fence.startswith(rest) for fence in _FENCES)
-        if _members(rest, 0)[0]:  # whole, and no call
+        if "}" in text and _members(rest, 0)[0]:  # whole, and no call
             return False
         opening = rest[1:].lstrip()
         key, closed, after = opening[1:].partition('"')
@@ -142,7 +148,8 @@ class ToolCallSplitter:
     def _end_call(self, end: int) -> Sequence[str | ToolCall]:
         """Return the calls that end there, or, if they are none, the tag, which is text then."""
         calls, rest = _calls_in(self._held[len(self._start) : end].removesuffix(CALL_END))
-        pieces: Sequence[str | ToolCall] = calls if calls and not rest else [self._start]
+        whole = calls and _GAP.fullmatch(rest)
+        pieces: Sequence[str | ToolCall] = calls if whole else [self._start]
         self._held = self._held[end if pieces is calls else len(self._start) :]
         self._start, self._between = "", pieces is calls
         return pieces
@@ -162,18 +169,17 @@ def split_tool_calls(text: str, tools: Sequence[Tool] = ()) -> tuple[str, list[T
 
 
 def _calls_in(text: str) -> tuple[list[ToolCall], str]:
-    """Return the calls that a text begins with, and the rest, from where there is none."""
+    """Return the calls that a text begins with, and what follows the last."""
     text = _UNDERSCORE.sub(r"\1_", text)
     calls: list[ToolCall] = []
-    at = _skip(_GAP, text, 0)
-    while at < len(text):
-        members, end = _members(text, at)
+    end = 0
+    while True:
+        members, after = _members(text, _skip(_GAP, text, end))
         call = _call(members)
         if call is None:
-            break
+            return calls, text[end:]
         calls.append(call)
-        at = _skip(_GAP, text, end)
-    return calls, text[at:]
+        end = after
 
 
 def _members(text: str, at: int) -> tuple[dict[str, str], int]:

@@ -117,12 +117,20 @@ class _ChatWriter:
         self._texts = texts
         self._logprobs = ChatLogprobs(content=[]) if body.logprobs else None
         self._splitter = ToolCallSplitter(untagged) if tools else None
+        self._one_call = body.parallel_tool_calls is False
         self._begun = False
         self._text = self._thoughts = self._reason = ""
         self._calls: list[ToolCall] = []
 
+    @property
+    def _full(self) -> bool:
+        """Whether what comes yet is not given: there is a call, and only one was asked for."""
+        return self._one_call and bool(self._calls)
+
     def add(self, chunk: Chunk) -> Iterable[ChatDelta]:
         yield from self._begin()
+        if self._full:
+            return
         logprobs = None
         if self._logprobs:
             logprobs = self._texts.chat(chunk.logprobs)
@@ -145,7 +153,7 @@ class _ChatWriter:
             yield self._delta(delta)
         self._thoughts = answer.thinking
         self._reason = answer.finish_reason
-        if self._calls and self._reason == "stop":
+        if self._calls and (self._full or self._reason == "stop"):
             self._reason = "tool_calls"
         yield self._delta(ReplyMessage(), finish_reason=self._reason)
 
@@ -171,6 +179,8 @@ class _ChatWriter:
 
     def _said(self, parts: Iterable[str | ToolCall]) -> Iterator[ReplyMessage]:
         for part in parts:
+            if self._full:
+                return
             if isinstance(part, ToolCall):
                 yield ReplyMessage(tool_calls=[_call(part, index=len(self._calls))])
                 self._calls.append(part)

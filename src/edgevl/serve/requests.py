@@ -1,7 +1,7 @@
 """Bodies of requests, as Pydantic checks them and the OpenAPI document describes them.
 
 Clients of other servers send fields that mean nothing here. They are kept, and `IgnoredFields`
-names them. What would make another answer of it and cannot be had is a field `NotOffered`, which may
+names them. Fields that would make another answer of it and cannot be had are `NotOffered`: they may
 only have the value that changes nothing.
 """
 
