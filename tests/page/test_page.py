@@ -43,13 +43,14 @@ class Scripted:
 
     def __init__(self, say, pause_s=0.0):
         self.say, self.pause_s = say, pause_s
-        self.turns, self.calls = [], []
+        self.turns, self.calls, self.made = [], [], []
         self.words = 0  # said so far, whatever became of the answers
 
     def new(self):
         """Take the place of ``Model.chat``; sessions share the script and what was counted."""
         session = Scripted(self.say, self.pause_s)
         session.calls, session.owner = self.calls, self
+        self.made.append(session)
         return session
 
     def undo(self):
@@ -704,6 +705,8 @@ def test_files_that_are_refused(browser, tiny_page, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     tab = open_page(browser, tiny_page, locale="zh-CN")
     assert tab.get_attribute("#box textarea", "placeholder") == "输入问题，图片可拖入或粘贴到这里"
+    tab.wait_for_selector("#thinking >> text=否", state="attached")
+    assert tab.locator("#thinking label").all_text_contents() == [" 默认", " 是", " 否"]
     tab.set_input_files("#box input[type=file]", tmp_path / "large.png")
     lines = tab.inner_text(".toast-body.error").splitlines()
     assert lines[0] == "错误"
@@ -820,9 +823,11 @@ def test_the_checkpoint_s_defaults_are_where_the_sliders_begin(browser):
         tab.locator("#settings >> label:has-text('Temperature') >> xpath=../..").locator(
             "input[type=number]"
         ).fill("0.85")
+        tab.click("#thinking >> text=no")
         ask(tab, "two")
         answered(tab)
         tab.context.close()
+    assert [session.thinking for session in script.made] == [False]
     assert said.count("Default: the model's generation_config.json") == len(own)
     first, second = script.calls
     rest = {"max_tokens": 100, "frequency_penalty": 0, "presence_penalty": 0, "seed": None}

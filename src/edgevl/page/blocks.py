@@ -45,6 +45,8 @@ UPLOAD_AGE_S, UPLOAD_CHECK_S = 6 * 3600, 600
 
 _SLIDERS = [name for name, option in OPTIONS.items() if option.slider is not None]
 _RARE = [name for name in _SLIDERS if OPTIONS[name].rare]
+#: Whether the model thinks first. ``page.js`` translates what Gradio's `I18n` leaves as it is.
+_THINKING = {"default": None, "yes": True, "no": False}
 
 # Browsers, and Python's table, do not know all of these by their kind.
 _PICTURES = ["image", ".heic", ".heif"]
@@ -280,7 +282,9 @@ def _settings(
 
     controls: dict[str, gr.components.Component] = {
         "system": gr.Textbox(label=labels("system"), lines=2, elem_id="system"),
-        "thinking": gr.Checkbox(label=labels("thinking")),
+        "thinking": gr.Radio(
+            list(_THINKING), value="default", label=labels("thinking"), elem_id="thinking"
+        ),
         "max_tokens": gr.Slider(
             1, context, min(512, context), step=1, label=labels("max_tokens"), elem_id="max_tokens"
         ),
@@ -303,7 +307,7 @@ def _settings(
         tiles, seed = given.pop("max_tiles", None), given.pop("seed")
         return Settings(
             system=given.pop("system").strip() or None,
-            thinking=given.pop("thinking") or None,
+            thinking=_THINKING[given.pop("thinking")],
             max_tiles=None if tiles is None else int(tiles),
             frames=int(given.pop("frames", DEFAULT_FRAMES)),
             sampling=given
@@ -334,17 +338,17 @@ def _connect(
         return gr.update(submit_btn=True, stop_btn=False, **typed)
 
     def show(
-        conversation: Conversation,
+        request: gr.Request,
         turn: PageTurn,
-        given: Settings,
-        lang: str,
+        given: tuple[Any, ...],
         keep: list[PageTurn] | None = None,
     ) -> Iterator[Shown]:
         """Have ``turn`` answered, and show it as it grows."""
+        conversation, lang = conversations.of(_tab(request)), _language(request)
         cleared = {"value": {"text": "", "files": []}} if keep is None else {}
         yield gr.skip(), gr.update(submit_btn=False, stop_btn=True, **cleared), ""
         started = time.monotonic()
-        for _ in conversation.ask(turn, given, keep):
+        for _ in conversation.ask(turn, read(*given), keep):
             begun = turn.reply or turn.thinking
             line = gr.skip() if begun else working(time.monotonic() - started, lang)
             yield chat_messages(conversation.turns, lang, growing=True), gr.skip(), line
@@ -372,29 +376,24 @@ def _connect(
     def ask(request: gr.Request, typed: dict[str, Any], *given: Any) -> Iterator[Shown]:
         turn = _turn(typed)
         if turn.text.strip() or turn.shown:
-            conversation = conversations.of(_tab(request))
-            yield from show(conversation, turn, read(*given), _language(request))
+            yield from show(request, turn, given)
         else:
             yield nothing
 
     def retry(request: gr.Request, *given: Any) -> Iterator[Shown]:
-        conversation = conversations.of(_tab(request))
-        if turns := conversation.turns:
-            turn, keep = turns[-1].again(), turns[:-1]
-            yield from show(conversation, turn, read(*given), _language(request), keep)
+        if turns := conversations.of(_tab(request)).turns:
+            yield from show(request, turns[-1].again(), given, turns[:-1])
         else:
             yield nothing
 
     def edit(event: gr.EditData, request: gr.Request, *given: Any) -> Iterator[Shown]:
-        conversation = conversations.of(_tab(request))
+        turns = conversations.of(_tab(request)).turns
         index = event.index[0] if isinstance(event.index, list | tuple) else event.index
-        number = asked_at(conversation.turns, index)
+        number = asked_at(turns, index)
         if number is None or not isinstance(event.value, str):
-            yield chat_messages(conversation.turns, _language(request)), gr.skip(), gr.skip()
-            return
-        turns = conversation.turns
-        turn, keep = turns[number].again(event.value), turns[:number]
-        yield from show(conversation, turn, read(*given), _language(request), keep)
+            yield chat_messages(turns, _language(request)), gr.skip(), gr.skip()
+        else:
+            yield from show(request, turns[number].again(event.value), given, turns[:number])
 
     def undo(request: gr.Request) -> Shown:
         conversation = conversations.of(_tab(request))

@@ -176,9 +176,9 @@ class Conversation:
         except Exception as error:
             turn.error = error
         finally:
+            self._growing = None
             if turn in session.turns:
                 turn.drawing = self._draw(turn)
-            self._growing = None
 
     def _draw(self, turn: PageTurn) -> Path | None:
         """Draw the answer's boxes on the first picture of the latest turn that has one."""

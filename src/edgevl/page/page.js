@@ -1,4 +1,4 @@
-// What Gradio says to a Chinese browser in English.
+// What Gradio says to a Chinese browser in English, and what it does not translate of ours.
 (() => {
   if (!/^zh\b/i.test(navigator.language)) return;
   // Gradio knows zh-CN and zh-TW only.
@@ -11,6 +11,9 @@
     [/^Invalid file types?: (.*)\. Only .* allowed\.$/, "不支持这种文件：$1"],
     [/^This application is currently busy\..*$/, "正在提问的人太多，请稍后再试"],
     [/^Queue is full\..*$/, "正在提问的人太多，请稍后再试"],
+    [/^default$/, "默认"],
+    [/^yes$/, "是"],
+    [/^no$/, "否"],
     [/^Connection errored out\.$/, "与服务器的连接出错，请重试"],
     [/^Connection to the server was lost\..*$/, "与服务器的连接已断开，正在重新连接…"],
   ];
@@ -20,7 +23,7 @@
     if (found) node.data = english.replace(...found);
   };
   new MutationObserver(() => {
-    for (const toast of document.querySelectorAll(".toast-body")) {
+    for (const toast of document.querySelectorAll(".toast-body, #thinking")) {
       const walker = document.createTreeWalker(toast, NodeFilter.SHOW_TEXT);
       while (walker.nextNode()) translate(walker.currentNode);
     }
