@@ -32,6 +32,21 @@ class Chunk:
     logprobs: tuple[TokenLogprobs, ...]
 
 
+def check_length(prompt_tokens: int, max_context: int) -> None:
+    """Check that a prompt leaves room for an answer.
+
+    Raises:
+        ContextLengthError: it does not.
+    """
+    if prompt_tokens >= max_context:
+        raise ContextLengthError(
+            f"the prompt needs {prompt_tokens} tokens, but the context holds {max_context}, answer "
+            "included: shorten it, or use fewer pictures, tiles (max_tiles) or frames of videos",
+            f"这条消息需要 {prompt_tokens} 个词元，而上下文只能容纳 {max_context} 个（含回答）："
+            "请缩短文字，或减少图片、图块或视频帧",
+        )
+
+
 class Generation:
     """An answer, from its prompt on; who computes it decides when, and with what else.
 
@@ -67,11 +82,7 @@ class Generation:
             EdgeVLError: constraints cannot be followed here.
         """
         token_ids = prompt.token_ids.tolist()
-        if len(token_ids) >= max_context:
-            raise ContextLengthError(
-                f"the prompt needs {len(token_ids)} tokens, but the context holds {max_context}, "
-                "answer included: shorten it, or use fewer pictures, tiles or frames"
-            )
+        check_length(len(token_ids), max_context)
         self.prompt = prompt
         self.finish_reason = ""
         mask = masks.start(params.constraint) if params.constraint else None

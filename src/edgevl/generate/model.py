@@ -81,6 +81,7 @@ class Model:
         checkpoint: what it was loaded from.
         engine: what computes it.
         prompts: its tokenizer and chat template.
+        masks: what constrains answers.
         load_ms: what loading took, in milliseconds.
     """
 
@@ -97,7 +98,7 @@ class Model:
         self.prompts = prompts
         self.load_ms = load_ms
         self._rounds: Rounds[Answering] = Rounds(engine, 1, whole_prompts=True)
-        self._masks = TokenMasks(prompts.tokenizer, prompts.stop_ids)
+        self.masks = TokenMasks(prompts.tokenizer, prompts.stop_ids)
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -172,9 +173,7 @@ class Model:
             EdgeVLError: this thread has an answer of this model under way, which could never end.
         """
         with self._turn():
-            generation = Generation(
-                self.prompts, self._masks, prompt, params, self.max_context, started
-            )
+            generation = self.generation(prompt, params, started)
             begun = self._rounds.start(Answering(generation))
             assert begun, "no other answer is under way"
             while not generation.finish_reason:
@@ -183,6 +182,18 @@ class Model:
                         raise gain
                     yield from gain.pieces
             return generation.answer(self.load_ms)
+
+    def generation(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        started: float,
+        top_logprobs: int | None = None,
+    ) -> Generation:
+        """Prepare an answer; see `Generation`."""
+        return Generation(
+            self.prompts, self.masks, prompt, params, self.max_context, started, top_logprobs
+        )
 
     def score(self, prompt: Prompt, token_ids: Sequence[int]) -> Generator[Floats, None, None]:
         """Yield the logits with which a given answer would be generated (teacher forcing).

@@ -18,7 +18,6 @@ from edgevl.generate.model import Model
 from edgevl.generate.rounds import Answering, Rounds
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.text import Piece
-from edgevl.generate.token_mask import TokenMasks
 from edgevl.preprocess import Prompt
 
 log = logging.getLogger(__name__)
@@ -88,9 +87,8 @@ class Scheduler:
         """
         self.model = model
         self.max_queue = max_queue
-        self.max_context = model.engine.max_context
+        self.max_context = model.max_context
         self.prompts = model.prompts
-        self._masks = TokenMasks(model.prompts.tokenizer, model.prompts.stop_ids)
         self._rounds: Rounds[Request] = Rounds(model.engine, max_sequences)
         self._queue: FairQueue[Request] = FairQueue()
         self._mean_s = LEAST_WAIT_S
@@ -139,15 +137,7 @@ class Scheduler:
             EdgeVLError: it is closing, or constraints cannot be followed here.
         """
         self._check_open()
-        generation = Generation(
-            self.prompts,
-            self._masks,
-            prompt,
-            params,
-            self.max_context,
-            time.perf_counter(),
-            top_logprobs,
-        )
+        generation = self.model.generation(prompt, params, time.perf_counter(), top_logprobs)
         request = Request(self, generation, deliver, client)
         with self._changed:
             self._check_open()
@@ -162,7 +152,7 @@ class Scheduler:
             PromptError: the constraint's grammar is malformed, or a part of it too complex.
             EdgeVLError: constraints cannot be followed here.
         """
-        self._masks.check(constraint)
+        self.model.masks.check(constraint)
 
     def cancel(self, request: Request) -> None:
         """See `Request.cancel`."""

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from edgevl.checkpoint import ModelDirectory
-from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError, PromptError
+from edgevl.errors import CheckpointError, EdgeVLError, PromptError
 from edgevl.generate.answer import Answer
+from edgevl.generate.generation import check_length
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.text import Piece, spoken_text
 from edgevl.generate.tool_calls import split_tool_calls
 from edgevl.preprocess import (
     GeneratedTokens,
     Message,
-    Picture,
     Prompt,
     PromptEncoder,
     Tool,
@@ -254,10 +254,8 @@ class Session:
         turn.thinking, turn.reply, turn.answer = "", "", None
         results = [tool_results] if isinstance(tool_results, str) else tool_results
         turn.messages = [Message.tool(result) for result in results]
-        pictures = self._pictures([each.source for each in turn.shown if not each.is_video])
-        videos = self._videos([each.source for each in turn.shown if each.is_video], frames)
         if turn.text or turn.shown or not turn.messages:
-            turn.messages.append(Message.user(turn.text, pictures, videos))
+            turn.messages.append(self._question(turn, frames))
         turns = [*(self.turns if after is None else after), turn]
         left_out, prompt = self._fit(turns, params)
         return Stream(self._run(turns, left_out, prompt, params, started))
@@ -285,7 +283,8 @@ class Session:
             images: a picture or several.
             answer_tokens: room that is wanted for the answer.
         """
-        turn = Turn(messages=[Message.user(text, self._pictures(_listed(images)))])
+        turn = Turn(text, [Attachment(image) for image in _listed(images)])
+        turn.messages = [self._question(turn, DEFAULT_FRAMES)]
         return self._fit([*self.turns, turn], SamplingParams(max_tokens=answer_tokens))[1]
 
     def reset(self) -> None:
@@ -296,22 +295,21 @@ class Session:
         """Forget the last turn, its question and its answer, and return it, if there is one."""
         return self.turns.pop() if self.turns else None
 
-    def _pictures(self, sources: Sequence[Any]) -> list[Picture]:
-        self._check_vision(sources)
-        config = self._checkpoint.config
-        return [prepare_picture(source, config, self.max_tiles) for source in sources]
-
-    def _videos(self, sources: Sequence[Any], frames: int) -> list[list[Picture]]:
-        self._check_vision(sources)
-        return [prepare_video(source, self._checkpoint.config, frames) for source in sources]
-
-    def _check_vision(self, sources: Sequence[Any]) -> None:
-        if sources and not self._checkpoint.has_vision:
+    def _question(self, turn: Turn, frames: int) -> Message:
+        """Return what a turn asks, with its pictures and videos prepared."""
+        if turn.shown and not self._checkpoint.has_vision:
             raise CheckpointError(
                 f"{self._checkpoint.path} has no vision weights: it answers text only; for "
                 "pictures give the whole model",
                 "这个模型没有视觉部分，只能回答文字问题",
             )
+        config = self._checkpoint.config
+        images = [each.source for each in turn.shown if not each.is_video]
+        pictures = [prepare_picture(image, config, self.max_tiles) for image in images]
+        videos = [each.source for each in turn.shown if each.is_video]
+        return Message.user(
+            turn.text, pictures, [prepare_video(video, config, frames) for video in videos]
+        )
 
     def _fit(self, turns: Sequence[Turn], params: SamplingParams) -> tuple[int, Prompt]:
         """Leave out the oldest messages until prompt and answer fit: -> how many, the prompt.
@@ -333,14 +331,7 @@ class Session:
             if length + reserve <= context:
                 break
         else:
-            if length >= context:
-                raise ContextLengthError(
-                    f"the message needs {length} tokens, but the context holds {context}, answer "
-                    "included: shorten it, or use fewer pictures, tiles (max_tiles) or frames of "
-                    "videos",
-                    f"这条消息需要 {length} 个词元，而上下文只能容纳 {context} 个（含回答）："
-                    "请缩短文字，或减少图片、图块或视频帧",
-                )
+            check_length(length, context)
         return left_out, prompt
 
     def _run(

@@ -23,10 +23,10 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from edgevl.errors import ContextLengthError, EdgeVLError
+from edgevl.errors import EdgeVLError
 from edgevl.generate.answer import Answer, Usage
 from edgevl.generate.constraint import Constraint
-from edgevl.generate.generation import Chunk
+from edgevl.generate.generation import Chunk, check_length
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.scheduler import Event, Scheduler
 from edgevl.generate.scheduler import Request as Generating
@@ -93,16 +93,10 @@ async def encoded(
     Raises:
         ApiError: it makes none, or the context does not hold one and a token of its answer.
     """
-    most = loaded.scheduler.max_context
     with blamed_on(param):
         prompts = await to_thread.run_sync(encode, limiter=_ENCODING)
-        for length in (len(prompt.token_ids) for prompt in prompts):
-            if length >= most:
-                raise ContextLengthError(
-                    f"the prompt has {length} tokens, but the context holds {most}, answer "
-                    "included: shorten it, or use fewer pictures, tiles (max_tiles) or frames of "
-                    "videos"
-                )
+        for prompt in prompts:
+            check_length(len(prompt.token_ids), loaded.scheduler.max_context)
         return prompts
 
 
