@@ -12,7 +12,7 @@ import edgevl
 from edgevl.errors import ContextLengthError, EdgeVLError, QueueFullError
 from edgevl.generate import Answer, SamplingParams, Session
 from edgevl.generate.fair_queue import FairQueue
-from edgevl.generate.generation import Chunk
+from edgevl.generate.generation import Delta
 from edgevl.generate.scheduler import Scheduler
 from edgevl.generate.slots import Slots
 from edgevl.preprocess import Message, prepare_picture
@@ -59,7 +59,7 @@ class Request:
         return self.events.get(timeout=60)
 
     def result(self):
-        while isinstance(event := self.next(), Chunk):
+        while isinstance(event := self.next(), Delta):
             self.chunks.append(event)
         assert self.events.empty()
         return event
@@ -266,7 +266,7 @@ def ask_again(scheduler, model, deliver):
 def test_a_cancelled_answer_stops_within_a_token(scheduler, model):
     request = Request(scheduler, prompt_of(model, "Go on"), **long_answer())
     for _ in range(3):
-        assert isinstance(request.next(), Chunk)
+        assert isinstance(request.next(), Delta)
     request.ticket.cancel()
     request.ticket.cancel()
     answer = request.result()
@@ -298,7 +298,7 @@ def test_a_failing_answer_is_the_only_one(scheduler, model, monkeypatch):
         error = Request(scheduler, broken).result()
     assert str(error) == "the encoder is broken"
     for _ in range(3):
-        assert isinstance(steady.next(), Chunk)
+        assert isinstance(steady.next(), Delta)
     with monkeypatch.context() as patched:
         patched.setattr("edgevl.engine.cpu.CpuEngine.decode", fail)
         assert isinstance(steady.result(), EdgeVLError | TypeError)
@@ -315,7 +315,7 @@ def test_a_sequence_that_cannot_be_had_fails_its_request_only(scheduler, model, 
     with monkeypatch.context() as patched:
         patched.setattr("edgevl.engine.cpu.CpuEngine.new_sequence", fail)
         assert isinstance(Request(scheduler, prompt_of(model, "Hello")).result(), MemoryError)
-    assert isinstance(steady.next(), Chunk)
+    assert isinstance(steady.next(), Delta)
     steady.ticket.cancel()
     assert isinstance(Request(scheduler, prompt_of(model, "Hello"), max_tokens=2).result(), Answer)
 

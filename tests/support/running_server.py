@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgevl.generate.answer import Answer, Timings, Usage
-from edgevl.generate.generation import Chunk
+from edgevl.generate.generation import Delta
 from edgevl.generate.sampling import LEAST, TokenLogprobs
 from edgevl.generate.text import Piece
 from edgevl.serve.app import PageGate, create_app
@@ -93,7 +93,7 @@ class Job:
             top = ((token_id, -0.5), (6, LEAST))[: self.top_logprobs]
             logprobs = (TokenLogprobs(token_id, -0.5, top),)
         self.ids.append(token_id)
-        self.deliver(Chunk((Piece(words, thinking),), (token_id,), logprobs))
+        self.deliver(Delta((Piece(words, thinking),), (token_id,), logprobs))
 
     def end(self, words="", thinking="", finish_reason="stop"):
         usage = Usage(len(self.prompt.token_ids), 0, len(self.ids), 2)

@@ -18,7 +18,7 @@ from edgevl.preprocess import Prompt, PromptEncoder
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Delta:
     """What a step added to an answer.
 
     Attributes:
@@ -114,16 +114,16 @@ class Generation:
 
     def prefill(
         self, runner: PrefixRunner, step: int | None = None
-    ) -> Generator[None, None, Chunk]:
+    ) -> Generator[None, None, Delta]:
         """Compute the prompt and choose the first token; see `PrefixRunner.prefill`."""
         steps = runner.prefill(self.prompt, step)
         prefilled = yield from self._timed(runner.engine, steps)
         self._cached_tokens = prefilled.cached_tokens
-        chunk = self._take(prefilled.logits[None], ())
+        delta = self._take(prefilled.logits[None], ())
         self._ttft_ms = 1000 * (time.perf_counter() - self._started)
-        return chunk
+        return delta
 
-    def step(self, runner: PrefixRunner, waited_ms: float = 0.0) -> Chunk:
+    def step(self, runner: PrefixRunner, waited_ms: float = 0.0) -> Delta:
         """Compute the latest token by itself, with a draft of what follows if there is one.
 
         Args:
@@ -137,16 +137,16 @@ class Generation:
         before = self._chosen
         latest = self.latest
         logits = runner.extend([latest, *draft]) if draft else runner.decode(latest)
-        chunk = self._take(logits, draft)
+        delta = self._take(logits, draft)
         gained = self._chosen - before
         if draft:
             runner.truncate(len(runner) - (len(draft) + 1 - gained))
         elapsed_ms = 1000 * (time.perf_counter() - begun)
         self._decode_ms += waited_ms + elapsed_ms
         lookup.learn(len(draft), gained, elapsed_ms)
-        return chunk
+        return delta
 
-    def take(self, logits: Floats, elapsed_ms: float) -> Chunk:
+    def take(self, logits: Floats, elapsed_ms: float) -> Delta:
         """Choose the token after `latest`, which was computed together with other answers' ones.
 
         Args:
@@ -156,10 +156,10 @@ class Generation:
         self._decode_ms += elapsed_ms
         return self._take(logits[None], ())
 
-    def cut(self) -> Chunk:
+    def cut(self) -> Delta:
         """End the answer for want of room; return the text that was held back."""
         self.finish_reason = "length"
-        return Chunk(tuple(self._text.finish()), (), ())
+        return Delta(tuple(self._text.finish()), (), ())
 
     def answer(self, load_ms: float) -> Answer:
         """Return the answer as far as it has come; ``load_ms`` is passed on."""
@@ -214,7 +214,7 @@ class Generation:
         self._lookup.follow(self._token_ids)
         return self._lookup
 
-    def _take(self, logits: Floats, draft: Sequence[int]) -> Chunk:
+    def _take(self, logits: Floats, draft: Sequence[int]) -> Delta:
         """Choose a token from each row [T, V], as long as it is what the draft had there."""
         pieces: list[Piece] = []
         token_ids: list[int] = []
@@ -241,4 +241,4 @@ class Generation:
         self._token_ids += token_ids
         if self.finish_reason:
             pieces += self._text.finish()
-        return Chunk(tuple(pieces), tuple(token_ids), tuple(logprobs))
+        return Delta(tuple(pieces), tuple(token_ids), tuple(logprobs))

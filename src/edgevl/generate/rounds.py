@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from typing import Generic, TypeAlias, TypeVar
 
 from edgevl.engine.base import Engine
-from edgevl.generate.generation import Chunk, Generation
+from edgevl.generate.generation import Delta, Generation
 from edgevl.generate.prefix import decode_together
 from edgevl.generate.slots import Slot, Slots
 
@@ -23,7 +23,7 @@ class Answering:
     """
 
     slot: Slot
-    prefill: Generator[None, None, Chunk]
+    prefill: Generator[None, None, Delta]
 
     def __init__(self, generation: Generation) -> None:
         """Wait for `Rounds.start`."""
@@ -38,7 +38,7 @@ class Answering:
 
 AnswerT = TypeVar("AnswerT", bound=Answering)
 #: An answer, and what it has gained or why it failed.
-Gain: TypeAlias = tuple[AnswerT, Chunk | Exception]
+Gain: TypeAlias = tuple[AnswerT, Delta | Exception]
 
 
 class Rounds(Generic[AnswerT]):
@@ -132,7 +132,7 @@ class Rounds(Generic[AnswerT]):
         except Exception as error:
             yield from self._gained(answer, error)
 
-    def _decode_alone(self, answer: AnswerT) -> Chunk | Exception:
+    def _decode_alone(self, answer: AnswerT) -> Delta | Exception:
         """Compute a token of the only answer, more where a draft is right."""
         waited_ms = 1000 * (time.perf_counter() - answer.latest_token)
         try:
@@ -154,13 +154,13 @@ class Rounds(Generic[AnswerT]):
         now = time.perf_counter()
         for answer, row in zip(answers, logits, strict=True):
             try:
-                chunk = answer.generation.take(row, 1000 * (now - answer.latest_token))
+                delta = answer.generation.take(row, 1000 * (now - answer.latest_token))
             except Exception as error:
                 yield from self._gained(answer, error)
             else:
-                yield from self._gained(answer, chunk)
+                yield from self._gained(answer, delta)
 
-    def _gained(self, answer: AnswerT, gain: Chunk | Exception) -> Iterator[Gain[AnswerT]]:
+    def _gained(self, answer: AnswerT, gain: Delta | Exception) -> Iterator[Gain[AnswerT]]:
         if answer.generation.finish_reason or isinstance(gain, Exception):
             self.end(answer)
         yield answer, gain

@@ -13,7 +13,7 @@ from edgevl.errors import EdgeVLError, QueueFullError
 from edgevl.generate.answer import Answer
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.fair_queue import FairQueue
-from edgevl.generate.generation import Chunk, Generation
+from edgevl.generate.generation import Delta, Generation
 from edgevl.generate.model import Model
 from edgevl.generate.rounds import Answering, Rounds
 from edgevl.generate.sampling import SamplingParams
@@ -22,9 +22,9 @@ from edgevl.preprocess import Prompt
 
 log = logging.getLogger(__name__)
 
-#: What a request is told: chunks, and at last the whole answer or what went wrong. An answer whose
+#: What a request is told: deltas, and at last the whole answer or what went wrong. An answer whose
 #: request was cancelled has the ``finish_reason`` ``cancelled``.
-Event: TypeAlias = Chunk | Answer | Exception
+Event: TypeAlias = Delta | Answer | Exception
 
 #: Weight of the latest request in the running mean of their durations.
 LATEST = 0.2

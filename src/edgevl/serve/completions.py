@@ -8,7 +8,7 @@ from functools import partial
 from anyio import CapacityLimiter, to_thread
 
 from edgevl.generate.answer import Answer
-from edgevl.generate.generation import Chunk
+from edgevl.generate.generation import Delta
 from edgevl.generate.tool_calls import ToolCallSplitter
 from edgevl.preprocess import Prompt
 from edgevl.preprocess.tools import Tool, ToolCall
@@ -119,7 +119,7 @@ class _ChatWriter:
         self._splitter = ToolCallSplitter(untagged) if tools else None
         self._one_call = body.parallel_tool_calls is False
         self._begun = False
-        self._text = self._thoughts = self._reason = ""
+        self._text = ""
         self._calls: list[ToolCall] = []
 
     @property
@@ -127,49 +127,49 @@ class _ChatWriter:
         """Whether what comes yet is not given: there is a call, and only one was asked for."""
         return self._one_call and bool(self._calls)
 
-    def add(self, chunk: Chunk) -> Iterable[ChatDelta]:
+    def add(self, delta: Delta) -> Iterable[ChatDelta]:
         yield from self._begin()
         if self._full:
             return
         logprobs = None
         if self._logprobs:
-            logprobs = self._texts.chat(chunk.logprobs)
+            logprobs = self._texts.chat(delta.logprobs)
             self._logprobs.content += logprobs.content
-        deltas: list[ReplyMessage] = []
-        for piece in filter(None, chunk.pieces):
+        replies: list[ReplyMessage] = []
+        for piece in filter(None, delta.pieces):
             if piece.thinking:
-                deltas.append(ReplyMessage(reasoning_content=piece))
+                replies.append(ReplyMessage(reasoning_content=piece))
             else:
-                deltas += self._said([piece] if not self._splitter else self._splitter.add(piece))
-        if not deltas and chunk.logprobs:
-            deltas = [ReplyMessage(content="")]
-        for delta in deltas:
-            yield self._delta(delta, logprobs)
+                replies += self._said([piece] if not self._splitter else self._splitter.add(piece))
+        if not replies and delta.logprobs:
+            replies = [ReplyMessage(content="")]
+        for reply in replies:
+            yield self._delta(reply, logprobs)
             logprobs = ChatLogprobs(content=[]) if self._logprobs else None
 
     def end(self, answer: Answer) -> Iterable[ChatDelta]:
         yield from self._begin()
-        for delta in self._said(self._splitter.finish() if self._splitter else ()):
-            yield self._delta(delta)
-        self._thoughts = answer.thinking
-        self._reason = answer.finish_reason
-        if self._calls and (self._full or self._reason == "stop"):
-            self._reason = "tool_calls"
-        yield self._delta(ReplyMessage(), finish_reason=self._reason)
+        for reply in self._said(self._splitter.finish() if self._splitter else ()):
+            yield self._delta(reply)
+        yield self._delta(ReplyMessage(), finish_reason=self._finish_reason(answer))
 
-    def whole(self) -> ChatChoice:
+    def whole(self, answer: Answer) -> ChatChoice:
         text = self._text if self._text or not self._calls else None
         message = ReplyMessage(role="assistant", content=text, refusal=None)
         if self._calls:
             message.tool_calls = list(map(_call, self._calls))
-        if self._thoughts:
-            message.reasoning_content = self._thoughts
+        if answer.thinking:
+            message.reasoning_content = answer.thinking
         return ChatChoice(
             index=self._number,
             message=message,
             logprobs=self._logprobs,
-            finish_reason=self._reason,
+            finish_reason=self._finish_reason(answer),
         )
+
+    def _finish_reason(self, answer: Answer) -> str:
+        called = self._calls and (self._full or answer.finish_reason == "stop")
+        return "tool_calls" if called else answer.finish_reason
 
     def _begin(self) -> Iterator[ChatDelta]:
         """Yield the first event of an answer, which says whose it is."""
@@ -190,12 +190,12 @@ class _ChatWriter:
 
     def _delta(
         self,
-        delta: ReplyMessage,
+        reply: ReplyMessage,
         logprobs: ChatLogprobs | None = None,
         finish_reason: str | None = None,
     ) -> ChatDelta:
         return ChatDelta(
-            index=self._number, delta=delta, logprobs=logprobs, finish_reason=finish_reason
+            index=self._number, delta=reply, logprobs=logprobs, finish_reason=finish_reason
         )
 
 
@@ -213,27 +213,26 @@ class _CompletionWriter:
         self._logprobs: CompletionLogprobs | None = None
         if body.logprobs is not None:
             self._logprobs = texts.completion([], 0)
-        self._text = self._reason = ""
+        self._text = ""
         self._characters = 0  # that begin in the tokens so far
 
-    def add(self, chunk: Chunk) -> Iterable[CompletionChoice]:
-        text = "".join(chunk.pieces)
+    def add(self, delta: Delta) -> Iterable[CompletionChoice]:
+        text = "".join(delta.pieces)
         self._text += text
         logprobs = None
         if self._logprobs:
-            logprobs = self._texts.completion(chunk.logprobs, self._characters)
-            self._characters += sum(self._texts.characters(t.token_id) for t in chunk.logprobs)
+            logprobs = self._texts.completion(delta.logprobs, self._characters)
+            self._characters += sum(self._texts.characters(t.token_id) for t in delta.logprobs)
             for name, values in logprobs:
                 getattr(self._logprobs, name).extend(values)
-        if text or chunk.logprobs:
+        if text or delta.logprobs:
             yield self._choice(text, logprobs)
 
     def end(self, answer: Answer) -> Iterable[CompletionChoice]:
-        self._reason = answer.finish_reason
-        yield self._choice("", None, self._reason)
+        yield self._choice("", None, answer.finish_reason)
 
-    def whole(self) -> CompletionChoice:
-        return self._choice(self._text, self._logprobs, self._reason)
+    def whole(self, answer: Answer) -> CompletionChoice:
+        return self._choice(self._text, self._logprobs, answer.finish_reason)
 
     def _choice(
         self, text: str, logprobs: CompletionLogprobs | None, reason: str | None = None

@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from edgevl.errors import EdgeVLError
 from edgevl.generate.answer import Answer, Usage
 from edgevl.generate.constraint import Constraint
-from edgevl.generate.generation import Chunk, check_length
+from edgevl.generate.generation import Delta, check_length
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.scheduler import Event, Scheduler
 from edgevl.generate.scheduler import Request as Generating
@@ -46,14 +46,14 @@ _SEEDS = 2**64
 class Writer(Protocol):
     """Puts one answer into the form of its endpoint."""
 
-    def add(self, chunk: Chunk) -> Iterable[BaseModel]:
+    def add(self, delta: Delta) -> Iterable[BaseModel]:
         """Take what a step added; return the choices of the events that say so."""
 
     def end(self, answer: Answer) -> Iterable[BaseModel]:
         """Take the end; return the choices of the events that say so."""
 
-    def whole(self) -> BaseModel:
-        """Return the choice of a response that does not stream."""
+    def whole(self, answer: Answer) -> BaseModel:
+        """Return the choice of a response that does not stream, after `end`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ async def answers(
     client: str,
     top_logprobs: int | None,
     record: Record,
-) -> AsyncGenerator[tuple[int, Chunk | Answer], None]:
+) -> AsyncGenerator[tuple[int, Delta | Answer], None]:
     """Queue all questions; yield what comes, with the number of the question.
 
     Whoever leaves early, by closing the generator, stops what is being computed.
@@ -302,7 +302,8 @@ class AnswerResponse(Response):
             "timings": TimingsBody.model_validate(ended[0].timings),
         }
         if not self._stream:
-            yield job.reply(**head, choices=[each.whole() for each in writers], **usage)
+            choices = [writer.whole(ended[number]) for number, writer in enumerate(writers)]
+            yield job.reply(**head, choices=choices, **usage)
         elif include_usage:
             yield job.event(**head, choices=[], **usage)
 
