@@ -15,7 +15,7 @@ from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.session import Turn
 from edgevl.generate.token_mask import TokenMasks
 from edgevl.loading import locate
-from edgevl.preprocess import GeneratedTokens, Message
+from edgevl.preprocess import GeneratedTokens, Message, Picture
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +215,16 @@ def test_the_system_message_may_change(model):
     assert changed.token_ids == expected.token_ids
     assert changed.usage.prompt_tokens == expected.usage.prompt_tokens
     assert changed.usage.prompt_tokens != plain.usage.prompt_tokens
+
+
+def test_a_conversation_without_end_takes_no_more_memory(model, monkeypatch):
+    monkeypatch.setattr("edgevl.generate.session.MAX_TURNS", 3)
+    chat = model.chat()
+    for number in range(5):
+        chat.ask(f"{number}", images=[picture(number)], max_tokens=1)
+    assert [turn.text for turn in chat.turns] == ["2", "3", "4"]
+    assert not any(turn.shown for turn in chat.turns)  # but the model is told of them
+    assert sum(isinstance(part, Picture) for m in chat.messages for part in m.parts) == 3
 
 
 def test_an_edited_turn_takes_the_place_of_those_after_it(model):

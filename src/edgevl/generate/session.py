@@ -28,6 +28,10 @@ from edgevl.preprocess import (
 from edgevl.preprocess.video import DEFAULT_FRAMES
 
 
+#: Most turns that are kept, some tens of megabytes of text; the oldest are forgotten.
+MAX_TURNS = 2048
+
+
 class Answerer(Protocol):
     """What answers prompts: a `Model` one at a time, a `Scheduler` many."""
 
@@ -102,7 +106,7 @@ class Turn:
 
     Attributes:
         text: the question.
-        shown: the pictures and videos that go with it.
+        shown: the pictures and videos that go with it; `ask` and `stream` do not keep them.
         thinking: the model's thoughts.
         reply: its answer.
         answer: the same and more, once the answer is complete.
@@ -224,7 +228,10 @@ class Session:
         """
         shown = [Attachment(image) for image in _listed(images)]
         shown += [Attachment(video, is_video=True) for video in _listed(videos)]
-        return self.answer(Turn(text, shown), None, frames, tool_results, **sampling)
+        turn = Turn(text, shown)
+        stream = self.answer(turn, None, frames, tool_results, **sampling)
+        turn.shown = []  # what it takes in memory is the caller's affair
+        return stream
 
     def answer(
         self,
@@ -380,7 +387,7 @@ class Session:
                     gone = min(left_out, len(each.messages))
                     del each.messages[:gone]
                     left_out -= gone
-                self.turns = turns
+                self.turns = turns[-MAX_TURNS:]
 
 
 def _listed(sources: Any) -> list[Any]:
