@@ -27,7 +27,6 @@ from edgevl.preprocess import (
 )
 from edgevl.preprocess.video import DEFAULT_FRAMES
 
-
 #: Most turns that are kept, some tens of megabytes of text; the oldest are forgotten.
 MAX_TURNS = 2048
 
