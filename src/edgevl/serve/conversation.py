@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from edgevl.errors import CheckpointError, PromptError
 from edgevl.generate.constraint import Constraint
@@ -133,12 +133,13 @@ def _in_order_of_calls(messages: Sequence[AnyMessage]) -> list[tuple[int, AnyMes
         ApiError: a result is of no call, or a call has no result or several.
     """
     ordered: list[tuple[int, AnyMessage]] = []
-    calls: list[str] = []  # whose results must come now
+    calls: list[str] = []
     results: dict[str, tuple[int, AnyMessage]] = {}
-    for number, message in enumerate(messages):
+    for number, message in enumerate([*messages, None]):
+        missing = [call_id for call_id in calls if call_id not in results]
         if isinstance(message, ToolMessage):
             call_id = message.tool_call_id
-            if call_id not in calls or call_id in results:
+            if call_id not in missing:
                 param = f"messages[{number}].tool_call_id"
                 raise ApiError(
                     400,
@@ -147,27 +148,21 @@ def _in_order_of_calls(messages: Sequence[AnyMessage]) -> list[tuple[int, AnyMes
                     param,
                 )
             results[call_id] = (number, message)
-            if len(results) == len(calls):
-                ordered += [results[call_id] for call_id in calls]
-                calls, results = [], {}
             continue
-        _check_results(number, calls, results)
-        ordered.append((number, message))
+        if missing:
+            raise ApiError(
+                400,
+                f"messages[{number}]: the result of the tool call {missing[0]!r} must come before "
+                "it, in a message of the role tool",
+                "messages",
+            )
+        ordered += [results[call_id] for call_id in calls]
+        calls, results = [], {}
+        if message is not None:
+            ordered.append((number, message))
         if isinstance(message, AssistantMessage):
             calls = [call.id for call in message.tool_calls or ()]
-    _check_results(len(messages), calls, results)
     return ordered
-
-
-def _check_results(number: int, calls: Sequence[str], results: Collection[str]) -> None:
-    """Refuse a message of that number where a call before has no result yet."""
-    if missing := [call_id for call_id in calls if call_id not in results]:
-        raise ApiError(
-            400,
-            f"messages[{number}]: the result of the tool call {missing[0]!r} must come before it, "
-            "in a message of the role tool",
-            "messages",
-        )
 
 
 def shown_tools(body: ChatRequest) -> list[Tool]:
