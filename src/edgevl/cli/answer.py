@@ -34,21 +34,17 @@ class PlainPrinter:
         click.echo()
 
 
-def print_answer(
-    stream: Stream, said: list[str] | None = None, printer: Printer | None = None
-) -> Answer:
+def print_answer(stream: Stream, printer: Printer | None = None) -> Answer:
     """Print an answer as it comes: text on standard output, thinking dimmed on standard error.
 
     On a terminal a last line on standard error says how fast it was.
 
     Args:
         stream: the answer.
-        said: receives the text printed, for a caller that outlives an interruption.
         printer: what prints the text; default is as it is.
     """
-    said = [] if said is None else said
     printer = printer or PlainPrinter()
-    thinking = False
+    thinking = answering = False
     try:
         for piece in stream:
             if piece.thinking:
@@ -58,12 +54,12 @@ def print_answer(
             if thinking:
                 thinking = False
                 click.echo(err=True)
-            said.append(piece)
+            answering = True
             printer.write(piece)
     except BaseException:  # what follows begins a line of its own
         if thinking:
             click.echo(err=True)
-        elif said:
+        elif answering:
             printer.end()
         raise
     if thinking:

@@ -413,7 +413,7 @@ class ChatRequest(Sampling):
         None, description="`required` and a named one are valid calls by construction."
     )
     parallel_tool_calls: bool | None = Field(
-        None, description="Whether `required` may be several calls; default: true."
+        None, description="Whether an answer may be several calls; default: true."
     )
     functions: Nothing = None
     modalities: list[Annotated[Literal["text"], NotOffered]] | None = None
