@@ -128,7 +128,7 @@ def check(checkpoint: Checkpoint, settings: QuantizationSettings) -> None:
     """
     if settings.text == settings.vision == "none":
         raise QuantizationError("--text none and --vision none leave nothing to quantize")
-    if checkpoint.config.quantization or not checkpoint.has_vision:
+    if checkpoint.config.quantization:
         raise QuantizationError(
             f"{checkpoint.path}: is quantized already; give the original checkpoint"
         )
