@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,16 @@ COMMANDS = {
     ],
 }
 
+#: Runs a command whose output goes nowhere, and prints its milliseconds and its peak RSS in KiB.
+LAUNCHER = """
+import os, sys, time
+begun = time.perf_counter()
+away = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
+started = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=[away])
+_, status, usage = os.wait4(started, 0)
+print(1000 * (time.perf_counter() - begun), usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
 #: What is told of a command.
 UNITS = ("ms", "peak RSS in MB")
 
@@ -213,24 +222,24 @@ def commands(
 
 
 def whole(command: list[str]) -> tuple[float, float]:
-    """Run a command outside of any checkout: -> its milliseconds and its peak RSS in megabytes."""
+    """Run a command outside of any checkout: -> its milliseconds and its peak RSS in megabytes.
+
+    A small process starts it and asks the system: one that this process forked would have its peak.
+    """
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as directory:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command,
+        done = subprocess.run(
+            [sys.executable, "-S", "-E", "-c", LAUNCHER, *command],
             cwd=directory,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
+            env={**kept, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        assert process.stdout is not None
-        process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        milliseconds = 1000 * (time.perf_counter() - started)
-        process.stdout.close()
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}: status {process.returncode}")
-    return milliseconds, usage.ru_maxrss * 1024 / 1e6
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr[-1000:]}")
+    milliseconds, kilobytes = map(float, done.stdout.split())
+    return milliseconds, kilobytes * 1024 / 1e6
 
 
 def table(samples: dict[str, dict[str, list[float]]], machine: dict[str, Any]) -> Iterator[str]:
