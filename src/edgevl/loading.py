@@ -115,10 +115,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _is_compiled(path: Path) -> bool:
+    if any(path.glob("*.safetensors")):
+        return False
     # Imported here, as few models need it.
     from edgevl.axera.model.directory import holds_compiled
 
-    return not any(path.glob("*.safetensors")) and holds_compiled(path)
+    return holds_compiled(path)
 
 
 def load_engine(checkpoint: ModelDirectory, options: LoadOptions | None = None) -> Engine:
