@@ -68,7 +68,7 @@ sanitize: $(VENV)/.dev
 	$(call NATIVE_TESTS,asan,-DEDGEVL_SANITIZE=address$(comma)undefined)
 	$(call RUN_NATIVE,asan,)
 	$(call NATIVE_TESTS,tsan,-DEDGEVL_SANITIZE=thread)
-	$(call RUN_NATIVE,tsan,)
+	build/tsan/model_test && build/tsan/emulator_test # kernels start no threads
 
 # Processors that differ in the best set they have; model_test stops at an EDGEVL_ISA it cannot run.
 AARCH64_CXX ?= aarch64-linux-gnu-g++
