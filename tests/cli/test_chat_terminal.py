@@ -7,7 +7,7 @@ import textwrap
 import pytest
 from PIL import Image
 
-from edgevl.cli import prompt
+from edgevl.cli.screen import MAX_HISTORY_BYTES, history_file
 from repository import SUPPORT
 from screen import Screen
 
@@ -143,12 +143,12 @@ def test_history_is_kept_private(talk, tmp_path):
 def test_history_is_bounded(tmp_path, monkeypatch):
     monkeypatch.delenv("EDGEVL_NO_HISTORY", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    path = prompt.history_file()
+    path = history_file()
     assert path == tmp_path / "edgevl" / "chat_history"
     entries = [f"\n# {i}\n+question {i}\n+\n" for i in range(50_000)]
     path.write_text("".join(entries))
-    assert prompt.history_file() == path
-    assert path.stat().st_size <= prompt.MAX_HISTORY_BYTES // 2
+    assert history_file() == path
+    assert path.stat().st_size <= MAX_HISTORY_BYTES // 2
     assert "".join(entries).endswith(path.read_text())
     assert path.read_text().startswith("\n# ")
 
@@ -156,7 +156,7 @@ def test_history_is_bounded(tmp_path, monkeypatch):
 def test_no_history_where_it_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    assert prompt.history_file() is None
+    assert history_file() is None
 
 
 def test_completion(talk, tmp_path):

@@ -325,7 +325,7 @@ def test_conversation_survives_errors_and_interruptions(
             raise line
         return line
 
-    monkeypatch.setattr("edgevl.cli.conversation.line_reader", lambda *known: read_line)
+    monkeypatch.setattr("edgevl.cli.conversation.line_reader", lambda: read_line)
     scripts = {
         "broken": [PermissionError(13, "Permission denied", "x")],
         "long": ["It ", KeyboardInterrupt()],

@@ -2,9 +2,7 @@
 
 import pytest
 
-from edgevl.cli.dropped import find_files, unquoted
-
-SUFFIXES = (".png", ".mp4")
+from edgevl.cli.conversation import find_files, unquoted
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def folder(tmp_path, monkeypatch):
     ],
 )
 def test_existing_files_are_found(folder, line, question, names):
-    found_question, paths = find_files(line.format(folder), SUFFIXES)
+    found_question, paths = find_files(line.format(folder))
     assert found_question == question
     assert [str(path).rpartition("/")[2] for path in paths] == names
     assert all((folder / path).is_file() for path in paths)
@@ -59,7 +57,7 @@ def test_existing_files_are_found(folder, line, question, names):
     ],
 )
 def test_the_rest_is_a_question(folder, line):
-    assert find_files(line, SUFFIXES) == (line, [])
+    assert find_files(line) == (line, [])
 
 
 def test_unquoted():

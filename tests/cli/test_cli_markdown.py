@@ -6,7 +6,7 @@ import sys
 import pyte
 import pytest
 
-from edgevl.cli import markdown
+from edgevl.cli.screen import MarkdownPrinter
 
 ANSWER = """\
 # 标题 Title
@@ -90,8 +90,8 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def show(monkeypatch):
     """Return a function (pieces, rows) -> screen with its history, and what was sent to it."""
-    monkeypatch.setattr(markdown, "MIN_INTERVAL_S", 0)
-    monkeypatch.setattr(markdown, "MAX_LOAD", float("inf"))
+    monkeypatch.setattr("edgevl.cli.screen.MIN_INTERVAL_S", 0)
+    monkeypatch.setattr("edgevl.cli.screen.MAX_LOAD", float("inf"))
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
 
@@ -100,7 +100,7 @@ def show(monkeypatch):
         monkeypatch.setenv("LINES", str(rows))
         terminal = Terminal()
         monkeypatch.setattr(sys, "stdout", terminal)
-        printer = markdown.MarkdownPrinter()
+        printer = MarkdownPrinter()
         for piece in pieces:
             printer.write(piece)
         printer.end()

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     "-q",
     "--question",
     metavar="TEXT",
+    callback=as_unicode,
     help="Asked about every picture and video, and where a line has no question of its own.",
 )
 @click.option(
@@ -63,7 +64,6 @@ def command(model: str, source: Path, question: str | None, output: Path, **opti
     edgevl batch tiny --input photos/ -q "What number is on the display?" -o answers.jsonl
     edgevl batch tiny --input photos/ -q "Read it." --json-schema reading.json -o answers.jsonl
     """  # noqa: D301
-    question = as_unicode(question)
     # What can fail at once fails before the model is loaded.
     from edgevl.batch import check_output, open_batch
 

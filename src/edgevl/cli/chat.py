@@ -9,16 +9,8 @@ from typing import Any
 
 import click
 
-from edgevl.cli.answer import print_answer
-from edgevl.cli.options import (
-    answer_options,
-    as_unicode,
-    flags,
-    load_model,
-    read_constraint,
-    taken,
-)
-from edgevl.cli.terminal import is_terminal, print_json
+from edgevl.cli.options import answer_options, as_unicode, flags, load_model, question_of, taken
+from edgevl.cli.terminal import Printer, is_terminal, print_answer, print_json
 from edgevl.errors import EdgeVLError
 from edgevl.files import as_text, replacing
 from edgevl.options import LoadOptions
@@ -29,7 +21,13 @@ MAX_QUESTION_BYTES = 1 << 20
 
 @click.command("chat")
 @click.argument("model")
-@click.option("-q", "--question", metavar="TEXT", help="Ask once; - reads standard input.")
+@click.option(
+    "-q",
+    "--question",
+    metavar="TEXT",
+    callback=as_unicode,
+    help="Ask once; - reads standard input.",
+)
 @click.option(
     "-i",
     "--image",
@@ -60,15 +58,9 @@ def command(
     question: str | None,
     images: tuple[str, ...],
     videos: tuple[str, ...],
-    frames: int,
-    system: str | None,
-    think: bool | None,
-    max_tiles: int | None,
-    json_object: bool,
-    json_schema: Path | None,
     as_json: bool,
     draw_boxes: Path | None,
-    **sampling: Any,
+    **options: Any,
 ) -> None:
     """Ask MODEL about pictures and videos.
 
@@ -80,7 +72,7 @@ def command(
     edgevl chat OpenGVLab/InternVL3_5-1B -i left.jpg -i right.jpg
     edgevl chat OpenGVLab/InternVL3_5-1B -v clip.mp4 -q "What happens?"
     """  # noqa: D301
-    loading = taken(LoadOptions, sampling)
+    loading = taken(LoadOptions, options)
     converse = question is None and is_terminal(sys.stdin)
     if converse and (as_json or draw_boxes):
         raise click.UsageError("--json and --draw-boxes need a question: add -q TEXT")
@@ -91,13 +83,12 @@ def command(
         raise click.UsageError("standard input can be read once: give the question with -q TEXT")
     if not converse and question in (None, "-"):
         question = _read_question()
-    question = as_unicode(question)
     if question is not None and not question.strip():
         raise click.UsageError("the question is empty: give it with -q TEXT")
 
     with ExitStack() as stack:
         # What can fail at once fails before the model is loaded: files, what is shown.
-        sampling["constraint"] = read_constraint(json_object, json_schema, think)
+        asked = question_of(options)
         drawing_format = _format(draw_boxes) if draw_boxes else None
         drawing = stack.enter_context(replacing(draw_boxes)) if draw_boxes else None
         from edgevl.preprocess import load_image, open_video
@@ -109,29 +100,21 @@ def command(
             from edgevl.cli.conversation import Conversation
             from edgevl.generate.session import Attachment
 
-            session = loaded.chat(system=system, thinking=think, max_tiles=max_tiles)
-            conversation = Conversation(model, session, sampling | {"frames": frames})
+            session = loaded.chat(
+                **{name: asked.pop(name) for name in ("system", "thinking", "max_tiles")}
+            )
             shown = [Attachment(pictures[i], False, name) for i, name in enumerate(images)]
             shown += [Attachment(clips[i], True, name) for i, name in enumerate(videos)]
-            conversation.run(shown)
+            Conversation(model, session, asked).run(shown)
             return
-        stream = loaded.stream(
-            question,
-            images=pictures,
-            videos=clips,
-            frames=frames,
-            system=system,
-            thinking=think,
-            max_tiles=max_tiles,
-            **sampling,
-        )
+        stream = loaded.stream(question, images=pictures, videos=clips, **asked)
         if as_json:
             for _ in stream:
                 pass
             answer = stream.answer
             print_json(answer.to_dict())
         else:
-            answer = print_answer(stream)
+            answer = print_answer(stream, Printer())
         if drawing is not None:
             from edgevl.evaluate import boxes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,7 +14,7 @@ from edgevl.files import read_text
 from edgevl.options import OPTIONS, REQUIRED, Option, options_of
 
 if TYPE_CHECKING:
-    from edgevl.generate import Constraint, Model
+    from edgevl.generate import Model
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,15 +24,7 @@ FILE = click.Path(path_type=Path)
 DEFAULT_FRAMES, MAX_FRAMES = 8, 256
 
 
-@overload
-def as_unicode(text: str) -> str: ...
-
-
-@overload
-def as_unicode(text: None) -> None: ...
-
-
-def as_unicode(text: str | None) -> str | None:
+def as_unicode(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
     """Read an argument as UTF-8, also where the locale (LC_ALL=C) says it is something else.
 
     Raises:
@@ -162,9 +154,8 @@ def _check_key(_: click.Context, __: click.Parameter, value: str | None) -> str 
 def answer_options(function: Function) -> Function:
     """Add what a question may ask for.
 
-    These are ``system``, ``think``, ``max_tiles``, ``frames``, what `read_constraint` takes
-    (``json_object``, ``json_schema``), and the fields of `SamplingOptions` by their names, None
-    where they are not given.
+    These are ``system``, ``think``, ``max_tiles``, ``frames``, ``json_object``, ``json_schema``,
+    and the fields of `SamplingOptions` by their names, None where they are not given.
     """
     for option in reversed(_OPTIONS):
         function = option(function)
@@ -175,45 +166,38 @@ def question_of(given: dict[str, Any]) -> dict[str, Any]:
     """Return what `answer_options` gave as the arguments of `Model.ask`.
 
     Raises:
-        click.UsageError, EdgeVLError: see `read_constraint`.
-    """
-    think = given.pop("think")
-    constraint = read_constraint(given.pop("json_object"), given.pop("json_schema"), think)
-    return {"thinking": think, "constraint": constraint, **given}
-
-
-def read_constraint(
-    json_object: bool, json_schema: Path | None, think: bool | None
-) -> Constraint | None:
-    """Return what ``--json-object`` and ``--json-schema`` ask an answer to be.
-
-    Raises:
-        click.UsageError: they are given together, or with ``--think``.
+        click.UsageError: two of ``--json-object``, ``--json-schema`` and ``--think`` are given.
         EdgeVLError: the file has no schema that can be met, or ``llguidance`` is not installed.
     """
+    think, json_object, json_schema = map(given.pop, ("think", "json_object", "json_schema"))
     if json_object + bool(json_schema) + bool(think) > 1:
         raise click.UsageError("--json-object, --json-schema and --think: give one of them")
-    if json_object + bool(json_schema) == 0:
-        return None
-    from edgevl.generate.constraint import MAX_CONSTRAINT_BYTES, Constraint
+    constraint = None
+    if json_object or json_schema:
+        from edgevl.generate.constraint import MAX_CONSTRAINT_BYTES, Constraint
 
-    if json_schema is None:
-        return Constraint.json_object()
-    name = f"--json-schema {json_schema}"
-    text = read_text(json_schema, MAX_CONSTRAINT_BYTES, PromptError, name=name, may_be_pipe=True)
-    try:
-        return Constraint.json_schema(text)
-    except PromptError as error:
-        raise PromptError(f"{name}: {error}") from None
+        if json_schema is None:
+            constraint = Constraint.json_object()
+        else:
+            name = f"--json-schema {json_schema}"
+            text = read_text(
+                json_schema, MAX_CONSTRAINT_BYTES, PromptError, name=name, may_be_pipe=True
+            )
+            try:
+                constraint = Constraint.json_schema(text)
+            except PromptError as error:
+                raise PromptError(f"{name}: {error}") from None
+    return {"thinking": think, "constraint": constraint, **given}
 
 
 def _sampling_option(option: Option) -> Callable[[Function], Function]:
     """Return the decorator that adds the flag of an option of the sampler."""
 
-    def read(_: click.Context, __: click.Parameter, given: Any) -> Any:
+    def read(context: click.Context, parameter: click.Parameter, given: Any) -> Any:
         try:
             if option.kind == "texts":
-                return option.check(tuple(map(as_unicode, given))) or None
+                texts = tuple(as_unicode(context, parameter, text) for text in given)
+                return option.check(texts) or None
             if option.kind == "biases":
                 return option.parse(",".join(given)) if given else None
             return None if given is None else option.parse(given)
@@ -235,15 +219,11 @@ def _sampling_option(option: Option) -> Callable[[Function], Function]:
     )
 
 
-def _as_unicode(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    return as_unicode(value)
-
-
 _OPTIONS = (
     click.option(
         "--system",
         metavar="TEXT",
-        callback=_as_unicode,
+        callback=as_unicode,
         help="System message.  [default: the checkpoint's]",
     ),
     click.option(

@@ -1,4 +1,4 @@
-"""What the subcommands share: JSON, dimmed notes, the user's language, safe files."""
+"""What the subcommands say: results, answers as they come, notes, bars, in the user's language."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -20,14 +20,15 @@ from edgevl.errors import EdgeVLError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from edgevl.generate import Answer, Stream
+
 #: Engines' notes that users read often.
 _CHINESE_NOTES = {"emulated NPU: no board computes": "模拟的 NPU：没有板子在计算"}
 
 
 def print_json(value: object) -> None:
     """Print one JSON object on standard output, in ASCII where it cannot show more."""
-    unicode_output = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    click.echo(json.dumps(value, ensure_ascii=not unicode_output, allow_nan=False))
+    click.echo(json.dumps(value, ensure_ascii=not is_utf8(sys.stdout), allow_nan=False))
 
 
 def print_result(result: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
@@ -77,6 +78,11 @@ def is_terminal(stream: IO[Any] | None) -> bool:
 def can_move(stream: IO[Any] | None) -> bool:
     """Tell whether a standard stream is a terminal that can move its cursor."""
     return is_terminal(stream) and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def is_utf8(stream: TextIO) -> bool:
+    """Tell whether a standard stream is written in UTF-8."""
+    return (stream.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def harmless(text: str) -> str:
@@ -156,3 +162,56 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], object]]:
             bar.update(done - bar.n)
 
         yield show
+
+
+class Printer:
+    """Prints the text of an answer as it is, on standard output."""
+
+    def write(self, text: str) -> None:
+        """Print more of it, without control characters."""
+        click.echo(harmless(text), nl=False)
+
+    def end(self) -> None:
+        """End it, and its last line."""
+        click.echo()
+
+
+def print_answer(stream: Stream, printer: Printer) -> Answer:
+    """Print an answer as it comes: text on standard output, thinking dimmed on standard error.
+
+    On a terminal a last line on standard error says how fast it was.
+
+    Args:
+        stream: the answer.
+        printer: what prints the text.
+    """
+    thinking = answering = False
+    try:
+        for piece in stream:
+            if piece.thinking:
+                thinking = True
+                click.echo(dim(harmless(piece)), err=True, nl=False)
+                continue
+            if thinking:
+                thinking = False
+                click.echo(err=True)
+            answering = True
+            printer.write(piece)
+    except BaseException:  # what follows begins a line of its own
+        if thinking:
+            click.echo(err=True)
+        elif answering:
+            printer.end()
+        raise
+    if thinking:
+        click.echo(err=True)
+    printer.end()
+    answer = stream.answer
+    seconds, rate = answer.timings.ttft_ms / 1000, answer.timings.decode_tokens_per_s
+    speed = translated(
+        f"first token {seconds:.2f} s · {rate:.1f} tokens/s",
+        f"首字 {seconds:.2f} 秒 · {rate:.1f} 词元/秒",
+    )
+    cut = translated(" · cut off at the token limit", " · 已达长度上限")
+    note(speed + cut * (answer.finish_reason == "length"))
+    return answer

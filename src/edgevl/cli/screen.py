@@ -1,25 +1,47 @@
-"""An answer's Markdown, rendered on a terminal while it comes."""
+"""The screen of a conversation: the line that is edited, the answer whose Markdown is painted."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
+from typing import TextIO
 
 import click
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import (
+    CompleteEvent,
+    Completer,
+    Completion,
+    PathCompleter,
+    WordCompleter,
+)
+from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import Condition, has_focus
+from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output.vt100 import Vt100_Output
+from prompt_toolkit.shortcuts import CompleteStyle
 from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown, Paragraph
 from rich.syntax import Syntax
 from rich.text import Text
 
-from edgevl.cli.terminal import harmless
+from edgevl.cli.terminal import Printer, harmless
 
+#: When a conversation begins with a larger history, its older half is dropped.
+MAX_HISTORY_BYTES = 1 << 20
 #: Least seconds between two paintings, and the part of the time that they may take.
 MIN_INTERVAL_S, MAX_LOAD = 0.05, 0.1
 
@@ -43,7 +65,130 @@ _WORD = re.compile(
 )
 
 
-class MarkdownPrinter:
+def line_editor(
+    screen: TextIO, commands: list[str], settings: list[str], suffixes: tuple[str, ...]
+) -> Callable[[], str]:
+    """Return a function that reads what is typed next, with editing, history and completion.
+
+    Args:
+        screen: the standard stream that the prompt goes to.
+        commands: what may begin a line, for completion.
+        settings: what ``/set`` takes, for completion.
+        suffixes: how names of pictures and videos end, for completion.
+    """
+    output = Vt100_Output.from_pty(screen, os.environ.get("TERM"))
+    # To ask where the cursor is takes a terminal that answers; serial consoles may not.
+    output.enable_cpr = False
+    history = history_file()
+    session: PromptSession[str] = PromptSession(
+        "> ",
+        multiline=True,
+        prompt_continuation="… ",
+        history=_PrivateHistory(history) if history else InMemoryHistory(),
+        completer=_LineCompleter(commands, settings, suffixes),
+        complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,
+        reserve_space_for_menu=0,
+        enable_suspend=True,
+        key_bindings=_key_bindings(),
+        output=output,
+    )
+    return session.prompt
+
+
+def history_file() -> Path | None:
+    """Return the file of questions asked before, made private and brought within its bound.
+
+    It is ``edgevl/chat_history`` in ``$XDG_STATE_HOME`` or ``~/.local/state``; None with
+    ``EDGEVL_NO_HISTORY`` set, or where no such file can be written.
+    """
+    if os.environ.get("EDGEVL_NO_HISTORY", "0") not in ("", "0"):
+        return None
+    try:
+        state = os.environ.get("XDG_STATE_HOME", "")
+        base = Path(state) if Path(state).is_absolute() else Path.home() / ".local" / "state"
+        path = base / "edgevl" / "chat_history"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "rb+") as file:
+            os.fchmod(file.fileno(), 0o600)
+            if file.seek(0, os.SEEK_END) > MAX_HISTORY_BYTES:
+                file.seek(-MAX_HISTORY_BYTES // 2, os.SEEK_END)
+                newest = file.read().partition(b"\n# ")[2]  # from the beginning of an entry
+                file.truncate(0)
+                file.write(b"\n# " + newest)
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        return None
+    return path
+
+
+class _PrivateHistory(FileHistory):
+    """Questions of all conversations; one that cannot be written is none the worse."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError, UnicodeError):
+            super().store_string(string)
+
+
+def _key_bindings() -> KeyBindings:
+    """Return what Enter, Alt-Enter and Ctrl-C do.
+
+    Ctrl-J is Enter: so arrives an Enter that was pressed during an answer.
+    """
+    bindings = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)
+
+    @bindings.add("enter", filter=typing)
+    def enter(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter", filter=typing)
+    def alt_enter(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    @bindings.add("c-c", filter=typing & Condition(lambda: bool(get_app().current_buffer.text)))
+    def clear(event: KeyPressEvent) -> None:
+        event.current_buffer.reset()
+
+    return bindings
+
+
+class _LineCompleter(Completer):
+    """Completes commands, what ``/set`` takes, and paths of directories, pictures and videos."""
+
+    def __init__(self, commands: list[str], settings: list[str], suffixes: tuple[str, ...]) -> None:
+        def is_media(name: str) -> bool:
+            return name.lower().endswith(suffixes) or Path(name).is_dir()
+
+        self._commands = WordCompleter(commands, sentence=True)
+        self._settings = WordCompleter(settings, sentence=True)
+        self._media = PathCompleter(file_filter=is_media, expanduser=True)
+        self._files = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+        line = document.text_before_cursor
+        name, blank, rest = line.partition(" ")
+        chosen: list[tuple[Completer, str]] = []
+        if line and not blank:
+            chosen.append((self._commands, line))
+        if name == "/set":
+            chosen.append((self._settings, rest))
+        elif blank and name in ("/image", "/video", "/save"):
+            chosen.append((self._files if name == "/save" else self._media, rest.lstrip()))
+        elif word := document.get_word_before_cursor(WORD=True):
+            chosen.append((self._media, word))
+        for completer, typed in chosen:
+            for found in completer.get_completions(Document(typed), event):
+                slash = "/" if found.display_text.endswith("/") else ""
+                yield Completion(found.text + slash, found.start_position, found.display)
+
+
+class MarkdownPrinter(Printer):
     """Paints the blocks of an answer on standard output, a terminal.
 
     Only the last block (paragraph, list, fence, table, …), which more may come to, is ever painted
