@@ -15,8 +15,8 @@ import httpx2
 import pytest
 
 from edgevl.errors import FetchError
-from edgevl.serve import fetch
-from edgevl.serve.fetch import is_public
+from edgevl.serve import media
+from edgevl.serve.media import is_public
 
 PUBLIC, OTHER = "93.184.215.14", "2606:4700::6810:84e5"
 FILE = bytes(range(256)) * 1000
@@ -59,7 +59,7 @@ class Internet:
             server = await asyncio.start_server(self._answer, "127.0.0.1", ssl=self.certificate)
             async with server:
                 port = server.sockets[0].getsockname()[1]
-                fetcher = fetch.Fetcher(
+                fetcher = media.Fetcher(
                     allowed,
                     timeout_s,
                     resolve=self._resolve,
@@ -232,7 +232,7 @@ def test_passwords_are_refused_and_not_repeated(internet):
 )  # fmt: skip
 def test_entries_that_are_no_host(entry):
     with pytest.raises(FetchError, match=r"--allow-host .*: not a host"):
-        fetch.Fetcher([entry])
+        media.Fetcher([entry])
 
 
 NOT_PUBLIC = [
@@ -281,7 +281,7 @@ def test_an_allowed_name_that_is_a_number_is_looked_up_and_refused(internet):
     for url in ("http://2130706433/", "http://127.0.0.1/", "http://[::1]/", "http://localhost/"):
 
         async def run(url=url):
-            await fetch.Fetcher(allowed).get(url, 100)  # with the system's own look-up
+            await media.Fetcher(allowed).get(url, 100)  # with the system's own look-up
 
         with pytest.raises(FetchError, match="is not public"):
             asyncio.run(run())
@@ -438,7 +438,7 @@ def test_other_statuses_tell_no_more_than_their_number(internet):
 
 def test_nothing_of_the_environment_and_no_cookies(internet, monkeypatch):
     """With the transport that is used without tests, to an address that passes for public."""
-    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(media, "is_public", lambda address: address == "127.0.0.1")
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     internet.pages["/"] = [redirect("/2")[0].replace(b"\r\n", b"\r\nSet-Cookie: a=b\r\n", 1)]
@@ -448,7 +448,7 @@ def test_nothing_of_the_environment_and_no_cookies(internet, monkeypatch):
         server = await asyncio.start_server(internet._answer, "127.0.0.1")
         async with server:
             place = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            return await fetch.Fetcher([place]).get(f"http://{place}/", 10**6)
+            return await media.Fetcher([place]).get(f"http://{place}/", 10**6)
 
     assert asyncio.run(run()) == FILE
     assert len(internet.requests) == 2
@@ -486,13 +486,13 @@ def test_tls_is_with_the_name_and_not_the_address(internet, certificate):
 
 
 def test_certificates_are_checked_without_tests_too(internet, certificate, monkeypatch):
-    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(media, "is_public", lambda address: address == "127.0.0.1")
 
     async def run():
         server = await asyncio.start_server(internet._answer, "127.0.0.1", ssl=certificate[0])
         async with server:
             place = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            await fetch.Fetcher([place]).get(f"https://{place}/", 10**6)
+            await media.Fetcher([place]).get(f"https://{place}/", 10**6)
 
     with pytest.raises(FetchError, match="no connection"):
         asyncio.run(run())
@@ -514,7 +514,7 @@ def test_many_at_once(internet):
         server = await asyncio.start_server(internet._answer, "127.0.0.1")
         async with server:
             port = server.sockets[0].getsockname()[1]
-            fetcher = fetch.Fetcher(
+            fetcher = media.Fetcher(
                 ["a.example", "b.example"],
                 resolve=internet._resolve,
                 transport=lambda: Pinned(port, internet.connections),

@@ -19,11 +19,10 @@ from edgevl.generate.model import Model
 from edgevl.generate.scheduler import Scheduler
 from edgevl.serve.completions import prepare_chat, prepare_completion
 from edgevl.serve.errors import add_error_handlers, error_responses, unavailable
-from edgevl.serve.job import AnswerResponse
 from edgevl.serve.middleware import BodyLimit, BodyRoute, HostCheck, KeyCheck
 from edgevl.serve.requests import IGNORED_HEADER, ChatRequest, CompletionRequest
 from edgevl.serve.responses import ChatCompletion, Completion, ModelBody, ModelList, Status
-from edgevl.serve.service import Service
+from edgevl.serve.service import AnswerResponse, Service
 from edgevl.serve.telemetry import RequestLog
 from edgevl.version import __version__
 
