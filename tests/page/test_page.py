@@ -30,7 +30,7 @@ from repository import EXAMPLES
 pytest.importorskip("gradio", reason="needs edgevl[ui]")
 
 from edgevl.cli import ui
-from edgevl.page import blocks, create_page, guard, markup, password_check, texts
+from edgevl.page import blocks, create_page, password_check, texts
 from edgevl.page.conversation import MAX_FILES, Conversation, Conversations, PageTurn, Settings
 from edgevl.serve.server import listen
 
@@ -321,21 +321,21 @@ def test_drawings_are_of_the_latest_picture_and_not_too_large(tmp_path, monkeypa
     ],
 )
 def test_markdown(text, shown):
-    assert markup.markdown(text) == shown
+    assert texts.markdown(text) == shown
 
 
 def test_messages_of_a_growing_answer():
     turns = [PageTurn("a", reply="b"), PageTurn.of("what?", [METER]), PageTurn("")]
     turns[1].thinking = "hm"
-    messages = markup.chat_messages(turns[:2], "zh", growing=True)
+    messages = texts.chat_messages(turns[:2], "zh", growing=True)
     roles = [message["role"] for message in messages]
     assert roles == ["user", "assistant", "user", "user", "assistant"]
     assert messages[-1]["metadata"] == {"title": "思考过程", "status": "pending"}
     turns[1].reply = "7305"
-    messages = markup.chat_messages(turns, "en")
+    messages = texts.chat_messages(turns, "en")
     assert messages[-2]["metadata"] == {"title": "Thinking", "status": "done"}
     assert messages[-1]["content"]["text"] == "7305"
-    numbers = [markup.asked_at(turns, index) for index in range(-1, len(messages) + 1)]
+    numbers = [texts.asked_at(turns, index) for index in range(-1, len(messages) + 1)]
     assert numbers == [None, 0, None, None, 1, None, None, None]
 
 
@@ -449,7 +449,7 @@ def guarded(path, *chunks):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(guard.PageGuard(app)({"type": "http", "path": path}, receive, send))
+    asyncio.run(blocks.PageGuard(app)({"type": "http", "path": path}, receive, send))
     return sent
 
 
@@ -463,7 +463,7 @@ def guarded(path, *chunks):
     ],
 )
 def test_what_stands_before_the_page(path, more, status):
-    half = bytes(guard.MAX_BODY_BYTES // 2)
+    half = bytes(blocks.MAX_BODY_BYTES // 2)
     start, body = guarded(path, half, half + bytes(more))
     assert start["status"] == status
     assert body["body"] == (b"taken" if status == 200 else b"")

@@ -25,9 +25,17 @@ from edgevl.generate.session import Answerer, Session, Turn
 from edgevl.optional import needs
 from edgevl.options import OPTIONS
 from edgevl.page.conversation import Conversation, Conversations, PageTurn, Settings
-from edgevl.page.guard import PageGuard
-from edgevl.page.markup import LATEX_DELIMITERS, asked_at, chat_messages
-from edgevl.page.texts import LABELS, failure, language, statistics, stopped, working
+from edgevl.page.texts import (
+    LABELS,
+    LATEX_DELIMITERS,
+    asked_at,
+    chat_messages,
+    failure,
+    language,
+    statistics,
+    stopped,
+    working,
+)
 from edgevl.preprocess.image import MAX_BYTES
 from edgevl.preprocess.picture import MAX_TILES
 from edgevl.preprocess.video import DEFAULT_FRAMES, MAX_SAMPLED
@@ -37,11 +45,27 @@ with needs("ui"):
     import gradio as gr
     from fastapi import FastAPI
     from starlette.routing import Mount
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 #: Answers at a time, and questions that wait for their turn; more are refused.
 MOST_ANSWERING, MOST_WAITING = 16, 64
 #: Uploads are deleted when they are this old, and it is looked so often, seconds.
 UPLOAD_AGE_S, UPLOAD_CHECK_S = 6 * 3600, 600
+#: Largest body of a request, bytes; uploaded files, which Gradio bounds itself, are another matter.
+MAX_BODY_BYTES = 8 << 20
+_UPLOADS = "/gradio_api/upload"
+# A picture or link in an answer must not call out: what it names could tell what was said.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    "font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+_HEADERS = (
+    (b"content-security-policy", _POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+)
 
 _SLIDERS = [name for name, option in OPTIONS.items() if option.slider is not None]
 _RARE = [name for name in _SLIDERS if OPTIONS[name].rare]
@@ -186,6 +210,49 @@ def mount_page(
     mounted = app.routes[-1]
     assert isinstance(mounted, Mount)
     mounted.app = PageGuard(mounted.app)
+
+
+class PageGuard:
+    """Bounds the bodies of requests, and adds headers to every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def with_headers(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [*message.get("headers", ()), *_HEADERS]
+            await send(message)
+
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY_BYTES:
+                raise _TooLargeError
+            return message
+
+        upload = scope["path"].endswith(_UPLOADS)
+        try:
+            await self._app(scope, receive if upload else bounded, with_headers)
+        except _TooLargeError:
+            if not begun:
+                await with_headers({"type": "http.response.start", "status": 413, "headers": []})
+                await send({"type": "http.response.body", "body": b""})
+
+
+class _TooLargeError(Exception):
+    """A body is over the limit."""
 
 
 def page_app(model: Model, answerer: Answerer, name: str, api_key: str | None) -> FastAPI:
