@@ -77,7 +77,7 @@ def this_machine() -> Machine:
     logical = os.cpu_count() or 1
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     total, available = memory()
-    limit = cgroup_limit("memory.max", "memory/memory.limit_in_bytes")
+    allowed, left = cgroup_memory()
     return Machine(
         cpu=info.get("model name") or _board() or platform.processor() or "unknown",
         architecture=platform.machine(),
@@ -85,8 +85,8 @@ def this_machine() -> Machine:
         physical_cores=physical_cores(cpus),
         usable_cores=min(len(cpus) if cpus else logical, cgroup_cores()),
         features=features(info),
-        memory_bytes=int(min(total, limit)),
-        available_bytes=int(min(available, cgroup_available())),
+        memory_bytes=int(min(total, allowed)),
+        available_bytes=int(min(available, left)),
     )
 
 
@@ -128,24 +128,25 @@ def memory() -> tuple[int, int]:
 
 def cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float:
     """Return the cores that the cgroup's quota pays for; infinity without a quota."""
-    cores = math.inf
-    for directory in _cgroups(root):
-        quota, _, period = _read(directory / "cpu.max").strip().partition(" ")
-        if quota.isdigit() and period.isdigit():
-            cores = min(cores, int(quota) / int(period))
-    quota = _read(root / "cpu/cpu.cfs_quota_us").strip()  # cgroup version 1; -1 is no quota
-    period = _read(root / "cpu/cpu.cfs_period_us").strip()
-    if quota.isdigit() and period.isdigit():
-        cores = min(cores, int(quota) / int(period))
-    return cores
+    quotas = [_read(directory / "cpu.max").split() for directory in _cgroups(root)]
+    # Version 1 of cgroups; there -1 is no quota.
+    quotas.append([_read(root / f"cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")])
+    return min(
+        (
+            int(quota[0]) / int(quota[1])
+            for quota in quotas
+            if len(quota) == 2 and all(map(str.isdigit, quota))
+        ),
+        default=math.inf,
+    )
 
 
-def cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the bytes that the process's cgroups leave; infinity without limits.
+def cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
+    """Return the bytes that the process's cgroups allow, and leave; infinity without limits.
 
     File pages that are not in active use do not count as taken: they are dropped when needed.
     """
-    available = math.inf
+    total = available = math.inf
     places = [(directory, "memory.max", "memory.current") for directory in _cgroups(root)]
     places.append((root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
     for directory, limit_file, usage_file in places:
@@ -157,15 +158,9 @@ def cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> float:
             r"^(?:total_)?inactive_file (\d+)$", _read(directory / "memory.stat"), re.MULTILINE
         )
         taken = (int(usage) if usage.isdigit() else 0) - (int(inactive[1]) if inactive else 0)
+        total = min(total, int(limit))
         available = min(available, max(int(limit) - max(taken, 0), 0))
-    return available
-
-
-def cgroup_limit(name: str, name_v1: str, root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the smallest of a byte limit in the process's cgroups; infinity if there is none."""
-    texts = [_read(directory / name).strip() for directory in _cgroups(root)]
-    texts.append(_read(root / name_v1).strip())
-    return min((int(text) for text in texts if text.isdigit()), default=math.inf)
+    return total, available
 
 
 def _cgroups(root: Path) -> list[Path]:

@@ -68,41 +68,35 @@ def test_cgroup_quota(tmp_path, monkeypatch, files, cores):
     assert machine.cgroup_cores(tmp_path) == cores
 
 
-def test_cgroup_memory_limit(tmp_path):
-    assert machine.cgroup_limit("memory.max", "v1", tmp_path) == math.inf
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.cgroup_limit("memory.max", "v1", tmp_path) == math.inf
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert machine.cgroup_limit("memory.max", "v1", tmp_path) == 1000
-
-
 @pytest.mark.parametrize(
-    ("files", "available"),
+    ("files", "total", "available"),
     [
-        ({}, math.inf),
-        ({"memory.max": "max\n", "memory.current": "900\n"}, math.inf),
-        ({"memory.max": "1000\n", "memory.current": "900\n"}, 100),
+        ({}, math.inf, math.inf),
+        ({"memory.max": "max\n", "memory.current": "900\n"}, math.inf, math.inf),
+        ({"memory.max": "1000\n", "memory.current": "900\n"}, 1000, 100),
         (
             {
                 "memory.max": "1000\n",
                 "memory.current": "900\n",
                 "memory.stat": "anon 5\ninactive_file 300\nactive_file 7\n",
             },
+            1000,
             400,
         ),
-        ({"memory.max": "1000\n", "memory.current": "1200\n"}, 0),
-        ({"a/memory.max": "500\n", "a/memory.current": "20\n", "memory.max": "600\n"}, 480),
+        ({"memory.max": "1000\n", "memory.current": "1200\n"}, 1000, 0),
+        ({"a/memory.max": "500\n", "a/memory.current": "20\n", "memory.max": "600\n"}, 500, 480),
         (
             {
                 "memory/memory.limit_in_bytes": "1000\n",
                 "memory/memory.usage_in_bytes": "700\n",
                 "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 200\n",
             },
+            1000,
             301,
         ),
     ],
 )
-def test_memory_that_cgroups_leave(tmp_path, monkeypatch, files, available):
+def test_memory_that_cgroups_leave(tmp_path, monkeypatch, files, total, available):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -111,7 +105,7 @@ def test_memory_that_cgroups_leave(tmp_path, monkeypatch, files, available):
     monkeypatch.setattr(
         machine, "_read", lambda path: group if path == Path("/proc/self/cgroup") else read(path)
     )
-    assert machine.cgroup_available(tmp_path) == available
+    assert machine.cgroup_memory(tmp_path) == (total, available)
 
 
 def test_hyper_threads_of_a_core_count_once(tmp_path):
