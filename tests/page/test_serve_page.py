@@ -22,9 +22,9 @@ def load():
 
 
 def page_maker(key=None):
-    from edgevl.cli.serve import page_maker as maker
+    from edgevl.page import page_app
 
-    return maker("tiny", key)
+    return lambda model, scheduler: page_app(model, scheduler, "tiny", key)
 
 
 def opened(url):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 from edgevl.cli.terminal import leave_on_signals, reason
+from edgevl.version import __version__
 
 #: Subcommand -> (module with an object ``command``, one-line help).
 COMMANDS = {
@@ -52,23 +53,8 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value and not ctx.resilient_parsing:
-        from edgevl.version import __version__
-
-        click.echo(f"edgevl {__version__}")
-        ctx.exit()
-
-
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_version,
-    help="Show the version and exit.",
-)
+@click.version_option(__version__, message="edgevl %(version)s")
 def group() -> None:
     """Run InternVL vision-language models on this machine.
 
@@ -98,9 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
         return status if isinstance(status, int) else 0
-    except click.Abort:
-        return 130
-    except KeyboardInterrupt:
+    except (click.Abort, KeyboardInterrupt):
         return 130
     except click.ClickException as error:
         error.show()

@@ -17,6 +17,8 @@ import click
 from edgevl.cli.options import json_option
 from edgevl.cli.terminal import print_result, reason
 from edgevl.errors import EdgeVLError
+from edgevl.machine import this_machine
+from edgevl.version import __version__
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,10 +82,8 @@ def command(as_json: bool) -> int:
 
 def examine() -> dict[str, Any]:
     """Look at everything; ``problems`` has a line for each thing that must be mended."""
-    from edgevl.version import __version__
-
     looks = {
-        "machine": _machine,
+        "machine": lambda: asdict(this_machine()),
         "cpu_engine": _cpu_engine,
         "npu": _npu,
         "hub": _hub,
@@ -176,12 +176,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _machine() -> dict[str, Any]:
-    from edgevl.machine import this_machine
-
-    return asdict(this_machine())
-
-
 def _cpu_engine() -> dict[str, Any]:
     """Return what the native engine would compute with."""
     from edgevl.engine import native_missing
@@ -190,7 +184,6 @@ def _cpu_engine() -> dict[str, Any]:
         raise EdgeVLError(missing)
     from edgevl import _native
     from edgevl.engine.cpu import instruction_set
-    from edgevl.machine import this_machine
 
     return {
         "instruction_set": instruction_set(),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -16,7 +16,8 @@ from edgevl.options import OPTIONS, REQUIRED, Option, options_of
 if TYPE_CHECKING:
     from edgevl.generate import Model
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function: TypeAlias = Callable[..., Any]
+Decorator: TypeAlias = Callable[[Function], Function]
 
 #: A file or directory, which need not be there.
 FILE = click.Path(path_type=Path)
@@ -44,20 +45,27 @@ def model_name(model: str) -> str:
     return short_name(name if name.strip(".") else Path(model).resolve().name or model)
 
 
-def flags(kind: type, **callbacks: Callable[..., Any]) -> Callable[[Function], Function]:
+def _together(decorators: Sequence[Decorator]) -> Decorator:
+    """Return the decorator that adds options in the order given."""
+
+    def add(function: Function) -> Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+def flags(kind: type, **callbacks: Callable[..., Any]) -> Decorator:
     """Return the decorator that adds the flags of a dataclass of options, by the fields' names.
 
     Args:
         kind: the dataclass.
         **callbacks: of click, for fields of which more is to be checked than their `Option` knows.
     """
-
-    def add(function: Function) -> Function:
-        for option in reversed(options_of(kind).values()):
-            function = _flag(option, callbacks.get(option.name))(function)
-        return function
-
-    return add
+    return _together(
+        [_flag(option, callbacks.get(name)) for name, option in options_of(kind).items()]
+    )
 
 
 def taken(kind: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +73,7 @@ def taken(kind: type, given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.pop(name) for name in options_of(kind) if name in given}
 
 
-def _flag(option: Option, callback: Callable[..., Any] | None) -> Callable[[Function], Function]:
+def _flag(option: Option, callback: Callable[..., Any] | None) -> Decorator:
     """Return the decorator that adds the flag of an option."""
     if option.kind == "switch":
         return click.option(option.flag, option.name, is_flag=True, help=option.help)
@@ -109,41 +117,6 @@ output_option = click.option(
 )
 
 
-def listen_options(port: int) -> Callable[[Function], Function]:
-    """Add where to listen and whom to let in: ``host``, ``port``, ``api_key``.
-
-    Args:
-        port: default of the port.
-    """
-
-    def add(function: Function) -> Function:
-        function = click.option(
-            "--api-key",
-            envvar="EDGEVL_API_KEY",
-            metavar="KEY",
-            callback=_check_key,
-            help="What clients must present, and the page's password. Better given as "
-            "EDGEVL_API_KEY in the environment: others can see a process's arguments.",
-        )(function)
-        function = click.option(
-            "--port",
-            type=click.IntRange(0, 65535),
-            default=port,
-            show_default=True,
-            metavar="N",
-            help="Port to listen at; 0 takes a free one.",
-        )(function)
-        return click.option(
-            "--host",
-            default="127.0.0.1",
-            show_default=True,
-            metavar="ADDRESS",
-            help="Address to listen at; 0.0.0.0 lets other machines in.",
-        )(function)
-
-    return add
-
-
 def _check_key(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     # A variable that is not set (--api-key "$KEY") must not let everyone in.
     if value is not None and not (value.isascii() and value.isprintable() and value.strip()):
@@ -151,15 +124,39 @@ def _check_key(_: click.Context, __: click.Parameter, value: str | None) -> str 
     return value and value.strip()
 
 
-def answer_options(function: Function) -> Function:
-    """Add what a question may ask for.
+def listen_options(port: int) -> Decorator:
+    """Add where to listen and whom to let in: ``host``, ``port``, ``api_key``.
 
-    These are ``system``, ``think``, ``max_tiles``, ``frames``, ``json_object``, ``json_schema``,
-    and the fields of `SamplingOptions` by their names, None where they are not given.
+    Args:
+        port: default of the port.
     """
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+    return _together(
+        [
+            click.option(
+                "--host",
+                default="127.0.0.1",
+                show_default=True,
+                metavar="ADDRESS",
+                help="Address to listen at; 0.0.0.0 lets other machines in.",
+            ),
+            click.option(
+                "--port",
+                type=click.IntRange(0, 65535),
+                default=port,
+                show_default=True,
+                metavar="N",
+                help="Port to listen at; 0 takes a free one.",
+            ),
+            click.option(
+                "--api-key",
+                envvar="EDGEVL_API_KEY",
+                metavar="KEY",
+                callback=_check_key,
+                help="What clients must present, and the page's password. Better given as "
+                "EDGEVL_API_KEY in the environment: others can see a process's arguments.",
+            ),
+        ]
+    )
 
 
 def question_of(given: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +187,7 @@ def question_of(given: dict[str, Any]) -> dict[str, Any]:
     return {"thinking": think, "constraint": constraint, **given}
 
 
-def _sampling_option(option: Option) -> Callable[[Function], Function]:
+def _sampling_option(option: Option) -> Decorator:
     """Return the decorator that adds the flag of an option of the sampler."""
 
     def read(context: click.Context, parameter: click.Parameter, given: Any) -> Any:
@@ -219,40 +216,45 @@ def _sampling_option(option: Option) -> Callable[[Function], Function]:
     )
 
 
-_OPTIONS = (
-    click.option(
-        "--system",
-        metavar="TEXT",
-        callback=as_unicode,
-        help="System message.  [default: the checkpoint's]",
-    ),
-    click.option(
-        "--think/--no-think",
-        default=None,
-        help="Let the model think first, or tell it not to; default: as its template has it.",
-    ),
-    click.option(
-        "--max-tiles",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Most tiles of a picture.  [default: the checkpoint's]",
-    ),
-    click.option(
-        "--frames",
-        type=click.IntRange(1, MAX_FRAMES),
-        default=DEFAULT_FRAMES,
-        show_default=True,
-        metavar="N",
-        help="Frames taken of a video.",
-    ),
-    *map(_sampling_option, OPTIONS.values()),
-    click.option("--json-object", is_flag=True, help="Answer with a JSON object."),
-    click.option(
-        "--json-schema",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        metavar="FILE",
-        help="Answer with JSON of the JSON schema in FILE.",
-    ),
+#: Adds what a question may ask for: ``system``, ``think``, ``max_tiles``, ``frames``,
+#: ``json_object``, ``json_schema``, and the fields of `SamplingOptions` by their names, None where
+#: they are not given.
+answer_options = _together(
+    [
+        click.option(
+            "--system",
+            metavar="TEXT",
+            callback=as_unicode,
+            help="System message.  [default: the checkpoint's]",
+        ),
+        click.option(
+            "--think/--no-think",
+            default=None,
+            help="Let the model think first, or tell it not to; default: as its template has it.",
+        ),
+        click.option(
+            "--max-tiles",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Most tiles of a picture.  [default: the checkpoint's]",
+        ),
+        click.option(
+            "--frames",
+            type=click.IntRange(1, MAX_FRAMES),
+            default=DEFAULT_FRAMES,
+            show_default=True,
+            metavar="N",
+            help="Frames taken of a video.",
+        ),
+        *map(_sampling_option, OPTIONS.values()),
+        click.option("--json-object", is_flag=True, help="Answer with a JSON object."),
+        click.option(
+            "--json-schema",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            metavar="FILE",
+            help="Answer with JSON of the JSON schema in FILE.",
+        ),
+    ]
 )
 
 

@@ -62,12 +62,10 @@ def command(
     prompt_tokens: int | None,
     cached_tokens: int,
     generate: int | None,
-    context: int | None,
-    chunk: int | None,
-    max_prefill: int | None,
     weight_type: str | None,
     memory: float | None,
     as_json: bool,
+    **sizes: int | None,
 ) -> None:
     """Compute how long MODEL takes on a board, and whether it fits.
 
@@ -80,10 +78,8 @@ def command(
     from edgevl.boards.plan import make_plan, planned_model
 
     described = planned_model(model)
-    given = {"context": context, "chunk": chunk, "max_prefill": max_prefill}
-    shape = replace(
-        described.shape, **{name: value for name, value in given.items() if value is not None}
-    )
+    given = {name: value for name, value in sizes.items() if value is not None}
+    shape = replace(described.shape, **given)
     plan = make_plan(
         described.config,
         TARGETS[target],

@@ -16,8 +16,6 @@ from edgevl.options import LoadOptions
 from edgevl.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fastapi import FastAPI
 
     from edgevl.generate import Model
@@ -90,21 +88,13 @@ def command(
             f"{settings.name} 已在 {url}/v1 提供服务（按 Ctrl-C 停止）",
         )
 
-    page = None
-    if not no_ui and importlib.util.find_spec("gradio") is not None:
-        page = PageGate(page_maker(settings.name, settings.api_key))
-    app = create_app(Service(settings), page)
+    def make_page(model: Model, scheduler: Scheduler) -> FastAPI:
+        from edgevl.page import page_app  # once the model is loaded, as Gradio takes a while
+
+        return page_app(model, scheduler, settings.name, settings.api_key)
+
+    has_page = not no_ui and importlib.util.find_spec("gradio") is not None
+    app = create_app(Service(settings), PageGate(make_page) if has_page else None)
     log_to_stderr()
     run(Server(app, lambda: load_model(model, **options), on_ready), sock)
     return 0
-
-
-def page_maker(name: str, api_key: str | None) -> Callable[[Model, Scheduler], FastAPI]:
-    """Return what makes the page once the model is loaded; Gradio is imported no sooner."""
-
-    def make(model: Model, scheduler: Scheduler) -> FastAPI:
-        from edgevl.page import page_app
-
-        return page_app(model, scheduler, name, api_key)
-
-    return make
