@@ -13,23 +13,20 @@ import click
 from edgevl.cli.terminal import leave_on_signals, reason
 from edgevl.version import __version__
 
-#: Subcommand -> (module with an object ``command``, one-line help).
+#: Subcommand, the name of a module with an object ``command`` -> one-line help.
 COMMANDS = {
-    "chat": ("edgevl.cli.chat", "Ask a picture, once or in a conversation."),
-    "ui": ("edgevl.cli.ui", "Talk about pictures and videos in the browser."),
-    "batch": (
-        "edgevl.cli.batch",
-        "Ask about many pictures, into a file; goes on where it stopped.",
-    ),
-    "serve": ("edgevl.cli.serve", "Serve programs that speak OpenAI's API."),
-    "pull": ("edgevl.cli.pull", "Download a checkpoint from the Hub."),
-    "quantize": ("edgevl.cli.quantize", "Make a smaller, faster checkpoint and say what it cost."),
-    "compile": ("edgevl.cli.compile", "Compile for an Axera NPU, or for its emulator."),
-    "eval": ("edgevl.cli.eval", "Measure accuracy on questions, or perplexity on a text."),
-    "bench": ("edgevl.cli.bench", "Measure speed, beside what the machine allows."),
-    "plan": ("edgevl.cli.plan", "Compute speed and memory on a board beforehand."),
-    "synth": ("edgevl.cli.synth", "Write a checkpoint of real shapes and random weights."),
-    "doctor": ("edgevl.cli.doctor", "Check this machine and the installation."),
+    "chat": "Ask a picture, once or in a conversation.",
+    "ui": "Talk about pictures and videos in the browser.",
+    "batch": "Ask about many pictures, into a file; goes on where it stopped.",
+    "serve": "Serve programs that speak OpenAI's API.",
+    "pull": "Download a checkpoint from the Hub.",
+    "quantize": "Make a smaller, faster checkpoint and say what it cost.",
+    "compile": "Compile for an Axera NPU, or for its emulator.",
+    "eval": "Measure accuracy on questions, or perplexity on a text.",
+    "bench": "Measure speed, beside what the machine allows.",
+    "plan": "Compute speed and memory on a board beforehand.",
+    "synth": "Write a checkpoint of real shapes and random weights.",
+    "doctor": "Check this machine and the installation.",
 }
 
 
@@ -44,13 +41,13 @@ class LazyGroup(click.Group):
         """Import the module of ``cmd_name`` and return its command."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        command: click.Command = importlib.import_module(f"edgevl.cli.{cmd_name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the subcommands from the table, without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

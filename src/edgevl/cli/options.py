@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -269,15 +269,13 @@ def load_model(model: str, quiet: bool = False, **options: Any) -> Model:
     loaded = load(model, **options)
     if not quiet:
         config = loaded.checkpoint.config
-        show_notes([*loaded.engine.notes, *_describe_sampling(config.sampling), *config.ignored])
+        show_notes(loaded.engine.notes)
+        if config.sampling:  # answers may differ each time
+            listed = ", ".join(f"{name} {value:g}" for name, value in config.sampling.items())
+            by_default = translated(
+                f"sampling by default as generation_config.json has it: {listed}",
+                f"采样默认值取自模型的 generation_config.json：{listed}",
+            )
+            show_notes([by_default])
+        show_notes(config.ignored)
     return loaded
-
-
-def _describe_sampling(sampling: Mapping[str, Any]) -> Iterator[str]:
-    """Say in the user's language that a checkpoint has defaults: answers may differ each time."""
-    if sampling:
-        listed = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
-        yield translated(
-            f"sampling by default as generation_config.json has it: {listed}",
-            f"采样默认值取自模型的 generation_config.json：{listed}",
-        )

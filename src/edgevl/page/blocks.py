@@ -106,7 +106,7 @@ def create_page(
     """
     uploads = _private_uploads()
     conversations = Conversations(lambda: Conversation(new_session(), uploads))
-    labels = gr.I18n(**_locales())
+    labels = gr.I18n(**LABELS, **dict.fromkeys(("zh-CN", "zh-TW"), LABELS["zh"]))
     films = sees and importlib.util.find_spec("av") is not None
     with gr.Blocks(
         analytics_enabled=False,
@@ -316,11 +316,6 @@ def _private_uploads() -> Path:
         atexit.register(shutil.rmtree, made, ignore_errors=True)
         os.environ["GRADIO_TEMP_DIR"] = made
     return Path(os.environ["GRADIO_TEMP_DIR"])
-
-
-def _locales() -> dict[str, dict[str, str]]:
-    chinese = LABELS["zh"]
-    return {**LABELS, "zh-CN": chinese, "zh-TW": chinese}
 
 
 def _settings(

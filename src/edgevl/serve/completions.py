@@ -65,55 +65,37 @@ async def prepare_chat(body: ChatRequest, loaded: Loaded) -> Job:
     Raises:
         ApiError: the request asks for what cannot be.
     """
-    tools = shown_tools(body)
+    scheduler = loaded.scheduler
+    tools = _shown_tools(body)
     constraint = None
     if body.formatted or body.must_call:
         constraint = await to_thread.run_sync(
-            _constraint,
-            body,
-            tools,
-            loaded.scheduler,
-            abandon_on_cancel=True,
-            limiter=_CONSTRAINTS,
+            _constraint, body, tools, scheduler, abandon_on_cancel=True, limiter=_CONSTRAINTS
         )
-    prompts = await encode(body, loaded, tools)
-    return Job(
-        "chatcmpl",
-        prompts,
-        body.max_completion_tokens or body.max_tokens or loaded.scheduler.max_context,
-        (body.top_logprobs or 0) if body.logprobs else None,
-        partial(_ChatWriter, body, loaded.texts, tools),
-        partial(ChatChunk, object="chat.completion.chunk"),
-        partial(ChatCompletion, object="chat.completion"),
-        constraint,
-    )
-
-
-async def encode(body: ChatRequest, loaded: Loaded, tools: Sequence[Tool]) -> Sequence[Prompt]:
-    """Load the pictures of a conversation; return its prompt, with the tools that are shown.
-
-    Raises:
-        ApiError: a picture or video cannot be had, or the messages make no prompt.
-    """
     loading = _Loading(body, loaded)
     messages = [
         await loading.message(message, f"messages[{number}]")
         for number, message in _in_order_of_calls(body.messages)
     ]
 
-    def prompts() -> Sequence[Prompt]:
-        scheduler = loaded.scheduler
+    def encode() -> list[Prompt]:
+        shown = _one_system(messages)
         try:
-            return [
-                scheduler.prompts.encode(
-                    _one_system(messages), body.thinking, tools, scheduler.max_context
-                )
-            ]
+            return [scheduler.prompts.encode(shown, body.thinking, tools, scheduler.max_context)]
         except CheckpointError as error:
             # Templates refuse sequences of roles that they were not written for.
             raise PromptError(f"the chat template refuses the messages: {error}") from None
 
-    return await _encoded(loaded, "messages", prompts)
+    return Job(
+        "chatcmpl",
+        await _encoded(loaded, "messages", encode),
+        body.max_completion_tokens or body.max_tokens or scheduler.max_context,
+        (body.top_logprobs or 0) if body.logprobs else None,
+        partial(_ChatWriter, body, loaded.texts, tools),
+        partial(ChatChunk, object="chat.completion.chunk"),
+        partial(ChatCompletion, object="chat.completion"),
+        constraint,
+    )
 
 
 class _Loading:
@@ -222,7 +204,7 @@ def _in_order_of_calls(messages: Sequence[AnyMessage]) -> list[tuple[int, AnyMes
     return ordered
 
 
-def shown_tools(body: ChatRequest) -> list[Tool]:
+def _shown_tools(body: ChatRequest) -> list[Tool]:
     """Return the tools that the model is told of.
 
     Raises:
@@ -294,7 +276,7 @@ async def prepare_completion(body: CompletionRequest, loaded: Loaded) -> Job:
     """
     encoder, most = loaded.scheduler.prompts, loaded.scheduler.max_context
 
-    def encode_all() -> list[Prompt]:
+    def encode() -> list[Prompt]:
         prompts: list[Prompt] = []
         ids: list[int] = []
         for prompt in body.prompt if isinstance(body.prompt, list) else [body.prompt]:
@@ -306,11 +288,10 @@ async def prepare_completion(body: CompletionRequest, loaded: Loaded) -> Job:
                 prompts.append(encoder.encode_ids(prompt))
         return prompts or [encoder.encode_ids(ids)]
 
-    prompts = await _encoded(loaded, "prompt", encode_all)
     completion = partial(Completion, object="text_completion")
     return Job(
         "cmpl",
-        prompts,
+        await _encoded(loaded, "prompt", encode),
         body.max_tokens or DEFAULT_MAX_TOKENS,
         body.logprobs,
         partial(_CompletionWriter, body, loaded.texts),

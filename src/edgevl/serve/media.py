@@ -55,18 +55,15 @@ _GLOBAL_UNICAST = ip_network("2000::/3")
 #: The last 32 bits are an IPv4 address: where a network has IPv6 only, IPv4 hosts are called so.
 _NAT64 = ip_network("64:ff9b::/96")
 #: What ``ipaddress`` takes for global, in some or all of the Python versions that are supported.
-_NOT_PUBLIC = tuple(
-    map(
-        ip_network,
-        (
-            "168.63.129.16/32",  # Azure's services for its virtual machines
-            "192.0.0.0/24",  # protocol assignments, services of clouds among them
-            "192.88.99.0/24",  # relays of 6to4
-            "2001::/23",  # protocol assignments, Teredo (which embeds IPv4 addresses) among them
-            "2002::/16",  # 6to4, which embeds IPv4 addresses
-            "3fff::/20",  # documentation
-        ),
-    )
+_NOT_PUBLIC = (
+    ip_network("168.63.129.16/32"),  # Azure's services for its virtual machines
+    ip_network("192.0.0.0/24"),  # protocol assignments, services of clouds among them
+    ip_network("192.88.99.0/24"),  # relays of 6to4
+    ip_network(
+        "2001::/23"
+    ),  # protocol assignments, Teredo (which embeds IPv4 addresses) among them
+    ip_network("2002::/16"),  # 6to4, which embeds IPv4 addresses
+    ip_network("3fff::/20"),  # documentation
 )
 
 #: Looks up the addresses of a host, given with a port.

@@ -13,14 +13,7 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import (
-    AsyncGenerator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -42,14 +35,7 @@ from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.scheduler import Event, Scheduler
 from edgevl.generate.scheduler import Request as Generating
 from edgevl.preprocess import Prompt
-from edgevl.serve.errors import (
-    ApiError,
-    as_api_error,
-    blamed_on,
-    stopping,
-    timed_out,
-    unavailable,
-)
+from edgevl.serve.errors import ApiError, as_api_error, blamed_on, stopping, timed_out, unavailable
 from edgevl.serve.media import Fetcher, Media
 from edgevl.serve.requests import MAX_ANSWERS, IgnoredFields, Sampling
 from edgevl.serve.responses import TimingsBody, TokenTexts, UsageBody
