@@ -179,7 +179,7 @@ def test_lists_are_those_of_pyproject():
         for name, requirements in project["optional-dependencies"].items()
         if name not in ("all", "dev")
     }
-    assert {name: set(packages) for name, (packages, _) in doctor.EXTRAS.items()} == extras
+    assert {name: set(packages.split()) for name, (packages, _) in doctor.EXTRAS.items()} == extras
 
 
 @pytest.mark.parametrize(("answer", "status"), [(doctor.NUMBER, 0), ("nonsense", 1)])

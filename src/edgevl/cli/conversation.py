@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 WELCOME = ("/help lists the commands, Ctrl-D leaves.", "输入 /help 查看命令，按 Ctrl-D 退出。")
 
-#: Command -> what it takes and what it does, in English and in Chinese.
+#: Command -> what it takes and what it does, in English and in Chinese; `Conversation` has a method
+#: for each, such as ``_do_image``.
 COMMANDS = {
     "/image": (
         ("PATH", "show a picture with the next question (repeat for several)"),

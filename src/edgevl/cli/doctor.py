@@ -40,31 +40,19 @@ NEEDED = {
 
 #: Extra -> its distributions and what it is for.
 EXTRAS = {
-    "heic": (("pillow-heif",), "HEIC pictures"),
-    "video": (("av",), "videos"),
-    "constrained": (("llguidance",), "answers of a given form, such as JSON"),
+    "heic": ("pillow-heif", "HEIC pictures"),
+    "video": ("av", "videos"),
+    "constrained": ("llguidance", "answers of a given form, such as JSON"),
     "serve": (
-        (
-            "httpx2",
-            "anyio",
-            "fastapi",
-            "uvicorn",
-            "prometheus-client",
-            "pydantic",
-            "llguidance",
-            "av",
-        ),
+        "httpx2 anyio fastapi uvicorn prometheus-client pydantic llguidance av",
         "edgevl serve",
     ),
-    "ui": (("gradio",), "edgevl ui"),
-    "board": (("cffi",), "boards with an NPU, and their emulator"),
-    "axera": (
-        ("onnx", "onnx-ir", "onnxslim", "onnxruntime", "pydantic", "json5"),
-        "edgevl compile",
-    ),
-    "quantize": (("torch",), "edgevl quantize"),
-    "bench": (("matplotlib", "aiohttp"), "the plot of edgevl bench, benchmarks/serving.py"),
-    "reference": (("torch", "transformers"), "comparison with the original, for developers"),
+    "ui": ("gradio", "edgevl ui"),
+    "board": ("cffi", "boards with an NPU, and their emulator"),
+    "axera": ("onnx onnx-ir onnxslim onnxruntime pydantic json5", "edgevl compile"),
+    "quantize": ("torch", "edgevl quantize"),
+    "bench": ("matplotlib aiohttp", "the plot of edgevl bench, benchmarks/serving.py"),
+    "reference": ("torch transformers", "comparison with the original, for developers"),
 }
 
 #: The number on the picture that `tiny` is asked about.
@@ -98,7 +86,7 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "packages": packages,
         "extras": {
-            name: {"present": all(map(_version, distributions)), "purpose": purpose}
+            name: {"present": all(map(_version, distributions.split())), "purpose": purpose}
             for name, (distributions, purpose) in EXTRAS.items()
         },
         **dict.fromkeys(looks),

@@ -396,6 +396,9 @@ def _connect(
     sends can put words into the model's mouth.
     """
 
+    def of(request: gr.Request) -> Conversation:
+        return conversations.of(str(request.session_hash))
+
     def ready(**typed: Any) -> dict[str, Any]:
         return gr.update(submit_btn=True, stop_btn=False, **typed)
 
@@ -406,7 +409,7 @@ def _connect(
         keep: list[PageTurn] | None = None,
     ) -> Iterator[Shown]:
         """Have ``turn`` answered, and show it as it grows."""
-        conversation, lang = conversations.of(_tab(request)), _language(request)
+        conversation, lang = of(request), _language(request)
         cleared = {"value": {"text": "", "files": []}} if keep is None else {}
         yield gr.skip(), gr.update(submit_btn=False, stop_btn=True, **cleared), ""
         started = time.monotonic()
@@ -443,13 +446,13 @@ def _connect(
             yield nothing
 
     def retry(request: gr.Request, *given: Any) -> Iterator[Shown]:
-        if turns := conversations.of(_tab(request)).turns:
+        if turns := of(request).turns:
             yield from show(request, turns[-1].again(), given, turns[:-1])
         else:
             yield nothing
 
     def edit(event: gr.EditData, request: gr.Request, *given: Any) -> Iterator[Shown]:
-        turns = conversations.of(_tab(request)).turns
+        turns = of(request).turns
         index = event.index[0] if isinstance(event.index, list | tuple) else event.index
         number = asked_at(turns, index)
         if number is None or not isinstance(event.value, str):
@@ -458,20 +461,20 @@ def _connect(
             yield from show(request, turns[number].again(event.value), given, turns[:number])
 
     def undo(request: gr.Request) -> Shown:
-        conversation = conversations.of(_tab(request))
+        conversation = of(request)
         turn = conversation.undo()
         typed = {"value": _typed(turn)} if turn else {}
         return chat_messages(conversation.turns, _language(request)), ready(**typed), ""
 
     def clear(request: gr.Request) -> Shown:
-        conversations.of(_tab(request)).clear()
+        of(request).clear()
         return [], ready(), ""
 
     def stop(request: gr.Request) -> None:
-        conversations.of(_tab(request)).stop()
+        of(request).stop()
 
     def close(request: gr.Request) -> None:
-        conversations.close(_tab(request))
+        conversations.close(str(request.session_hash))
 
     shown = [chat, box, status]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -488,10 +491,6 @@ def _connect(
 
 def _language(request: gr.Request) -> str:
     return language(request.headers.get("accept-language", ""))
-
-
-def _tab(request: gr.Request) -> str:
-    return str(request.session_hash)
 
 
 def _turn(typed: dict[str, Any]) -> PageTurn:
