@@ -62,18 +62,38 @@ __all__ = [
     "split_tool_calls",
 ]
 
-#: Where public names are imported from when they are first used: the first that has one.
-_HOMES = ("edgevl.errors", "edgevl.checkpoint", "edgevl.preprocess", "edgevl.generate")
+
+#: Where each public name is imported from, when it is first used.
+_HOMES = {
+    "Answer": "edgevl.generate",
+    "BoardError": "edgevl.errors",
+    "Checkpoint": "edgevl.checkpoint",
+    "CheckpointError": "edgevl.errors",
+    "Constraint": "edgevl.generate",
+    "ContextLengthError": "edgevl.errors",
+    "DownloadError": "edgevl.errors",
+    "EdgeVLError": "edgevl.errors",
+    "ImageError": "edgevl.errors",
+    "Model": "edgevl.generate",
+    "PromptError": "edgevl.errors",
+    "SamplingParams": "edgevl.generate",
+    "Session": "edgevl.generate",
+    "Stream": "edgevl.generate",
+    "Tool": "edgevl.preprocess",
+    "ToolCall": "edgevl.preprocess",
+    "VideoError": "edgevl.errors",
+    "load": "edgevl.generate",
+    "split_tool_calls": "edgevl.generate",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
-    if name in __all__:
-        for home in map(import_module, _HOMES):
-            if hasattr(home, name):
-                globals()[name] = getattr(home, name)
-                return globals()[name]
-    raise AttributeError(f"module 'edgevl' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgevl' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
