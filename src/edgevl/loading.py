@@ -91,9 +91,9 @@ def open_model(path: Path, engine: str = "auto") -> ModelDirectory:
         BoardError: what was compiled is incomplete or ambiguous.
     """
     if engine == "axera" or _is_compiled(path):
-        from edgevl.axera.model.directory import BoardModel
+        from edgevl.axera.directory import BoardModel
 
-        return BoardModel.open(path)
+        return BoardModel(path)
     return Checkpoint.open(path)
 
 
@@ -118,7 +118,7 @@ def _is_compiled(path: Path) -> bool:
     if any(path.glob("*.safetensors")):
         return False
     # Imported here, as few models need it.
-    from edgevl.axera.model.directory import holds_compiled
+    from edgevl.axera.directory import holds_compiled
 
     return holds_compiled(path)
 
@@ -169,8 +169,8 @@ def _reference(checkpoint: ModelDirectory, options: LoadOptions) -> Engine:
 
 
 def _axera(checkpoint: ModelDirectory, options: LoadOptions) -> Engine:
+    from edgevl.axera.directory import BoardModel
     from edgevl.axera.engine import AxeraEngine
-    from edgevl.axera.model.directory import BoardModel
 
     if not isinstance(checkpoint, BoardModel):
         raise BoardError(

@@ -9,9 +9,9 @@ import pytest
 
 import edgevl
 from edgevl.axera import layout
+from edgevl.axera.directory import BoardModel
 from edgevl.axera.engine import AxeraEngine
 from edgevl.axera.layout import SINGLE_STEPS
-from edgevl.axera.model.directory import BoardModel
 from edgevl.axera.npu.base import Group, TensorInfo
 from edgevl.boards.plan import PrefillSteps, prefill_steps
 from edgevl.checkpoint import Checkpoint
@@ -40,7 +40,7 @@ def boards(mini_checkpoint, tmp_path_factory):
             directories[preset] = path, Checkpoint.open(mini_checkpoint(preset))
         path, checkpoint = directories[preset]
         runtime = FakeRuntime(checkpoint, compiled)
-        return OneSequence(AxeraEngine(BoardModel.open(path), max_context, runtime)), runtime
+        return OneSequence(AxeraEngine(BoardModel(path), max_context, runtime)), runtime
 
     yield make
     for _, checkpoint in directories.values():
@@ -334,7 +334,7 @@ def test_memory_is_given_back(boards):
 
 
 def test_what_was_taken_is_given_back_where_loading_fails(mini_checkpoint, tmp_path):
-    board = BoardModel.open(write_board(tmp_path / "board", mini_checkpoint("mini-qwen3")))
+    board = BoardModel(write_board(tmp_path / "board", mini_checkpoint("mini-qwen3")))
     compiled = Compiled(wrong={POST: lambda groups: [Group(groups[0].inputs, ())]})
     with Checkpoint.open(mini_checkpoint("mini-qwen3")) as checkpoint:
         runtime = FakeRuntime(checkpoint, compiled)
@@ -411,7 +411,7 @@ def test_without_prefill_groups_all_is_decoded(boards, tokens, expected):
 
 def test_without_a_vision_encoder(mini_checkpoint, tmp_path):
     path = write_board(tmp_path / "board", mini_checkpoint("mini-qwen3"), vision=False)
-    board = BoardModel.open(path)
+    board = BoardModel(path)
     with Checkpoint.open(mini_checkpoint("mini-qwen3")) as checkpoint:
         engine = AxeraEngine(board, runtime=FakeRuntime(checkpoint))
     with pytest.raises(CheckpointError, match="text only"):
@@ -424,12 +424,12 @@ def test_without_a_vision_encoder(mini_checkpoint, tmp_path):
 
 def test_tiles_a_picture(mini_checkpoint, tmp_path):
     path = write_board(tmp_path / "board", mini_checkpoint("mini-qwen3"))
-    assert BoardModel.open(path).config.max_tiles == 1
+    assert BoardModel(path).config.max_tiles == 1
     (path / "board.json").write_text(json.dumps({"max_tiles": 4}))
-    assert BoardModel.open(path).config.max_tiles == 4
+    assert BoardModel(path).config.max_tiles == 4
     (path / "board.json").write_text(json.dumps({"max_tiles": 0}))
     with pytest.raises(CheckpointError, match=r"board\.json: field 'max_tiles' is 0"):
-        BoardModel.open(path)
+        BoardModel(path)
 
 
 # --- choosing the engine -----------------------------------------------------------------------

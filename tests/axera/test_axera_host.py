@@ -11,9 +11,9 @@ import pytest
 
 import axengine_loop
 import axera_host
+from edgevl.axera.directory import BoardModel
 from edgevl.axera.engine import AxeraEngine
 from edgevl.axera.layout import EMBEDDING_NPY, BoardShape
-from edgevl.axera.model.directory import BoardModel
 from edgevl.axera.npu.base import from_device, to_device
 from edgevl.checkpoint import Checkpoint
 from fake_npu import Compiled, FakeMemory, FakeRuntime, write_board
@@ -77,7 +77,7 @@ def board(tmp_path, mini_checkpoint, monkeypatch):
         axengine = ModuleType("axengine")
         axengine.InferenceSession = lambda path: FakeSession(runtime, path)
         monkeypatch.setitem(sys.modules, "axengine", axengine)
-        engine = OneSequence(AxeraEngine(BoardModel.open(directory), runtime=runtime))
+        engine = OneSequence(AxeraEngine(BoardModel(directory), runtime=runtime))
         yield engine, axengine_loop.AxengineLoop(directory, checkpoint.config.text, SHAPE)
 
 

@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 
+from edgevl.axera import directory as model_directory
 from edgevl.axera import layout
-from edgevl.axera.model import directory as model_directory
-from edgevl.axera.model.directory import BoardModel
-from edgevl.axera.model.embedding_file import EmbeddingFile
+from edgevl.axera.directory import BoardModel
+from edgevl.axera.ends import EmbeddingFile
 from edgevl.checkpoint import Checkpoint
 from edgevl.errors import BoardError, CheckpointError
 from edgevl.loading import open_checkpoint, open_model
@@ -52,7 +52,7 @@ def check(model, root):
 
 
 def test_all_in_one_directory(board):
-    check(BoardModel.open(board), board)
+    check(BoardModel(board), board)
     check(open_model(board), board)
 
 
@@ -61,7 +61,7 @@ def test_as_the_vendor_has_it(board):
     move(board, "X_axmodel", "*.axmodel", "*.bin")
     move(board, "X", "*.*")
     (board / "infer_axmodel.py").write_text("raise SystemExit")
-    model = BoardModel.open(board)
+    model = BoardModel(board)
     check(model, board)
     assert model.path == board / "X"
 
@@ -69,28 +69,28 @@ def test_as_the_vendor_has_it(board):
 def test_as_published_with_a_placeholder_for_a_configuration(board):
     move(board, "files/tokenizer", "*.json", "*.jinja", "*.txt")
     (board / "config.json").write_text("{}")
-    check(BoardModel.open(board), board)
+    check(BoardModel(board), board)
 
 
 def test_hidden_and_deeper_directories_are_not_looked_at(board):
     for directory in (".cache", "a/b/c"):
         shutil.copytree(board, board / directory, ignore=lambda *_: {".cache", "a"})
-    check(BoardModel.open(board), board)
+    check(BoardModel(board), board)
 
 
 def test_the_vision_encoder_may_be_missing(board):
     (board / layout.vision_file(56)).unlink()
-    model = BoardModel.open(board)
+    model = BoardModel(board)
     assert model.vision is None
     assert not model.has_vision
 
 
 def test_among_vision_encoders_that_of_the_configured_size(board):
     (board / "internvl_vit_model_1x3x448x448.axmodel").write_bytes(b"x")
-    check(BoardModel.open(board), board)
+    check(BoardModel(board), board)
     (board / "vision_56x56.axmodel").write_bytes(b"x")
     with pytest.raises(BoardError, match="keep one vision encoder"):
-        BoardModel.open(board)
+        BoardModel(board)
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "npy", "float32"])
@@ -103,7 +103,7 @@ def test_every_form_of_the_embedding(board, table, form):
         np.save(board / layout.EMBEDDING_NPY, table)
     else:
         table.astype("<f4").tofile(board / layout.EMBEDDING_F32)
-    embedding = BoardModel.open(board).embedding
+    embedding = BoardModel(board).embedding
     rows = embedding.rows(np.array([5, 0, 599, 5]))
     assert rows.dtype == np.float32
     np.testing.assert_array_equal(rows, table[[5, 0, 599, 5]])
@@ -116,10 +116,10 @@ def test_every_form_of_the_embedding(board, table, form):
 def test_emulated(board):
     for path in board.glob("*.axmodel"):
         path.write_bytes(layout.EMULATED_MAGIC + b"kind layer")
-    assert BoardModel.open(board).emulated
+    assert BoardModel(board).emulated
     (board / "qwen3_post.axmodel").write_bytes(b"a model that Pulsar2 made")
     with pytest.raises(BoardError, match="some models are a board's and some the emulator's"):
-        BoardModel.open(board)
+        BoardModel(board)
 
 
 def remove(name):
@@ -170,7 +170,7 @@ def second_tokenizer(board):
 def test_what_is_not_whole(board, change, message):
     change(board)
     with pytest.raises(BoardError, match=message) as error:
-        BoardModel.open(board)
+        BoardModel(board)
     assert "\n" not in str(error.value)
     assert str(board) in str(error.value)
 
@@ -188,9 +188,9 @@ def test_arrays_that_are_no_embedding(tmp_path, content):
 
 def test_what_is_no_board(mini_checkpoint, tmp_path):
     with pytest.raises(BoardError, match="edgevl compile MODEL"):
-        BoardModel.open(mini_checkpoint("mini-qwen3"))
+        BoardModel(mini_checkpoint("mini-qwen3"))
     with pytest.raises(BoardError, match="not a directory"):
-        BoardModel.open(tmp_path / "absent")
+        BoardModel(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"config\.json: there is no such file"):
         open_model(tmp_path)
 
@@ -221,11 +221,11 @@ def test_layers_below_are_no_checkpoint_either(board):
 def test_a_configuration_that_is_malformed(board):
     (board / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
-        BoardModel.open(board)
+        BoardModel(board)
 
 
 def test_a_directory_with_too_many_files(board, monkeypatch):
     monkeypatch.setattr(model_directory, "MAX_ENTRIES", 5)
     with pytest.raises(BoardError, match="more than 5 files: give the model's directory"):
-        BoardModel.open(board)
+        BoardModel(board)
     assert not model_directory.holds_compiled(board)

@@ -7,11 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from edgevl.axera import layout
+from edgevl.axera import integrity, layout
+from edgevl.axera.directory import BoardModel
 from edgevl.axera.engine import AxeraEngine
-from edgevl.axera.model import integrity
-from edgevl.axera.model.directory import BoardModel
-from edgevl.axera.model.integrity import Content
+from edgevl.axera.integrity import Content
 from edgevl.checkpoint import Checkpoint
 from edgevl.cli import main
 from edgevl.engine import native_missing
@@ -53,7 +52,7 @@ def board(mini_checkpoint, tmp_path):
 
 
 def load(board, runtime):
-    return AxeraEngine(BoardModel.open(board), runtime=runtime)
+    return AxeraEngine(BoardModel(board), runtime=runtime)
 
 
 def cut(path):
@@ -170,7 +169,7 @@ def test_arrays_that_are_cut_are_told_by_their_header(board, runtime, damage):
 def test_a_list_that_is_malformed(board, files, message):
     (board / "board.json").write_text(json.dumps({"files": files}))
     with pytest.raises(CheckpointError, match=message):
-        BoardModel.open(board)
+        BoardModel(board)
 
 
 # --- once --------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def read(monkeypatch):
 
 def test_contents_are_read_once(board, runtime, read):
     used = {*LAYERS, POST, VISION, layout.EMBEDDING_BF16}
-    BoardModel.open(board)
+    BoardModel(board)
     assert read() == set()
     load(board, runtime)
     assert read() == used

@@ -9,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from edgevl.axera.npu import ax, choice, libraries, open_runtime
+from edgevl.axera import npu as runtimes
+from edgevl.axera.npu import ax, libraries, open_runtime
 from edgevl.axera.npu.ax import AxRuntime
 from edgevl.axera.npu.axcl import AxclRuntime
 from edgevl.axera.npu.base import TensorInfo, checked_tensor
@@ -57,13 +58,13 @@ def axengine(monkeypatch):
 @pytest.fixture(autouse=True)
 def bare_machine(monkeypatch, tmp_path):
     """Nothing is installed, nothing set, and no runtime runs on after a test."""
-    for name in (choice.VARIABLE, libraries.DIRECTORY_VARIABLE):
+    for name in (runtimes.VARIABLE, libraries.DIRECTORY_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(libraries.ctypes.util, "find_library", lambda name: None)
     monkeypatch.setattr(libraries, "DIRECTORIES", (str(tmp_path / "soc"),))
-    monkeypatch.setattr(choice, "CARD_DEVICE", tmp_path / "axcl_host")
-    monkeypatch.setattr(choice, "_started", {})
-    monkeypatch.setattr(choice.atexit, "register", lambda function: None)
+    monkeypatch.setattr(runtimes, "CARD_DEVICE", tmp_path / "axcl_host")
+    monkeypatch.setattr(runtimes, "_started", {})
+    monkeypatch.setattr(runtimes.atexit, "register", lambda function: None)
 
 
 def install(directory, *names):
@@ -98,7 +99,7 @@ def test_a_library_without_an_npu_is_not_a_missing_library(monkeypatch, capfd, n
         directory = libraries.emulator_directory()
     except BoardError as missing:
         pytest.skip(str(missing))
-    monkeypatch.setenv(choice.VARIABLE, name)
+    monkeypatch.setenv(runtimes.VARIABLE, name)
     monkeypatch.setenv(libraries.DIRECTORY_VARIABLE, str(directory))
     monkeypatch.setenv("EDGEVL_EMULATOR_CMM", "none")
     with pytest.raises(BoardError) as error:
@@ -138,7 +139,7 @@ def test_the_vendors_package_without_an_npu(monkeypatch, error):
         open_runtime()
     assert str(error) in str(raised.value)
     monkeypatch.setattr(sys, "meta_path", sys.meta_path[1:])
-    monkeypatch.setenv(choice.VARIABLE, "axengine")
+    monkeypatch.setenv(runtimes.VARIABLE, "axengine")
     monkeypatch.setitem(sys.modules, "axengine", None)
     with pytest.raises(BoardError, match="package axengine is not installed"):
         open_runtime()
@@ -146,26 +147,26 @@ def test_the_vendors_package_without_an_npu(monkeypatch, error):
 
 def test_the_emulator(monkeypatch, tmp_path):
     install(tmp_path, "ax_sys", "ax_engine", "axcl_rt")
-    assert choice.installed_runtime(tmp_path) == "ax"
-    monkeypatch.setenv(choice.VARIABLE, "axcl")
-    assert choice.installed_runtime(tmp_path) == "axcl"
+    assert runtimes.installed_runtime(tmp_path) == "ax"
+    monkeypatch.setenv(runtimes.VARIABLE, "axcl")
+    assert runtimes.installed_runtime(tmp_path) == "axcl"
 
 
 def test_the_order(monkeypatch, tmp_path):
     soc = tmp_path / "soc"
     install(soc, "axcl_rt")
-    assert choice.installed_runtime(None) == "axcl"
+    assert runtimes.installed_runtime(None) == "axcl"
     install(soc, "ax_engine")
-    assert choice.installed_runtime(None) == "axcl"  # one of the two that a board needs
+    assert runtimes.installed_runtime(None) == "axcl"  # one of the two that a board needs
     install(soc, "ax_sys")
-    assert choice.installed_runtime(None) == "ax"
-    choice.CARD_DEVICE.touch()
-    assert choice.installed_runtime(None) == "axcl"
-    monkeypatch.setenv(choice.VARIABLE, "ax")
-    assert choice.installed_runtime(None) == "ax"
-    monkeypatch.setenv(choice.VARIABLE, "cuda")
+    assert runtimes.installed_runtime(None) == "ax"
+    runtimes.CARD_DEVICE.touch()
+    assert runtimes.installed_runtime(None) == "axcl"
+    monkeypatch.setenv(runtimes.VARIABLE, "ax")
+    assert runtimes.installed_runtime(None) == "ax"
+    monkeypatch.setenv(runtimes.VARIABLE, "cuda")
     with pytest.raises(BoardError, match="EDGEVL_NPU=cuda: choose ax, axcl, axengine"):
-        choice.installed_runtime(None)
+        runtimes.installed_runtime(None)
 
 
 def test_where_libraries_are_looked_for(monkeypatch, tmp_path):
@@ -244,8 +245,8 @@ def test_the_vendors_package(axengine, caplog, capsys, tmp_path):
     memory.write(128, np.float32([10, 20, 30]))
     call.run()
     assert memory.read(256, 12).view(np.float32).tolist() == [11, 22, 33]
-    call.move_input(1, 256)
-    call.move_output(0, 384)
+    call.move("Input", 1, 256)
+    call.move("Output", 0, 384)
     call.run()
     assert memory.read(384, 12).view(np.float32).tolist() == [12, 24, 36]
     memory.write(0, np.float32([-1, 0, 0]))

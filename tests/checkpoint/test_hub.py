@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from edgevl import loading
+from edgevl.axera.directory import BoardModel
 from edgevl.axera.layout import EMBEDDING_F32, EMBEDDING_NPY
-from edgevl.axera.model.directory import BoardModel
 from edgevl.checkpoint import Checkpoint, expected_tensors, hub, parse_config
 from edgevl.errors import CheckpointError, DownloadError
 from edgevl.loading import locate, pull
@@ -298,4 +298,4 @@ def test_pull_a_model_compiled_for_a_board(tmp_path, server, mini_checkpoint, fo
     left_out = {"X/model.safetensors", "infer.py"}
     left_out |= {name for name in compiled if "embed_tokens" in name and not name.endswith(form)}
     assert names == set(server.files) - left_out
-    assert BoardModel.open(directory).embedding.path.name.endswith(form)
+    assert BoardModel(directory).embedding.path.name.endswith(form)

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from edgevl import cli, machine
-from edgevl.axera.npu import ax, choice, libraries
+from edgevl.axera import npu as runtimes
+from edgevl.axera.npu import ax, libraries
 from edgevl.axera.npu.ax import read_cmm
 from edgevl.cli import doctor
 from edgevl.errors import BoardError
@@ -224,10 +225,10 @@ def test_all_is_well_here(capsys):
 def quick(monkeypatch):
     """No model is loaded, and no NPU is found but what a test installs."""
     monkeypatch.setattr("edgevl.generate.load", FakeModel(lambda question: [doctor.NUMBER]).load)
-    for name in (choice.VARIABLE, libraries.DIRECTORY_VARIABLE):
+    for name in (runtimes.VARIABLE, libraries.DIRECTORY_VARIABLE):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(choice, "_started", {})
-    monkeypatch.setattr(choice.atexit, "register", lambda function: None)
+    monkeypatch.setattr(runtimes, "_started", {})
+    monkeypatch.setattr(runtimes.atexit, "register", lambda function: None)
     return monkeypatch
 
 
@@ -260,7 +261,7 @@ def emulator(quick):
 
 @pytest.mark.parametrize("name", ["ax", "axcl"])
 def test_an_emulated_npu_is_called_so(emulator, capsys, name):
-    emulator.setenv(choice.VARIABLE, name)
+    emulator.setenv(runtimes.VARIABLE, name)
     status, found, lines = report(capsys)
     assert status == 0
     npu = found["npu"]
@@ -269,7 +270,7 @@ def test_an_emulated_npu_is_called_so(emulator, capsys, name):
     assert 0 < free <= 3000 << 20
     assert "EdgeVL emulator (emulated: no board computes)" in lines[0]
     assert lines[1].startswith("          NPU memory (CMM) 2.9 GiB, ")
-    memory = choice.open_runtime().allocate(1 << 20)
+    memory = runtimes.open_runtime().allocate(1 << 20)
     assert report(capsys)[1]["npu"]["free_bytes"] == free - (1 << 20)
     memory.close()
     assert report(capsys)[1]["npu"]["free_bytes"] == free

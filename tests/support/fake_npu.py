@@ -97,27 +97,6 @@ class FakeMemory(Memory):
         self.bytes = None
 
 
-class FakeModel(NpuModel):
-    DATA_TYPES: ClassVar = {name: name for name in STORED}
-
-    def __init__(self, runtime, path, groups, compute):
-        self.runtime, self.compiled, self.compute = runtime, groups, compute
-        super().__init__(runtime, path)
-
-    def _open(self):
-        return len(self.compiled)
-
-    def _describe(self, group):
-        tensors = self.compiled[group].inputs, self.compiled[group].outputs
-        return (((t.name, t.dtype, t.shape, t.nbytes) for t in side) for side in tensors)
-
-    def _bind(self, group, inputs, outputs):
-        return FakeCall(self, group, inputs, outputs)
-
-    def _give_back(self):
-        self.compute = None
-
-
 class FakeCall(Call):
     def __init__(self, model, group, inputs, outputs):
         self.model, self.group = model, group
@@ -147,6 +126,25 @@ class FakeCall(Call):
 
     def put(self, name, values):
         self.array(name)[...] = to_device(np.asarray(values, np.float32), "BF16")
+
+
+class FakeModel(NpuModel):
+    CALL = FakeCall
+    DATA_TYPES: ClassVar = {name: name for name in STORED}
+
+    def __init__(self, runtime, path, groups, compute):
+        self.compiled, self.compute = groups, compute
+        super().__init__(runtime, path)
+
+    def _open(self):
+        return len(self.compiled)
+
+    def _describe(self, group):
+        tensors = self.compiled[group].inputs, self.compiled[group].outputs
+        return (((t.name, t.dtype, t.shape, t.nbytes) for t in side) for side in tensors)
+
+    def _give_back(self):
+        self.compute = None
 
 
 class FakeRuntime(Runtime):

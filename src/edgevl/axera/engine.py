@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevl.axera.decoder import NpuDecoder
+from edgevl.axera.directory import BoardModel
+from edgevl.axera.ends import NpuOutputLayer, NpuVisionEncoder
 from edgevl.axera.layout import pays_as_chunk
-from edgevl.axera.model.decoder import NpuDecoder
-from edgevl.axera.model.directory import BoardModel
-from edgevl.axera.model.output_layer import NpuOutputLayer
-from edgevl.axera.model.vision_encoder import NpuVisionEncoder
 from edgevl.axera.npu import Memory, NpuModel, Runtime, open_runtime
 from edgevl.engine.base import Engine, Floats, Sequence
 from edgevl.errors import CheckpointError, EdgeVLError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from edgevl.axera.integrity import FILES
 from edgevl.axera.layout import NOT_BUILT
-from edgevl.axera.model.integrity import FILES
 from edgevl.boards.build_log import BUILT
 from edgevl.boards.pulsar2 import ENVIRONMENT, MOUNTED, mount
 from edgevl.boards.steps import BoardStep

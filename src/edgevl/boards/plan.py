@@ -7,8 +7,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from edgevl.axera.directory import BOARD_FILE
 from edgevl.axera.layout import BoardShape, check_shape, pays_as_chunk
-from edgevl.axera.model.directory import BOARD_FILE
 from edgevl.boards.limits import MemoryPlan, plan_memory
 from edgevl.boards.settings import Target
 from edgevl.boards.timing import (

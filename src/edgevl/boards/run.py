@@ -12,8 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from edgevl.axera.integrity import FILES, Content
 from edgevl.axera.layout import NOT_BUILT
-from edgevl.axera.model.integrity import FILES, Content
 from edgevl.boards.build_script import BOARD, BUILD, MODEL, NOT_BUILT_TEXT, build_script
 from edgevl.boards.limits import check, disk_bytes
 from edgevl.boards.pulsar2 import find

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edgevl.axera.ends import EMBEDDING_FILES
 from edgevl.axera.layout import layer_file, post_file, vision_file
-from edgevl.axera.model.embedding_file import EMBEDDING_FILES
 from edgevl.boards import pulsar2
 from edgevl.boards.build_log import low_cosines
 from edgevl.boards.pulsar2 import Pulsar2

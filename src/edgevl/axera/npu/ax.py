@@ -35,7 +35,6 @@ from edgevl.axera.npu.libraries import (
     foreign_functions,
     library_path,
     open_library,
-    optional,
 )
 from edgevl.errors import BoardError
 from edgevl.files import system_text
@@ -180,9 +179,9 @@ class AxRuntime(Runtime):
     def info(self) -> NpuInfo:
         """Ask the library for its version, and the board's drivers for chip and memory."""
         functions = self.functions
-        found = optional(self.engine, "AX_ENGINE_GetVersion")
+        found = getattr(self.engine, "AX_ENGINE_GetVersion", None)
         version = functions.string(found(), 256).decode(errors="replace") if found else None
-        if emulator := optional(self.system, "EDGEVL_EMULATOR_Memory"):
+        if emulator := getattr(self.system, "EDGEVL_EMULATOR_Memory", None):
             free, total = (functions.new("unsigned long long *") for _ in range(2))
             emulator(free, total)
             return NpuInfo(version, None, total[0], free[0], emulated=True)
@@ -244,80 +243,6 @@ class AxMemory(Memory):
         give_back(self._physical, 0, free, self._physical[0], self._address[0])
 
 
-class AxModel(NpuModel):
-    """A model in the NPU's memory."""
-
-    # AX_ENGINE_DATA_TYPE_T.
-    DATA_TYPES: ClassVar = {
-        1: "U8", 2: "U16", 3: "F32", 4: "I16", 5: "I8", 6: "I32", 7: "U32", 9: "BF16",
-    }  # fmt: skip
-
-    def __init__(self, runtime: AxRuntime, path: Path) -> None:
-        """Load a file."""
-        self.functions = runtime.functions
-        self.engine = runtime.engine
-        self._handle, self._context = (self.functions.new("void **") for _ in range(2))
-        super().__init__(runtime, path)
-
-    def _open(self) -> int:
-        path, new = self.path, self.functions.new
-        try:
-            with path.open("rb") as file:
-                # Kept: the library's documentation does not say that it copies everything.
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise BoardError(f"{path}: cannot be read ({error})") from None
-        if len(self._data) > MAX_BYTES:
-            raise BoardError(
-                f"{path}: {len(self._data)} bytes; the NPU's library takes {MAX_BYTES} at most: "
-                "copy it again, or compile a smaller model"
-            )
-        self._name = new("signed char[]", path.stem.encode()[:255] + b"\0")
-        extra = new("HandleExtra *", {"name": self._name})
-        data = self.functions.from_buffer(self._data)
-        check_status(
-            self.engine.AX_ENGINE_CreateHandleV2(self._handle, data, len(self._data), extra),
-            f"{path}: loading",
-            ": it was compiled for another chip or NPU mode, is damaged, or NPU memory is full",
-        )
-        self.handle = self._handle[0]
-        status = self.engine.AX_ENGINE_CreateContextV2(self.handle, self._context)
-        check_status(status, f"{path}: AX_ENGINE_CreateContextV2")
-        self.context = self._context[0]
-        count = new("unsigned int *")
-        # A library from before there were groups has no such function.
-        ask = optional(self.engine, "AX_ENGINE_GetGroupIOInfoCount")
-        groups = 1 if ask is None or ask(self.handle, count) else int(count[0])
-        self.grouped = groups > 1
-        return groups
-
-    def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
-        found = self.functions.new("TensorTable **")
-        if self.grouped:
-            status = self.engine.AX_ENGINE_GetGroupIOInfo(self.handle, group, found)
-        else:
-            status = self.engine.AX_ENGINE_GetIOInfo(self.handle, found)
-        check_status(status, f"{self.path}: reading the shapes of group {group}")
-        table = found[0]
-        return (
-            self._descriptions(table.inputs, table.input_count),
-            self._descriptions(table.outputs, table.output_count),
-        )
-
-    def _descriptions(self, metas: Any, count: int) -> Iterator[Description]:
-        for meta in (metas[index] for index in range(count)):
-            name = self.functions.string(meta.name, 4096).decode(errors="replace")
-            shape = [meta.shape[i] for i in range(min(meta.dimensions, MAX_DIMENSIONS))]
-            yield name, meta.data_type, shape, meta.size
-
-    def _bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
-        return AxCall(self, group, inputs, outputs)
-
-    def _give_back(self) -> None:
-        destroy = self.engine.AX_ENGINE_DestroyHandle
-        give_back(self._handle, self.functions.NULL, destroy, self._handle[0])
-
-
 class AxCall(Call):
     """A table of physical addresses."""
 
@@ -358,3 +283,75 @@ class AxCall(Call):
         buffer.physical = memory.physical + offset
         buffer.address = memory.address + offset
         buffer.size = nbytes
+
+
+class AxModel(NpuModel):
+    """A model in the NPU's memory."""
+
+    CALL = AxCall
+    # AX_ENGINE_DATA_TYPE_T.
+    DATA_TYPES: ClassVar = {
+        1: "U8", 2: "U16", 3: "F32", 4: "I16", 5: "I8", 6: "I32", 7: "U32", 9: "BF16",
+    }  # fmt: skip
+
+    def __init__(self, runtime: AxRuntime, path: Path) -> None:
+        """Load a file."""
+        self.functions = runtime.functions
+        self.engine = runtime.engine
+        self._handle, self._context = (self.functions.new("void **") for _ in range(2))
+        super().__init__(runtime, path)
+
+    def _open(self) -> int:
+        path, new = self.path, self.functions.new
+        try:
+            with path.open("rb") as file:
+                # Kept: the library's documentation does not say that it copies everything.
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise BoardError(f"{path}: cannot be read ({error})") from None
+        if len(self._data) > MAX_BYTES:
+            raise BoardError(
+                f"{path}: {len(self._data)} bytes; the NPU's library takes {MAX_BYTES} at most: "
+                "copy it again, or compile a smaller model"
+            )
+        self._name = new("signed char[]", path.stem.encode()[:255] + b"\0")
+        extra = new("HandleExtra *", {"name": self._name})
+        data = self.functions.from_buffer(self._data)
+        check_status(
+            self.engine.AX_ENGINE_CreateHandleV2(self._handle, data, len(self._data), extra),
+            f"{path}: loading",
+            ": it was compiled for another chip or NPU mode, is damaged, or NPU memory is full",
+        )
+        self.handle = self._handle[0]
+        status = self.engine.AX_ENGINE_CreateContextV2(self.handle, self._context)
+        check_status(status, f"{path}: AX_ENGINE_CreateContextV2")
+        self.context = self._context[0]
+        count = new("unsigned int *")
+        # A library from before there were groups has no such function.
+        ask = getattr(self.engine, "AX_ENGINE_GetGroupIOInfoCount", None)
+        groups = 1 if ask is None or ask(self.handle, count) else int(count[0])
+        self.grouped = groups > 1
+        return groups
+
+    def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
+        found = self.functions.new("TensorTable **")
+        if self.grouped:
+            status = self.engine.AX_ENGINE_GetGroupIOInfo(self.handle, group, found)
+        else:
+            status = self.engine.AX_ENGINE_GetIOInfo(self.handle, found)
+        check_status(status, f"{self.path}: reading the shapes of group {group}")
+        table = found[0]
+        return (
+            self._descriptions(table.inputs, table.input_count),
+            self._descriptions(table.outputs, table.output_count),
+        )
+
+    def _descriptions(self, metas: Any, count: int) -> Iterator[Description]:
+        for meta in (metas[index] for index in range(count)):
+            name = self.functions.string(meta.name, 4096).decode(errors="replace")
+            shape = [meta.shape[i] for i in range(min(meta.dimensions, MAX_DIMENSIONS))]
+            yield name, meta.data_type, shape, meta.size
+
+    def _give_back(self) -> None:
+        destroy = self.engine.AX_ENGINE_DestroyHandle
+        give_back(self._handle, self.functions.NULL, destroy, self._handle[0])

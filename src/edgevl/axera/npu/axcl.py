@@ -27,7 +27,6 @@ from edgevl.axera.npu.libraries import (
     foreign_functions,
     library_path,
     open_library,
-    optional,
 )
 from edgevl.errors import BoardError
 
@@ -136,16 +135,16 @@ class AxclRuntime(Runtime):
         library, new = self.enter(), self.functions.new
         version = chip = total = free = None
         numbers = [new("int32_t *") for _ in range(3)]
-        ask = optional(library, "axclrtGetVersion")
+        ask = getattr(library, "axclrtGetVersion", None)
         if ask and not ask(*numbers):
             version = ".".join(str(number[0]) for number in numbers)
-        if ask := optional(library, "axclrtGetSocName"):
+        if ask := getattr(library, "axclrtGetSocName", None):
             chip = self.functions.string(ask(), 256).decode(errors="replace")
         sizes = [new("size_t *") for _ in range(2)]
-        ask = optional(library, "axclrtGetMemInfo")
+        ask = getattr(library, "axclrtGetMemInfo", None)
         if ask and not ask(_CMM, *sizes):
             free, total = (size[0] for size in sizes)
-        emulated = optional(library, "EDGEVL_EMULATOR_Memory") is not None
+        emulated = getattr(library, "EDGEVL_EMULATOR_Memory", None) is not None
         return NpuInfo(version, chip, total, free, emulated)
 
     def enter(self) -> Any:
@@ -173,7 +172,7 @@ class AxclRuntime(Runtime):
 class AxclMemory(Memory):
     """Memory of the card."""
 
-    _runtime: AxclRuntime
+    runtime: AxclRuntime
 
     def __init__(self, runtime: AxclRuntime, size: int) -> None:
         """Allocate ``size`` bytes."""
@@ -188,27 +187,61 @@ class AxclMemory(Memory):
         """Copy bytes from the card."""
         if self._read.size < nbytes:
             self._read = np.empty(nbytes, np.uint8)
-        to = self._runtime.functions.from_buffer(self._read)
-        library = self._runtime.enter()
+        to = self.runtime.functions.from_buffer(self._read)
+        library = self.runtime.enter()
         status = library.axclrtMemcpy(to, self.address + offset, nbytes, _DEVICE_TO_HOST)
         check_status(status, "axclrtMemcpy from the card")
         return self._read[:nbytes]
 
     def _write(self, offset: int, values: NDArray[np.uint8]) -> None:
-        source = self._runtime.functions.from_buffer(values)
-        library = self._runtime.enter()
+        source = self.runtime.functions.from_buffer(values)
+        library = self.runtime.enter()
         status = library.axclrtMemcpy(self.address + offset, source, values.size, _HOST_TO_DEVICE)
         check_status(status, "axclrtMemcpy to the card")
 
     def _give_back(self) -> None:
         if self._memory[0]:
-            free, null = self._runtime.enter().axclrtFree, self._runtime.functions.NULL
+            free, null = self.runtime.enter().axclrtFree, self.runtime.functions.NULL
             give_back(self._memory, null, free, self._memory[0])
+
+
+class AxclCall(Call):
+    """A table of addresses on the card."""
+
+    _model: AxclModel
+
+    def __init__(
+        self, model: AxclModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
+    ) -> None:
+        """Make and fill in the table."""
+        library = model.runtime.enter()
+        buffers = model.runtime.functions.new("void **")
+        model.calls.append(buffers)
+        status = library.axclrtEngineCreateIO(model.info, buffers)
+        check_status(status, f"{model.path}: axclrtEngineCreateIO")
+        self._buffers = buffers[0]
+        self._setters = {
+            "Input": library.axclrtEngineSetInputBufferByIndex,
+            "Output": library.axclrtEngineSetOutputBufferByIndex,
+        }
+        super().__init__(model, group, inputs, outputs)
+
+    def _run(self) -> int:
+        model = self._model
+        library = model.runtime.enter()
+        status = library.axclrtEngineExecute(model.model, model.context, self._group, self._buffers)
+        return int(status)
+
+    def _place(self, side: Side, index: int, memory: Any, nbytes: int, offset: int) -> None:
+        status = self._setters[side](self._buffers, index, memory.address + offset, nbytes)
+        check_status(status, f"axclrtEngineSet{side}BufferByIndex")
 
 
 class AxclModel(NpuModel):
     """A model on the card."""
 
+    runtime: AxclRuntime
+    CALL = AxclCall
     # axclrtEngineDataType.
     DATA_TYPES: ClassVar = {
         3: "I8", 4: "U8", 5: "I16", 6: "U16", 7: "I32", 8: "U32", 14: "BF16", 15: "F32",
@@ -216,7 +249,6 @@ class AxclModel(NpuModel):
 
     def __init__(self, runtime: AxclRuntime, path: Path) -> None:
         """Load a file."""
-        self.runtime = runtime
         self._loaded = runtime.functions.new("uint64_t *", _NO_MODEL)
         self.calls: list[Any] = []
         super().__init__(runtime, path)
@@ -257,44 +289,9 @@ class AxclModel(NpuModel):
             shape = [sizes.sizes[i] for i in range(min(max(sizes.count, 0), MAX_DIMENSIONS))]
             yield name, dtype[0], shape, None
 
-    def _bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
-        return AxclCall(self, group, inputs, outputs)
-
     def _give_back(self) -> None:
         if self._loaded[0] != _NO_MODEL:
             library, null = self.runtime.enter(), self.runtime.functions.NULL
             for buffers in self.calls:
                 give_back(buffers, null, library.axclrtEngineDestroyIO, buffers[0])
             give_back(self._loaded, _NO_MODEL, library.axclrtEngineUnload, self._loaded[0])
-
-
-class AxclCall(Call):
-    """A table of addresses on the card."""
-
-    _model: AxclModel
-
-    def __init__(
-        self, model: AxclModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
-    ) -> None:
-        """Make and fill in the table."""
-        library = model.runtime.enter()
-        buffers = model.runtime.functions.new("void **")
-        model.calls.append(buffers)
-        status = library.axclrtEngineCreateIO(model.info, buffers)
-        check_status(status, f"{model.path}: axclrtEngineCreateIO")
-        self._buffers = buffers[0]
-        self._setters = {
-            "Input": library.axclrtEngineSetInputBufferByIndex,
-            "Output": library.axclrtEngineSetOutputBufferByIndex,
-        }
-        super().__init__(model, group, inputs, outputs)
-
-    def _run(self) -> int:
-        model = self._model
-        library = model.runtime.enter()
-        status = library.axclrtEngineExecute(model.model, model.context, self._group, self._buffers)
-        return int(status)
-
-    def _place(self, side: Side, index: int, memory: Any, nbytes: int, offset: int) -> None:
-        status = self._setters[side](self._buffers, index, memory.address + offset, nbytes)
-        check_status(status, f"axclrtEngineSet{side}BufferByIndex")

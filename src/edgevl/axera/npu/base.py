@@ -100,13 +100,14 @@ class Lent(ABC):
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+        self.runtime = runtime
         runtime.held.add(self)
 
     def close(self) -> None:
         """Give it back; further calls do nothing."""
-        with self._runtime.giving_back(self):
+        with self.runtime.lock:  # lest another thread give back the same
             self._give_back()
+            self.runtime.held.discard(self)
 
     @abstractmethod
     def _give_back(self) -> None:
@@ -176,10 +177,12 @@ class NpuModel(Lent):
     Attributes:
         path: its file.
         groups: the shapes that it can be run with.
+        CALL: makes calls of it.
         DATA_TYPES: the types of `STORED` by what the library calls them.
     """
 
     groups: tuple[Group, ...]
+    CALL: ClassVar[type[Call]]
     DATA_TYPES: ClassVar[Mapping[Any, str]]
 
     def __init__(self, runtime: Runtime, path: Path) -> None:
@@ -201,15 +204,7 @@ class NpuModel(Lent):
             ValueError: there are more or fewer places than tensors, or one is not aligned or does
                 not hold its tensor.
         """
-        shapes = self.groups[group]
-        for tensors, places in ((shapes.inputs, inputs), (shapes.outputs, outputs)):
-            for tensor, (memory, offset) in zip(tensors, places, strict=True):
-                if offset % ALIGNMENT or not 0 <= offset <= memory.size - tensor.nbytes:
-                    raise ValueError(
-                        f"{self.path.name}: {tensor.name} of {tensor.nbytes} bytes at {offset} of "
-                        f"{memory.size}"
-                    )
-        return self._bind(group, inputs, outputs)
+        return self.CALL(self, group, inputs, outputs)
 
     def _group(self, group: int) -> Group:
         inputs, outputs = map(self._tensors, self._describe(group))
@@ -232,9 +227,6 @@ class NpuModel(Lent):
     def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
         """Ask the library for the inputs of a group, and for its outputs."""
 
-    @abstractmethod
-    def _bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call: ...
-
 
 class Call(ABC):
     """One group of a model with the places of its tensors, ready to run."""
@@ -244,16 +236,21 @@ class Call(ABC):
     ) -> None:
         self._model = model
         self._group = group
-        shapes = model.groups[group]
         # Memory and size of each tensor: memories are kept while they are used.
-        self._inputs, self._outputs = (
-            [(memory, tensor.nbytes) for tensor, (memory, _) in zip(tensors, places, strict=True)]
-            for tensors, places in ((shapes.inputs, inputs), (shapes.outputs, outputs))
-        )
-        for index, (_, offset) in enumerate(inputs):
-            self.move_input(index, offset)
-        for index, (_, offset) in enumerate(outputs):
-            self.move_output(index, offset)
+        self._tensors: dict[Side, list[tuple[Memory, int]]] = {"Input": [], "Output": []}
+        shapes = model.groups[group]
+        sides: tuple[Side, Side] = ("Input", "Output")
+        for side, tensors, places in zip(
+            sides, (shapes.inputs, shapes.outputs), (inputs, outputs), strict=True
+        ):
+            for index, (tensor, (memory, offset)) in enumerate(zip(tensors, places, strict=True)):
+                if offset % ALIGNMENT or not 0 <= offset <= memory.size - tensor.nbytes:
+                    raise ValueError(
+                        f"{model.path.name}: {tensor.name} of {tensor.nbytes} bytes at {offset} of "
+                        f"{memory.size}"
+                    )
+                self._tensors[side].append((memory, tensor.nbytes))
+                self.move(side, index, offset)
 
     def run(self) -> None:
         """Compute, and wait for the end.
@@ -265,13 +262,9 @@ class Call(ABC):
         if status:
             check_status(status, f"{self._model.path}: running group {self._group}")
 
-    def move_input(self, index: int, offset: int) -> None:
-        """Move an input to another offset of the same memory; the caller keeps it inside."""
-        self._place("Input", index, *self._inputs[index], offset)
-
-    def move_output(self, index: int, offset: int) -> None:
-        """Move an output to another offset of the same memory; the caller keeps it inside."""
-        self._place("Output", index, *self._outputs[index], offset)
+    def move(self, side: Side, index: int, offset: int) -> None:
+        """Move a tensor to another offset of the same memory; the caller keeps it inside."""
+        self._place(side, index, *self._tensors[side][index], offset)
 
     @abstractmethod
     def _run(self) -> int:
@@ -307,25 +300,19 @@ class Runtime(ABC):
     Attributes:
         LIBRARIES: the C libraries that it needs, without ``lib`` and ``.so``.
         held: what they lend.
+        lock: of what one thread does at a time.
     """
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self.held: set[Lent] = set()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._closed = False
 
     def info(self) -> NpuInfo:
         """Ask the library what it is and what it drives."""
         return NpuInfo()
-
-    @contextmanager
-    def giving_back(self, thing: Lent) -> Iterator[None]:
-        """Let no other thread close the same thing in the block, and forget it at the end."""
-        with self._lock:
-            yield
-            self.held.discard(thing)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -334,7 +321,7 @@ class Runtime(ABC):
         Raises:
             BoardError: it is closed.
         """
-        with self._lock:
+        with self.lock:
             if self._closed:
                 raise BoardError("the NPU's library is shut down, since the program ends")
             yield
@@ -364,7 +351,7 @@ class Runtime(ABC):
         if self._closed:
             return
         self._closed = True  # so that a thread that goes on and on takes no more
-        with self._lock:
+        with self.lock:
             for each in list(self.held):
                 each.close()
             self._shut_down()

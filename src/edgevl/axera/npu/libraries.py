@@ -99,11 +99,6 @@ def open_library(functions: Any, name: str, directory: Path | None = None) -> An
     return library
 
 
-def optional(library: Any, function: str) -> Any:
-    """Return a declared function of a library, or None where it lacks that."""
-    return getattr(library, function, None)
-
-
 def check_status(status: int, what: str, fix: str = "") -> None:
     """Raise a BoardError if a function of the C API did not return 0."""
     if status:

@@ -98,47 +98,6 @@ class HostMemory(Memory):
         self._bytes = np.empty(0, np.uint8)
 
 
-class VendorModel(NpuModel):
-    """A session of the package."""
-
-    # NumPy's names; bfloat16 is that of ml_dtypes.
-    DATA_TYPES: ClassVar = {
-        "bfloat16": "BF16", "float32": "F32", "int32": "I32", "uint32": "U32", "uint8": "U8",
-        "int8": "I8", "uint16": "U16", "int16": "I16",
-    }  # fmt: skip
-
-    _runtime: VendorRuntime
-    session: Any
-
-    def _open(self) -> int:
-        try:
-            with redirect_stdout(sys.stderr):
-                self.session = self._runtime.session(str(self.path))
-        except Exception as error:  # as it comes: RuntimeError, ValueError, OSError
-            raise BoardError(f"{self.path}: axengine cannot load it ({error})") from None
-        # The package has no way to ask for the number of groups but this error.
-        for group in range(MAX_GROUPS):
-            try:
-                self.session.get_inputs(group)
-            except (IndexError, ValueError):
-                return group
-        return MAX_GROUPS
-
-    def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
-        inputs, outputs = self.session.get_inputs(group), self.session.get_outputs(group)
-        return map(self._description, inputs), map(self._description, outputs)
-
-    @staticmethod
-    def _description(node: Any) -> Description:
-        return node.name, np.dtype(node.dtype).name, node.shape, None
-
-    def _bind(self, group: int, inputs: Sequence[Place], outputs: Sequence[Place]) -> Call:
-        return VendorCall(self, group, inputs, outputs)
-
-    def _give_back(self) -> None:
-        self.session = None
-
-
 class VendorCall(Call):
     """Arrays for a session."""
 
@@ -147,7 +106,7 @@ class VendorCall(Call):
     def __init__(
         self, model: VendorModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
     ) -> None:
-        """Remember the places."""
+        """Remember the places and NumPy's types of the inputs."""
         self._dtypes = [np.dtype(node.dtype) for node in model.session.get_inputs(group)]
         self._places: dict[Side, list[Place]] = {"Input": [*inputs], "Output": [*outputs]}
         super().__init__(model, group, inputs, outputs)
@@ -172,3 +131,40 @@ class VendorCall(Call):
 
     def _place(self, side: Side, index: int, memory: Any, nbytes: int, offset: int) -> None:
         self._places[side][index] = memory, offset
+
+
+class VendorModel(NpuModel):
+    """A session of the package."""
+
+    runtime: VendorRuntime
+    session: Any
+    CALL = VendorCall
+    # NumPy's names; bfloat16 is that of ml_dtypes.
+    DATA_TYPES: ClassVar = {
+        "bfloat16": "BF16", "float32": "F32", "int32": "I32", "uint32": "U32", "uint8": "U8",
+        "int8": "I8", "uint16": "U16", "int16": "I16",
+    }  # fmt: skip
+
+    def _open(self) -> int:
+        try:
+            with redirect_stdout(sys.stderr):
+                self.session = self.runtime.session(str(self.path))
+        except Exception as error:  # as it comes: RuntimeError, ValueError, OSError
+            raise BoardError(f"{self.path}: axengine cannot load it ({error})") from None
+        # The package has no way to ask for the number of groups but this error.
+        for group in range(MAX_GROUPS):
+            try:
+                self.session.get_inputs(group)
+            except (IndexError, ValueError):
+                return group
+        return MAX_GROUPS
+
+    def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
+        inputs, outputs = (
+            ((node.name, np.dtype(node.dtype).name, node.shape, None) for node in nodes)
+            for nodes in (self.session.get_inputs(group), self.session.get_outputs(group))
+        )
+        return inputs, outputs
+
+    def _give_back(self) -> None:
+        self.session = None

@@ -16,21 +16,22 @@ the two disagree, which they do in small models only, rows go through a buffer o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.axera.layout import LAYER_INPUTS, LAYER_OUTPUTS, MASKED
-from edgevl.axera.model.shape_groups import StepGroup, by_name, layer_shapes
 from edgevl.axera.npu.base import (
     ALIGNMENT,
+    FLOATS,
     STORED,
     Call,
+    Group,
     Memory,
     NpuModel,
-    Place,
     Runtime,
     TensorInfo,
     to_device,
@@ -39,6 +40,122 @@ from edgevl.checkpoint.config import TextConfig
 from edgevl.errors import BoardError
 
 Floats = NDArray[np.float32]
+
+#: Most positions of a cache that is believed.
+MAX_POSITIONS = 1 << 20
+
+
+@dataclass(frozen=True)
+class StepGroup:
+    """A group that computes ``tokens`` positions after up to ``history`` cached ones.
+
+    Attributes:
+        index: its number in the model.
+        tokens: 1 for decoding.
+        history: positions of the cache that it reads; fewer can be masked.
+        tensors: inputs and outputs by name.
+    """
+
+    index: int
+    tokens: int
+    history: int
+    tensors: Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class LayerShapes:
+    """What all layers of a model are compiled for.
+
+    Attributes:
+        decode: groups for one token, the shortest history first.
+        prefill: groups for a chunk, the shortest history first; may be empty.
+    """
+
+    decode: tuple[StepGroup, ...]
+    prefill: tuple[StepGroup, ...]
+
+    @property
+    def context(self) -> int:
+        """Longest history that a token can be decoded after."""
+        return self.decode[-1].history
+
+    @property
+    def chunk(self) -> int:
+        """Positions that a prefill computes at once."""
+        return self.prefill[0].tokens if self.prefill else 1
+
+    def step(self, kind: tuple[StepGroup, ...], history: int) -> StepGroup | None:
+        """Return the group of a kind that reads the least and yet all of a history, or None."""
+        return next((group for group in kind if group.history >= history), None)
+
+
+def layer_shapes(path: Path, groups: Sequence[Group], text: TextConfig) -> LayerShapes:
+    """Tell the groups of a layer apart by their shapes.
+
+    Raises:
+        BoardError: tensors are missing, their shapes contradict each other or ``text``, or no group
+            decodes.
+    """
+    sides = [(group.inputs, group.outputs) for group in groups]
+    if len({tuple(tuple((t.name, t.dtype) for t in side) for side in both) for both in sides}) > 1:
+        raise BoardError(f"{path}: its shape groups have different tensors: compile it again")
+    for side, names in zip(sides[0], (LAYER_INPUTS, LAYER_OUTPUTS), strict=True):
+        found = sorted(tensor.name for tensor in side)
+        if found != sorted(names):
+            raise BoardError(
+                f"{path}: has the tensors {', '.join(found)}; expected {', '.join(names)}: compile "
+                "it with edgevl compile or pulsar2 llm_build"
+            )
+    steps = [_step(path, number, group, text) for number, group in enumerate(groups)]
+    steps.sort(key=lambda step: step.history)
+    decode = tuple(step for step in steps if step.tokens == 1)
+    prefill = tuple(step for step in steps if step.tokens > 1)
+    if not decode:
+        raise BoardError(f"{path}: no shape group takes a single token, so nothing can be decoded")
+    chunks = sorted({step.tokens for step in prefill})
+    if len(chunks) > 1:
+        raise BoardError(
+            f"{path}: prefill groups of {', '.join(map(str, chunks))} tokens: one is supported"
+        )
+    return LayerShapes(decode, prefill)
+
+
+def _step(path: Path, number: int, group: Group, text: TextConfig) -> StepGroup:
+    hidden, width = text.hidden_size, text.num_key_value_heads * text.head_dim
+    tensors = {tensor.name: tensor for tensor in (*group.inputs, *group.outputs)}
+
+    def check(name: str, fits: bool, expected: str) -> None:
+        if not fits:
+            tensor = tensors[name]
+            raise BoardError(
+                f"{path}: group {number}: {name} is {tensor.dtype} {list(tensor.shape)}, expected "
+                f"{expected}: the model and config.json do not belong together"
+            )
+
+    entering, leaving, mask = tensors["input"], tensors["output"], tensors["mask"]
+    tokens = entering.shape[-2] if len(entering.shape) == 3 else 0
+    fits = entering.shape == (1, tokens, hidden) and entering.dtype in FLOATS
+    check("input", fits, f"[1, tokens, {hidden}]")
+    same = (leaving.shape, leaving.dtype) == (entering.shape, entering.dtype)
+    check("output", same, f"{entering.dtype} {list(entering.shape)} like the input")
+    columns = mask.shape[-1] if mask.shape else 0
+    history = columns - tokens
+    fits = mask.shape == (1, tokens, columns) and 0 <= history <= MAX_POSITIONS
+    check("mask", fits, f"[1, {tokens}, history + {tokens}]")
+    check("mask", mask.dtype in FLOATS, " or ".join(FLOATS))
+    indices = tensors["indices"]
+    fits = indices.shape == (1, tokens) and indices.dtype in ("I32", "U32")
+    check("indices", fits, f"I32 or U32 [1, {tokens}]")
+    cached = ("K_cache", "V_cache", "K_cache_out", "V_cache_out")
+    one_format = len({tensors[name].dtype for name in cached}) == 1
+    for old, new in zip(cached[:2], cached[2:], strict=True):
+        # Without a history the cache is not looked at, and compilers give it any shape.
+        fits = not history or tensors[old].shape == (1, history, width)
+        check(old, fits, f"[1, {history}, {width}]")
+        check(new, tensors[new].shape == (1, tokens, width), f"[1, {tokens}, {width}]")
+        fits = one_format and tensors[new].dtype in FLOATS
+        check(new, fits, f"one format for all keys and values, of {' or '.join(FLOATS)}")
+    return StepGroup(number, tokens, history, tensors)
 
 
 class NpuDecoder:
@@ -71,19 +188,19 @@ class NpuDecoder:
                 )
         self._layers = layers
         chunk, steps = self.shapes.chunk, (*self.shapes.decode, *self.shapes.prefill)
-        inputs, outputs = first.groups[0].inputs, first.groups[0].outputs
-        self._inputs = by_name(first.path, inputs, LAYER_INPUTS)
-        self._outputs = by_name(first.path, outputs, LAYER_OUTPUTS)
-        self.output = outputs[self._outputs["output"]]
-        self._position = STORED[inputs[self._inputs["indices"]].dtype]
-        new_key = outputs[self._outputs["K_cache_out"]]
+        tensors = steps[0].tensors  # all have the same types
+        self.output = tensors["output"]
+        self._position = STORED[tensors["indices"].dtype]
+        names = [tensor.name for tensor in first.groups[0].outputs]
+        self._new_rows = [names.index(f"{kind}_cache_out") for kind in "KV"]
+        new_key = tensors["K_cache_out"]
         self._row_bytes = new_key.nbytes // new_key.shape[1]
         rows = max(step.history + step.tokens for step in steps)
         self._caches = [
             [_zeros(runtime, rows * self._row_bytes) for _ in "KV"] for _ in self._layers
         ]
         unread = [
-            self._tensor(step, f"{kind}_cache").nbytes
+            step.tensors[f"{kind}_cache"].nbytes
             for step in steps
             if not step.history
             for kind in "KV"
@@ -94,9 +211,7 @@ class NpuDecoder:
         self._hidden = [_zeros(runtime, size) for _ in range(2)]
         self.hidden = self._hidden[len(layers) % 2]
         self._indices = _zeros(runtime, chunk * self._position.itemsize)
-        self._masks = {
-            step.index: Mask(runtime, step, self._tensor(step, "mask")) for step in steps
-        }
+        self._masks = {step.index: Mask(runtime, step) for step in steps}
         self._staging: list[Memory] = []
         if self._row_bytes % ALIGNMENT:
             self._staging = [_zeros(runtime, chunk * self._row_bytes) for _ in "KV"]
@@ -122,42 +237,35 @@ class NpuDecoder:
         self._masks[step.index].show(at)
         if step.index not in self._calls:
             self._calls[step.index] = [self._bind(step, n) for n in range(len(self._layers))]
-        calls = self._calls[step.index]
         offset = at * self._row_bytes
-        key, value = self._outputs["K_cache_out"], self._outputs["V_cache_out"]
-        if not self._staging:
-            for call in calls:
-                call.move_output(key, offset)
-                call.move_output(value, offset)
-                call.run()
-            return
-        for call, caches in zip(calls, self._caches, strict=True):
+        for call, caches in zip(self._calls[step.index], self._caches, strict=True):
+            if not self._staging:
+                for number in self._new_rows:
+                    call.move("Output", number, offset)
             call.run()
-            for staging, cache in zip(self._staging, caches, strict=True):
+            for staging, cache in zip(self._staging, caches, strict=False):
                 cache.write(offset, staging.read(0, tokens * self._row_bytes))
 
     def _bind(self, step: StepGroup, layer: int) -> Call:
         """Prepare the call of a layer."""
         keys, values = self._caches[layer]
         new_keys, new_values = self._staging or (keys, values)
-        inputs = {
+        memories = {
             "K_cache": keys if step.history else self._unread,
             "V_cache": values if step.history else self._unread,
             "indices": self._indices,
             "input": self._hidden[layer % 2] if layer else self._embeddings,
             "mask": self._masks[step.index].memory,
-        }
-        outputs = {
             "K_cache_out": new_keys,
             "V_cache_out": new_values,
             "output": self._hidden[(layer + 1) % 2],
         }
-        return self._layers[layer].bind(
-            step.index, _places(self._inputs, inputs), _places(self._outputs, outputs)
+        group = self._layers[layer].groups[step.index]
+        inputs, outputs = (
+            [(memories[tensor.name], 0) for tensor in side]
+            for side in (group.inputs, group.outputs)
         )
-
-    def _tensor(self, step: StepGroup, name: str) -> TensorInfo:
-        return self.shapes.groups[step.index].inputs[self._inputs[name]]
+        return self._layers[layer].bind(step.index, inputs, outputs)
 
 
 class Mask:
@@ -167,8 +275,9 @@ class Mask:
         memory: where it lies.
     """
 
-    def __init__(self, runtime: Runtime, step: StepGroup, tensor: TensorInfo) -> None:
+    def __init__(self, runtime: Runtime, step: StepGroup) -> None:
         """Show no history, and of the new tokens to each those before it and itself."""
+        tensor = step.tensors["mask"]
         mask = np.zeros((step.tokens, step.history + step.tokens), np.float32)
         mask[:, : step.history] = MASKED
         later = np.triu(np.ones((step.tokens, step.tokens), np.bool_), 1)
@@ -202,7 +311,3 @@ def _zeros(runtime: Runtime, nbytes: int) -> Memory:
     memory = runtime.allocate(nbytes)
     memory.clear()
     return memory
-
-
-def _places(order: Any, memories: dict[str, Memory]) -> list[Place]:
-    return [(memories[name], 0) for name in sorted(order, key=order.__getitem__)]

@@ -8,14 +8,14 @@ such models are published.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from edgevl.axera.ends import EMBEDDING_FILES, EmbeddingFile
+from edgevl.axera.integrity import check_contents, check_sizes, listed_files
 from edgevl.axera.layout import EMULATED_MAGIC, NOT_BUILT, layer_file, post_file
-from edgevl.axera.model.embedding_file import EMBEDDING_FILES, EmbeddingFile
-from edgevl.axera.model.integrity import Content, check_contents, check_sizes, listed_files
-from edgevl.checkpoint.config import MAX_TILES, ModelConfig
+from edgevl.checkpoint.config import MAX_TILES
 from edgevl.checkpoint.directory import MAX_JSON_BYTES, ModelDirectory, is_directory, read_config
 from edgevl.errors import BoardError
 from edgevl.files import reading
@@ -47,27 +47,56 @@ class BoardModel(ModelDirectory):
         emulated: whether it was compiled for the emulator, not for a board.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        path: Path,
-        config: ModelConfig,
-        layers: Sequence[Path],
-        post: Path,
-        vision: Path | None,
-        embedding: EmbeddingFile,
-        listed: Mapping[str, Content],
-    ) -> None:
-        super().__init__(path, config, vision is not None)
-        self.root = root
-        self.layers = tuple(layers)
-        self.post = post
-        self.vision = vision
-        self.embedding = embedding
-        self._listed = listed
-        models = [*self.layers, post] if vision is None else [*self.layers, post, vision]
-        check_sizes(models, listed)
-        emulated = {_is_emulated(model) for model in models}
+    def __init__(self, root: str | Path) -> None:
+        """Find the files in a directory, up to `MAX_DEPTH` levels below.
+
+        Raises:
+            BoardError: they are incomplete, or of several models.
+            CheckpointError: ``config.json`` is malformed or of a model that is not supported.
+        """
+        self.root = root = Path(root)
+        if not is_directory(root):
+            raise BoardError(f"{root}: not a directory; give the one with the *.axmodel files")
+        if (root / NOT_BUILT).exists():
+            raise BoardError(
+                f"{root}: not built yet, see {NOT_BUILT} in it: run {root / 'build.sh'} on a "
+                "machine with Pulsar2"
+            )
+        files = list(walk(root))
+        directory, prefix, chunk, layers = _find_layers(root, files)
+        source = _find_config(root, directory, files)
+        config = read_config(source)[1]
+        expected = config.text.num_hidden_layers
+        missing = next((n for n in range(expected) if n not in layers), None)
+        if missing is not None:
+            raise BoardError(
+                f"{directory / layer_file(prefix, chunk, missing)}: layer {missing} is missing, "
+                f"{source / 'config.json'} says there are {expected}: copy or download it again"
+            )
+        if len(layers) > expected:
+            raise BoardError(
+                f"{directory}: {len(layers)} layers, but {source / 'config.json'} says there are "
+                f"{expected}: the files do not belong together"
+            )
+        self.layers = tuple(layers[number] for number in range(expected))
+        self.post = directory / post_file(prefix)
+        if not self.post.is_file():
+            raise BoardError(f"{self.post}: the file of the output layer is missing: copy it again")
+        board_file = directory / BOARD_FILE  # which the vendor's directories have not
+        board = Fields({}, str(board_file))
+        if board_file.is_file():
+            board = Fields.read(board_file, MAX_JSON_BYTES)
+        # Every tile is a call of the vision encoder and takes its tokens from a short context.
+        tiles = board.integer("max_tiles", 1, MAX_TILES, 1)
+        config = replace(config, max_tiles=tiles, min_tiles=min(config.min_tiles, tiles))
+        self.vision = _find_vision(root, files, config.vision.image_size)
+        super().__init__(source, config, self.vision is not None)
+        text = config.text
+        self.embedding = _find_embedding(root, files, text.vocab_size, text.hidden_size)
+        self._listed = listed_files(board)
+        self._models = [*self.layers, self.post, *([self.vision] if self.vision else [])]
+        check_sizes(self._models, self._listed)
+        emulated = {_is_emulated(model) for model in self._models}
         if len(emulated) > 1:
             raise BoardError(
                 f"{root}: some models are a board's and some the emulator's: compile all of them "
@@ -84,62 +113,13 @@ class BoardModel(ModelDirectory):
         Raises:
             BoardError: one is damaged, or another one's.
         """
-        vision = [] if self.vision is None else [self.vision]
-        check_contents([*self.layers, self.post, *vision, self.embedding.path], self._listed)
-
-    @classmethod
-    def open(cls, path: str | Path) -> BoardModel:
-        """Find the files of a compiled model in a directory, up to `MAX_DEPTH` levels below.
-
-        Raises:
-            BoardError: they are incomplete, or of several models.
-            CheckpointError: ``config.json`` is malformed or of a model that is not supported.
-        """
-        root = Path(path)
-        if not is_directory(root):
-            raise BoardError(f"{root}: not a directory; give the one with the *.axmodel files")
-        if (root / NOT_BUILT).exists():
-            raise BoardError(
-                f"{root}: not built yet, see {NOT_BUILT} in it: run {root / 'build.sh'} on a "
-                "machine with Pulsar2"
-            )
-        files = list(walk(root))
-        prefix, directory, layers = _find_layers(root, files)
-        source = _find_config(root, directory, files)
-        config = read_config(source)[1]
-        expected = config.text.num_hidden_layers
-        missing = next((n for n in range(expected) if n not in layers), None)
-        if missing is not None:
-            name = layer_file(prefix, _chunk(layers), missing)
-            raise BoardError(
-                f"{directory / name}: layer {missing} is missing, {source / 'config.json'} says "
-                f"there are {expected}: copy or download it again"
-            )
-        if len(layers) > expected:
-            raise BoardError(
-                f"{directory}: {len(layers)} layers, but {source / 'config.json'} says there are "
-                f"{expected}: the files do not belong together"
-            )
-        post = directory / post_file(prefix)
-        if not post.is_file():
-            raise BoardError(f"{post}: the file of the output layer is missing: copy it again")
-        board = _board(directory)
-        return cls(
-            root,
-            source,
-            _with_tiles(config, board),
-            [layers[number] for number in range(expected)],
-            post,
-            _find_vision(root, files, config.vision.image_size),
-            find_embedding(root, files, config.text.vocab_size, config.text.hidden_size),
-            listed_files(board),
-        )
+        check_contents([*self._models, self.embedding.path], self._listed)
 
 
 def holds_compiled(root: Path) -> bool:
     """Whether a directory has files of a compiled model in it or up to `MAX_DEPTH` levels below.
 
-    One will do, also if others are missing: what is wrong with them `BoardModel.open` says.
+    One will do, also if others are missing: what is wrong with them `BoardModel` says.
     """
     try:
         names = [path.name for path in walk(root)]
@@ -148,8 +128,8 @@ def holds_compiled(root: Path) -> bool:
     return any(_LAYER.fullmatch(name) or name in EMBEDDING_FILES for name in names)
 
 
-def walk(root: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
-    """Yield the files of a directory and those below it, sorted; nothing hidden.
+def walk(root: Path) -> Iterator[Path]:
+    """Yield the files of a directory and up to `MAX_DEPTH` levels below, sorted; nothing hidden.
 
     Raises:
         BoardError: a directory cannot be read, or there are more than `MAX_ENTRIES` entries.
@@ -164,21 +144,16 @@ def walk(root: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
         if left < 0:
             raise BoardError(f"{root}: more than {MAX_ENTRIES} files: give the model's directory")
         entries = [entry for entry in entries if not entry.name.startswith(".")]
-        directories = [entry for entry in entries if entry.is_dir()]
         yield from (entry for entry in entries if entry.is_file())
         if depth:
-            for entry in directories:
+            for entry in filter(Path.is_dir, entries):
                 yield from visit(entry, depth - 1)
 
-    return visit(root, depth)
+    return visit(root, MAX_DEPTH)
 
 
-def find_embedding(root: Path, files: Sequence[Path], vocab: int, hidden: int) -> EmbeddingFile:
-    """Return the embedding, in the form that takes the least space.
-
-    Raises:
-        BoardError: there is none, or it has another size than ``vocab`` × ``hidden``.
-    """
+def _find_embedding(root: Path, files: Sequence[Path], vocab: int, hidden: int) -> EmbeddingFile:
+    """Return the embedding, in the form that takes the least space."""
     for name in EMBEDDING_FILES:
         found = [path for path in files if path.name == name]
         if len(found) > 1:
@@ -188,8 +163,8 @@ def find_embedding(root: Path, files: Sequence[Path], vocab: int, hidden: int) -
     raise BoardError(f"{root}: no embedding; one of these is needed: {', '.join(EMBEDDING_FILES)}")
 
 
-def _find_layers(root: Path, files: Sequence[Path]) -> tuple[str, Path, dict[int, Path]]:
-    """Return what the names of the one model begin with, its directory, and its layers."""
+def _find_layers(root: Path, files: Sequence[Path]) -> tuple[Path, str, int, dict[int, Path]]:
+    """Return the directory of the one model, what its names begin with, its chunk, its layers."""
     models: dict[tuple[Path, str, int], dict[int, Path]] = {}
     for path in files:
         match = _LAYER.fullmatch(path.name)
@@ -208,14 +183,8 @@ def _find_layers(root: Path, files: Sequence[Path]) -> tuple[str, Path, dict[int
             f"{root}: layers of several models ({', '.join(several[:3])}): give the directory of "
             "one of them, or move the others away"
         )
-    [((directory, prefix, _), layers)] = models.items()
-    return prefix, directory, layers
-
-
-def _chunk(layers: dict[int, Path]) -> int:
-    match = _LAYER.fullmatch(next(iter(layers.values())).name)
-    assert match is not None  # that is how they were found
-    return int(match["chunk"])
+    [((directory, prefix, chunk), layers)] = models.items()
+    return directory, prefix, chunk, layers
 
 
 def _find_config(root: Path, layers: Path, files: Sequence[Path]) -> Path:
@@ -264,22 +233,6 @@ def _find_vision(root: Path, files: Sequence[Path], image_size: int) -> Path | N
             raise BoardError(f"{root}: {_listed(found)}: keep one vision encoder")
         found = sized
     return found[0] if found else None
-
-
-def _board(directory: Path) -> Fields:
-    """Return what ``board.json`` says: nothing if there is none, as in the vendor's directories."""
-    path = directory / BOARD_FILE
-    return Fields.read(path, MAX_JSON_BYTES) if path.is_file() else Fields({}, str(path))
-
-
-def _with_tiles(config: ModelConfig, board: Fields) -> ModelConfig:
-    """Return the configuration with as many tiles a picture as the compiled model is meant for.
-
-    That is one, unless ``board.json`` says otherwise: every tile is a call of the vision encoder
-    and takes its tokens from a context that is short.
-    """
-    tiles = board.integer("max_tiles", 1, MAX_TILES, 1)
-    return replace(config, max_tiles=tiles, min_tiles=min(config.min_tiles, tiles))
 
 
 def _is_emulated(path: Path) -> bool:
