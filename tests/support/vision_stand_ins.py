@@ -59,8 +59,7 @@ def write_emulated(checkpoint, directory, shape, uint8_input, progress, *, targe
 
 
 MODULES = {
-    "vision_onnx": (write_vision_onnx,),
-    "calibration_archive": (write_calibration,),
+    "vision": (write_calibration, write_vision_onnx),
     "pulsar2_config": (default_config, load_config),
     "emulate": (Post, write_emulated),
 }

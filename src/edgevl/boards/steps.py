@@ -118,8 +118,7 @@ class Compilation:
             yield self._emulated([*files, *vision])
             return
         if vision:
-            from edgevl.boards.calibration_archive import write_calibration
-            from edgevl.boards.vision_onnx import write_vision_onnx
+            from edgevl.boards.vision import write_calibration, write_vision_onnx
 
             pictures, samples = settings.calibration_images, settings.samples
             calibrate = _at_once(

@@ -1,6 +1,7 @@
-"""InternViT, pixel shuffle and projector as an ONNX graph, node by node.
+"""The vision part of a model as Pulsar2 takes it: an ONNX file, and tiles to calibrate it on.
 
-`edgevl.engine.reference` says what is computed. The graph is what NPU compilers take as it is:
+InternViT, pixel shuffle and projector are a graph, made node by node and compared with
+`edgevl.engine.reference`, which says what is computed. It is what NPU compilers take as it is:
 static shapes, one tile, no Resize (the position embedding is a constant), attention as MatMul and
 Softmax, GELU as PyTorch writes it, Transposes of four axes at most. Queries, keys and values are
 three MatMuls, so that each is quantized in a range of its own.
@@ -10,23 +11,193 @@ Shapes: P patches and the class token, C vision hidden size, T image tokens, H t
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
+from PIL import Image
 
 from edgevl.checkpoint import Checkpoint, ModelConfig, expected_tensors
 from edgevl.checkpoint.architecture import PROJECTOR, VISION, vision_layers
-from edgevl.engine.reference import PROJECTOR_NORM_EPS
+from edgevl.engine.reference import PROJECTOR_NORM_EPS, ReferenceVision
+from edgevl.errors import BoardError, ImageError
+from edgevl.files import replacing
+from edgevl.machine import this_machine
+from edgevl.optional import needs
+from edgevl.preprocess import load_image
+from edgevl.preprocess.tiles import byte_statistics, split, to_pixels
+from edgevl.quantize.calibration.pictures import choose_pictures, open_pictures
+from edgevl.quantize.calibration.shipped import drawn
+
+with needs("axera", BoardError):
+    import onnx
+    import onnx_ir as ir
+    import onnxruntime
+    import onnxslim
 
 #: Names of the graph's input, float32 [1, 3, tile, tile], and output, float32 [1, T, H].
 INPUT, OUTPUT = "image", "output"
 #: The newest opset that boards' compilers are sure to read, and the IR version that came with it.
 OPSET, IR_VERSION = 17, 8
+#: Least cosine between an image token's features from the file and from the reference engine.
+LEAST_COSINE = 0.99999
+#: Memory that is taken at the most, in multiples of the weights: the graph, the bytes of the file,
+#: and room in which these have grown.
+MEMORY_FACTOR = 3
+#: Tiles of noise that are compared, besides one of a drawn street.
+_NOISE_TILES, _STREET = 2, 5
+
+
+def write_vision_onnx(checkpoint: Checkpoint, path: Path, uint8_input: bool = False) -> float:
+    """Write vision encoder, pixel shuffle and projector of a model as one ONNX file.
+
+    Input ``image`` [1, 3, tile, tile], output ``output`` [1, image_tokens, H], both float32; opset
+    17, all shapes static, simplified by onnxslim. It is written beside ``path``, checked, compared,
+    and renamed.
+
+    With ``uint8_input`` the file is the same: Pulsar2 takes the network as it was trained, and
+    itself puts in front of it what makes its input of bytes in NHWC order, as the configuration
+    says (``input_processors``, see `pulsar2_config`). It also normalises what it calibrates on, so
+    a graph that did that once more would be calibrated on wrong values. What differs is the
+    comparison: pixels are then normalised by the configuration's statistics.
+
+    Args:
+        checkpoint: of a model with vision.
+        path: of the file to write; its directory exists.
+        uint8_input: whether the board is to take bytes.
+
+    Returns:
+        The least cosine between the features of an image token from ONNX Runtime and from the
+        reference engine.
+
+    Raises:
+        BoardError: the machine has too little memory, or the two differ by more than rounding does.
+        OSError: the file cannot be written.
+    """
+    model, weights = vision_graph(checkpoint.config)
+    needed = MEMORY_FACTOR * sum(4 * math.prod(weight.shape) for weight in weights.values())
+    available = this_machine().available_bytes
+    if needed > available:
+        raise BoardError(
+            f"{checkpoint.path}: writing its vision encoder as ONNX needs {needed / 2**30:.1f} GiB "
+            f"of memory, {available / 2**30:.1f} GiB are free: close other programs, or use a "
+            "larger machine"
+        )
+    with replacing(path) as file:
+        beside = Path(file.name)  # the libraries open it themselves
+        slim = ir.from_proto(onnxslim.slim(ir.to_proto(model)))
+        fill(slim, weights, checkpoint)
+        ir.save(slim, beside, format="protobuf")
+        onnx.checker.check_model(beside, full_check=True)
+        cosine = cosine_to_reference(checkpoint, beside, uint8_input)
+        if not cosine >= LEAST_COSINE:  # so that NaN fails too
+            raise BoardError(
+                f"{checkpoint.path}: vision features from ONNX and from the reference engine have "
+                f"a cosine of {cosine:.6f}, expected at least {LEAST_COSINE}; the weights are "
+                "damaged, or a library computes wrongly: get the checkpoint again, or other "
+                "versions of onnx, onnxslim and onnxruntime"
+            )
+    return cosine
+
+
+def cosine_to_reference(checkpoint: Checkpoint, path: Path, uint8_input: bool = False) -> float:
+    """Return the least cosine between an image token's features from ``path`` and the reference.
+
+    Three tiles are compared: two of noise and a drawn picture. It is NaN where a feature is. See
+    `write_vision_onnx`.
+
+    Raises:
+        EdgeVLError: the machine has too little memory.
+    """
+    config = checkpoint.config
+    size = config.vision.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (_NOISE_TILES, size, size, 3), np.uint8)
+    tiles = [Image.fromarray(tile) for tile in noise]
+    tiles += split(drawn(_STREET, 0), size, 1, 1, thumbnail=False)
+    pixels = to_pixels(tiles, config.image_mean, config.image_std)
+    reference = ReferenceVision(checkpoint)
+    expected = np.concatenate([reference.encode_tiles(tile[None]) for tile in pixels])
+    del reference  # before ONNX Runtime loads the same weights
+    if uint8_input:
+        statistics = byte_statistics(config.image_mean, config.image_std)
+        mean, std = (np.array(values, np.float32) for values in statistics)
+        values = np.stack([np.asarray(tile, np.float32) for tile in tiles])
+        pixels = ((values - mean) / std).transpose(0, 3, 1, 2)
+    options = onnxruntime.SessionOptions()
+    # The graph is to be run as it stands, and a second copy of the weights to be avoided.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    found = np.concatenate([session.run(None, {INPUT: tile[None]})[0] for tile in pixels])
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        return float(np.minimum((a * b).sum(axis=-1) / lengths, 1).min())
+
+
+def write_calibration(checkpoint: Checkpoint, source: Path | None, path: Path, samples: int) -> int:
+    """Write a tar file of tiles as ``calibration_format`` Image has them: RGB PNGs of tile size.
+
+    Tiles are pixels before normalisation: Pulsar2 normalises what it reads from pictures by
+    ``calibration_mean`` and ``calibration_std``, whatever the board is to take later. Arrays
+    (Numpy) would have to be normalised here, in float32, and be larger.
+
+    Each picture gives one tile, made as `prepare_picture` does for one tile: that is what a board
+    sees, where a tile takes 256 of the 1024 tokens that a prefill holds. The same source and
+    version of Pillow give the same bytes.
+
+    Args:
+        checkpoint: of the model; it says how large a tile is.
+        source: a directory or a tar file of pictures; None for drawn ones.
+        path: of the tar file to write; its directory exists.
+        samples: tiles wanted, one or more.
+
+    Returns:
+        How many were written: fewer than wanted if there are fewer different pictures.
+
+    Raises:
+        OSError: the file cannot be written.
+        EdgeVLError: the pictures cannot be read.
+    """
+    size = checkpoint.config.vision.image_size
+    if source is None:
+        images: Iterator[Image.Image] = map(drawn, range(samples), range(samples))
+    else:
+        images = _different_pictures(source, samples)
+    with (
+        replacing(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for index, image in enumerate(images):
+            png = io.BytesIO()
+            split(image, size, 1, 1, thumbnail=False)[0].save(png, "PNG")
+            info = tarfile.TarInfo(f"{index:04}.png")
+            info.size = png.tell()
+            png.seek(0)
+            tar.addfile(info, png)
+    return index + 1
+
+
+def _different_pictures(source: Path, count: int) -> Iterator[Image.Image]:
+    """Read pictures, evenly spread over all there are."""
+    files = open_pictures(source)
+    try:
+        found, _ = choose_pictures(files, count)
+        for picture in found:
+            try:
+                yield load_image(files.read(picture.place))
+            except ImageError as error:
+                raise BoardError(
+                    f"{source}: changed while it was read ({error}); run the command again"
+                ) from None
+    finally:
+        files.close()
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,39 @@
-"""The vision part as an ONNX file: what is in it, and that it computes what the reference does."""
+"""The vision part as Pulsar2 takes it.
 
+What is in the ONNX file, that it computes what the reference does, and the archive of tiles that a
+vision encoder is calibrated on.
+"""
+
+import io
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnx_ir
 import onnxruntime
 import pytest
+from PIL import Image
 
-from edgevl.boards import vision_onnx
-from edgevl.boards.vision_graph import vision_graph
-from edgevl.boards.vision_onnx import LEAST_COSINE, cosine_to_reference, write_vision_onnx
+from edgevl.boards import vision
+from edgevl.boards.pulsar2_config import default_config
+from edgevl.boards.settings import CompileSettings
+from edgevl.boards.vision import (
+    LEAST_COSINE,
+    cosine_to_reference,
+    vision_graph,
+    write_calibration,
+    write_vision_onnx,
+)
 from edgevl.checkpoint import Checkpoint, expected_tensors, parse_config
 from edgevl.engine import ReferenceEngine
 from edgevl.engine.reference import VISION_PREFIXES
-from edgevl.errors import BoardError
+from edgevl.errors import BoardError, EdgeVLError
 from edgevl.machine import this_machine
+from edgevl.preprocess import prepare_picture
+from edgevl.quantize.calibration.shipped import drawn
 from edgevl.synth.presets import PRESETS
 from edgevl.synth.writer import write_checkpoint
 from storage import CHAT, random_tensors, write_directory
@@ -159,7 +173,7 @@ def test_bytes_are_normalised_outside_of_the_file(checkpoint_of, tmp_path, monke
     assert write_vision_onnx(checkpoint, tmp_path / "bytes.onnx", uint8_input=True) >= LEAST_COSINE
     same = [(tmp_path / f"{name}.onnx").read_bytes() for name in ("floats", "bytes")]
     assert same[0] == same[1]
-    monkeypatch.setattr(vision_onnx, "byte_statistics", lambda mean, std: ([0] * 3, [255] * 3))
+    monkeypatch.setattr(vision, "byte_statistics", lambda mean, std: ([0] * 3, [255] * 3))
     with pytest.raises(BoardError, match="cosine"):
         write_vision_onnx(checkpoint, tmp_path / "wrong.onnx", uint8_input=True)
 
@@ -179,49 +193,117 @@ def test_damaged_weights_leave_no_file(tmp_path, value):
 
 
 def test_what_cannot_be_written_is_refused(checkpoint_of, tmp_path):
-    checkpoint = checkpoint_of("layer_norm")
     with pytest.raises(OSError, match=r"cannot be written: No such file.*nowhere.vision\.onnx"):
-        write_vision_onnx(checkpoint, tmp_path / "nowhere" / "vision.onnx")
-    text_only = SimpleNamespace(path=Path("model"), has_vision=False)
-    with pytest.raises(BoardError, match="model: has no vision encoder"):
-        write_vision_onnx(text_only, tmp_path / "vision.onnx")
-    vision = {
-        "hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 45,
-        "num_attention_heads": 25, "image_size": 448,
-    }  # fmt: skip
-    config = variant("mini-6b", vision=vision)
-    large = SimpleNamespace(path=Path("model"), has_vision=True, config=config)
-    with pytest.raises(BoardError, match=r"model: .* has 20\.\d GiB in float32, .* holds 2 GiB"):
-        write_vision_onnx(large, tmp_path / "vision.onnx")
+        write_vision_onnx(checkpoint_of("layer_norm"), tmp_path / "nowhere" / "vision.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_too_little_memory_gives_both_numbers(checkpoint_of, tmp_path, monkeypatch):
     machine = replace(this_machine(), available_bytes=2**10)
-    monkeypatch.setattr(vision_onnx, "this_machine", lambda: machine)
+    monkeypatch.setattr(vision, "this_machine", lambda: machine)
     with pytest.raises(BoardError, match=r"needs 0\.0 GiB of memory, 0\.0 GiB are free"):
         write_vision_onnx(checkpoint_of("layer_norm"), tmp_path / "vision.onnx")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("library", ["onnx", "onnx_ir", "onnxslim", "onnxruntime"])
-def test_a_missing_library_says_what_to_install(checkpoint_of, tmp_path, monkeypatch, library):
-    monkeypatch.delitem(sys.modules, "edgevl.boards.vision_graph", raising=False)
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(BoardError, match=rf"{library} is missing: pip install 'edgevl\[axera\]'"):
-        write_vision_onnx(checkpoint_of("layer_norm"), tmp_path / "vision.onnx")
-    assert not list(tmp_path.iterdir())
+def test_a_missing_library_says_what_to_install(library):
+    code = f"import sys; sys.modules[{library!r}] = None; import edgevl.boards.vision"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"BoardError: {library} is missing: pip install 'edgevl[axera]'" in done.stderr
 
 
 def test_pytorch_is_not_imported(checkpoint_of, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from edgevl.boards import calibration_archive, pulsar2_config, vision_onnx
+from edgevl.boards import pulsar2_config, vision
 from edgevl.checkpoint import Checkpoint
 checkpoint = Checkpoint.open({str(checkpoint_of("layer_norm").path)!r})
-vision_onnx.write_vision_onnx(checkpoint, Path("vision.onnx"))
-calibration_archive.write_calibration(checkpoint, None, Path("tiles.tar"), 1)
+vision.write_vision_onnx(checkpoint, Path("vision.onnx"))
+vision.write_calibration(checkpoint, None, Path("tiles.tar"), 1)
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+# --- calibration -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(mini_checkpoint):
+    with Checkpoint.open(mini_checkpoint("mini-qwen3")) as opened:
+        yield opened
+
+
+def read(path):
+    """Names and pictures of an archive, and that nothing of when and where it was made is in it."""
+    with tarfile.open(path, "r:") as tar:
+        members = tar.getmembers()
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
+        assert all(member.isreg() for member in members)
+        return {m.name: Image.open(io.BytesIO(tar.extractfile(m).read())) for m in members}
+
+
+def test_drawn_tiles_are_what_preprocessing_makes(checkpoint, tmp_path):
+    assert write_calibration(checkpoint, None, tmp_path / "tiles.tar", 17) == 17
+    pictures = read(tmp_path / "tiles.tar")
+    assert list(pictures) == [f"{index:04}.png" for index in range(17)]
+    assert {(image.format, image.mode, image.size) for image in pictures.values()} == {
+        ("PNG", "RGB", (56, 56))
+    }
+    prepared = prepare_picture(drawn(3, 3), checkpoint.config, 1).pixels
+    configured = default_config(checkpoint.config, "tiles.tar").quant.input_configs[0]
+    values = np.asarray(pictures["0003.png"], np.float32)
+    normalised = (values - configured.calibration_mean) / configured.calibration_std
+    np.testing.assert_allclose(normalised.transpose(2, 0, 1), prepared[0], atol=1e-5)
+
+
+def test_the_same_pictures_give_the_same_bytes(checkpoint, tmp_path):
+    for name in ("first.tar", "second.tar"):
+        write_calibration(checkpoint, None, tmp_path / name, 3)
+    first, second = ((tmp_path / name).read_bytes() for name in ("first.tar", "second.tar"))
+    assert first == second
+
+
+def test_a_directory_and_a_tar_of_pictures(checkpoint, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for colour in range(5):
+        Image.new("RGB", (90, 30), (50 * colour, 0, 0)).save(pictures / f"{colour}.png")
+    (pictures / "damaged.jpg").write_bytes(b"no picture")
+    (pictures / "twin.png").write_bytes((pictures / "0.png").read_bytes())
+    with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
+        tar.add(pictures, "pictures")
+    for source in (pictures, tmp_path / "pictures.tar"):
+        assert write_calibration(checkpoint, source, tmp_path / "tiles.tar", 32) == 5
+        tiles = read(tmp_path / "tiles.tar").values()
+        # Wide pictures are squeezed into the one tile.
+        assert {image.size for image in tiles} == {(56, 56)}
+        assert sorted(image.getpixel((28, 28))[0] for image in tiles) == [0, 50, 100, 150, 200]
+    assert write_calibration(checkpoint, pictures, tmp_path / "tiles.tar", 2) == 2
+    assert len(read(tmp_path / "tiles.tar")) == 2
+
+
+def test_pictures_that_cannot_be_read_leave_nothing(checkpoint, tmp_path, monkeypatch):
+    for count in (0, 1025):
+        with pytest.raises(BoardError, match=f"--samples {count}: must be 1 to 1024"):
+            CompileSettings("ax650", samples=count)
+    with pytest.raises(EdgeVLError, match="pictures: no such directory or tar file"):
+        write_calibration(checkpoint, tmp_path / "pictures", tmp_path / "tiles.tar", 32)
+    with pytest.raises(OSError, match=r"cannot be written: No such file.*nowhere.tiles\.tar"):
+        write_calibration(checkpoint, None, tmp_path / "nowhere" / "tiles.tar", 32)
+    assert not list(tmp_path.iterdir())
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "picture.png")
+    choose = vision.choose_pictures
+
+    def choose_and_damage(files, wanted):
+        chosen = choose(files, wanted)
+        (tmp_path / "picture.png").write_bytes(b"")
+        return chosen
+
+    monkeypatch.setattr(vision, "choose_pictures", choose_and_damage)
+    with pytest.raises(BoardError, match="changed while it was read"):
+        write_calibration(checkpoint, tmp_path, tmp_path / "tiles.tar", 32)
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
