@@ -46,7 +46,7 @@ def tiny(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("group_times_ms", "post_time_ms", "vision_time_ms"):
             ms = [CALL_MS] * 10 if name == "group_times_ms" else CALL_MS
-            patch.setattr(f"edgevl.boards.timing.{name}", lambda *_, ms=ms, target: ms)
+            patch.setattr(f"edgevl.boards.estimates.{name}", lambda *_, ms=ms, target: ms)
         directory = tmp_path_factory.mktemp("signals") / "tiny"
         return write(directory, locate("tiny"), layout.BoardShape())
 

@@ -30,7 +30,7 @@ pytest.importorskip("edgevl._native", reason="the native engine is not built")
 
 from edgevl.axera.npu.libraries import emulator_directory
 from edgevl.boards.emulate import Post, write_emulated
-from edgevl.boards.timing import group_times_ms
+from edgevl.boards.estimates import group_times_ms
 from edgevl.checkpoint.architecture import vision_layers
 
 try:
@@ -341,7 +341,7 @@ def test_a_damaged_file_is_refused(board, mini_checkpoint, tmp_path, filename, c
 
 
 def test_a_run_takes_the_time_of_the_board(mini_checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr("edgevl.boards.timing.post_time_ms", lambda text, target: 3.0)
+    monkeypatch.setattr("edgevl.boards.estimates.post_time_ms", lambda text, target: 3.0)
     with Checkpoint.open(mini_checkpoint("mini-llama")) as checkpoint:
         write_emulated(checkpoint, tmp_path, BoardShape(7, 2, 0))
     monkeypatch.setenv("EDGEVL_EMULATOR_TIMING", "1")

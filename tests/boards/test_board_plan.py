@@ -7,17 +7,17 @@ import pytest
 
 from edgevl import cli
 from edgevl.axera.layout import BoardShape
-from edgevl.boards.limits import plan_memory
-from edgevl.boards.plan import PrefillSteps, make_plan, planned_model, prefill_steps
-from edgevl.boards.settings import AX630C, AX650, TARGETS
-from edgevl.boards.timing import (
+from edgevl.boards.estimates import (
     DECODE_FACTOR,
     PREFILL_FACTOR,
     VISION_MS,
     group_times_ms,
     is_published,
+    plan_memory,
     post_time_ms,
 )
+from edgevl.boards.plan import PrefillSteps, make_plan, planned_model, prefill_steps
+from edgevl.boards.settings import AX630C, AX650, TARGETS
 from edgevl.errors import BoardError
 from edgevl.synth.presets import PRESETS
 from fake_npu import write_board

@@ -771,7 +771,7 @@ def test_a_disk_without_room_is_told_before_the_work(desk):
 
 
 def test_a_vision_encoder_beyond_onnx_is_refused(desk, monkeypatch):
-    monkeypatch.setattr("edgevl.boards.limits.MAX_ONNX_BYTES", 1000)
+    monkeypatch.setattr("edgevl.boards.run.MAX_ONNX_BYTES", 1000)
     status, said = desk.compile()
     assert status == 1
     assert "in float32, but an ONNX file ends at 2 GB: use a model with InternViT-300M" in said

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from edgevl.axera.integrity import FILES
 from edgevl.axera.layout import NOT_BUILT
-from edgevl.boards.build_log import BUILT
-from edgevl.boards.pulsar2 import ENVIRONMENT, MOUNTED, mount
+from edgevl.boards.pulsar2 import BUILT, ENVIRONMENT, MOUNTED, mount
 from edgevl.boards.steps import BoardStep
 
 #: The directory of a dry run that has what the script works on; in it, what is moved out when all

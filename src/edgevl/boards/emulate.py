@@ -2,7 +2,7 @@
 
 They have the names, shape groups, tensors and types of compiled models. The weights are in bfloat16
 and packed for this machine's processors, and beside each group stands the time that it would take
-on a board, published or estimated (`edgevl.boards.timing`). The format is that of
+on a board, published or estimated (`edgevl.boards.estimates`). The format is that of
 ``native/emulator/model_file.h``: lines of words, then data.
 """
 
@@ -25,7 +25,7 @@ from edgevl.axera.layout import (
     post_file,
     vision_file,
 )
-from edgevl.boards import timing
+from edgevl.boards import estimates
 from edgevl.checkpoint import Checkpoint, ModelConfig, TextConfig
 from edgevl.checkpoint.config import IMAGE_MEAN, IMAGE_STD
 from edgevl.errors import BoardError
@@ -95,9 +95,9 @@ def write_emulated(
     text = checkpoint.config.text
     plans = {matrix.name: matrix for matrix in make_plan(checkpoint, "bf16").matrices}
     vectors = _arrays(cpu.text_vectors(checkpoint))
-    times = timing.group_times_ms(text, shape, target=target)
+    times = estimates.group_times_ms(text, shape, target=target)
     groups = layer_groups(text, shape, times)
-    post_group = _post_group(text, post or Post(), timing.post_time_ms(text, target=target))
+    post_group = _post_group(text, post or Post(), estimates.post_time_ms(text, target=target))
     pool = _native.ThreadPool(this_machine().threads)
 
     def write(name: str, begin: bytes, matrices: Matrices, floats: Vectors) -> None:
@@ -115,7 +115,7 @@ def write_emulated(
     write(post_file(text.model_type), begin, matrices, floats)
     if checkpoint.has_vision:
         vision = checkpoint.config.vision
-        ms = timing.vision_time_ms(vision, target=target) or 0.0
+        ms = estimates.vision_time_ms(vision, target=target) or 0.0
         group = _vision_group(checkpoint.config, uint8_input, ms)
         matrices, floats = _under(plans, "vision."), _arrays(cpu.vision_vectors(checkpoint))
         weights = _weights(matrices, floats)

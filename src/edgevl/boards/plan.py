@@ -9,14 +9,15 @@ from typing import Any
 
 from edgevl.axera.directory import BOARD_FILE
 from edgevl.axera.layout import BoardShape, check_shape, pays_as_chunk
-from edgevl.boards.limits import MemoryPlan, plan_memory
-from edgevl.boards.settings import Target
-from edgevl.boards.timing import (
+from edgevl.boards.estimates import (
+    MemoryPlan,
     group_times_ms,
     is_published,
+    plan_memory,
     post_time_ms,
     vision_time_ms,
 )
+from edgevl.boards.settings import Target
 from edgevl.checkpoint.config import MAX_POSITIONS, ModelConfig
 from edgevl.errors import BoardError
 from edgevl.json_input import Fields

@@ -1,12 +1,14 @@
 """Pulsar2, the vendor's compiler: finding it, asking it, and running a build to its end.
 
 It is a program that the vendor hands out, as a Docker image or as a package; EdgeVL has none of it.
-A build runs alone, is watched, and is stopped when it must be.
+A build runs alone, is watched, and is stopped when it must be. What it prints says how far it is,
+how exact the result is, and why it failed.
 """
 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import re
 import selectors
@@ -18,19 +20,22 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from edgevl.boards.build_log import BuildLog, explain
 from edgevl.errors import BoardError
-from edgevl.work import MAKING, Progress, WorkDirectory
+from edgevl.work import MAKING, Progress, Tell, WorkDirectory
 
 #: Matrix products in bfloat16 on the convolution unit: a much shorter prefill.
 ENVIRONMENT = {"FLOAT_MATMUL_USE_CONV_EU": "1"}
 #: Where the working directory is seen in a container.
 MOUNTED = "/data"
+#: Below this cosine between a compiled layer and the same layer in floats, a warning is due.
+COSINE_WARNING = 0.99
+#: What is printed when the layers are written, and when they have been checked.
+BUILT, CHECKED = "build llm model done!", "check llm model done!"
 #: Seconds between looks at what a build has written.
 POLL_S = 0.5
 #: Seconds that a build has to exit by itself: once all is done, and when it is told to stop.
@@ -41,12 +46,30 @@ _DOCKER_S = 300.0
 #: The build under way, in the work directory.
 _BUILD = "build.json"
 
+#: Longest piece of a line that is looked at, and longest that is quoted.
+_MAX_LINE, _MAX_QUOTE = 4096, 200
+
+_COSINE = re.compile(r"([^|]*?)\s*cos_sim is: *([-+.\w]+)")
+_LAYER = re.compile(r"(\w+) layer(\d+)_gt")
+#: A progress bar of the `rich` library: what is done, the bar, counts.
+_BAR = re.compile(r"^\s*(\w[\w .()-]*?)\W*[━╸╺]+\s+(\d+)/(\d+)")
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_DECORATION = re.compile(r"^[\W_]*$")
+
+_OUT_OF_MEMORY = re.compile(
+    r"MemoryError|std::bad_alloc|[Cc]annot allocate memory|[Oo]ut of memory|^Killed\b"
+)
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+_UNSUPPORTED = re.compile(
+    r"\bop(s|erators?|_types?)?\b.*\b(un|not (yet )?)(support|implement)"
+    r"|\b(un|not (yet )?)(support|implement).*\bop(s|erators?|_types?)?\b",
+    re.IGNORECASE,
+)
+
 _WITHOUT = (
     "without it, --dry-run writes a script that compiles on a machine that has it, and --emulate a "
     "model for the emulator"
 )
-
-
 _NOT_RUNNING = (
     "docker: its daemon is not running; `sudo systemctl start docker`, then the same again"
 )
@@ -214,6 +237,54 @@ def mount(directory: str) -> str:
     return f'--mount=type=bind,"source={source}",target={MOUNTED}'
 
 
+@dataclass
+class BuildLog:
+    """Reads the output of a build as it comes.
+
+    Attributes:
+        cosines: what was compared, such as "decode layer 0", and the cosine found.
+        bar: stage, count and total of the last progress bar.
+        built: whether all layers were written.
+        checked: whether the check of the layers has ended.
+    """
+
+    cosines: dict[str, float] = field(default_factory=dict)
+    bar: tuple[str, int, int] | None = None
+    built: bool = False
+    checked: bool = False
+    _rest: bytes = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next piece of the output."""
+        *lines, rest = re.split(rb"[\r\n]", self._rest + data)
+        for line in lines:
+            self._line(_ESCAPE.sub("", line[:_MAX_LINE].decode("utf-8", "replace")))
+        self._rest = rest[:_MAX_LINE]
+
+    def _line(self, line: str) -> None:
+        if match := _BAR.search(line):
+            self.bar = match[1].strip(), int(match[2]), int(match[3])
+        if match := _COSINE.search(line.rpartition(" - ")[2]):
+            layer = _LAYER.search(match[1])
+            name = f"{layer[1]} layer {layer[2]}" if layer else match[1].strip()
+            try:
+                self.cosines[name] = float(match[2])
+            except ValueError:  # not a number: as bad as can be
+                self.cosines[name] = math.nan
+        self.built |= BUILT in line
+        self.checked |= CHECKED in line
+
+
+def low_cosines(cosines: dict[str, float]) -> Iterator[str]:
+    """Yield a line for each result that differs too much from the same in floats."""
+    for name, cosine in cosines.items():
+        if not cosine >= COSINE_WARNING:
+            yield (
+                f"{name}: cosine {cosine:.4f} to the same in floats, below {COSINE_WARNING}; "
+                "compare answers before you use it"
+            )
+
+
 def run(
     pulsar2: Pulsar2,
     arguments: Sequence[str],
@@ -249,7 +320,21 @@ def run(
     command = pulsar2.command(arguments, work.path, container or "")
     build = BuildLog()
     log.parent.mkdir(exist_ok=True)
-    with _alone(progress) as lock, log.open("wb") as file, _Display(progress, name) as display:
+    shown: tuple[str, Tell] | None = None
+
+    def show() -> None:
+        """Show what is written under the build's own name, or else its last bar under both."""
+        nonlocal shown
+        bar = ("", *written()) if written is not None else build.bar
+        if bar is None:
+            return
+        stage, done, total = bar
+        if shown is None or stage != shown[0]:
+            bars.close()
+            shown = stage, bars.enter_context(progress(f"{name}: {stage}" if stage else name))
+        shown[1](done, total)
+
+    with _alone(progress) as lock, log.open("wb") as file, ExitStack() as bars:
         work.save_json(_BUILD, {"container": container})
         try:
             process = subprocess.Popen(
@@ -271,7 +356,7 @@ def run(
                 file.write(data)
                 file.flush()
                 build.feed(data)
-                display.show(written() if written is not None else None, build)
+                show()
             build.feed(b"\n")
             status = _status(process, is_over(build))
         finally:
@@ -298,33 +383,41 @@ def stop_left_over(pulsar2: Pulsar2, work: WorkDirectory) -> None:
     work.remove(_BUILD)
 
 
-class _Display:
-    """Shows how far a build is: under its own name, or a bar for each of its stages."""
+def explain(log: Path, status: int) -> str:
+    """Return one line on why a build failed.
 
-    def __init__(self, progress: Progress, name: str) -> None:
-        self._progress = progress
-        self._name = name
-        self._stage = ""
-        self._stack = ExitStack()
-
-    def __enter__(self) -> _Display:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def show(self, written: tuple[int, int] | None, build: BuildLog) -> None:
-        """Show what is written, or else the last bar of the build itself."""
-        stage = self._name
-        if written is None:
-            if build.bar is None:
-                return
-            stage, written = f"{self._name}: {build.bar[0]}", build.bar[1:]
-        if stage != self._stage:
-            self._stack.close()
-            self._tell = self._stack.enter_context(self._progress(stage))
-            self._stage = stage
-        self._tell(*written)
+    Args:
+        log: its output.
+        status: its exit status; negative for a signal.
+    """
+    out_of_memory = (
+        "Pulsar2 ran out of memory; close other programs, give Docker more memory, or lower "
+        "--parallel, then the same command goes on"
+    )
+    last = ""
+    found: dict[str, str] = {}
+    with log.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, raw in enumerate(file, 1):
+            line = _ESCAPE.sub("", raw.rstrip().rpartition("\r")[2][:_MAX_LINE]).strip()
+            if _DECORATION.match(line) or _BAR.search(line):
+                continue
+            last = line if len(line) <= _MAX_QUOTE else line[:_MAX_QUOTE] + "…"
+            if _DISK_FULL.search(line):
+                found["disk"] = "the disk is full; free some space, then the same command goes on"
+            elif _OUT_OF_MEMORY.search(line):
+                found["memory"] = out_of_memory
+            elif _UNSUPPORTED.search(line):
+                found.setdefault(
+                    "operator",
+                    f"Pulsar2 cannot compile an operator, line {number} of {log}: {last}",
+                )
+    if status in (137, -9):
+        found["memory"] = out_of_memory
+    for kind in ("disk", "memory", "operator"):
+        if kind in found:
+            return found[kind]
+    state = f"stopped by signal {-status}" if status < 0 else f"failed with status {status}"
+    return f"Pulsar2 {state}{': ' + last if last else ''} (see {log})"
 
 
 @contextmanager

@@ -9,16 +9,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from edgevl.axera.integrity import FILES, Content
-from edgevl.axera.layout import NOT_BUILT
+from edgevl.axera.layout import NOT_BUILT, check_shape
 from edgevl.boards.build_script import BOARD, BUILD, MODEL, NOT_BUILT_TEXT, build_script
-from edgevl.boards.limits import check, disk_bytes
+from edgevl.boards.estimates import plan_memory, vision_weights
 from edgevl.boards.pulsar2 import find
 from edgevl.boards.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
 from edgevl.boards.steps import ASKED, CALIBRATION, LAYERS, ONNX, BoardStep, Compilation
+from edgevl.boards.text_checkpoint import check_weights, embedding_bytes, text_bytes
+from edgevl.checkpoint import Checkpoint, GPTQConfig
 from edgevl.checkpoint.side_files import copy_side_files
 from edgevl.errors import BoardError
 from edgevl.loading import locate, model_name, open_checkpoint
@@ -29,6 +32,11 @@ from edgevl.work import DONE, Progress, check_disk, check_target, identity, open
 MADE = "model"
 #: Tiles that a picture is cut into on a board, which has room for few image tokens.
 MAX_TILES = 1
+#: Most bytes of weights in an ONNX file: that is one protobuf message, which ends at 2 GiB, and the
+#: graph itself takes under 1 MiB.
+MAX_ONNX_BYTES = (2 << 30) - (1 << 20)
+#: Room for tokenizer, calibration pictures and logs, bytes.
+_SIDE_BYTES = 256 << 20
 #: What may differ when a compilation is resumed.
 _FREE = {"parallel"}
 
@@ -68,8 +76,8 @@ def compile_model(
     program = None if settings.dry_run or settings.emulate else find(settings.pulsar2)
     path = locate(model)
     with open_checkpoint(path) as checkpoint:
-        quantization = check(checkpoint, settings)
-        check_disk(output, disk_bytes(checkpoint, settings) - _written(output), BoardError)
+        quantization = _check(checkpoint, settings)
+        check_disk(output, _disk_bytes(checkpoint, settings) - _written(output), BoardError)
         begun: dict[str, object] = {
             "edgevl": __version__,
             "checkpoint": checkpoint.fingerprint(),
@@ -192,3 +200,62 @@ def _written(output: Path) -> int:
     """Return the bytes that an interrupted run has written."""
     partial = output.resolve().with_name(output.resolve().name + ".partial")
     return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+
+
+def _check(checkpoint: Checkpoint, settings: CompileSettings) -> GPTQConfig | None:
+    """Refuse a model that cannot be compiled so, or would not fit the board.
+
+    Returns:
+        How its text is quantized, if it is and Pulsar2 is to compile it.
+
+    Raises:
+        BoardError: names what it is and the fix.
+    """
+    config, path = checkpoint.config, checkpoint.path
+    check_shape(settings.shape, config.text)
+    if settings.post_topk > config.text.vocab_size:
+        raise BoardError(
+            f"--post-topk {settings.post_topk}: must be from 0 to {config.text.vocab_size}"
+        )
+    quantization = None if settings.emulate else check_weights(checkpoint)
+    if quantization is not None and settings.weight_type is not None:
+        raise BoardError(
+            f"--weight-type {settings.weight_type}: the text of {path} is in {quantization.bits}-"
+            "bit GPTQ; leave it out, or compile the original checkpoint"
+        )
+    onnx = 4 * vision_weights(config) if checkpoint.has_vision else 0
+    if not settings.emulate and onnx > MAX_ONNX_BYTES:
+        raise BoardError(
+            f"{path}: its vision encoder takes {_gb(onnx)} in float32, but an ONNX file ends at 2 "
+            "GB: use a model with InternViT-300M"
+        )
+    weights = (checkpoint.gptq(name) for name in checkpoint.names())
+    bits = max((weight.config.bits for weight in weights if weight is not None), default=8)
+    plan = plan_memory(
+        config,
+        settings.shape,
+        weight_bits=4 if settings.weight_type == "s4" else bits,
+        vision=checkpoint.has_vision,
+    )
+    chip = settings.chip
+    if plan.npu > chip.memory_bytes:
+        raise BoardError(
+            f"{path}: takes about {_gb(plan.npu)} of NPU memory (layers {_gb(plan.text_layers)}, "
+            f"head {_gb(plan.post)}, vision {_gb(plan.vision)}, context {_gb(plan.kv_cache)}), "
+            f"{chip.name} boards have {_gb(chip.memory_bytes)}: compile a smaller model, one "
+            "quantized to int4, or a shorter --context"
+        )
+    return quantization
+
+
+def _disk_bytes(checkpoint: Checkpoint, settings: CompileSettings) -> int:
+    """Return about how much is written: what Pulsar2 is given, and what it makes of it."""
+    shared = embedding_bytes(checkpoint) + _SIDE_BYTES
+    if settings.emulate:  # everything in bfloat16
+        return shared + 2 * sum(prod(checkpoint.shape(name)) for name in checkpoint.names())
+    vision = 4 * vision_weights(checkpoint.config) if checkpoint.has_vision else 0
+    return shared + 2 * text_bytes(checkpoint) + 2 * vision
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

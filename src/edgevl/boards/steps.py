@@ -16,7 +16,6 @@ from typing import Any
 from edgevl.axera.ends import EMBEDDING_FILES
 from edgevl.axera.layout import layer_file, post_file, vision_file
 from edgevl.boards import pulsar2
-from edgevl.boards.build_log import low_cosines
 from edgevl.boards.pulsar2 import Pulsar2
 from edgevl.boards.settings import CompileSettings
 from edgevl.boards.text_checkpoint import write_embeddings, write_text_checkpoint
@@ -222,7 +221,7 @@ class Compilation:
             if usual.is_file() and not (path / files[0]).exists():
                 usual.rename(path / files[0])
             _check_files(path, files, log)
-            warnings = list(low_cosines(build.cosines))
+            warnings = list(pulsar2.low_cosines(build.cosines))
             if product == LAYERS and level and not build.checked:
                 warnings.append(
                     f"Pulsar2 wrote all layers, but its check of them failed: see logs/{log.name}"

@@ -1,11 +1,17 @@
-"""What a Pulsar2 build prints."""
+"""What Pulsar2 says: of its version, of a build."""
 
 import math
 
 import pytest
 
-from edgevl.boards.build_log import BuildLog, explain, low_cosines
-from edgevl.boards.pulsar2 import Pulsar2, newest_llm_build, version
+from edgevl.boards.pulsar2 import (
+    BuildLog,
+    Pulsar2,
+    explain,
+    low_cosines,
+    newest_llm_build,
+    version,
+)
 
 PREFIX = "2026-03-23 21:10:01.591 | INFO     | yamain.command.llm_build:llm_build:519 - "
 LOG = (

@@ -1,4 +1,4 @@
-"""How long the NPU computes: published times, and from them estimates for other shapes.
+"""What a model takes on a board: memory, and time, published or estimated for other shapes.
 
 Published are the times of each shape group of one model on one chip, InternVL3.5-1B with INT4
 layers and an INT8 head on the AX650N in mode NPU3 (the README of AXERA-TECH's
@@ -23,11 +23,19 @@ time, 393.08 against 2267.89 ms. These two are also all that is public on vision
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 from edgevl.axera.layout import BoardShape
-from edgevl.checkpoint.architecture import matrices, text_layer
-from edgevl.checkpoint.config import INTERNVIT_300M, TextConfig, VisionConfig
+from edgevl.checkpoint.architecture import (
+    PROJECTOR,
+    VISION,
+    expected_tensors,
+    matrices,
+    text_layer,
+)
+from edgevl.checkpoint.config import INTERNVIT_300M, ModelConfig, TextConfig, VisionConfig
 from edgevl.synth.presets import PRESETS
 
 #: Published times in ms: of a layer decoding a token after 2047, of a layer prefilling 128 tokens
@@ -143,3 +151,62 @@ def _prefill_ms(history: int) -> float:
             return start_ms + (end_ms - start_ms) * (history - start) / (end - start)
     end, end_ms = points[-1]
     return end_ms + (end_ms - PREFILL_MS[0]) * (history - end) / end
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of NPU memory (CMM), part by part, and of the host's memory.
+
+    These are the weights and the buffers that follow from the shapes. What the compiler adds for
+    its instructions and intermediate results is in no public document and not counted.
+
+    Attributes:
+        text_layers: linear weights of all decoder layers, once for all shape groups.
+        post: the head, in INT8.
+        vision: encoder and projector, two bytes a weight; 0 without vision.
+        kv_cache: keys and values of all layers.
+        embeddings: the embedding in bfloat16, which the host maps from its file.
+    """
+
+    text_layers: int
+    post: int
+    vision: int
+    kv_cache: int
+    embeddings: int
+
+    @property
+    def npu(self) -> int:
+        """All that lies in NPU memory."""
+        return self.text_layers + self.post + self.vision + self.kv_cache
+
+
+def plan_memory(
+    config: ModelConfig, shape: BoardShape, *, weight_bits: int = 4, vision: bool = True
+) -> MemoryPlan:
+    """Return what a model takes.
+
+    Args:
+        config: the model.
+        shape: what it is compiled for.
+        weight_bits: of the layers' linear weights, 4 or 8.
+        vision: whether it has its vision encoder.
+    """
+    text = config.text
+    embedding = text.vocab_size * text.hidden_size
+    rows = max(shape.context + 1, shape.max_prefill + shape.chunk)
+    return MemoryPlan(
+        text_layers=round(text.num_hidden_layers * layer_weights(text) * BITS[weight_bits] / 8),
+        post=embedding,
+        vision=2 * vision_weights(config) if vision else 0,
+        kv_cache=4 * text.num_hidden_layers * rows * text.num_key_value_heads * text.head_dim,
+        embeddings=2 * embedding,
+    )
+
+
+def vision_weights(config: ModelConfig) -> int:
+    """Return how many weights vision encoder and projector have."""
+    return sum(
+        prod(shape)
+        for name, shape in expected_tensors(config).items()
+        if name.startswith((VISION, PROJECTOR))
+    )
