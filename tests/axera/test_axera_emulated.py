@@ -371,8 +371,7 @@ def test_rows_that_are_not_aligned(npu, mini_checkpoint, tmp_path, preset):
 
 def test_bytes_as_pictures_and_the_likeliest_tokens(npu, tmp_path, reference):
     shape = layout.BoardShape(context=255, max_prefill=128)
-    post = emulate.Post(topk=8)
-    board = write(tmp_path / "board", locate("tiny"), shape, uint8_input=True, post=post)
+    board = write(tmp_path / "board", locate("tiny"), shape, uint8_input=True, post_topk=8)
     model = edgevl.load(board)
     picture = EXAMPLES / "meter.png"
     config = model.checkpoint.config

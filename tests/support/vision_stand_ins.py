@@ -39,12 +39,7 @@ def write_calibration(checkpoint, source, path, samples=32):
     return samples if source is None else min(samples, len(list(source.iterdir())))
 
 
-class Post:
-    def __init__(self, dtype="bf16", topk=0):
-        self.topk = topk
-
-
-def write_emulated(checkpoint, directory, shape, uint8_input, progress, *, target, post):
+def write_emulated(checkpoint, directory, shape, uint8_input, progress, *, target, post_topk):
     text = checkpoint.config.text
     names = [
         f"{text.model_type}_p{shape.chunk}_l{n}_together.axmodel"
@@ -54,14 +49,14 @@ def write_emulated(checkpoint, directory, shape, uint8_input, progress, *, targe
     names += [f"{text.model_type}_post.axmodel", f"internvl_vit_model_1x3x{size}x{size}.axmodel"]
     directory.mkdir()
     for name in names:
-        (directory / name).write_bytes(f"emulated {target} {post.topk}".encode())
+        (directory / name).write_bytes(f"emulated {target} {post_topk}".encode())
         progress(directory / name)
 
 
 MODULES = {
     "vision": (write_calibration, write_vision_onnx),
     "pulsar2_config": (default_config, load_config),
-    "emulate": (Post, write_emulated),
+    "emulate": (write_emulated,),
 }
 
 

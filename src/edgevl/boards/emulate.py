@@ -9,9 +9,8 @@ on a board, published or estimated (`edgevl.boards.estimates`). The format is th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +24,9 @@ from edgevl.axera.layout import (
     post_file,
     vision_file,
 )
+from edgevl.axera.npu.base import Group, TensorInfo
 from edgevl.boards import estimates
-from edgevl.checkpoint import Checkpoint, ModelConfig, TextConfig
+from edgevl.checkpoint import Checkpoint, TextConfig
 from edgevl.checkpoint.config import IMAGE_MEAN, IMAGE_STD
 from edgevl.errors import BoardError
 from edgevl.files import replacing
@@ -45,23 +45,22 @@ from edgevl.engine.plan import MatrixPlan, make_plan
 #: Data begins at multiples of this many bytes.
 ALIGNMENT = 64
 
+#: What a file says of the text model.
+_TEXT_NUMBERS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+)
+
 Numbers = Mapping[str, float | tuple[float, ...]]
 Vectors = Mapping[str, NDArray[np.float32]]
 Matrices = Mapping[str, MatrixPlan]
-
-
-@dataclass(frozen=True)
-class Post:
-    """What the model of the head gives.
-
-    Attributes:
-        dtype: of the logits, "bf16" or "f32".
-        topk: instead of logits, so many of the best tokens, best first: ``indices``, and
-            ``probabilities`` among all tokens; 0 for logits.
-    """
-
-    dtype: str = "bf16"
-    topk: int = 0
+#: Shape groups, with the milliseconds that each takes on the board, 0 where that is unknown.
+TimedGroups = Sequence[tuple[float, Group]]
 
 
 def write_emulated(
@@ -72,7 +71,8 @@ def write_emulated(
     progress: Callable[[Path], object] = lambda path: None,
     *,
     target: str = "ax650",
-    post: Post | None = None,
+    post_topk: int = 0,
+    logits: Literal["BF16", "F32"] = "BF16",
 ) -> None:
     """Write all ``.axmodel`` files of a model for the emulator, each beside and renamed.
 
@@ -84,71 +84,66 @@ def write_emulated(
             float32 [1, 3, S, S].
         progress: called with each file that is finished.
         target: the chip whose times the files name.
-        post: what the head gives; default is logits in bfloat16.
+        post_topk: instead of logits, the head gives so many of the best tokens, best first:
+            ``indices``, and ``probabilities`` among all tokens.
+        logits: the type of what it gives otherwise.
 
     Raises:
-        BoardError: ``post`` cannot be.
         CheckpointError: the quantization of a weight is damaged.
         OSError: a file cannot be written; it is not there then.
     """
     directory.mkdir(exist_ok=True)
     text = checkpoint.config.text
+    hidden, vocabulary = text.hidden_size, text.vocab_size
     plans = {matrix.name: matrix for matrix in make_plan(checkpoint, "bf16").matrices}
     vectors = _arrays(cpu.text_vectors(checkpoint))
     times = estimates.group_times_ms(text, shape, target=target)
-    groups = layer_groups(text, shape, times)
-    post_group = _post_group(text, post or Post(), estimates.post_time_ms(text, target=target))
+    groups = [*zip(times, layer_groups(text, shape), strict=True)]
     pool = _native.ThreadPool(this_machine().threads)
 
-    def write(name: str, begin: bytes, matrices: Matrices, floats: Vectors) -> None:
-        _write(directory / name, begin, checkpoint, matrices, floats, pool)
+    def write(
+        name: str,
+        kind: str,
+        numbers: Numbers,
+        groups: TimedGroups,
+        weights: Matrices,
+        floats: Vectors,
+    ) -> None:
+        with replacing(directory / name) as file:
+            file.write(_header(kind, numbers, groups, weights, floats))
+            for matrix in weights.values():
+                data = packed.aligned_zeros(packed.packed_bytes(matrix))
+                packed.pack_matrix(checkpoint, matrix, data, pool)
+                file.write(data.data)
+            for vector in floats.values():
+                file.write(vector.tobytes().ljust(_padded(vector.nbytes), b"\0"))
         progress(directory / name)
 
+    numbers: Numbers = {name: getattr(text, name) for name in _TEXT_NUMBERS}
     for layer in range(text.num_hidden_layers):
-        matrices = _under(plans, f"text.layers.{layer}.")
         floats = _under(vectors, f"layers.{layer}.")
         floats["inverse_frequencies"] = vectors["inverse_frequencies"]
-        begin = header("layer", _text_numbers(text), groups, _weights(matrices, floats))
-        write(layer_file(text.model_type, shape.chunk, layer), begin, matrices, floats)
+        matrices = _under(plans, f"text.layers.{layer}.")
+        name = layer_file(text.model_type, shape.chunk, layer)
+        write(name, "layer", numbers, groups, matrices, floats)
+    outputs = [TensorInfo("output", logits, (1, 1, vocabulary))]
+    if post_topk:
+        best = (1, 1, post_topk)
+        outputs = [TensorInfo("indices", "U32", best), TensorInfo("probabilities", "F32", best)]
+    head = Group((TensorInfo("input", "BF16", (1, 1, hidden)),), tuple(outputs))
+    ms = estimates.post_time_ms(text, target=target)
     matrices, floats = {"head": plans["text.head"]}, {"norm": vectors["norm"]}
-    begin = header("post", _text_numbers(text), [post_group], _weights(matrices, floats))
-    write(post_file(text.model_type), begin, matrices, floats)
+    write(post_file(text.model_type), "post", numbers, [(ms, head)], matrices, floats)
     if checkpoint.has_vision:
-        vision = checkpoint.config.vision
-        ms = estimates.vision_time_ms(vision, target=target) or 0.0
-        group = _vision_group(checkpoint.config, uint8_input, ms)
+        config, size = checkpoint.config, checkpoint.config.vision.image_size
+        image = TensorInfo("image", "F32", (1, 3, size, size))
+        if uint8_input:
+            image = TensorInfo("image", "U8", (1, size, size, 3))
+        features = TensorInfo("output", "F32", (1, config.image_tokens, hidden))
+        ms = estimates.vision_time_ms(config.vision, target=target) or 0.0
+        vision = [(ms, Group((image,), (features,)))]
         matrices, floats = _under(plans, "vision."), _arrays(cpu.vision_vectors(checkpoint))
-        weights = _weights(matrices, floats)
-        begin = header("vision", _vision_numbers(checkpoint), [group], weights)
-        write(vision_file(vision.image_size), begin, matrices, floats)
-
-
-def _write(
-    path: Path,
-    begin: bytes,
-    checkpoint: Checkpoint,
-    matrices: Matrices,
-    vectors: Vectors,
-    pool: _native.ThreadPool,
-) -> None:
-    """Write a file beside its place, a matrix at a time, and rename it."""
-    with replacing(path) as file:
-        file.write(begin)
-        for matrix in matrices.values():
-            data = packed.aligned_zeros(packed.packed_bytes(matrix))
-            packed.pack_matrix(checkpoint, matrix, data, pool)
-            file.write(data.data)
-        for vector in vectors.values():
-            file.write(vector.tobytes())
-            file.write(bytes(-vector.nbytes % ALIGNMENT))
-
-
-def _weights(matrices: Matrices, vectors: Vectors) -> list[Weight]:
-    """List weights in the order in which they are written; packed matrices need no padding."""
-    return [
-        Weight(name, (matrix.rows, matrix.cols), packed.packed_bytes(matrix))
-        for name, matrix in matrices.items()
-    ] + [Weight(name, (vector.size,), vector.nbytes) for name, vector in vectors.items()]
+        write(vision_file(size), "vision", _vision_numbers(checkpoint), vision, matrices, floats)
 
 
 def _arrays(tensors: _native.Tensors) -> dict[str, NDArray[np.float32]]:
@@ -159,42 +154,6 @@ def _under(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Return what is named ``prefix`` and more, by the rest of its name."""
     return {
         name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)
-    }
-
-
-# --- what the files say ------------------------------------------------------------------------
-
-
-def _post_group(text: TextConfig, post: Post, ms: float) -> Group:
-    if post.dtype not in ("bf16", "f32"):
-        raise BoardError(f"logits in {post.dtype!r}: choose bf16 or f32")
-    if not 0 <= post.topk <= text.vocab_size:
-        raise BoardError(f"the best {post.topk} tokens of {text.vocab_size}: choose fewer")
-    outputs: tuple[Tensor, ...] = (Tensor("output", post.dtype, (1, 1, text.vocab_size)),)
-    if post.topk:
-        best = (1, 1, post.topk)
-        outputs = (Tensor("indices", "u32", best), Tensor("probabilities", "f32", best))
-    return Group(ms, (Tensor("input", "bf16", (1, 1, text.hidden_size)),), outputs)
-
-
-def _vision_group(config: ModelConfig, uint8_input: bool, ms: float) -> Group:
-    size = config.vision.image_size
-    image = Tensor("image", "f32", (1, 3, size, size))
-    if uint8_input:
-        image = Tensor("image", "u8", (1, size, size, 3))
-    output = Tensor("output", "f32", (1, config.image_tokens, config.text.hidden_size))
-    return Group(ms, (image,), (output,))
-
-
-def _text_numbers(text: TextConfig) -> Numbers:
-    return {
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
-        "head_dim": text.head_dim,
-        "vocab_size": text.vocab_size,
-        "rms_norm_eps": text.rms_norm_eps,
     }
 
 
@@ -209,88 +168,63 @@ def _vision_numbers(checkpoint: Checkpoint) -> Numbers:
     }
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output; ``dtype`` is "u8", "i32", "u32", "bf16" or "f32"."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        """Return the words of its line."""
-        return " ".join([self.name, self.dtype, *map(str, self.shape)])
-
-
-@dataclass(frozen=True)
-class Group:
-    """A shape group, and the milliseconds that it takes on the board, 0 where that is unknown."""
-
-    ms: float
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A matrix packed in bfloat16 (``shape`` has two sizes) or a vector in float32 (one)."""
-
-    name: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-def header(
-    kind: str, numbers: Numbers, groups: Sequence[Group], weights: Sequence[Weight]
+def _header(
+    kind: str, numbers: Numbers, groups: TimedGroups, matrices: Matrices, vectors: Vectors
 ) -> bytes:
     """Return what a file begins with, padded to `ALIGNMENT`.
 
-    The data of each weight follows, padded likewise.
+    The data of each weight follows, padded likewise: matrices packed in bfloat16, which need no
+    padding, and vectors in float32.
     """
     lines = [f"kind {kind}"]
     for name, value in numbers.items():
         values = value if isinstance(value, tuple) else (value,)
         lines.append(" ".join(["number", name, *map(repr, values)]))
-    for group in groups:
-        lines.append(f"group {group.ms!r}")
-        lines += [f"input {tensor}" for tensor in group.inputs]
-        lines += [f"output {tensor}" for tensor in group.outputs]
+    for ms, group in groups:
+        lines.append(f"group {ms!r}")
+        for side, tensors in (("input", group.inputs), ("output", group.outputs)):
+            for tensor in tensors:
+                words = [side, tensor.name, tensor.dtype.lower(), *map(str, tensor.shape)]
+                lines.append(" ".join(words))
+    weights = [
+        (f"matrix {name} {matrix.rows} {matrix.cols}", packed.packed_bytes(matrix))
+        for name, matrix in matrices.items()
+    ]
+    weights += [(f"vector {name} {each.size}", each.nbytes) for name, each in vectors.items()]
 
     def encode(begin: int) -> bytes:
         places, offset = [], begin
-        for weight in weights:
-            sizes = " ".join(map(str, weight.shape))
-            what = "matrix" if len(weight.shape) == 2 else "vector"
-            places.append(f"{what} {weight.name} {sizes} {offset:015d}")
-            offset += padded(weight.nbytes)
+        for weight, nbytes in weights:
+            places.append(f"{weight} {offset:015d}")
+            offset += _padded(nbytes)
         text = EMULATED_MAGIC + "\n".join([*lines, *places, "end\n"]).encode("ascii")
-        return text.ljust(padded(len(text)), b"\0")
+        return text.ljust(_padded(len(text)), b"\0")
 
     # With all digits of the offsets, its length does not depend on them.
     return encode(len(encode(0)))
 
 
-def padded(nbytes: int) -> int:
-    """Return the next multiple of `ALIGNMENT`."""
+def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def layer_groups(text: TextConfig, shape: BoardShape, times_ms: Sequence[float]) -> list[Group]:
-    """Return the groups of a decoder layer (see `edgevl.axera.layout`) with their times."""
-    sizes = [(1, shape.context), *((shape.chunk, history) for history in shape.histories())]
+def layer_groups(text: TextConfig, shape: BoardShape) -> list[Group]:
+    """Return the groups of a decoder layer; see `edgevl.axera.layout`."""
     width, hidden = text.num_key_value_heads * text.head_dim, text.hidden_size
     groups = []
-    for ms, (tokens, history) in zip(times_ms, sizes, strict=True):
+    for tokens, history in (
+        (1, shape.context),
+        *((shape.chunk, history) for history in shape.histories()),
+    ):
         # Where there is no history Pulsar2 gives a cache all the same, of the hidden size.
         cache = (1, history, width) if history else (1, 1, hidden)
         new, states = (1, tokens, width), (1, tokens, hidden)
         inputs = (cache, cache, (1, tokens), states, (1, tokens, history + tokens))
-        dtypes = ("bf16", "bf16", "u32", "bf16", "bf16")
+        types = ("BF16", "BF16", "U32", "BF16", "BF16")
         groups.append(
             Group(
-                ms,
-                tuple(map(Tensor, LAYER_INPUTS, dtypes, inputs)),
-                tuple(map(Tensor, LAYER_OUTPUTS, dtypes[:2] + dtypes[3:4], (new, new, states))),
+                tuple(map(TensorInfo, LAYER_INPUTS, types, inputs)),
+                tuple(map(TensorInfo, LAYER_OUTPUTS, ("BF16",) * 3, (new, new, states))),
             )
         )
     return groups

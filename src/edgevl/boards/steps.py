@@ -17,7 +17,7 @@ from edgevl.axera.ends import EMBEDDING_FILES
 from edgevl.axera.layout import layer_file, post_file, vision_file
 from edgevl.boards import pulsar2
 from edgevl.boards.pulsar2 import Pulsar2
-from edgevl.boards.settings import CompileSettings
+from edgevl.boards.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
 from edgevl.boards.text_checkpoint import write_embeddings, write_text_checkpoint
 from edgevl.checkpoint import Checkpoint, GPTQConfig
 from edgevl.errors import BoardError
@@ -43,17 +43,13 @@ class BoardStep(Step):
     """A step of a compilation.
 
     Attributes:
-        files: the product's files that are part of the compiled model.
+        files: the product's files that are part of the compiled model; without any, the product is
+            something that Pulsar2 reads.
         arguments: Pulsar2's, where it makes the product.
     """
 
     files: Sequence[str] = ()
     arguments: Sequence[str] = ()
-
-    @property
-    def for_pulsar2(self) -> bool:
-        """Whether the product is something that Pulsar2 reads."""
-        return not self.files
 
 
 @dataclass(frozen=True)
@@ -133,21 +129,61 @@ class Compilation:
         if text.use_qk_norm:
             yield _written(MODEL_CONFIG, json.dumps(QK_NORM_CONFIG, indent=1) + "\n")
         if vision:
-            arguments = settings.vision_arguments(
-                config.vision.image_size,
-                f"{DONE}/{ONNX}",
-                f"{DONE}/{CONFIG}",
-                f"{MAKING}/{VISION}",
-            )
-            yield self._build(program, VISION, "vision", vision, arguments)
-        arguments = settings.text_arguments(
-            generation,
-            f"{DONE}/{TEXT}",
-            f"{MAKING}/{LAYERS}",
-            quantized=self.quantization is not None,
-            model_config=f"{DONE}/{MODEL_CONFIG}" if text.use_qk_norm else None,
-        )
+            yield self._build(program, VISION, "vision", vision, self._vision_arguments())
+        arguments = self._text_arguments(generation)
         yield self._build(program, LAYERS, "layers", files, arguments)
+
+    def _vision_arguments(self) -> list[str]:
+        """Return Pulsar2's arguments that compile the vision encoder."""
+        return [
+            "build",
+            *("--input", f"{DONE}/{ONNX}"),
+            *("--config", f"{DONE}/{CONFIG}"),
+            *("--output_dir", f"{MAKING}/{VISION}"),
+            *("--output_name", vision_file(self.checkpoint.config.vision.image_size)),
+            *("--npu_mode", self.settings.cores),
+            *("--target_hardware", self.settings.chip.chip),
+        ]
+
+    def _text_arguments(self, generation: int) -> list[str]:
+        """Return Pulsar2's arguments that compile the text model, with its older or newer command.
+
+        Raises:
+            BoardError: the older command has no steps of decoding.
+        """
+        settings = self.settings
+        command = ["llm_build" if generation == 1 else "llm_build2"]
+        command += ["--input_path", f"{DONE}/{TEXT}", "--output_path", f"{MAKING}/{LAYERS}"]
+        command += ["--hidden_state_type", "bf16"]
+        if generation == 1:
+            if settings.decode_step is not None:
+                raise BoardError(
+                    f"--decode-step {settings.decode_step}: llm_build has none; give --llm-build 2 "
+                    "and a Pulsar2 that has llm_build2, from 6.0 on"
+                )
+            command += ["--prefill_len", str(settings.chunk)]
+            command += ["--kv_cache_len", str(settings.context)]
+            for history in settings.shape.histories()[1:]:
+                command += ["--last_kv_cache_len", str(history)]
+        else:
+            command += ["--prefill_len", str(settings.max_prefill + settings.chunk)]
+            command += ["--prefill_step_size", str(settings.chunk)]
+            command += ["--max_context", str(settings.context + 1)]
+        if self.quantization is None:  # GPTQ fixes the type
+            command += ["--weight_type", settings.weight_type or DEFAULT_WEIGHT_TYPE]
+        if generation == 2:
+            command += ["--post_weight_type", "s8"]
+            if settings.decode_step is not None:
+                command += ["--decode_step_size", str(settings.decode_step)]
+            if self.checkpoint.config.text.use_qk_norm:
+                command += ["--model_config", f"{DONE}/{MODEL_CONFIG}"]
+        if settings.post_topk:
+            command += ["--post_topk", str(settings.post_topk)]
+        # Older versions lack the option, and take all cores.
+        if settings.cores != settings.chip.default_npu_mode:
+            command += ["--npu_mode", settings.cores]
+        command += ["--chip", settings.chip.chip, "--check_level", str(settings.check_level)]
+        return [*command, "--parallel", str(settings.parallel)]
 
     def _vision_config(self) -> str:
         """Return the configuration of the vision build, the same as before."""
@@ -177,7 +213,7 @@ class Compilation:
 
     def _emulated(self, files: Sequence[str]) -> BoardStep:
         def make(path: Path, tell: Tell) -> None:
-            from edgevl.boards.emulate import Post, write_emulated
+            from edgevl.boards.emulate import write_emulated
 
             write_emulated(
                 self.checkpoint,
@@ -186,7 +222,7 @@ class Compilation:
                 self.settings.uint8_input,
                 lambda file: tell(_count(path, files), len(files)),
                 target=self.settings.target,
-                post=Post(topk=self.settings.post_topk),
+                post_topk=self.settings.post_topk,
             )
 
         return BoardStep(LAYERS, make, "emulated model", files=files)
