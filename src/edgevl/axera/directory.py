@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgevl.axera.ends import EMBEDDING_FILES, EmbeddingFile
 from edgevl.axera.integrity import check_contents, check_sizes, listed_files
-from edgevl.axera.layout import EMULATED_MAGIC, NOT_BUILT, layer_file, post_file
+from edgevl.axera.layout import BOARD_FILE, EMULATED_MAGIC, NOT_BUILT, layer_file, post_file
 from edgevl.checkpoint.config import MAX_TILES
 from edgevl.checkpoint.directory import MAX_JSON_BYTES, ModelDirectory, is_directory, read_config
 from edgevl.errors import BoardError
@@ -25,8 +25,6 @@ from edgevl.json_input import Fields
 MAX_DEPTH = 2
 #: Most entries that are looked at.
 MAX_ENTRIES = 20_000
-#: What a model was compiled for, beside its layers.
-BOARD_FILE = "board.json"
 #: One of these makes the tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 

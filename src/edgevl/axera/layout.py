@@ -33,6 +33,8 @@ LAYER_INPUTS = ("K_cache", "V_cache", "indices", "input", "mask")
 LAYER_OUTPUTS = ("K_cache_out", "V_cache_out", "output")
 #: How the files begin that only the emulator can run.
 EMULATED_MAGIC = b"edgevl emulated axmodel\n"
+#: What a model was compiled for, beside its layers.
+BOARD_FILE = "board.json"
 #: Stands in a directory that is no board's model yet.
 NOT_BUILT = "NOT-BUILT-YET.txt"
 #: The embedding [V, H] in the three forms that boards' programs read.

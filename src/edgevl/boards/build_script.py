@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Sequence
 
 from edgevl.axera.integrity import FILES
-from edgevl.axera.layout import NOT_BUILT
+from edgevl.axera.layout import BOARD_FILE, NOT_BUILT
 from edgevl.boards.pulsar2 import BUILT, ENVIRONMENT, MOUNTED, mount
 from edgevl.boards.steps import BoardStep
 
 #: The directory of a dry run that has what the script works on; in it, what is moved out when all
-#: is done: a directory of files, and last what says that the model is whole.
-BUILD, MODEL, BOARD = "build", "model", "board.json"
+#: is done: a directory of files, and last `BOARD_FILE`, which says that the model is whole.
+BUILD, MODEL = "build", "model"
 #: What `NOT_BUILT` says.
 NOT_BUILT_TEXT = """\
 This directory is not a board's model yet: its .axmodel files are still to be made.
@@ -164,7 +164,7 @@ def build_script(steps: Sequence[BoardStep], pulsar2: str | None) -> str:
         ),
         built=BUILT,
         model=MODEL,
-        board=BOARD,
+        board=BOARD_FILE,
         marker=NOT_BUILT,
         files=FILES,
         names=" ".join(files for _, files in left),

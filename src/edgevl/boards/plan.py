@@ -7,8 +7,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from edgevl.axera.directory import BOARD_FILE
-from edgevl.axera.layout import BoardShape, check_shape, pays_as_chunk
+from edgevl.axera.layout import BOARD_FILE, BoardShape, check_shape, pays_as_chunk
 from edgevl.boards.estimates import (
     MemoryPlan,
     group_times_ms,

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgevl.axera.integrity import FILES, Content
-from edgevl.axera.layout import NOT_BUILT, check_shape
-from edgevl.boards.build_script import BOARD, BUILD, MODEL, NOT_BUILT_TEXT, build_script
+from edgevl.axera.layout import BOARD_FILE, NOT_BUILT, check_shape
+from edgevl.boards.build_script import BUILD, MODEL, NOT_BUILT_TEXT, build_script
 from edgevl.boards.estimates import plan_memory, vision_weights
 from edgevl.boards.pulsar2 import find
 from edgevl.boards.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
@@ -169,10 +169,10 @@ def _assemble(compilation: Compilation, steps: Sequence[BoardStep], board: dict[
             tell(len(board[FILES]), len(names))
     where = made / BUILD if settings.dry_run else made
     text = json.dumps(board, indent=1, ensure_ascii=False) + "\n"
-    (where / BOARD).write_text(text, "utf-8")
+    (where / BOARD_FILE).write_text(text, "utf-8")
     if settings.dry_run:
         for step in steps:
-            if step.for_pulsar2:
+            if not step.files:
                 _link(work.product(step.product), made / BUILD / DONE / step.product)
         (made / NOT_BUILT).write_text(NOT_BUILT_TEXT, "utf-8")
         script = made / "build.sh"

@@ -1,7 +1,7 @@
 """What a user decides about a compilation, said once.
 
-The fields of `CompileSettings` are what ``edgevl compile`` takes on the command line, and Pulsar2's
-command lines are made from them. Nothing heavy is imported, so that ``--help`` is there at once.
+The fields of `CompileSettings` are what ``edgevl compile`` takes on the command line. Nothing heavy
+is imported, so that ``--help`` is there at once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgevl.axera.layout import BoardShape, vision_file
+from edgevl.axera.layout import BoardShape
 from edgevl.errors import BoardError
 from edgevl.options import REQUIRED, only_for, option, options_of
 
@@ -207,75 +207,3 @@ class CompileSettings:
     def cores(self) -> str:
         """The NPU mode, whether or not the user has named one."""
         return self.npu_mode or self.chip.default_npu_mode
-
-    def vision_arguments(self, image_size: int, onnx: str, config: str, output: str) -> list[str]:
-        """Return Pulsar2's arguments that compile the vision encoder.
-
-        Args:
-            image_size: side of a tile in pixels.
-            onnx: the model.
-            config: the build's configuration.
-            output: directory that `vision_file` is written to.
-        """
-        return [
-            "build",
-            *("--input", onnx),
-            *("--config", config),
-            *("--output_dir", output),
-            *("--output_name", vision_file(image_size)),
-            *("--npu_mode", self.cores),
-            *("--target_hardware", self.chip.chip),
-        ]
-
-    def text_arguments(
-        self,
-        generation: int,
-        checkpoint: str,
-        output: str,
-        *,
-        quantized: bool,
-        model_config: str | None,
-    ) -> list[str]:
-        """Return Pulsar2's arguments that compile the text model.
-
-        Args:
-            generation: 1 for ``llm_build``, 2 for ``llm_build2``.
-            checkpoint: directory of the text model.
-            output: directory that the layers are written to.
-            quantized: whether the weights are GPTQ, which fixes their type.
-            model_config: for generation 2, a file that tells what else the model has, or None.
-
-        Raises:
-            BoardError: the older command has no steps of decoding.
-        """
-        command = ["llm_build" if generation == 1 else "llm_build2"]
-        command += ["--input_path", checkpoint, "--output_path", output]
-        command += ["--hidden_state_type", "bf16"]
-        if generation == 1:
-            if self.decode_step is not None:
-                raise BoardError(
-                    f"--decode-step {self.decode_step}: llm_build has none; give --llm-build 2 and "
-                    "a Pulsar2 that has llm_build2, from 6.0 on"
-                )
-            command += ["--prefill_len", str(self.chunk), "--kv_cache_len", str(self.context)]
-            for history in self.shape.histories()[1:]:
-                command += ["--last_kv_cache_len", str(history)]
-        else:
-            command += ["--prefill_len", str(self.max_prefill + self.chunk)]
-            command += ["--prefill_step_size", str(self.chunk)]
-            command += ["--max_context", str(self.context + 1)]
-        if not quantized:
-            command += ["--weight_type", self.weight_type or DEFAULT_WEIGHT_TYPE]
-        if generation == 2:
-            command += ["--post_weight_type", "s8"]
-            if self.decode_step is not None:
-                command += ["--decode_step_size", str(self.decode_step)]
-            if model_config is not None:
-                command += ["--model_config", model_config]
-        if self.post_topk:
-            command += ["--post_topk", str(self.post_topk)]
-        # Older versions lack the option, and take all cores.
-        if self.cores != self.chip.default_npu_mode:
-            command += ["--npu_mode", self.cores]
-        command += ["--chip", self.chip.chip, "--check_level", str(self.check_level)]
-        return [*command, "--parallel", str(self.parallel)]

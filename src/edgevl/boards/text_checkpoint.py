@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgevl.axera.layout import EMBEDDING_BF16, EMBEDDING_F32, EMBEDDING_NPY
 from edgevl.checkpoint import Checkpoint, GPTQConfig, StoredTensor
@@ -35,14 +34,6 @@ _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": 
 _MEND = "make one with `edgevl quantize --group-size 128`, or compile the original checkpoint"
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One tensor to write."""
-
-    spec: TensorSpec
-    tensor: StoredTensor
-
-
 def write_text_checkpoint(
     checkpoint: Checkpoint,
     directory: Path,
@@ -65,12 +56,12 @@ def write_text_checkpoint(
         OSError: the disk is full, or a file cannot be read.
     """
     directory.mkdir(exist_ok=True)
-    parts = {part.spec.name: part for part in _parts(checkpoint)}
-    specs = [part.spec for part in parts.values()]
+    tensors = dict(_tensors(checkpoint))
+    specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
 
     def pieces(shard: Sequence[TensorSpec]) -> Iterable[memoryview]:
         for spec in shard:
-            yield raw(parts[spec.name].tensor.data)
+            yield raw(tensors[spec.name].data)
             checkpoint.release()
 
     write_safetensors(directory, specs, pieces, shard_bytes, running_total(specs, progress))
@@ -81,7 +72,7 @@ def write_text_checkpoint(
 
 def text_bytes(checkpoint: Checkpoint) -> int:
     """Return the bytes of the weights that `write_text_checkpoint` writes."""
-    return sum(part.spec.nbytes for part in _parts(checkpoint))
+    return sum(tensor.data.nbytes for _, tensor in _tensors(checkpoint))
 
 
 def check_weights(checkpoint: Checkpoint) -> GPTQConfig | None:
@@ -148,7 +139,7 @@ def _check_weight(checkpoint: Checkpoint, name: str, config: GPTQConfig | None) 
         )
 
 
-def _parts(checkpoint: Checkpoint) -> Iterator[_Part]:
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the tensors of the text model by their names in transformers."""
     for name in checkpoint.names():
         if name != LM_HEAD and not name.startswith(TEXT):
@@ -156,17 +147,12 @@ def _parts(checkpoint: Checkpoint) -> Iterator[_Part]:
         written = name.removeprefix("language_model.")
         packed = checkpoint.gptq(name)
         if packed is None:
-            yield _part(written, checkpoint.stored(name))
+            yield written, checkpoint.stored(name)
             continue
         base = written.removesuffix("weight")
         for suffix in ("qweight", "qzeros", "scales", "g_idx"):
-            tensor = getattr(packed, suffix)
-            if tensor is not None:
-                yield _part(base + suffix, tensor)
-
-
-def _part(name: str, tensor: StoredTensor) -> _Part:
-    return _Part(TensorSpec(name, tensor.dtype, tensor.shape), tensor)
+            if (tensor := getattr(packed, suffix)) is not None:
+                yield base + suffix, tensor
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -216,21 +202,15 @@ def write_embeddings(checkpoint: Checkpoint, directory: Path) -> None:
         shape = checkpoint.shape(EMBEDDING)
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(npy, header)
-        for rows in _blocks(checkpoint):
+        for begin in range(0, shape[0], _ROWS):
+            rows = checkpoint.tensor(EMBEDDING, slice(begin, begin + _ROWS))
             npy.write(raw(rows))
             f32.write(raw(rows))
             bf16.write(encode(rows, "BF16"))
+            checkpoint.release()
 
 
 def embedding_bytes(checkpoint: Checkpoint) -> int:
     """Return what the three files take together, but for a header."""
     vocabulary, hidden = checkpoint.shape(EMBEDDING)
     return vocabulary * hidden * (4 + 4 + 2)
-
-
-def _blocks(checkpoint: Checkpoint) -> Iterator[NDArray[np.float32]]:
-    """Yield the rows as little-endian float32, some at a time."""
-    for begin in range(0, checkpoint.shape(EMBEDDING)[0], _ROWS):
-        rows = checkpoint.tensor(EMBEDDING, slice(begin, begin + _ROWS))
-        yield rows.astype("<f4", copy=False)
-        checkpoint.release()
