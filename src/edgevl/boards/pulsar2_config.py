@@ -1,14 +1,15 @@
 """The configuration of ``pulsar2 build`` for the vision encoder, typed and validated.
 
-Defaults of the fields are Pulsar2's own, as its documentation has them; `default_config` sets what
-an InternViT needs. Fields of Pulsar2 that have nothing to do with vision encoders are not here.
+docs/boards.md says what each field does. Defaults are Pulsar2's own, as its documentation has them;
+`default_config` sets what an InternViT needs. Fields of Pulsar2 that have nothing to do with vision
+encoders are not here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args
 
 from edgevl.checkpoint import ModelConfig
 from edgevl.errors import BoardError
@@ -40,38 +41,26 @@ class _Strict(BaseModel):
 class InputConfig(_Strict):
     """What an input is calibrated on."""
 
-    tensor_name: str = Field(description="Input of the ONNX file; `DEFAULT`: all of them.")
-    calibration_dataset: str = Field(
-        description="Archive (tar, tar.gz, zip) of samples, as Pulsar2 sees its path."
-    )
-    calibration_format: Literal["Image", "Numpy", "Binary", "NumpyObject"] = Field(
-        "Image", description="What the archive's files are."
-    )
-    calibration_size: int = Field(32, ge=-1, description="Most samples that are used; -1: all.")
-    calibration_mean: Statistics = Field(
-        [], description="Subtracted from each channel of a picture, in units of 0 … 255."
-    )
-    calibration_std: Statistics = Field(
-        [], description="Divides each channel of a picture after that."
-    )
+    tensor_name: str
+    calibration_dataset: str
+    calibration_format: Literal["Image", "Numpy", "Binary", "NumpyObject"] = "Image"
+    calibration_size: int = Field(32, ge=-1)
+    calibration_mean: Statistics = []
+    calibration_std: Statistics = []
 
 
 class LayerConfig(_Strict):
     """The precision of some layers: by name, by operator, or of the graph between tensors."""
 
-    layer_name: str | None = Field(None, description="One layer, by name.")
-    layer_names: Names = Field([], description="Several layers, by name.")
-    op_type: str | None = Field(None, description="All layers of one operator.")
-    op_types: Names = Field([], description="All layers of several operators.")
-    start_tensor_names: Names = Field(
-        [], description="Where a part of the graph begins; `DEFAULT`: at the inputs."
-    )
-    end_tensor_names: Names = Field(
-        [], description="Where that part ends; `DEFAULT`: at the outputs."
-    )
-    data_type: DataType = Field("U8", description="Activations.")
-    weight_data_type: Literal["S8", "FP32"] = Field("S8", description="Weights of Conv.")
-    output_data_type: DataType = Field("U8", description="Outputs of Conv.")
+    layer_name: str | None = None
+    layer_names: Names = []
+    op_type: str | None = None
+    op_types: Names = []
+    start_tensor_names: Names = []
+    end_tensor_names: Names = []
+    data_type: DataType = "U8"
+    weight_data_type: Literal["S8", "FP32"] = "S8"
+    output_data_type: DataType = "U8"
 
     @model_validator(mode="after")
     def _names_layers_once(self) -> LayerConfig:
@@ -88,116 +77,57 @@ class LayerConfig(_Strict):
 class QuantConfig(_Strict):
     """How the network is quantized."""
 
-    input_configs: list[InputConfig] = Field(
-        description="A calibration set for each input.", min_length=1, max_length=64
-    )
-    layer_configs: list[LayerConfig] = Field(
-        [], description="Layers with a precision of their own.", max_length=4096
-    )
-    calibration_method: Literal["MinMax", "Percentile", "MSE", "KL"] = Field(
-        "MinMax", description="How the range of a tensor is found."
-    )
-    precision_analysis: bool = Field(
-        False, description="Compare the quantized network with the original after the build."
-    )
-    precision_analysis_method: Literal["PerLayer", "EndToEnd"] = Field(
-        "PerLayer",
-        description="What is compared: each layer on exact inputs, or the network as a whole.",
-    )
-    precision_analysis_mode: Literal["Reference", "NPUBackend"] = Field(
-        "Reference", description="What computes the quantized network: a model of the NPU, exact "
-        "to a step, or one that gives the same bits."
-    )  # fmt: skip
-    highest_mix_precision: bool = Field(
-        False, description="Let Pulsar2 choose higher precisions by itself."
-    )
-    enable_smooth_quant: bool = Field(
-        False, description="SmoothQuant: move outliers of activations into the weights."
-    )
-    smooth_quant_strength: float = Field(
-        0.6, ge=0, le=1, description="How much of an outlier is moved."
-    )
-    smooth_quant_threshold: float = Field(
-        0.2, ge=0, le=1, description="The larger, the more operators are smoothed."
-    )
-    conv_bias_data_type: Literal["S32", "FP32"] = Field("S32", description="Biases of Conv.")
-    ln_scale_data_type: Literal["FP32", "S32", "U32"] = Field(
-        "FP32", description="Scales of LayerNormalization."
-    )
-    disable_auto_refine_scale: bool = Field(
-        False, description="Leave the scales of weights and inputs as calibration found them."
-    )
-    transformer_opt_level: int = Field(
-        0, ge=0, le=2, description="Level of the optimizations for transformers."
-    )
-    device: str = Field(
-        "cpu",
-        pattern=r"^(cpu|cuda:[0-7])$",
-        description="Where calibration computes: `cpu`, `cuda:0` … `cuda:7`.",
-    )
+    input_configs: list[InputConfig] = Field(min_length=1, max_length=64)
+    layer_configs: list[LayerConfig] = Field([], max_length=4096)
+    calibration_method: Literal["MinMax", "Percentile", "MSE", "KL"] = "MinMax"
+    precision_analysis: bool = False
+    precision_analysis_method: Literal["PerLayer", "EndToEnd"] = "PerLayer"
+    precision_analysis_mode: Literal["Reference", "NPUBackend"] = "Reference"
+    highest_mix_precision: bool = False
+    enable_smooth_quant: bool = False
+    smooth_quant_strength: float = Field(0.6, ge=0, le=1)
+    smooth_quant_threshold: float = Field(0.2, ge=0, le=1)
+    conv_bias_data_type: Literal["S32", "FP32"] = "S32"
+    ln_scale_data_type: Literal["FP32", "S32", "U32"] = "FP32"
+    disable_auto_refine_scale: bool = False
+    transformer_opt_level: int = Field(0, ge=0, le=2)
+    device: str = Field("cpu", pattern=r"^(cpu|cuda:[0-7])$")
 
 
 class InputProcessor(_Strict):
     """What the board hands over (`src_…`), and what the network was trained on (`tensor_…`)."""
 
-    tensor_name: str = Field(description="Input of the ONNX file; `DEFAULT`: all of them.")
-    tensor_format: Literal["AutoColorSpace", "BGR", "RGB", "GRAY"] = Field(
-        "AutoColorSpace", description="Order of colours that the network takes."
-    )
-    tensor_layout: Literal["NCHW", "NHWC"] = Field(
-        "NCHW", description="Order of axes that the network takes."
-    )
+    tensor_name: str
+    tensor_format: Literal["AutoColorSpace", "BGR", "RGB", "GRAY"] = "AutoColorSpace"
+    tensor_layout: Literal["NCHW", "NHWC"] = "NCHW"
     src_format: Literal[
         "AutoColorSpace", "GRAY", "BGR", "RGB", "YUYV422", "UYVY422", "YUV420SP", "YVU420SP", "RAW"
-    ] = Field("AutoColorSpace", description="Order of colours that the board hands over.")
-    src_layout: Literal["NCHW", "NHWC"] = Field(
-        "NCHW", description="Order of axes that the board hands over."
-    )
-    src_dtype: Literal["U8", "S8", "U16", "S16", "U32", "S32", "FP16", "FP32"] = Field(
-        "FP32", description="Type of the values that the board hands over."
-    )
-    mean: Statistics = Field(
-        [], description="Subtracted on the NPU from what the board hands over; none: "
-        "`calibration_mean`."
-    )  # fmt: skip
-    std: Statistics = Field(
-        [], description="Divides on the NPU after that; none: `calibration_std`."
-    )
-    csc_mode: Literal["NoCSC", "Matrix", "FullRange", "LimitedRange"] = Field(
-        "NoCSC", description="Conversion from YUV."
-    )
+    ] = "AutoColorSpace"
+    src_layout: Literal["NCHW", "NHWC"] = "NCHW"
+    src_dtype: Literal["U8", "S8", "U16", "S16", "U32", "S32", "FP16", "FP32"] = "FP32"
+    mean: Statistics = []
+    std: Statistics = []
+    csc_mode: Literal["NoCSC", "Matrix", "FullRange", "LimitedRange"] = "NoCSC"
 
 
 class CompilerConfig(_Strict):
     """How the quantized network is compiled."""
 
-    check: int = Field(
-        0, ge=0, le=3, description="Check of the result: 0 none, 1 close, 2 equal, 3 by cosine."
-    )
-    check_mode: Literal["CheckOutput", "CheckPerLayer"] = Field(
-        "CheckOutput", description="What is checked: the outputs, or every layer."
-    )
-    check_cosine_simularity: float = Field(
-        0.999, ge=-1, le=1, description="Least cosine of check 3 (spelt as Pulsar2 spells it)."
-    )
-    npu_perf: bool = Field(False, description="Write what each operator takes on the NPU.")
+    check: int = Field(0, ge=0, le=3)
+    check_mode: Literal["CheckOutput", "CheckPerLayer"] = "CheckOutput"
+    check_cosine_simularity: float = Field(0.999, ge=-1, le=1)  # spelt as Pulsar2 spells it
+    npu_perf: bool = False
 
 
 class Pulsar2Config(_Strict):
     """The whole configuration. What is given on Pulsar2's command line goes before it."""
 
-    model_type: Literal["ONNX"] = Field("ONNX", description="What is compiled.")
-    npu_mode: Literal["NPU1", "NPU2", "NPU3"] = Field(
-        "NPU1", description="NPU cores that work as one; AX620E has no NPU3."
-    )
-    target_hardware: Literal["AX650", "AX620E"] = Field("AX650", description="The chip.")
-    quant: QuantConfig = Field(description="How the network is quantized.")
-    input_processors: list[InputProcessor] = Field(
-        [], description="What the board hands over for each input.", max_length=64
-    )
-    compiler: CompilerConfig = Field(
-        CompilerConfig.model_validate({}), description="How the quantized network is compiled."
-    )
+    model_type: Literal["ONNX"] = "ONNX"
+    npu_mode: Literal["NPU1", "NPU2", "NPU3"] = "NPU1"
+    target_hardware: Literal["AX650", "AX620E"] = "AX650"
+    quant: QuantConfig
+    input_processors: list[InputProcessor] = Field([], max_length=64)
+    compiler: CompilerConfig = CompilerConfig()
 
     @model_validator(mode="after")
     def _chip_has_mode(self) -> Pulsar2Config:
@@ -316,7 +246,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         line = f"field {name} is missing"
     elif first["type"] == "extra_forbidden":
-        known = ", ".join(_model_at(place[:-1]).model_fields)
+        known = ", ".join(_fields_at(place[:-1]))
         line = f"field {name} is unknown; known here: {known}"
     elif first["type"] == "literal_error":
         allowed = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
@@ -336,56 +266,11 @@ def _path(place: tuple[int | str, ...]) -> str:
     return path.removeprefix(".")
 
 
-def _model_at(place: tuple[int | str, ...]) -> type[BaseModel]:
-    """Return the model of the object at a field's path."""
+def _fields_at(place: tuple[int | str, ...]) -> Iterable[str]:
+    """Return the fields of the object at a field's path."""
     model: type[BaseModel] = Pulsar2Config
     for part in place:
-        if isinstance(part, str):
-            model = _inner(model.model_fields[part].annotation) or model
-    return model
-
-
-def _inner(annotation: Any) -> type[BaseModel] | None:
-    """Return the model that a field's type is, or is a list of; None if there is none."""
-    candidates = (annotation, *get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
-def field_table() -> str:
-    """Return a Markdown table of all fields: path, type, default, what it is."""
-    rows = ["| field | type | default | |", "|---|---|---|---|", *_rows(Pulsar2Config, "")]
-    return "\n".join(rows) + "\n"
-
-
-def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        inner = _inner(field.annotation)
-        is_list = get_origin(field.annotation) is list
-        default = "required" if field.is_required() else _code(field.default)
-        if inner is not None and not field.is_required():
-            default = ""
-        kind = "list of objects" if inner and is_list else "object" if inner else None
-        yield (
-            f"| `{prefix}{name}` | {kind or _kind(field.annotation)} | {default} "
-            f"| {field.description} |"
-        )
-        if inner is not None:
-            yield from _rows(inner, f"{prefix}{name}{'[]' if is_list else ''}.")
-
-
-def _kind(annotation: Any) -> str:
-    """Return a type in the words of JSON."""
-    if get_origin(annotation) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
-    if get_origin(annotation) is list:
-        return {str: "strings", float: "numbers"}[get_args(annotation)[0]]
-    names = {str: "string", bool: "true, false", int: "integer", float: "number"}
-    return names.get(annotation, "string")
-
-
-def _code(default: Any) -> str:
-    if default is None or default == []:
-        return ""
-    if isinstance(default, bool):
-        return f"`{str(default).lower()}`"
-    return f"`{default}`"
+        if isinstance(part, str):  # a field with an object, or with a list of them
+            annotation = model.model_fields[part].annotation
+            [model] = get_args(annotation) or (annotation,)
+    return model.model_fields
