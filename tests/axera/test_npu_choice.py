@@ -5,6 +5,7 @@ from ctypes.util import find_library
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from edgevl.axera import npu as runtimes
 from edgevl.axera.npu import ax, libraries, open_runtime
 from edgevl.axera.npu.ax import AxRuntime
 from edgevl.axera.npu.axcl import AxclRuntime
-from edgevl.axera.npu.base import TensorInfo, checked_tensor
+from edgevl.axera.npu.base import NpuModel, TensorInfo
 from edgevl.axera.npu.vendor import VendorRuntime
 from edgevl.errors import BoardError
 
@@ -270,13 +271,35 @@ def test_places_are_checked(axengine, tmp_path):
             runtime.allocate(size)
 
 
-def test_tensors_that_make_no_sense(tmp_path):
-    assert checked_tensor(tmp_path, "x", "U8", [2, 3]) == TensorInfo("x", "U8", (2, 3))
-    for dtype, shape, words in [
-        (None, [1], "number format"),
-        ("F32", [1, 0], "damaged"),
-        ("F32", [-1], "damaged"),
-        ("F32", [1 << 20, 1 << 20], "damaged"),
+class Described(NpuModel):
+    """A model with one tensor, which its library describes."""
+
+    DATA_TYPES: ClassVar = {1: "U8", 3: "F32"}
+
+    def __init__(self, runtime, path, *tensor):
+        self.tensor = tensor
+        super().__init__(runtime, path)
+
+    def _open(self):
+        return 1
+
+    def _describe(self, group):
+        return iter([self.tensor]), iter([])
+
+    def _give_back(self):
+        pass
+
+
+def test_tensors_that_make_no_sense(axengine, tmp_path):
+    runtime = VendorRuntime()
+    [group] = Described(runtime, tmp_path, "x", 1, [2, 3], 6).groups
+    assert group.inputs == (TensorInfo("x", "U8", (2, 3)),)
+    for dtype, shape, nbytes, words in [
+        (2, [1], None, "number format"),
+        (3, [1, 0], None, "damaged"),
+        (3, [-1], None, "damaged"),
+        (3, [1 << 20, 1 << 20], None, "damaged"),
+        (3, [2, 3], 32, "padded"),
     ]:
         with pytest.raises(BoardError, match=f"'x' .*{words}"):
-            checked_tensor(tmp_path, "x", dtype, shape)
+            Described(runtime, tmp_path, "x", dtype, shape, nbytes)

@@ -14,7 +14,8 @@ from edgevl.axera.decoder import NpuDecoder
 from edgevl.axera.directory import BoardModel
 from edgevl.axera.ends import NpuOutputLayer, NpuVisionEncoder
 from edgevl.axera.layout import pays_as_chunk
-from edgevl.axera.npu import Memory, NpuModel, Runtime, open_runtime
+from edgevl.axera.npu import open_runtime
+from edgevl.axera.npu.base import Memory, NpuModel, Runtime
 from edgevl.engine.base import Engine, Floats, Sequence
 from edgevl.errors import CheckpointError, EdgeVLError
 

@@ -112,21 +112,20 @@ def check_contents(paths: Iterable[Path], listed: Mapping[str, Content]) -> None
                     continue
                 content = Content.of(path)
             if content != expected:
-                raise BoardError(f"{path}: {_difference(content, listed)}")
+                same = [name for name, other in listed.items() if content == other]
+                if same:
+                    raise BoardError(
+                        f"{path}: has the content of {same[0]}: rename the two, or copy or "
+                        "download them again"
+                    )
+                raise BoardError(
+                    f"{path}: damaged, its SHA-256 is {content.sha256[:12]}… and in board.json "
+                    "another: copy or download it again"
+                )
             found[key] = [*state, content.sha256]
     finally:
         if found and place is not None:
             _remember(place, found)
-
-
-def _difference(content: Content, listed: Mapping[str, Content]) -> str:
-    for name, other in listed.items():
-        if content == other:
-            return f"has the content of {name}: rename the two, or copy or download them again"
-    return (
-        f"damaged, its SHA-256 is {content.sha256[:12]}… and in board.json another: copy or "
-        "download it again"
-    )
 
 
 def _state(path: Path) -> list[int]:

@@ -12,19 +12,10 @@ from pathlib import Path
 
 from edgevl.axera.npu.ax import AxRuntime
 from edgevl.axera.npu.axcl import AxclRuntime
-from edgevl.axera.npu.base import Memory, NpuModel, Runtime
+from edgevl.axera.npu.base import Runtime
 from edgevl.axera.npu.libraries import emulator_directory, library_path
 from edgevl.axera.npu.vendor import VendorRuntime
 from edgevl.errors import BoardError
-
-__all__ = [
-    "Memory",
-    "NpuModel",
-    "Runtime",
-    "close_runtimes",
-    "installed_runtime",
-    "open_runtime",
-]
 
 #: Environment variable that names one of `RUNTIMES`.
 VARIABLE = "EDGEVL_NPU"
@@ -53,9 +44,14 @@ def open_runtime(emulated: bool = False) -> Runtime:
     directory = emulator_directory() if emulated else None
     name = installed_runtime(directory)
     if name is None:
+        paths = {library: library_path(library) for library in AxRuntime.LIBRARIES}
+        absent = " and ".join(f"lib{library}.so" for library, path in paths.items() if not path)
+        there = "".join(f" ({path} is there)" for path in paths.values() if path)
         raise BoardError(
-            f"no NPU here: {_missing()}. EDGEVL_NPU_LIBRARIES names the directory of the "
-            "libraries; without a board, edgevl compile --emulate makes a model for the emulator"
+            f"no NPU here: {absent} (of a board's system image, in /soc/lib) not found{there}, nor "
+            "libaxcl_rt.so (the AXCL driver of an M.2 card), nor the Python package axengine. "
+            "EDGEVL_NPU_LIBRARIES names the directory of the libraries; without a board, edgevl "
+            "compile --emulate makes a model for the emulator"
         )
     with _lock:
         key = (name, directory)
@@ -73,18 +69,14 @@ def close_runtimes() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with contextlib.suppress(ValueError):  # not the main thread, which handles signals
-            _ignore(number)
+            while True:
+                try:
+                    signal.signal(number, signal.SIG_IGN)
+                except (KeyboardInterrupt, SystemExit):  # one that has come is raised here
+                    continue
+                break
     for runtime in list(_started.values()):
         runtime.close()
-
-
-def _ignore(number: signal.Signals) -> None:
-    while True:
-        try:
-            signal.signal(number, signal.SIG_IGN)
-        except (KeyboardInterrupt, SystemExit):  # one that has come is raised here
-            continue
-        return
 
 
 def installed_runtime(directory: Path | None = None) -> str | None:
@@ -106,14 +98,3 @@ def installed_runtime(directory: Path | None = None) -> str | None:
         if all(library_path(library, directory) for library in RUNTIMES[name].LIBRARIES):
             return name
     return "axengine" if directory is None and importlib.util.find_spec("axengine") else None
-
-
-def _missing() -> str:
-    """Say which parts of which runtime are not installed."""
-    paths = {name: library_path(name) for name in AxRuntime.LIBRARIES}
-    absent = " and ".join(f"lib{name}.so" for name, path in paths.items() if path is None)
-    there = "".join(f" ({path} is there)" for path in paths.values() if path is not None)
-    return (
-        f"{absent} (of a board's system image, in /soc/lib) not found{there}, nor libaxcl_rt.so "
-        "(the AXCL driver of an M.2 card), nor the Python package axengine"
-    )

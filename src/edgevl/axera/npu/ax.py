@@ -136,75 +136,10 @@ def read_cmm(path: Path) -> tuple[int | None, int | None]:
     return total, left
 
 
-def _line(path: Path) -> str:
-    return " ".join(system_text(path).strip("\0 \n").split())
-
-
-class AxRuntime(Runtime):
-    """The NPU that this computer is built around."""
-
-    LIBRARIES = ("ax_sys", "ax_engine")
-
-    def __init__(self, directory: Path | None = None) -> None:
-        """Open and initialise the libraries.
-
-        Args:
-            directory: where they are; by default see `library_path`.
-
-        Raises:
-            BoardError: they are missing or refuse to start.
-        """
-        super().__init__()
-        if sys.maxsize < 1 << 32:
-            raise BoardError(
-                "the NPU's library is called from 64-bit programs only: use such a Python"
-            )
-        self.functions = foreign_functions(_DECLARATIONS)
-        # The second depends on the first and finds it loaded.
-        self.system = open_library(self.functions, "ax_sys", directory)
-        self.engine = open_library(self.functions, "ax_engine", directory)
-        self.token = self.functions.new("signed char[]", b"edgevl\0")
-        fix = _NO_NPU if directory is None else ""
-        there = f"{library_path('ax_sys', directory)} is there, but"
-        check_status(self.system.AX_SYS_Init(), f"{there} AX_SYS_Init", fix)
-        attributes = self.functions.new("NpuAttributes *")
-        # Where another program has set the NPU's mode it is kept; the default is all cores as one.
-        if self.engine.AX_ENGINE_GetVNPUAttr(attributes):
-            attributes.mode = 0
-        status = self.engine.AX_ENGINE_Init(attributes)
-        if status:
-            self.system.AX_SYS_Deinit()
-        check_status(status, f"{there} AX_ENGINE_Init", fix)
-
-    def info(self) -> NpuInfo:
-        """Ask the library for its version, and the board's drivers for chip and memory."""
-        functions = self.functions
-        found = getattr(self.engine, "AX_ENGINE_GetVersion", None)
-        version = functions.string(found(), 256).decode(errors="replace") if found else None
-        if emulator := getattr(self.system, "EDGEVL_EMULATOR_Memory", None):
-            free, total = (functions.new("unsigned long long *") for _ in range(2))
-            emulator(free, total)
-            return NpuInfo(version, None, total[0], free[0], emulated=True)
-        about = [_line(PROC / name) for name in ("chip_type", "board_id", "version")]
-        memory, left = read_cmm(PROC / "mem_cmm_info")
-        return NpuInfo(version, ", ".join(filter(None, about)) or None, memory, left)
-
-    def _allocate(self, nbytes: int) -> Memory:
-        return AxMemory(self, nbytes)
-
-    def _load(self, path: Path) -> NpuModel:
-        return AxModel(self, path)
-
-    def _shut_down(self) -> None:
-        self.engine.AX_ENGINE_Deinit()
-        self.system.AX_SYS_Deinit()
-
-
 class AxMemory(Memory):
     """Physically contiguous memory (CMM), cached by the CPU."""
 
     def __init__(self, runtime: AxRuntime, size: int) -> None:
-        """Allocate ``size`` bytes."""
         functions = runtime.functions
         self._system = runtime.system
         self._physical = functions.new("unsigned long long *")
@@ -251,7 +186,6 @@ class AxCall(Call):
     def __init__(
         self, model: AxModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
     ) -> None:
-        """Fill in the table."""
         new = model.functions.new
         self._buffers = {
             "Input": new("Buffer[]", len(inputs)),
@@ -295,7 +229,6 @@ class AxModel(NpuModel):
     }  # fmt: skip
 
     def __init__(self, runtime: AxRuntime, path: Path) -> None:
-        """Load a file."""
         self.functions = runtime.functions
         self.engine = runtime.engine
         self._handle, self._context = (self.functions.new("void **") for _ in range(2))
@@ -355,3 +288,61 @@ class AxModel(NpuModel):
     def _give_back(self) -> None:
         destroy = self.engine.AX_ENGINE_DestroyHandle
         give_back(self._handle, self.functions.NULL, destroy, self._handle[0])
+
+
+class AxRuntime(Runtime):
+    """The NPU that this computer is built around."""
+
+    LIBRARIES = ("ax_sys", "ax_engine")
+    MEMORY, MODEL = AxMemory, AxModel
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """Open and initialise the libraries.
+
+        Args:
+            directory: where they are; by default see `library_path`.
+
+        Raises:
+            BoardError: they are missing or refuse to start.
+        """
+        super().__init__()
+        if sys.maxsize < 1 << 32:
+            raise BoardError(
+                "the NPU's library is called from 64-bit programs only: use such a Python"
+            )
+        self.functions = foreign_functions(_DECLARATIONS)
+        # The second depends on the first and finds it loaded.
+        self.system = open_library(self.functions, "ax_sys", directory)
+        self.engine = open_library(self.functions, "ax_engine", directory)
+        self.token = self.functions.new("signed char[]", b"edgevl\0")
+        fix = _NO_NPU if directory is None else ""
+        there = f"{library_path('ax_sys', directory)} is there, but"
+        check_status(self.system.AX_SYS_Init(), f"{there} AX_SYS_Init", fix)
+        attributes = self.functions.new("NpuAttributes *")
+        # Where another program has set the NPU's mode it is kept; the default is all cores as one.
+        if self.engine.AX_ENGINE_GetVNPUAttr(attributes):
+            attributes.mode = 0
+        status = self.engine.AX_ENGINE_Init(attributes)
+        if status:
+            self.system.AX_SYS_Deinit()
+        check_status(status, f"{there} AX_ENGINE_Init", fix)
+
+    def info(self) -> NpuInfo:
+        """Ask the library for its version, and the board's drivers for chip and memory."""
+        functions = self.functions
+        found = getattr(self.engine, "AX_ENGINE_GetVersion", None)
+        version = functions.string(found(), 256).decode(errors="replace") if found else None
+        if emulator := getattr(self.system, "EDGEVL_EMULATOR_Memory", None):
+            free, total = (functions.new("unsigned long long *") for _ in range(2))
+            emulator(free, total)
+            return NpuInfo(version, None, total[0], free[0], emulated=True)
+        about = [
+            " ".join(system_text(PROC / name).strip("\0 \n").split())
+            for name in ("chip_type", "board_id", "version")
+        ]
+        memory, left = read_cmm(PROC / "mem_cmm_info")
+        return NpuInfo(version, ", ".join(filter(None, about)) or None, memory, left)
+
+    def _shut_down(self) -> None:
+        self.engine.AX_ENGINE_Deinit()
+        self.system.AX_SYS_Deinit()

@@ -81,10 +81,136 @@ _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 _NO_MODEL = (1 << 64) - 1  # 0 may be the first one's number
 
 
+class AxclMemory(Memory):
+    """Memory of the card."""
+
+    runtime: AxclRuntime
+
+    def __init__(self, runtime: AxclRuntime, size: int) -> None:
+        self._memory = runtime.functions.new("void **")
+        self._read = np.empty(0, np.uint8)
+        super().__init__(runtime, size)
+        status = runtime.enter().axclrtMalloc(self._memory, size, _NORMAL_PAGES)
+        self._check_taken(status, "the card's memory")
+        self.address = runtime.functions.cast("char *", self._memory[0])
+
+    def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Copy bytes from the card."""
+        if self._read.size < nbytes:
+            self._read = np.empty(nbytes, np.uint8)
+        to = self.runtime.functions.from_buffer(self._read)
+        library = self.runtime.enter()
+        status = library.axclrtMemcpy(to, self.address + offset, nbytes, _DEVICE_TO_HOST)
+        check_status(status, "axclrtMemcpy from the card")
+        return self._read[:nbytes]
+
+    def _write(self, offset: int, values: NDArray[np.uint8]) -> None:
+        source = self.runtime.functions.from_buffer(values)
+        library = self.runtime.enter()
+        status = library.axclrtMemcpy(self.address + offset, source, values.size, _HOST_TO_DEVICE)
+        check_status(status, "axclrtMemcpy to the card")
+
+    def _give_back(self) -> None:
+        if self._memory[0]:
+            free, null = self.runtime.enter().axclrtFree, self.runtime.functions.NULL
+            give_back(self._memory, null, free, self._memory[0])
+
+
+class AxclCall(Call):
+    """A table of addresses on the card."""
+
+    _model: AxclModel
+
+    def __init__(
+        self, model: AxclModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
+    ) -> None:
+        library = model.runtime.enter()
+        buffers = model.runtime.functions.new("void **")
+        model.calls.append(buffers)
+        status = library.axclrtEngineCreateIO(model.info, buffers)
+        check_status(status, f"{model.path}: axclrtEngineCreateIO")
+        self._buffers = buffers[0]
+        self._setters = {
+            "Input": library.axclrtEngineSetInputBufferByIndex,
+            "Output": library.axclrtEngineSetOutputBufferByIndex,
+        }
+        super().__init__(model, group, inputs, outputs)
+
+    def _run(self) -> int:
+        model = self._model
+        library = model.runtime.enter()
+        status = library.axclrtEngineExecute(model.model, model.context, self._group, self._buffers)
+        return int(status)
+
+    def _place(self, side: Side, index: int, memory: Any, nbytes: int, offset: int) -> None:
+        status = self._setters[side](self._buffers, index, memory.address + offset, nbytes)
+        check_status(status, f"axclrtEngineSet{side}BufferByIndex")
+
+
+class AxclModel(NpuModel):
+    """A model on the card."""
+
+    runtime: AxclRuntime
+    CALL = AxclCall
+    # axclrtEngineDataType.
+    DATA_TYPES: ClassVar = {
+        3: "I8", 4: "U8", 5: "I16", 6: "U16", 7: "I32", 8: "U32", 14: "BF16", 15: "F32",
+    }  # fmt: skip
+
+    def __init__(self, runtime: AxclRuntime, path: Path) -> None:
+        self._loaded = runtime.functions.new("uint64_t *", _NO_MODEL)
+        self.calls: list[Any] = []
+        super().__init__(runtime, path)
+
+    def _open(self) -> int:
+        path, library, new = self.path, self.runtime.enter(), self.runtime.functions.new
+        context, info, count = new("uint64_t *"), new("void **"), new("int32_t *")
+        check_status(
+            library.axclrtEngineLoadFromFile(str(path).encode(), self._loaded),
+            f"{path}: loading",
+            ": it was compiled for another chip or NPU mode, is damaged, or the card's memory is "
+            "full",
+        )
+        self.model: int = self._loaded[0]
+        status = library.axclrtEngineCreateContext(self.model, context)
+        check_status(status, f"{path}: axclrtEngineCreateContext")
+        self.context: int = context[0]
+        status = library.axclrtEngineGetIOInfo(self.model, info)
+        check_status(status, f"{path}: axclrtEngineGetIOInfo")
+        self.info = info[0]
+        status = library.axclrtEngineGetShapeGroupsCount(self.info, count)
+        check_status(status, f"{path}: axclrtEngineGetShapeGroupsCount")
+        return int(count[0])
+
+    def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
+        return self._descriptions("Input", group), self._descriptions("Output", group)
+
+    def _descriptions(self, side: Side, group: int) -> Iterator[Description]:
+        library, functions = self.runtime.enter(), self.runtime.functions
+        for index in range(getattr(library, f"axclrtEngineGetNum{side}s")(self.info)):
+            found = getattr(library, f"axclrtEngineGet{side}NameByIndex")(self.info, index)
+            name = functions.string(found, 4096).decode(errors="replace")
+            sizes, dtype = functions.new("Dimensions *"), functions.new("int *")
+            status = getattr(library, f"axclrtEngineGet{side}Dims")(self.info, group, index, sizes)
+            check_status(status, f"{self.path}: reading the shape of {name!r}")
+            status = getattr(library, f"axclrtEngineGet{side}DataType")(self.info, index, dtype)
+            check_status(status, f"{self.path}: reading the type of {name!r}")
+            shape = [sizes.sizes[i] for i in range(min(max(sizes.count, 0), MAX_DIMENSIONS))]
+            yield name, dtype[0], shape, None
+
+    def _give_back(self) -> None:
+        if self._loaded[0] != _NO_MODEL:
+            library, null = self.runtime.enter(), self.runtime.functions.NULL
+            for buffers in self.calls:
+                give_back(buffers, null, library.axclrtEngineDestroyIO, buffers[0])
+            give_back(self._loaded, _NO_MODEL, library.axclrtEngineUnload, self._loaded[0])
+
+
 class AxclRuntime(Runtime):
     """The first M.2 card of this computer."""
 
     LIBRARIES = ("axcl_rt",)
+    MEMORY, MODEL = AxclMemory, AxclModel
 
     def __init__(self, directory: Path | None = None) -> None:
         """Open and initialise the library and the card.
@@ -155,143 +281,9 @@ class AxclRuntime(Runtime):
             self._threads.entered = True
         return self.library
 
-    def _allocate(self, nbytes: int) -> Memory:
-        return AxclMemory(self, nbytes)
-
-    def _load(self, path: Path) -> NpuModel:
-        return AxclModel(self, path)
-
     def _shut_down(self) -> None:
         if self._engine_started:
             self.library.axclrtEngineFinalize()
         if self._device is not None:
             self.library.axclrtResetDevice(self._device)
         self.library.axclFinalize()
-
-
-class AxclMemory(Memory):
-    """Memory of the card."""
-
-    runtime: AxclRuntime
-
-    def __init__(self, runtime: AxclRuntime, size: int) -> None:
-        """Allocate ``size`` bytes."""
-        self._memory = runtime.functions.new("void **")
-        self._read = np.empty(0, np.uint8)
-        super().__init__(runtime, size)
-        status = runtime.enter().axclrtMalloc(self._memory, size, _NORMAL_PAGES)
-        self._check_taken(status, "the card's memory")
-        self.address = runtime.functions.cast("char *", self._memory[0])
-
-    def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Copy bytes from the card."""
-        if self._read.size < nbytes:
-            self._read = np.empty(nbytes, np.uint8)
-        to = self.runtime.functions.from_buffer(self._read)
-        library = self.runtime.enter()
-        status = library.axclrtMemcpy(to, self.address + offset, nbytes, _DEVICE_TO_HOST)
-        check_status(status, "axclrtMemcpy from the card")
-        return self._read[:nbytes]
-
-    def _write(self, offset: int, values: NDArray[np.uint8]) -> None:
-        source = self.runtime.functions.from_buffer(values)
-        library = self.runtime.enter()
-        status = library.axclrtMemcpy(self.address + offset, source, values.size, _HOST_TO_DEVICE)
-        check_status(status, "axclrtMemcpy to the card")
-
-    def _give_back(self) -> None:
-        if self._memory[0]:
-            free, null = self.runtime.enter().axclrtFree, self.runtime.functions.NULL
-            give_back(self._memory, null, free, self._memory[0])
-
-
-class AxclCall(Call):
-    """A table of addresses on the card."""
-
-    _model: AxclModel
-
-    def __init__(
-        self, model: AxclModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
-    ) -> None:
-        """Make and fill in the table."""
-        library = model.runtime.enter()
-        buffers = model.runtime.functions.new("void **")
-        model.calls.append(buffers)
-        status = library.axclrtEngineCreateIO(model.info, buffers)
-        check_status(status, f"{model.path}: axclrtEngineCreateIO")
-        self._buffers = buffers[0]
-        self._setters = {
-            "Input": library.axclrtEngineSetInputBufferByIndex,
-            "Output": library.axclrtEngineSetOutputBufferByIndex,
-        }
-        super().__init__(model, group, inputs, outputs)
-
-    def _run(self) -> int:
-        model = self._model
-        library = model.runtime.enter()
-        status = library.axclrtEngineExecute(model.model, model.context, self._group, self._buffers)
-        return int(status)
-
-    def _place(self, side: Side, index: int, memory: Any, nbytes: int, offset: int) -> None:
-        status = self._setters[side](self._buffers, index, memory.address + offset, nbytes)
-        check_status(status, f"axclrtEngineSet{side}BufferByIndex")
-
-
-class AxclModel(NpuModel):
-    """A model on the card."""
-
-    runtime: AxclRuntime
-    CALL = AxclCall
-    # axclrtEngineDataType.
-    DATA_TYPES: ClassVar = {
-        3: "I8", 4: "U8", 5: "I16", 6: "U16", 7: "I32", 8: "U32", 14: "BF16", 15: "F32",
-    }  # fmt: skip
-
-    def __init__(self, runtime: AxclRuntime, path: Path) -> None:
-        """Load a file."""
-        self._loaded = runtime.functions.new("uint64_t *", _NO_MODEL)
-        self.calls: list[Any] = []
-        super().__init__(runtime, path)
-
-    def _open(self) -> int:
-        path, library, new = self.path, self.runtime.enter(), self.runtime.functions.new
-        context, info, count = new("uint64_t *"), new("void **"), new("int32_t *")
-        check_status(
-            library.axclrtEngineLoadFromFile(str(path).encode(), self._loaded),
-            f"{path}: loading",
-            ": it was compiled for another chip or NPU mode, is damaged, or the card's memory is "
-            "full",
-        )
-        self.model: int = self._loaded[0]
-        status = library.axclrtEngineCreateContext(self.model, context)
-        check_status(status, f"{path}: axclrtEngineCreateContext")
-        self.context: int = context[0]
-        status = library.axclrtEngineGetIOInfo(self.model, info)
-        check_status(status, f"{path}: axclrtEngineGetIOInfo")
-        self.info = info[0]
-        status = library.axclrtEngineGetShapeGroupsCount(self.info, count)
-        check_status(status, f"{path}: axclrtEngineGetShapeGroupsCount")
-        return int(count[0])
-
-    def _describe(self, group: int) -> tuple[Iterator[Description], Iterator[Description]]:
-        return self._descriptions("Input", group), self._descriptions("Output", group)
-
-    def _descriptions(self, side: Side, group: int) -> Iterator[Description]:
-        library, functions = self.runtime.enter(), self.runtime.functions
-        for index in range(getattr(library, f"axclrtEngineGetNum{side}s")(self.info)):
-            found = getattr(library, f"axclrtEngineGet{side}NameByIndex")(self.info, index)
-            name = functions.string(found, 4096).decode(errors="replace")
-            sizes, dtype = functions.new("Dimensions *"), functions.new("int *")
-            status = getattr(library, f"axclrtEngineGet{side}Dims")(self.info, group, index, sizes)
-            check_status(status, f"{self.path}: reading the shape of {name!r}")
-            status = getattr(library, f"axclrtEngineGet{side}DataType")(self.info, index, dtype)
-            check_status(status, f"{self.path}: reading the type of {name!r}")
-            shape = [sizes.sizes[i] for i in range(min(max(sizes.count, 0), MAX_DIMENSIONS))]
-            yield name, dtype[0], shape, None
-
-    def _give_back(self) -> None:
-        if self._loaded[0] != _NO_MODEL:
-            library, null = self.runtime.enter(), self.runtime.functions.NULL
-            for buffers in self.calls:
-                give_back(buffers, null, library.axclrtEngineDestroyIO, buffers[0])
-            give_back(self._loaded, _NO_MODEL, library.axclrtEngineUnload, self._loaded[0])

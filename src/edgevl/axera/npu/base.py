@@ -147,10 +147,6 @@ class Memory(Lent):
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Return what the NPU wrote; a view that the next call or `write` may overwrite."""
 
-    def clear(self) -> None:
-        """Write zeros everywhere."""
-        self._write(0, np.zeros(self.size, np.uint8))
-
     @abstractmethod
     def _write(self, offset: int, values: NDArray[np.uint8]) -> None: ...
 
@@ -192,7 +188,8 @@ class NpuModel(Lent):
             count = self._open()
             if not 1 <= count <= MAX_GROUPS:
                 raise BoardError(f"{path}: {count} shape groups: the file is damaged")
-            self.groups = tuple(map(self._group, range(count)))
+            described = map(self._describe, range(count))
+            self.groups = tuple(Group(*map(self._tensors, sides)) for sides in described)
         except BaseException:
             self.close()
             raise
@@ -206,18 +203,28 @@ class NpuModel(Lent):
         """
         return self.CALL(self, group, inputs, outputs)
 
-    def _group(self, group: int) -> Group:
-        inputs, outputs = map(self._tensors, self._describe(group))
-        return Group(inputs, outputs)
-
     def _tensors(self, described: Iterator[Description]) -> tuple[TensorInfo, ...]:
-        found = tuple(
-            checked_tensor(self.path, name, self.DATA_TYPES.get(dtype), shape, nbytes)
-            for name, dtype, shape, nbytes in islice(described, MAX_TENSORS + 1)
-        )
-        if len(found) > MAX_TENSORS:
+        """Return what the library says of tensors, if it makes sense."""
+        tensors = []
+        for name, kind, shape, nbytes in islice(described, MAX_TENSORS + 1):
+            dtype, where = self.DATA_TYPES.get(kind), f"{self.path}: tensor {name!r}"
+            if dtype is None:
+                raise BoardError(
+                    f"{where} has a number format that is not supported; supported: "
+                    f"{', '.join(STORED)}"
+                )
+            tensor = TensorInfo(name, dtype, tuple(shape))
+            if min(tensor.shape, default=1) < 1 or tensor.nbytes > MAX_BYTES:
+                raise BoardError(f"{where} has shape {list(shape)}: the file is damaged")
+            if nbytes not in (None, tensor.nbytes):
+                raise BoardError(
+                    f"{where} takes {nbytes} bytes, expected {tensor.nbytes} for {dtype} "
+                    f"{list(shape)}: padded tensors are not supported"
+                )
+            tensors.append(tensor)
+        if len(tensors) > MAX_TENSORS:
             raise BoardError(f"{self.path}: more than {MAX_TENSORS} tensors: the file is damaged")
-        return found
+        return tuple(tensors)
 
     @abstractmethod
     def _open(self) -> int:
@@ -299,11 +306,14 @@ class Runtime(ABC):
 
     Attributes:
         LIBRARIES: the C libraries that it needs, without ``lib`` and ``.so``.
+        MEMORY, MODEL: what its memory and its models are.
         held: what they lend.
         lock: of what one thread does at a time.
     """
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ()
+    MEMORY: ClassVar[type[Memory]]
+    MODEL: ClassVar[type[NpuModel]]
 
     def __init__(self) -> None:
         self.held: set[Lent] = set()
@@ -356,36 +366,11 @@ class Runtime(ABC):
                 each.close()
             self._shut_down()
 
-    @abstractmethod
-    def _allocate(self, nbytes: int) -> Memory: ...
+    def _allocate(self, nbytes: int) -> Memory:
+        return self.MEMORY(self, nbytes)
 
-    @abstractmethod
-    def _load(self, path: Path) -> NpuModel: ...
+    def _load(self, path: Path) -> NpuModel:
+        return self.MODEL(self, path)
 
     @abstractmethod
     def _shut_down(self) -> None: ...
-
-
-def checked_tensor(
-    path: Path, name: str, dtype: str | None, shape: Sequence[int], nbytes: int | None = None
-) -> TensorInfo:
-    """Return what a model says of a tensor, if it makes sense.
-
-    Raises:
-        BoardError: the type is not one that is supported, the size is absurd, or ``nbytes`` is
-            another one.
-    """
-    if dtype is None or dtype not in STORED:
-        raise BoardError(
-            f"{path}: tensor {name!r} has a number format that is not supported; supported: "
-            f"{', '.join(STORED)}"
-        )
-    tensor = TensorInfo(name, dtype, tuple(shape))
-    if min(tensor.shape, default=1) < 1 or tensor.nbytes > MAX_BYTES:
-        raise BoardError(f"{path}: tensor {name!r} has shape {list(shape)}: the file is damaged")
-    if nbytes not in (None, tensor.nbytes):
-        raise BoardError(
-            f"{path}: tensor {name!r} takes {nbytes} bytes, expected {tensor.nbytes} for {dtype} "
-            f"{list(shape)}: padded tensors are not supported"
-        )
-    return tensor

@@ -34,56 +34,10 @@ from edgevl.errors import BoardError
 log = logging.getLogger(__name__)
 
 
-class VendorRuntime(Runtime):
-    """Whatever NPU ``axengine`` finds."""
-
-    def __init__(self, directory: Path | None = None) -> None:
-        """Import the package, which starts the NPU, and stops it when the process ends.
-
-        Args:
-            directory: is the package's business.
-
-        Raises:
-            BoardError: it is not installed or finds no NPU.
-        """
-        super().__init__()
-        try:
-            with redirect_stdout(sys.stderr):  # it prints what it finds
-                import axengine
-        # It fails in its own ways where there is no NPU: ImportError, RuntimeError, OSError, …
-        except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == "axengine":
-                raise BoardError("the Python package axengine is not installed") from None
-            raise BoardError(
-                f"the Python package axengine is there, but cannot start: {error}"
-            ) from None
-        self.session = axengine.InferenceSession
-        log.warning(
-            "the NPU's C libraries are not used: the package axengine copies all caches in every "
-            "step, which is slower"
-        )
-
-    def info(self) -> NpuInfo:
-        """Ask the libraries that the package has loaded whether they are the emulator's."""
-        paths = filter(None, map(library_path, ("ax_sys", "axcl_rt")))
-        emulated = any(hasattr(ctypes.CDLL(path), "EDGEVL_EMULATOR_Memory") for path in paths)
-        return NpuInfo(emulated=emulated)
-
-    def _allocate(self, nbytes: int) -> Memory:
-        return HostMemory(self, nbytes)
-
-    def _load(self, path: Path) -> NpuModel:
-        return VendorModel(self, path)
-
-    def _shut_down(self) -> None:
-        """Leave that to the package."""
-
-
 class HostMemory(Memory):
     """Memory of the host, which the package copies from and to."""
 
     def __init__(self, runtime: Runtime, size: int) -> None:
-        """Allocate ``size`` bytes."""
         self._bytes = np.zeros(size, np.uint8)
         super().__init__(runtime, size)
 
@@ -106,7 +60,6 @@ class VendorCall(Call):
     def __init__(
         self, model: VendorModel, group: int, inputs: Sequence[Place], outputs: Sequence[Place]
     ) -> None:
-        """Remember the places and NumPy's types of the inputs."""
         self._dtypes = [np.dtype(node.dtype) for node in model.session.get_inputs(group)]
         self._places: dict[Side, list[Place]] = {"Input": [*inputs], "Output": [*outputs]}
         super().__init__(model, group, inputs, outputs)
@@ -168,3 +121,44 @@ class VendorModel(NpuModel):
 
     def _give_back(self) -> None:
         self.session = None
+
+
+class VendorRuntime(Runtime):
+    """Whatever NPU ``axengine`` finds."""
+
+    MEMORY, MODEL = HostMemory, VendorModel
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """Import the package, which starts the NPU, and stops it when the process ends.
+
+        Args:
+            directory: is the package's business.
+
+        Raises:
+            BoardError: it is not installed or finds no NPU.
+        """
+        super().__init__()
+        try:
+            with redirect_stdout(sys.stderr):  # it prints what it finds
+                import axengine
+        # It fails in its own ways where there is no NPU: ImportError, RuntimeError, OSError, …
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "axengine":
+                raise BoardError("the Python package axengine is not installed") from None
+            raise BoardError(
+                f"the Python package axengine is there, but cannot start: {error}"
+            ) from None
+        self.session = axengine.InferenceSession
+        log.warning(
+            "the NPU's C libraries are not used: the package axengine copies all caches in every "
+            "step, which is slower"
+        )
+
+    def info(self) -> NpuInfo:
+        """Ask the libraries that the package has loaded whether they are the emulator's."""
+        paths = filter(None, map(library_path, ("ax_sys", "axcl_rt")))
+        emulated = any(hasattr(ctypes.CDLL(path), "EDGEVL_EMULATOR_Memory") for path in paths)
+        return NpuInfo(emulated=emulated)
+
+    def _shut_down(self) -> None:
+        """Leave that to the package."""
