@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.axera.layout import LAYER_INPUTS, LAYER_OUTPUTS, MASKED
+from edgevl.axera.layout import LAYER_INPUTS, LAYER_OUTPUTS, MASKED, group_shapes
 from edgevl.axera.npu.base import (
     ALIGNMENT,
     FLOATS,
@@ -121,40 +121,23 @@ def layer_shapes(path: Path, groups: Sequence[Group], text: TextConfig) -> Layer
 
 
 def _step(path: Path, number: int, group: Group, text: TextConfig) -> StepGroup:
-    hidden, width = text.hidden_size, text.num_key_value_heads * text.head_dim
     tensors = {tensor.name: tensor for tensor in (*group.inputs, *group.outputs)}
-
-    def check(name: str, fits: bool, expected: str) -> None:
-        if not fits:
-            tensor = tensors[name]
+    entering, mask = tensors["input"], tensors["mask"]
+    tokens = entering.shape[-2] if len(entering.shape) == 3 else 0
+    history = min(max((mask.shape or (0,))[-1] - tokens, 0), MAX_POSITIONS)
+    types: dict[str, tuple[str, ...]] = dict.fromkeys(tensors, FLOATS)
+    types |= {"indices": ("I32", "U32"), "output": (entering.dtype,)}
+    types |= dict.fromkeys(("K_cache", "V_cache", "V_cache_out"), (tensors["K_cache_out"].dtype,))
+    for name, shape in group_shapes(text, tokens, history).items():
+        tensor = tensors[name]
+        # Without a history the cache is not looked at, and compilers give it any shape.
+        unread = not history and name in ("K_cache", "V_cache")
+        if (tensor.shape != shape and not unread) or tensor.dtype not in types[name]:
             raise BoardError(
                 f"{path}: group {number}: {name} is {tensor.dtype} {list(tensor.shape)}, expected "
-                f"{expected}: the model and config.json do not belong together"
+                f"{' or '.join(types[name])} {list(shape)}: the model and config.json do not "
+                "belong together"
             )
-
-    entering, leaving, mask = tensors["input"], tensors["output"], tensors["mask"]
-    tokens = entering.shape[-2] if len(entering.shape) == 3 else 0
-    fits = entering.shape == (1, tokens, hidden) and entering.dtype in FLOATS
-    check("input", fits, f"[1, tokens, {hidden}]")
-    same = (leaving.shape, leaving.dtype) == (entering.shape, entering.dtype)
-    check("output", same, f"{entering.dtype} {list(entering.shape)} like the input")
-    columns = mask.shape[-1] if mask.shape else 0
-    history = columns - tokens
-    fits = mask.shape == (1, tokens, columns) and 0 <= history <= MAX_POSITIONS
-    check("mask", fits, f"[1, {tokens}, history + {tokens}]")
-    check("mask", mask.dtype in FLOATS, " or ".join(FLOATS))
-    indices = tensors["indices"]
-    fits = indices.shape == (1, tokens) and indices.dtype in ("I32", "U32")
-    check("indices", fits, f"I32 or U32 [1, {tokens}]")
-    cached = ("K_cache", "V_cache", "K_cache_out", "V_cache_out")
-    one_format = len({tensors[name].dtype for name in cached}) == 1
-    for old, new in zip(cached[:2], cached[2:], strict=True):
-        # Without a history the cache is not looked at, and compilers give it any shape.
-        fits = not history or tensors[old].shape == (1, history, width)
-        check(old, fits, f"[1, {history}, {width}]")
-        check(new, tensors[new].shape == (1, tokens, width), f"[1, {tokens}, {width}]")
-        fits = one_format and tensors[new].dtype in FLOATS
-        check(new, fits, f"one format for all keys and values, of {' or '.join(FLOATS)}")
     return StepGroup(number, tokens, history, tensors)
 
 
@@ -309,5 +292,5 @@ class Mask:
 def _zeros(runtime: Runtime, nbytes: int) -> Memory:
     """Return memory of zeros: what is masked is multiplied by 0, which leaves NaN as it is."""
     memory = runtime.allocate(nbytes)
-    memory.clear()
+    memory.write(0, np.zeros(nbytes, np.uint8))
     return memory

@@ -105,6 +105,23 @@ def check_shape(shape: BoardShape, text: TextConfig) -> None:
         )
 
 
+def group_shapes(text: TextConfig, tokens: int, history: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's tensors, by name, in a group; see the table above."""
+    hidden, width = text.hidden_size, text.num_key_value_heads * text.head_dim
+    states, new = (1, tokens, hidden), (1, tokens, width)
+    cache = (1, history, width) if history else (1, 1, hidden)
+    return {
+        "input": states,
+        "output": states,
+        "mask": (1, tokens, history + tokens),
+        "indices": (1, tokens),
+        "K_cache": cache,
+        "V_cache": cache,
+        "K_cache_out": new,
+        "V_cache_out": new,
+    }
+
+
 def pays_as_chunk(tokens: int, history: int) -> bool:
     """Tell whether a chunk with so many tokens in it takes less time than these one by one.
 

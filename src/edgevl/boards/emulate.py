@@ -20,6 +20,7 @@ from edgevl.axera.layout import (
     LAYER_INPUTS,
     LAYER_OUTPUTS,
     BoardShape,
+    group_shapes,
     layer_file,
     post_file,
     vision_file,
@@ -98,7 +99,8 @@ def write_emulated(
     plans = {matrix.name: matrix for matrix in make_plan(checkpoint, "bf16").matrices}
     vectors = _arrays(cpu.text_vectors(checkpoint))
     times = estimates.group_times_ms(text, shape, target=target)
-    groups = [*zip(times, layer_groups(text, shape), strict=True)]
+    sizes = [(1, shape.context), *((shape.chunk, history) for history in shape.histories())]
+    groups = [(ms, _layer_group(text, *size)) for ms, size in zip(times, sizes, strict=True)]
     pool = _native.ThreadPool(this_machine().threads)
 
     def write(
@@ -208,23 +210,9 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def layer_groups(text: TextConfig, shape: BoardShape) -> list[Group]:
-    """Return the groups of a decoder layer; see `edgevl.axera.layout`."""
-    width, hidden = text.num_key_value_heads * text.head_dim, text.hidden_size
-    groups = []
-    for tokens, history in (
-        (1, shape.context),
-        *((shape.chunk, history) for history in shape.histories()),
-    ):
-        # Where there is no history Pulsar2 gives a cache all the same, of the hidden size.
-        cache = (1, history, width) if history else (1, 1, hidden)
-        new, states = (1, tokens, width), (1, tokens, hidden)
-        inputs = (cache, cache, (1, tokens), states, (1, tokens, history + tokens))
-        types = ("BF16", "BF16", "U32", "BF16", "BF16")
-        groups.append(
-            Group(
-                tuple(map(TensorInfo, LAYER_INPUTS, types, inputs)),
-                tuple(map(TensorInfo, LAYER_OUTPUTS, ("BF16",) * 3, (new, new, states))),
-            )
-        )
-    return groups
+def _layer_group(text: TextConfig, tokens: int, history: int) -> Group:
+    tensors = {
+        name: TensorInfo(name, "U32" if name == "indices" else "BF16", shape)
+        for name, shape in group_shapes(text, tokens, history).items()
+    }
+    return Group(*(tuple(map(tensors.__getitem__, side)) for side in (LAYER_INPUTS, LAYER_OUTPUTS)))
