@@ -14,6 +14,7 @@ from edgevl.boards.pulsar2_config import (
     default_config,
     load_config,
 )
+from edgevl.boards.settings import CompileSettings
 from edgevl.errors import BoardError
 from edgevl.synth.presets import PRESETS
 from repository import ROOT
@@ -57,8 +58,9 @@ def load(tmp_path):
     return load
 
 
-def default(**options):
-    return json.loads(default_config(CONFIG, "/data/tiles.tar", **options).to_json())
+def default(target="ax650", **options):
+    settings = CompileSettings(target, **options)
+    return json.loads(default_config(CONFIG, settings, "/data/tiles.tar").to_json())
 
 
 def test_the_default_is_the_demos():
@@ -89,7 +91,7 @@ def test_the_default_is_the_demos():
 
 
 def test_bytes_are_normalised_on_the_npu():
-    values = default(uint8_input=True, chip="AX620E", npu_mode="NPU2")
+    values = default("ax630c", uint8_input=True)
     (source,) = values["input_processors"]
     assert (source["src_dtype"], source["src_layout"]) == ("U8", "NHWC")
     assert (source["tensor_format"], source["tensor_layout"]) == ("RGB", "NCHW")
@@ -100,7 +102,8 @@ def test_bytes_are_normalised_on_the_npu():
 
 @pytest.mark.parametrize("uint8_input", [False, True])
 def test_a_configuration_survives_its_file(load, uint8_input):
-    config = default_config(CONFIG, "/data/图/tiles.tar", uint8_input=uint8_input)
+    settings = CompileSettings("ax650", uint8_input=uint8_input)
+    config = default_config(CONFIG, settings, "/data/图/tiles.tar")
     assert load(config.to_json()) == config
     assert load(config.to_json()).to_json() == config.to_json()
 

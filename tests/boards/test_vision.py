@@ -253,7 +253,9 @@ def test_drawn_tiles_are_what_preprocessing_makes(checkpoint, tmp_path):
         ("PNG", "RGB", (56, 56))
     }
     prepared = prepare_picture(drawn(3, 3), checkpoint.config, 1).pixels
-    configured = default_config(checkpoint.config, "tiles.tar").quant.input_configs[0]
+    configured = default_config(
+        checkpoint.config, CompileSettings("ax650"), "tiles.tar"
+    ).quant.input_configs[0]
     values = np.asarray(pictures["0003.png"], np.float32)
     normalised = (values - configured.calibration_mean) / configured.calibration_std
     np.testing.assert_allclose(normalised.transpose(2, 0, 1), prepared[0], atol=1e-5)

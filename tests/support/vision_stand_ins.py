@@ -20,9 +20,11 @@ class Config:
         return json.dumps(self.values | {"quant": {"input_configs": inputs}})
 
 
-def default_config(config, dataset, *, uint8_input=False, chip="AX650", npu_mode="NPU3"):
+def default_config(config, settings, dataset):
     inputs = [{"tensor_name": "image", "calibration_dataset": dataset}]
-    return Config({"quant": {"input_configs": inputs}, "chip": chip, "mode": npu_mode})
+    return Config(
+        {"quant": {"input_configs": inputs}, "chip": settings.chip.chip, "mode": settings.cores}
+    )
 
 
 def load_config(path):

@@ -144,7 +144,7 @@ def build_script(steps: Sequence[BoardStep], pulsar2: str | None) -> str:
             None for the program on PATH.
     """
     default = shlex.quote(pulsar2 or "pulsar2")
-    left = [(step, _words(step.files)) for step in steps if step.arguments]
+    left = [(step, shlex.join(step.files)) for step in steps if step.arguments]
     return _SCRIPT.format(
         build=BUILD,
         default=default,
@@ -171,10 +171,6 @@ def build_script(steps: Sequence[BoardStep], pulsar2: str | None) -> str:
     )
 
 
-def _words(names: Sequence[str]) -> str:
-    return " ".join(map(shlex.quote, names))
-
-
 def _lines(command: Sequence[str]) -> str:
     """Return a command line for a POSIX shell, one option a line."""
     lines: list[list[str]] = [[]]
@@ -182,4 +178,4 @@ def _lines(command: Sequence[str]) -> str:
         if argument.startswith("--"):
             lines.append([])
         lines[-1].append(argument)
-    return " \\\n    ".join(_words(line) for line in lines if line)
+    return " \\\n    ".join(shlex.join(line) for line in lines if line)

@@ -193,20 +193,13 @@ def plan_memory(
     """
     text = config.text
     embedding = text.vocab_size * text.hidden_size
+    tensors = expected_tensors(config) if vision else {}
+    encoder = sum(prod(tensors[name]) for name in tensors if name.startswith((VISION, PROJECTOR)))
     rows = max(shape.context + 1, shape.max_prefill + shape.chunk)
     return MemoryPlan(
         text_layers=round(text.num_hidden_layers * layer_weights(text) * BITS[weight_bits] / 8),
         post=embedding,
-        vision=2 * vision_weights(config) if vision else 0,
+        vision=2 * encoder,
         kv_cache=4 * text.num_hidden_layers * rows * text.num_key_value_heads * text.head_dim,
         embeddings=2 * embedding,
-    )
-
-
-def vision_weights(config: ModelConfig) -> int:
-    """Return how many weights vision encoder and projector have."""
-    return sum(
-        prod(shape)
-        for name, shape in expected_tensors(config).items()
-        if name.startswith((VISION, PROJECTOR))
     )

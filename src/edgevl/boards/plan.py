@@ -82,10 +82,7 @@ def planned_model(model: str) -> PlannedModel:
         4 if weights.endswith("4") else 8,
         len(prompt.token_ids) - 1,
         BoardShape(
-            **{
-                each.name: board.integer(each.name, 0, MAX_POSITIONS, each.default)
-                for each in fields(BoardShape)
-            }
+            *(board.integer(f.name, 0, MAX_POSITIONS, f.default) for f in fields(BoardShape))
         ),
     )
 
@@ -221,7 +218,18 @@ def make_plan(
         room = max_context - cached_tokens - (generate or 0)
         longest = max_prompt - cached_tokens
         prompt_tokens = max(1, min(longest if longest > 0 else NEXT_QUESTION, room))
-    _check_tokens(prompt_tokens, cached_tokens, generate or 0, max_context)
+    for name, value, least in (
+        ("--prompt-tokens", prompt_tokens, 1),
+        ("--cached-tokens", cached_tokens, 0),
+        ("--generate", generate or 0, 0),
+    ):
+        if value < least:
+            raise BoardError(f"{name} {value}: out of range; take {least} or more")
+    if cached_tokens + prompt_tokens + (generate or 0) > max_context:
+        raise BoardError(
+            f"{cached_tokens} cached, {prompt_tokens} prompt and {generate or 0} generated tokens "
+            f"exceed the context of {max_context}; ask for fewer, or for a larger --context"
+        )
 
     def prefill_ms(steps: PrefillSteps) -> float:
         chunks = sum(groups[1 + group] for group in steps.groups)
@@ -275,19 +283,3 @@ def prefill_steps(shape: BoardShape, tokens: int, cached: int = 0) -> PrefillSte
         cached += done
         tokens -= done
     return PrefillSteps(tuple(groups), tokens)
-
-
-def _check_tokens(prompt: int, cached: int, generate: int, max_context: int) -> None:
-    """Raise unless all tokens fit the context."""
-    for name, value, least in (
-        ("--prompt-tokens", prompt, 1),
-        ("--cached-tokens", cached, 0),
-        ("--generate", generate, 0),
-    ):
-        if value < least:
-            raise BoardError(f"{name} {value}: out of range; take {least} or more")
-    if cached + prompt + generate > max_context:
-        raise BoardError(
-            f"{cached} cached, {prompt} prompt and {generate} generated tokens exceed the context "
-            f"of {max_context}; ask for fewer, or for a larger --context"
-        )

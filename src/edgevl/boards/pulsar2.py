@@ -186,12 +186,7 @@ def version(pulsar2: Pulsar2, directory: Path) -> str | None:
 def newest_llm_build(pulsar2: Pulsar2, name: str | None, directory: Path) -> int:
     """Return the generation of the command for text models: 2 where there is an ``llm_build2``.
 
-    That came with version 6, but not with every package of it.
-
-    Args:
-        pulsar2: what to ask.
-        name: its version.
-        directory: to run in.
+    That came with version 6, but not with every package of it; ``name`` is that of the version.
     """
     major = re.match(r"\d+", name or "")
     has_it = major is not None and int(major[0]) >= 6
@@ -257,22 +252,20 @@ class BuildLog:
     def feed(self, data: bytes) -> None:
         """Take the next piece of the output."""
         *lines, rest = re.split(rb"[\r\n]", self._rest + data)
-        for line in lines:
-            self._line(_ESCAPE.sub("", line[:_MAX_LINE].decode("utf-8", "replace")))
         self._rest = rest[:_MAX_LINE]
-
-    def _line(self, line: str) -> None:
-        if match := _BAR.search(line):
-            self.bar = match[1].strip(), int(match[2]), int(match[3])
-        if match := _COSINE.search(line.rpartition(" - ")[2]):
-            layer = _LAYER.search(match[1])
-            name = f"{layer[1]} layer {layer[2]}" if layer else match[1].strip()
-            try:
-                self.cosines[name] = float(match[2])
-            except ValueError:  # not a number: as bad as can be
-                self.cosines[name] = math.nan
-        self.built |= BUILT in line
-        self.checked |= CHECKED in line
+        for raw in lines:
+            line = _ESCAPE.sub("", raw[:_MAX_LINE].decode("utf-8", "replace"))
+            if match := _BAR.search(line):
+                self.bar = match[1].strip(), int(match[2]), int(match[3])
+            if match := _COSINE.search(line.rpartition(" - ")[2]):
+                layer = _LAYER.search(match[1])
+                name = f"{layer[1]} layer {layer[2]}" if layer else match[1].strip()
+                try:
+                    self.cosines[name] = float(match[2])
+                except ValueError:  # not a number: as bad as can be
+                    self.cosines[name] = math.nan
+            self.built |= BUILT in line
+            self.checked |= CHECKED in line
 
 
 def low_cosines(cosines: dict[str, float]) -> Iterator[str]:

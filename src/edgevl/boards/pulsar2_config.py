@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+from edgevl.boards.settings import CompileSettings
 from edgevl.checkpoint import ModelConfig
 from edgevl.errors import BoardError
 from edgevl.files import read_text
@@ -127,7 +128,7 @@ class Pulsar2Config(_Strict):
     target_hardware: Literal["AX650", "AX620E"] = "AX650"
     quant: QuantConfig
     input_processors: list[InputProcessor] = Field([], max_length=64)
-    compiler: CompilerConfig = CompilerConfig()
+    compiler: CompilerConfig = CompilerConfig.model_validate({})
 
     @model_validator(mode="after")
     def _chip_has_mode(self) -> Pulsar2Config:
@@ -140,14 +141,7 @@ class Pulsar2Config(_Strict):
         return self.model_dump_json(indent=2, exclude_unset=True) + "\n"
 
 
-def default_config(
-    config: ModelConfig,
-    dataset: str,
-    *,
-    uint8_input: bool = False,
-    chip: str = "AX650",
-    npu_mode: str = "NPU3",
-) -> Pulsar2Config:
+def default_config(config: ModelConfig, settings: CompileSettings, dataset: str) -> Pulsar2Config:
     """Return what the vendor's demo compiles InternViT with.
 
     Activations are U16 throughout, ranges are MinMax over the whole archive, SmoothQuant is on, and
@@ -161,13 +155,11 @@ def default_config(
 
     Args:
         config: of the model: the statistics of its pictures.
+        settings: chip and NPU mode, and whether the board is to take bytes.
         dataset: the archive of `write_calibration`, as Pulsar2 will see its path.
-        uint8_input: whether the board is to take bytes.
-        chip: what Pulsar2 calls the target.
-        npu_mode: NPU cores that work as one.
     """
     mean, std = byte_statistics(config.image_mean, config.image_std)
-    if uint8_input:
+    if settings.uint8_input:
         source = {"src_dtype": "U8", "src_layout": "NHWC", "mean": mean, "std": std}
     else:
         # Left out, they would be calibration's, and normalise what is normalised already.
@@ -176,8 +168,8 @@ def default_config(
     return Pulsar2Config.model_validate(
         {
             "model_type": "ONNX",
-            "npu_mode": npu_mode,
-            "target_hardware": chip,
+            "npu_mode": settings.cores,
+            "target_hardware": settings.chip.chip,
             "quant": {
                 "input_configs": [
                     {

@@ -16,11 +16,11 @@ from typing import Any
 from edgevl.axera.integrity import FILES, Content
 from edgevl.axera.layout import BOARD_FILE, NOT_BUILT, check_shape
 from edgevl.boards.build_script import BUILD, MODEL, NOT_BUILT_TEXT, build_script
-from edgevl.boards.estimates import plan_memory, vision_weights
+from edgevl.boards.estimates import plan_memory
 from edgevl.boards.pulsar2 import find
 from edgevl.boards.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
 from edgevl.boards.steps import ASKED, CALIBRATION, LAYERS, ONNX, BoardStep, Compilation
-from edgevl.boards.text_checkpoint import check_weights, embedding_bytes, text_bytes
+from edgevl.boards.text_checkpoint import check_weights, text_bytes
 from edgevl.checkpoint import Checkpoint, GPTQConfig
 from edgevl.checkpoint.side_files import copy_side_files
 from edgevl.errors import BoardError
@@ -76,13 +76,8 @@ def compile_model(
     program = None if settings.dry_run or settings.emulate else find(settings.pulsar2)
     path = locate(model)
     with open_checkpoint(path) as checkpoint:
-        quantization = _check(checkpoint, settings)
-        check_disk(output, _disk_bytes(checkpoint, settings) - _written(output), BoardError)
-        begun: dict[str, object] = {
-            "edgevl": __version__,
-            "checkpoint": checkpoint.fingerprint(),
-        }
-        begun |= {
+        quantization = _check(checkpoint, settings, output)
+        begun = {"edgevl": __version__, "checkpoint": checkpoint.fingerprint()} | {
             name: identity(value) for name, value in asdict(settings).items() if name not in _FREE
         }
         with opened(output, begun, settled=f"{DONE}/*", error=BoardError) as work:
@@ -108,10 +103,7 @@ def _board(
 ) -> dict[str, Any]:
     """Return what ``board.json`` says, but for the files.
 
-    Args:
-        compilation: that was done.
-        asked: what Pulsar2 has said of itself.
-        found: what the steps have found out, by their products.
+    Of Pulsar2 it is told what that was ``asked``, of the steps what they ``found``, by product.
     """
     settings, quantization = compilation.settings, compilation.quantization
     weights = settings.weight_type or DEFAULT_WEIGHT_TYPE
@@ -196,22 +188,12 @@ def _link(source: Path, place: Path) -> None:
         shutil.copyfile(source, place)
 
 
-def _written(output: Path) -> int:
-    """Return the bytes that an interrupted run has written."""
-    partial = output.resolve().with_name(output.resolve().name + ".partial")
-    return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+def _check(checkpoint: Checkpoint, settings: CompileSettings, output: Path) -> GPTQConfig | None:
+    """Refuse what cannot be compiled so, or would not fit the board or the disk of ``output``.
 
-
-def _check(checkpoint: Checkpoint, settings: CompileSettings) -> GPTQConfig | None:
-    """Refuse a model that cannot be compiled so, or would not fit the board.
-
-    Returns:
-        How its text is quantized, if it is and Pulsar2 is to compile it.
-
-    Raises:
-        BoardError: names what it is and the fix.
+    Return how the text is quantized, if it is and Pulsar2 is to compile it.
     """
-    config, path = checkpoint.config, checkpoint.path
+    config, path, chip = checkpoint.config, checkpoint.path, settings.chip
     check_shape(settings.shape, config.text)
     if settings.post_topk > config.text.vocab_size:
         raise BoardError(
@@ -223,12 +205,6 @@ def _check(checkpoint: Checkpoint, settings: CompileSettings) -> GPTQConfig | No
             f"--weight-type {settings.weight_type}: the text of {path} is in {quantization.bits}-"
             "bit GPTQ; leave it out, or compile the original checkpoint"
         )
-    onnx = 4 * vision_weights(config) if checkpoint.has_vision else 0
-    if not settings.emulate and onnx > MAX_ONNX_BYTES:
-        raise BoardError(
-            f"{path}: its vision encoder takes {_gb(onnx)} in float32, but an ONNX file ends at 2 "
-            "GB: use a model with InternViT-300M"
-        )
     weights = (checkpoint.gptq(name) for name in checkpoint.names())
     bits = max((weight.config.bits for weight in weights if weight is not None), default=8)
     plan = plan_memory(
@@ -237,7 +213,12 @@ def _check(checkpoint: Checkpoint, settings: CompileSettings) -> GPTQConfig | No
         weight_bits=4 if settings.weight_type == "s4" else bits,
         vision=checkpoint.has_vision,
     )
-    chip = settings.chip
+    onnx = 2 * plan.vision  # a weight takes 4 bytes in it, 2 on the board
+    if not settings.emulate and onnx > MAX_ONNX_BYTES:
+        raise BoardError(
+            f"{path}: its vision encoder takes {_gb(onnx)} in float32, but an ONNX file ends at 2 "
+            "GB: use a model with InternViT-300M"
+        )
     if plan.npu > chip.memory_bytes:
         raise BoardError(
             f"{path}: takes about {_gb(plan.npu)} of NPU memory (layers {_gb(plan.text_layers)}, "
@@ -245,16 +226,16 @@ def _check(checkpoint: Checkpoint, settings: CompileSettings) -> GPTQConfig | No
             f"{chip.name} boards have {_gb(chip.memory_bytes)}: compile a smaller model, one "
             "quantized to int4, or a shorter --context"
         )
-    return quantization
-
-
-def _disk_bytes(checkpoint: Checkpoint, settings: CompileSettings) -> int:
-    """Return about how much is written: what Pulsar2 is given, and what it makes of it."""
-    shared = embedding_bytes(checkpoint) + _SIDE_BYTES
+    # The embedding is written in bfloat16, and twice in float32.
+    needed = 5 * plan.embeddings + _SIDE_BYTES
     if settings.emulate:  # everything in bfloat16
-        return shared + 2 * sum(prod(checkpoint.shape(name)) for name in checkpoint.names())
-    vision = 4 * vision_weights(checkpoint.config) if checkpoint.has_vision else 0
-    return shared + 2 * text_bytes(checkpoint) + 2 * vision
+        needed += 2 * sum(prod(checkpoint.shape(name)) for name in checkpoint.names())
+    else:  # what Pulsar2 is given, and about as much that it makes of it
+        needed += 2 * text_bytes(checkpoint) + 2 * onnx
+    begun = output.resolve().with_name(output.resolve().name + ".partial").rglob("*")
+    written = sum(file.stat().st_size for file in begun if file.is_file())
+    check_disk(output, needed - written, BoardError)
+    return quantization
 
 
 def _gb(size: int) -> str:

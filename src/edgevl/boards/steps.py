@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +123,9 @@ class Compilation:
             yield _written(CONFIG, self._vision_config())
             yield BoardStep(ONNX, draw, "vision")
         yield embeddings
-        write = partial(write_text_checkpoint, checkpoint)
-        yield BoardStep(TEXT, lambda path, tell: write(path, progress=tell), "text")
+        yield BoardStep(
+            TEXT, lambda path, tell: write_text_checkpoint(checkpoint, path, progress=tell), "text"
+        )
         if text.use_qk_norm:
             yield _written(MODEL_CONFIG, json.dumps(QK_NORM_CONFIG, indent=1) + "\n")
         if vision:
@@ -191,13 +191,7 @@ class Compilation:
 
         settings, dataset = self.settings, f"{DONE}/{CALIBRATION}"
         if settings.pulsar2_config is None:
-            config = default_config(
-                self.checkpoint.config,
-                dataset,
-                uint8_input=settings.uint8_input,
-                chip=settings.chip.chip,
-                npu_mode=settings.cores,
-            )
+            config = default_config(self.checkpoint.config, settings, dataset)
         else:
             config = load_config(settings.pulsar2_config)
             for each in config.quant.input_configs:

@@ -87,7 +87,8 @@ def check_weights(checkpoint: Checkpoint) -> GPTQConfig | None:
     Raises:
         BoardError: names the field or the weight, and the fix.
     """
-    config = _config_of_linears(checkpoint)
+    linears = _linears(checkpoint)
+    config = next(filter(None, linears.values()), None)
     if config is None:
         return None
     expected = {"group_size": GROUP_SIZE, "checkpoint_format": "gptq"}
@@ -97,25 +98,19 @@ def check_weights(checkpoint: Checkpoint) -> GPTQConfig | None:
                 f"{checkpoint.path}: {field} of its GPTQ weights is {json.dumps(found)}, but "
                 f"Pulsar2 takes {json.dumps(value)}: {_MEND}"
             )
-    linears = _linears(checkpoint)
     for name in [*linears, EMBEDDING, *(n for n in checkpoint.names() if n == LM_HEAD)]:
         _check_weight(checkpoint, name, config if name in linears else None)
     return config
 
 
-def _config_of_linears(checkpoint: Checkpoint) -> GPTQConfig | None:
-    """Return how the first linear layer of the decoder that is quantized is stored, or None."""
-    weights = map(checkpoint.gptq, _linears(checkpoint))
-    return next((weight.config for weight in weights if weight is not None), None)
-
-
-def _linears(checkpoint: Checkpoint) -> list[str]:
-    """Return the weights of all linear layers of the decoder."""
-    return [
-        name
-        for name in checkpoint.names()
-        if name.startswith(f"{TEXT}layers.") and len(checkpoint.shape(name)) == 2
-    ]
+def _linears(checkpoint: Checkpoint) -> dict[str, GPTQConfig | None]:
+    """Return how the weights of all linear layers of the decoder are quantized, by name."""
+    found = {}
+    for name in checkpoint.names():
+        if name.startswith(f"{TEXT}layers.") and len(checkpoint.shape(name)) == 2:
+            weight = checkpoint.gptq(name)
+            found[name] = weight.config if weight else None
+    return found
 
 
 def _check_weight(checkpoint: Checkpoint, name: str, config: GPTQConfig | None) -> None:
@@ -166,7 +161,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if inner.get(name) is not None:
             fields[name] = inner[name]
-    config = _config_of_linears(checkpoint)
+    config = next(filter(None, _linears(checkpoint).values()), None)
     if config is not None:
         fields["quantization_config"] = {
             "quant_method": "gptq",
@@ -208,9 +203,3 @@ def write_embeddings(checkpoint: Checkpoint, directory: Path) -> None:
             f32.write(raw(rows))
             bf16.write(encode(rows, "BF16"))
             checkpoint.release()
-
-
-def embedding_bytes(checkpoint: Checkpoint) -> int:
-    """Return what the three files take together, but for a header."""
-    vocabulary, hidden = checkpoint.shape(EMBEDDING)
-    return vocabulary * hidden * (4 + 4 + 2)
