@@ -237,17 +237,24 @@ class BuildLog:
     """Reads the output of a build as it comes.
 
     Attributes:
+        checks: whether it checks what it has built.
         cosines: what was compared, such as "decode layer 0", and the cosine found.
         bar: stage, count and total of the last progress bar.
         built: whether all layers were written.
         checked: whether the check of the layers has ended.
     """
 
+    checks: bool = True
     cosines: dict[str, float] = field(default_factory=dict)
     bar: tuple[str, int, int] | None = None
     built: bool = False
     checked: bool = False
     _rest: bytes = b""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all is done; some builds do not exit by themselves then, and are stopped."""
+        return self.checked or (self.built and not self.checks)
 
     def feed(self, data: bytes) -> None:
         """Take the next piece of the output."""
@@ -286,8 +293,8 @@ def run(
     progress: Progress,
     *,
     name: str,
-    written: Callable[[], tuple[int, int]] | None = None,
-    is_over: Callable[[BuildLog], bool] = lambda build: False,
+    written: Callable[[], tuple[int, int]] | None,
+    checks: bool,
 ) -> BuildLog:
     """Run a build to its end, the only one of this user on this machine, in the work directory.
 
@@ -298,10 +305,9 @@ def run(
         log: file that all output goes to.
         progress: told how far it is.
         name: of the build, for progress.
-        written: returns how many files it has written and how many there will be; without, its
-            own progress bars count.
-        is_over: tells from the output that all is done: a build that does not exit by itself then,
-            as some do, is stopped.
+        written: returns how many files it has written and how many there will be; where it is None,
+            its own progress bars count.
+        checks: whether it checks what it has built.
 
     Returns:
         What it printed.
@@ -311,7 +317,7 @@ def run(
     """
     container = f"edgevl-{uuid.uuid4().hex[:12]}" if pulsar2.image is not None else None
     command = pulsar2.command(arguments, work.path, container or "")
-    build = BuildLog()
+    build = BuildLog(checks)
     log.parent.mkdir(exist_ok=True)
     shown: tuple[str, Tell] | None = None
 
@@ -345,13 +351,16 @@ def run(
         try:
             created = psutil.Process(process.pid).create_time()
             work.save_json(_BUILD, {"container": container, "pid": process.pid, "created": created})
-            for data in _output(process, lambda: is_over(build)):
+            for data in _output(process, build):
                 file.write(data)
                 file.flush()
                 build.feed(data)
                 show()
             build.feed(b"\n")
-            status = _status(process, is_over(build))
+            try:
+                status = process.wait(STOP_GRACE_S if build.is_over else None)
+            except subprocess.TimeoutExpired:
+                status = 0  # it has done all and does not exit
         finally:
             _stop(process.pid, container if process.poll() is None else None)
             process.wait()
@@ -433,7 +442,7 @@ def _alone(progress: Progress) -> Iterator[int]:
         os.close(lock)
 
 
-def _output(process: subprocess.Popen[bytes], is_over: Callable[[], bool]) -> Iterator[bytes]:
+def _output(process: subprocess.Popen[bytes], build: BuildLog) -> Iterator[bytes]:
     """Yield what a build prints, and nothing twice a second, until it ends or lingers."""
     assert process.stdout is not None
     over_since: float | None = None
@@ -449,18 +458,10 @@ def _output(process: subprocess.Popen[bytes], is_over: Callable[[], bool]) -> It
                 yield b""
                 if process.poll() is not None:  # and a child of it keeps the pipe open
                     return
-            if is_over():
+            if build.is_over:
                 over_since = over_since or time.monotonic()
                 if time.monotonic() - over_since > EXIT_GRACE_S:
                     return
-
-
-def _status(process: subprocess.Popen[bytes], is_over: bool) -> int:
-    """Return the exit status: 0 for a build that has done all and does not exit."""
-    try:
-        return process.wait(STOP_GRACE_S if is_over else None)
-    except subprocess.TimeoutExpired:
-        return 0
 
 
 def _stop(pid: int | None, container: str | None) -> None:

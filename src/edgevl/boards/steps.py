@@ -245,7 +245,7 @@ class Compilation:
                 name=f"Pulsar2, {what}",
                 # Of a single file, the build's own bars tell more.
                 written=(lambda: (_count(path, files), len(files))) if files[1:] else None,
-                is_over=lambda build: build.checked or (build.built and level == 0),
+                checks=level > 0,
             )
             usual = path / "compiled.axmodel"  # what versions without --output_name call it
             if usual.is_file() and not (path / files[0]).exists():
