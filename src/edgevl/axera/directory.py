@@ -15,7 +15,7 @@ from pathlib import Path
 from edgevl.axera.ends import EMBEDDING_FILES, EmbeddingFile
 from edgevl.axera.integrity import check_contents, check_sizes, listed_files
 from edgevl.axera.layout import BOARD_FILE, EMULATED_MAGIC, NOT_BUILT, layer_file, post_file
-from edgevl.checkpoint.config import MAX_TILES
+from edgevl.checkpoint.config import MAX_TILES, TextConfig
 from edgevl.checkpoint.directory import MAX_JSON_BYTES, ModelDirectory, is_directory, read_config
 from edgevl.errors import BoardError
 from edgevl.files import reading
@@ -89,8 +89,7 @@ class BoardModel(ModelDirectory):
         config = replace(config, max_tiles=tiles, min_tiles=min(config.min_tiles, tiles))
         self.vision = _find_vision(root, files, config.vision.image_size)
         super().__init__(source, config, self.vision is not None)
-        text = config.text
-        self.embedding = _find_embedding(root, files, text.vocab_size, text.hidden_size)
+        self.embedding = _find_embedding(root, files, config.text)
         self._listed = listed_files(board)
         self._models = [*self.layers, self.post, *([self.vision] if self.vision else [])]
         check_sizes(self._models, self._listed)
@@ -150,14 +149,14 @@ def walk(root: Path) -> Iterator[Path]:
     return visit(root, MAX_DEPTH)
 
 
-def _find_embedding(root: Path, files: Sequence[Path], vocab: int, hidden: int) -> EmbeddingFile:
+def _find_embedding(root: Path, files: Sequence[Path], text: TextConfig) -> EmbeddingFile:
     """Return the embedding, in the form that takes the least space."""
     for name in EMBEDDING_FILES:
         found = [path for path in files if path.name == name]
         if len(found) > 1:
             raise BoardError(f"{root}: {_listed(found)}: keep the one that belongs to the layers")
         if found:
-            return EmbeddingFile(found[0], vocab, hidden)
+            return EmbeddingFile(found[0], text.vocab_size, text.hidden_size)
     raise BoardError(f"{root}: no embedding; one of these is needed: {', '.join(EMBEDDING_FILES)}")
 
 

@@ -250,7 +250,13 @@ class Compilation:
             usual = path / "compiled.axmodel"  # what versions without --output_name call it
             if usual.is_file() and not (path / files[0]).exists():
                 usual.rename(path / files[0])
-            _check_files(path, files, log)
+            places = [path / name for name in files]
+            missing = [
+                each.name for each in places if not each.is_file() or not each.stat().st_size
+            ]
+            if missing:
+                more = f" and {len(missing) - 1} more" if missing[1:] else ""
+                raise BoardError(f"Pulsar2 has ended without writing {missing[0]}{more}, see {log}")
             warnings = list(pulsar2.low_cosines(build.cosines))
             if product == LAYERS and level and not build.checked:
                 warnings.append(
@@ -283,15 +289,3 @@ def _written(product: str, text: str) -> BoardStep:
 
 def _count(directory: Path, names: Sequence[str]) -> int:
     return sum((directory / name).is_file() for name in names)
-
-
-def _check_files(directory: Path, names: Sequence[str], log: Path) -> None:
-    """Raise a BoardError unless all files are there with something in them."""
-    missing = [
-        name
-        for name in names
-        if not (directory / name).is_file() or not (directory / name).stat().st_size
-    ]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise BoardError(f"Pulsar2 has ended without writing {missing[0]}{more}, see {log}")
