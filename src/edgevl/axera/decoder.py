@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.axera.layout import LAYER_INPUTS, LAYER_OUTPUTS, MASKED, group_shapes
+from edgevl.axera.layout import LAYER_INPUTS, LAYER_OUTPUTS, MASKED, group_shapes, prefill_group
 from edgevl.axera.npu.base import (
     ALIGNMENT,
     FLOATS,
@@ -84,9 +84,12 @@ class LayerShapes:
         """Positions that a prefill computes at once."""
         return self.prefill[0].tokens if self.prefill else 1
 
-    def step(self, kind: tuple[StepGroup, ...], history: int) -> StepGroup | None:
-        """Return the group of a kind that reads the least and yet all of a history, or None."""
-        return next((group for group in kind if group.history >= history), None)
+    def step(self, cached: int, tokens: int) -> StepGroup:
+        """Return the group for the next of ``tokens``, a chunk or one, after those in the cache."""
+        group = prefill_group([each.history for each in self.prefill], cached, tokens)
+        if group is not None:
+            return self.prefill[group]
+        return next(each for each in self.decode if each.history >= cached)
 
 
 def layer_shapes(path: Path, groups: Sequence[Group], text: TextConfig) -> LayerShapes:

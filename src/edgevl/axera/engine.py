@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from edgevl.axera.decoder import NpuDecoder
 from edgevl.axera.directory import BoardModel
 from edgevl.axera.ends import NpuOutputLayer, NpuVisionEncoder
-from edgevl.axera.layout import pays_as_chunk
 from edgevl.axera.npu import open_runtime
 from edgevl.axera.npu.base import Memory, NpuModel, Runtime
 from edgevl.engine.base import Engine, Floats, Sequence
@@ -123,19 +122,11 @@ class AxeraEngine(Engine):
         return logits
 
     def _append(self, sequence: Sequence, embeddings: Floats) -> int:
-        """Append as many embeddings as one step takes: -> the row of the last hidden state.
-
-        That is a chunk; or a token where no chunk was compiled for a history this long, or where so
-        few are left that a chunk does not pay.
-        """
-        shapes, length = self._decoder.shapes, sequence.length
-        step = shapes.step(shapes.prefill, length)
-        if step is None or not pays_as_chunk(len(embeddings), step.history):
-            step = shapes.step(shapes.decode, length)
-            assert step is not None  # the context is that of the longest
+        """Append as many embeddings as one step takes: -> the row of the last hidden state."""
+        step = self._decoder.shapes.step(sequence.length, len(embeddings))
         tokens = min(step.tokens, len(embeddings))
         with self._runtime.in_use():
-            self._decoder.run(step, embeddings[:tokens], length)
+            self._decoder.run(step, embeddings[:tokens], sequence.length)
         sequence.length += tokens
         return tokens - 1
 

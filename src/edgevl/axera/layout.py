@@ -18,6 +18,8 @@ and does not look at its caches: that they are of the hidden size is Pulsar2's c
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -122,14 +124,22 @@ def group_shapes(text: TextConfig, tokens: int, history: int) -> dict[str, tuple
     }
 
 
-def pays_as_chunk(tokens: int, history: int) -> bool:
-    """Tell whether a chunk with so many tokens in it takes less time than these one by one.
+def prefill_group(histories: Sequence[int], cached: int, tokens: int) -> int | None:
+    """Choose the prefill group that the next chunk of a prompt goes through.
 
     Args:
+        histories: positions of the cache that each group reads, the fewest first.
+        cached: positions that the cache holds.
         tokens: that are left to compute.
-        history: positions that the chunk's group reads.
+
+    Returns:
+        The number of the one that reads the least and yet all of the cache. None where none does,
+        or where a chunk with so few tokens takes longer than these one by one.
     """
-    return tokens > SINGLE_STEPS + history // HISTORY_A_STEP
+    group = bisect_left(histories, cached)
+    if group == len(histories) or tokens <= SINGLE_STEPS + histories[group] // HISTORY_A_STEP:
+        return None
+    return group
 
 
 def layer_file(prefix: str, chunk: int, layer: int) -> str:

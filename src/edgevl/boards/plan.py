@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from edgevl.axera.layout import BOARD_FILE, BoardShape, check_shape, pays_as_chunk
+from edgevl.axera.layout import BOARD_FILE, BoardShape, check_shape, prefill_group
 from edgevl.boards.estimates import (
     MemoryPlan,
     group_times_ms,
@@ -274,10 +273,7 @@ def prefill_steps(shape: BoardShape, tokens: int, cached: int = 0) -> PrefillSte
     """
     histories = shape.histories()
     groups = []
-    while tokens:
-        group = bisect_left(histories, cached)
-        if group == len(histories) or not pays_as_chunk(tokens, histories[group]):
-            break
+    while tokens and (group := prefill_group(histories, cached, tokens)) is not None:
         groups.append(group)
         done = min(tokens, shape.chunk)
         cached += done
