@@ -22,9 +22,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from edgevl.checkpoint import ModelConfig
 from edgevl.checkpoint.architecture import TEXT, expected_tensors
 from edgevl.checkpoint.writer import TensorSpec, encode, write_safetensors
-from edgevl.synth.config_files import config_files
 from edgevl.synth.presets import PRESETS
-from edgevl.synth.writer import random_values
+from edgevl.synth.writer import config_files, random_values
 
 #: Parts of our names and what GGUF has instead, applied in this order.
 NAMES = {

@@ -54,7 +54,7 @@ def model_inputs(checkpoint: Checkpoint, picture: str) -> tuple[np.ndarray, np.n
 
 def write_hf_twin(checkpoint: Checkpoint, directory: Path) -> Path:
     """Write the same model in transformers' layout, float32."""
-    from edgevl.synth.config_files import config_files
+    from edgevl.synth.writer import config_files
     from storage import hf_names, write_tensors
 
     directory.mkdir()

@@ -22,7 +22,7 @@ from edgevl.boards.settings import DEFAULT_WEIGHT_TYPE, CompileSettings
 from edgevl.boards.steps import ASKED, CALIBRATION, LAYERS, ONNX, BoardStep, Compilation
 from edgevl.boards.text_checkpoint import check_weights, text_bytes
 from edgevl.checkpoint import Checkpoint, GPTQConfig
-from edgevl.checkpoint.side_files import copy_side_files
+from edgevl.checkpoint.directory import copy_side_files
 from edgevl.errors import BoardError
 from edgevl.loading import locate, model_name, open_checkpoint
 from edgevl.version import __version__

@@ -13,8 +13,8 @@ import numpy as np
 from edgevl.axera.layout import EMBEDDING_BF16, EMBEDDING_F32, EMBEDDING_NPY
 from edgevl.checkpoint import Checkpoint, GPTQConfig, StoredTensor
 from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, TEXT
-from edgevl.checkpoint.side_files import TOKENIZER_FILES, copy_side_files
-from edgevl.checkpoint.text_json import text_json
+from edgevl.checkpoint.config import text_json
+from edgevl.checkpoint.directory import TOKENIZER_FILES, copy_side_files
 from edgevl.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     TensorSpec,

@@ -4,26 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, TEXT, expected_tensors
-from edgevl.checkpoint.config import GPTQConfig, ModelConfig
+from edgevl.checkpoint.architecture import (
+    EMBEDDING,
+    LM_HEAD,
+    TEXT,
+    StoredNames,
+    expected_tensors,
+)
+from edgevl.checkpoint.config import FLASH_REFUSED, GPTQConfig, ModelConfig
 from edgevl.checkpoint.directory import ModelDirectory, is_directory, read_config
-from edgevl.checkpoint.gptq import GPTQWeight, packed_shapes, stored_config
-from edgevl.checkpoint.layouts import StoredNames
+from edgevl.checkpoint.gptq import PARTS, GPTQWeight, packed_shapes, stored_config
 from edgevl.checkpoint.safetensors import FLOAT_TYPES, FilePlace, StoredTensor, Weights
-from edgevl.checkpoint.surplus import refuse_other_kinds, refuse_surplus
 from edgevl.errors import CheckpointError
+from edgevl.json_input import shown
 
 #: Blocks of a weight file that its fingerprint takes, and their size in bytes.
 SAMPLES = 16
 SAMPLE_BYTES = 4096
+
+_MERGE = (
+    "a LoRA adapter, which is not applied here: merge it into the model (merge_and_unload of "
+    "peft), save that and give its directory"
+)
+#: Tensors of kinds whose other weights may be those of an InternVL, and what is to be said of them.
+_OTHER_KINDS = (
+    (re.compile(r"(model\.)?(mlp2|gating|pooling_before_gating)\."), FLASH_REFUSED),
+    (re.compile(r".*(\.lora_|\.base_layer\.)"), _MERGE),
+)
+#: Buffers that old versions of libraries stored, a token for training only, heads for rewards.
+_HARMLESS = re.compile(
+    r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|masked_bias|mask_token"
+    r"|num_batches_tracked)|v_head\..*"
+)
 
 
 class Checkpoint(ModelDirectory):
@@ -51,10 +71,7 @@ class Checkpoint(ModelDirectory):
         self._packed: dict[str, tuple[str, GPTQConfig]] = {}
         for name, shape in self._shapes.items():
             self._check(name, shape)
-        refuse_surplus(
-            weights,
-            {stored: shape for name, shape in self._shapes.items() for stored in names(name)},
-        )
+        self._refuse_surplus()
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -76,7 +93,7 @@ class Checkpoint(ModelDirectory):
             )
         weights = Weights(path)
         try:
-            refuse_other_kinds(weights)
+            _refuse_other_kinds(weights)
             names = StoredNames(weights)
             layout, config = read_config(path, names.has_vision)
             if names.has_head:
@@ -101,12 +118,7 @@ class Checkpoint(ModelDirectory):
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -223,13 +235,8 @@ class Checkpoint(ModelDirectory):
         if name not in self._packed:
             return None
         base, config = self._packed[name]
-        return GPTQWeight(
-            qweight=self._weights[base + "qweight"],
-            qzeros=self._weights[base + "qzeros"],
-            scales=self._weights[base + "scales"],
-            g_idx=self._weights.get(base + "g_idx"),
-            config=config,
-        )
+        qweight, qzeros, scales = (self._weights[base + part] for part in PARTS[:3])
+        return GPTQWeight(qweight, qzeros, scales, self._weights.get(base + "g_idx"), config)
 
     def _require(self, name: str) -> None:
         """Raise unless ``name`` is a tensor of this model."""
@@ -255,12 +262,7 @@ class Checkpoint(ModelDirectory):
 
     def _check_packed(self, name: str, base: str, shape: tuple[int, ...]) -> None:
         """Find out how a GPTQ weight is stored, and raise unless it is there and well-formed."""
-        tensors = {
-            "qweight": ("I32",),
-            "qzeros": ("I32",),
-            "scales": FLOAT_TYPES,
-            "g_idx": ("I32",),
-        }
+        tensors = {part: FLOAT_TYPES if part == "scales" else ("I32",) for part in PARTS}
         if base + "g_idx" not in self._weights:
             del tensors["g_idx"]
         for part, types in tensors.items():
@@ -270,8 +272,8 @@ class Checkpoint(ModelDirectory):
                 raise CheckpointError("is quantized, which is supported of linear layers only")
             config = stored_config(
                 shape[1],
-                self._weights.shape(base + "qweight")[0],
-                self._weights.shape(base + "scales")[0],
+                self._weights[base + "qweight"].shape[0],
+                self._weights[base + "scales"].shape[0],
                 self.config.quantization,
                 "g_idx" in tensors,
             )
@@ -288,19 +290,58 @@ class Checkpoint(ModelDirectory):
         """Raise unless a tensor on disk has one of some types, and a shape if one is given."""
         weights = self._weights
         if name not in weights:
-            where = weights.paths[0] if len(weights.paths) == 1 else self.path
+            file = weights.paths[0] if len(weights.paths) == 1 else self.path
             of_shape = f" of shape {list(shape)}" if shape else ""
             raise CheckpointError(
-                f"{where}: tensor {name!r}{of_shape} is missing; config.json and the weights do "
+                f"{file}: tensor {name!r}{of_shape} is missing; config.json and the weights do "
                 "not belong together, or the download is incomplete"
             )
-        if shape is not None and weights.shape(name) != shape:
+        tensor, where = weights[name], f"{weights.path(name)}: tensor {name!r}"
+        if shape is not None and tensor.shape != shape:
             raise CheckpointError(
-                f"{weights.path(name)}: tensor {name!r} has shape {list(weights.shape(name))}, "
-                f"config.json says {list(shape)}"
+                f"{where} has shape {list(tensor.shape)}, config.json says {list(shape)}"
             )
-        if weights.dtype(name) not in types:
+        if tensor.dtype not in types:
+            raise CheckpointError(f"{where} has type {tensor.dtype}; supported: {', '.join(types)}")
+
+    def _refuse_surplus(self) -> None:
+        """Refuse tensors that the model does not have, unless they change nothing that it computes.
+
+        Run without them, a checkpoint of another kind would answer as a model that nobody trained.
+        """
+        weights, expected, linears = self._weights, set[str](), set[str]()
+        for name, shape in self._shapes.items():
+            for stored in self._stored_names(name):
+                expected.add(stored)
+                if len(shape) == 2:
+                    base = stored.removesuffix("weight")
+                    linears.add(base)
+                    expected.update(base + part for part in PARTS)
+
+        def harmless(name: str) -> bool:
+            if _HARMLESS.fullmatch(name):
+                return True
+            # Tools for GPTQ give every layer a bias.
+            bias = name.removesuffix("bias") in linears and weights[name].dtype in FLOAT_TYPES
+            return bias and not weights[name].to_float32().any()
+
+        surplus = [name for name in weights if name not in expected and not harmless(name)]
+        if surplus:
+            more = f" and {len(surplus) - 1} more tensors" if len(surplus) > 1 else ""
             raise CheckpointError(
-                f"{weights.path(name)}: tensor {name!r} has type {weights.dtype(name)}; supported: "
-                f"{', '.join(types)}"
+                f"{weights.path(surplus[0])}: has {shown(surplus[0], 150)}{more}, which the model "
+                "that config.json describes does not have; without them it would answer as another "
+                "model: get the config.json that belongs to the weights, or a model of a kind that "
+                "is supported"
             )
+
+
+def _refuse_other_kinds(weights: Weights) -> None:
+    """Refuse models that are known and not supported, by their tensors."""
+    adapter = weights.directory / "adapter_model.safetensors"
+    if adapter.exists() and adapter not in weights.paths:
+        raise CheckpointError(f"{adapter}: {_MERGE}; or remove it, where that has been done")
+    for kind, reason in _OTHER_KINDS:
+        name = next(filter(kind.match, weights), None)
+        if name is not None:
+            raise CheckpointError(f"{weights.path(name)}: has {shown(name, 150)}: {reason}")

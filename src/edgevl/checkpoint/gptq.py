@@ -22,6 +22,9 @@ from edgevl.checkpoint.config import GPTQConfig
 from edgevl.checkpoint.safetensors import StoredTensor
 from edgevl.errors import CheckpointError
 
+#: What the names of a quantized layer's tensors end in; ``g_idx`` may be absent.
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
 
 @dataclass(frozen=True)
 class GPTQWeight:

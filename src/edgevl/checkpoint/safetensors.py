@@ -330,14 +330,6 @@ class Weights(Mapping[str, StoredTensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._home
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape."""
-        return self._home[name].shape(name)
-
-    def dtype(self, name: str) -> str:
-        """Return a tensor's safetensors type."""
-        return self._home[name].dtype(name)
-
     def path(self, name: str) -> Path:
         """Return the file that holds a tensor."""
         return self._home[name].path

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.checkpoint import Checkpoint, StoredTensor
-from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, PROJECTOR, VISION
-from edgevl.checkpoint.layouts import transformers_name
-from edgevl.checkpoint.side_files import copy_side_files
+from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD, PROJECTOR, VISION, transformers_name
+from edgevl.checkpoint.directory import copy_side_files
 from edgevl.checkpoint.writer import TensorSpec, encode, raw, running_total, write_safetensors
 
 #: Tensors that take the place of weights: canonical name -> what their names end in -> tensor.

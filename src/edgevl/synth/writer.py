@@ -18,14 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
-from edgevl.checkpoint.architecture import expected_tensors
-from edgevl.checkpoint.config import ModelConfig
-from edgevl.checkpoint.layouts import hf_names
+from edgevl.checkpoint.architecture import expected_tensors, hf_names
+from edgevl.checkpoint.config import ModelConfig, text_json
 from edgevl.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     TensorSpec,
@@ -33,7 +34,6 @@ from edgevl.checkpoint.writer import (
     write_safetensors,
 )
 from edgevl.errors import CheckpointError
-from edgevl.synth.config_files import CHAT_TEMPLATE, config_files
 from edgevl.synth.tokenizer import (
     QWEN_BASE_VOCABULARY,
     build_tokenizer,
@@ -45,6 +45,12 @@ from edgevl.work import check_disk, check_target, publish
 LAYOUTS = ("internvl_chat", "hf")
 #: Stored dtypes by the name users give them.
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+#: Torch's names of the stored dtypes.
+TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+_HERE = Path(__file__).parent
+#: Chat template of the published checkpoints: ChatML with a marker where an image goes.
+CHAT_TEMPLATE = (_HERE / "chat_template.jinja").read_text("utf-8")
 
 #: Elements that one random generator makes.
 _BLOCK = 1 << 20
@@ -246,11 +252,82 @@ def _write_side_files(
 ) -> None:
     """Write everything but the weights."""
     described = "internvl" if layout == "hf" else layout
-    files = config_files(described, config, tokenizer, dtype)
-    for name, content in files.items():
+    for name, content in config_files(described, config, tokenizer, dtype).items():
         text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
         (directory / name).write_text(text + "\n", encoding="utf-8")
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     tokenizer.save(str(directory / "tokenizer.json"))
     if layout == "internvl_chat":  # the slow tokenizer's files lie there too
         tokenizer.model.save(str(directory))
+
+
+def config_files(
+    layout: str, config: ModelConfig, tokenizer: Tokenizer, dtype: str
+) -> dict[str, dict[str, Any]]:
+    """Return the JSON files of a layout by file name, from a template for each layout.
+
+    Fields and values are those of OpenGVLab/InternVL3_5-1B. Its ``auto_map`` is kept for the tools
+    that look at it; the Python files it names are not written.
+
+    Args:
+        layout: "internvl_chat", or "internvl" for that of transformers.
+        config: The model's shape.
+        tokenizer: Its tokenizer.
+        dtype: One of `TORCH_DTYPES`.
+    """
+    token_id = tokenizer.token_to_id
+    end, pad = token_id("<|im_end|>"), token_id("<|endoftext|>")
+    text = text_json(config.text, TORCH_DTYPES[dtype])
+    environment = Environment(loader=FileSystemLoader(_HERE), undefined=StrictUndefined)
+    filled = environment.get_template(f"{layout}.json.jinja").render(
+        config=config,
+        vision=config.vision,
+        torch_dtype=TORCH_DTYPES[dtype],
+        text=text | {"bos_token_id": pad, "eos_token_id": end},
+        end=end,
+        pad=pad,
+        image_token_id=token_id("<IMG_CONTEXT>"),
+        tokenizer=_tokenizer_json(tokenizer),
+        # Placeholders that the processor looks for. `<video>` is never encoded: frames replace it.
+        named={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>" if token_id("<video>") else "<|video_pad|>",
+        },
+    )
+    return json.loads(filled)
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return ``tokenizer_config.json``."""
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
+    return {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(number): {
+                "content": token.content,
+                "lstrip": token.lstrip,
+                "normalized": token.normalized,
+                "rstrip": token.rstrip,
+                "single_word": token.single_word,
+                "special": token.special,
+            }
+            for number, token in added
+        },
+        "additional_special_tokens": [
+            token.content
+            for _, token in added
+            if token.special and token.content != "<|endoftext|>"
+        ],
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 14588,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
