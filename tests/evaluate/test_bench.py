@@ -13,7 +13,7 @@ from edgevl import cli
 from edgevl.checkpoint.architecture import expected_tensors
 from edgevl.engine import Sequence, WeightBytes
 from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError
-from edgevl.evaluate import bench, roofline
+from edgevl.evaluate import bench
 from edgevl.synth.presets import PRESETS
 
 WEIGHTS = WeightBytes(vision=1_000_000, text=4_000_000, embedding=600 * 100, cache_per_token=500)
@@ -195,7 +195,7 @@ def test_decoder_operations_by_counting(preset):
     seen = sum(5 + position for position in range(1, 4))  # 3 tokens after 5 others
     attention = 2 * seen * text.num_hidden_layers * text.num_attention_heads * text.head_dim
     expected = 2 * (3 * layers + head + attention)
-    assert roofline.decoder_operations(config, 3, 5) == pytest.approx(expected)
+    assert bench.decoder_operations(config, 3, 5) == pytest.approx(expected)
 
 
 def test_vision_operations_by_counting(preset):
@@ -207,7 +207,7 @@ def test_vision_operations_by_counting(preset):
     projector = weights_of(config, "mlp1.")
     attention = 2 * positions**2 * vision.hidden_size * vision.num_hidden_layers
     macs = positions * layers + vision.num_patches * patch + config.image_tokens * projector
-    assert roofline.vision_operations(config) == pytest.approx(2 * (macs + attention))
+    assert bench.vision_operations(config) == pytest.approx(2 * (macs + attention))
 
 
 def test_vision_operations_leave_out_layers_that_are_not_run():
@@ -215,7 +215,7 @@ def test_vision_operations_leave_out_layers_that_are_not_run():
 
     config = PRESETS["mini-qwen3"].config
     fewer = dataclasses.replace(config, select_layer=-2)
-    two, one = map(roofline.vision_operations, (config, fewer))
+    two, one = map(bench.vision_operations, (config, fewer))
     per_layer = weights_of(config, "vision_model.encoder.layers.0.")
     positions = config.vision.num_patches + 1
     attention = 2 * positions**2 * config.vision.hidden_size
@@ -224,25 +224,25 @@ def test_vision_operations_leave_out_layers_that_are_not_run():
 
 def test_published_work_of_the_1b_model():
     config = PRESETS["internvl3_5-1b"].config
-    assert roofline.vision_operations(config) == pytest.approx(0.73e12, rel=0.02)
-    assert roofline.decoder_operations(config, 1, 0) == pytest.approx(0.88e9 + 0.31e9, rel=0.02)
+    assert bench.vision_operations(config) == pytest.approx(0.73e12, rel=0.02)
+    assert bench.decoder_operations(config, 1, 0) == pytest.approx(0.88e9 + 0.31e9, rel=0.02)
 
 
 def test_steps_under_the_roofline(fake):
     config = fake.checkpoint.config
-    steps = {step.name: step for step in roofline.roofline_steps(run(fake), config, WEIGHTS)}
+    steps = {step.name: step for step in bench.roofline_steps(run(fake), config, WEIGHTS)}
     assert list(steps) == ["vision", "prefill 4", "prefill 8", "prefill 20", "decode"]
     decode = steps["decode"]
     assert decode.bytes == 4_000_000 + 13 * 500
     assert decode.intensity == decode.operations / decode.bytes
     assert decode.gops == pytest.approx(decode.operations / 0.004 / 1e9)
-    assert steps["vision"].gops == pytest.approx(roofline.vision_operations(config) / 1e9)
+    assert steps["vision"].gops == pytest.approx(bench.vision_operations(config) / 1e9)
 
 
 def test_plot_needs_what_was_not_measured(fake, monkeypatch):
     monkeypatch.setattr(bench, "machine_probe", lambda threads: None)
     with pytest.raises(EdgeVLError, match=r"^--plot: .* use --engine cpu$"):
-        roofline.plot_roofline(run(fake), fake.checkpoint.config, WEIGHTS, None)
+        bench.plot_roofline(run(fake), fake.checkpoint.config, WEIGHTS, None)
 
 
 def test_plot_is_a_picture(fake, tmp_path):
@@ -251,7 +251,7 @@ def test_plot_is_a_picture(fake, tmp_path):
 
     path = tmp_path / "roof.png"
     with path.open("wb") as file:
-        roofline.plot_roofline(run(fake), fake.checkpoint.config, WEIGHTS, file)
+        bench.plot_roofline(run(fake), fake.checkpoint.config, WEIGHTS, file)
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("L").getcolors()) > 10  # lines, points, text

@@ -88,7 +88,7 @@ def command(
         # What can fail at once fails before the model is loaded.
         drawing = stack.enter_context(replacing(plot)) if plot else None
         if plot is not None:
-            from edgevl.evaluate.roofline import plot_roofline, require_matplotlib
+            from edgevl.evaluate.bench import plot_roofline, require_matplotlib
 
             require_matplotlib()
         from edgevl.evaluate.bench import run_bench

@@ -7,8 +7,15 @@ from edgevl.evaluate.perplexity import (
     read_text,
     text_windows,
 )
-from edgevl.evaluate.vqa import Outcome, Question, VQAResult, evaluate_vqa, read_questions
-from edgevl.evaluate.vqa_comparison import VQAComparison, compare_vqa
+from edgevl.evaluate.vqa import (
+    Outcome,
+    Question,
+    VQAComparison,
+    VQAResult,
+    compare_vqa,
+    evaluate_vqa,
+    read_questions,
+)
 
 __all__ = [
     "Comparison",

@@ -4,10 +4,15 @@ A shared machine's memory bandwidth swings with its neighbours, so a time alone 
 round measures the read bandwidth, then each step of the model, then the bandwidth again; the result
 is the median over the rounds. Inputs are random: no time depends on what a picture shows or a token
 means.
+
+Beside the times goes the roofline of the machine (Williams et al. 2009), and where the steps lie
+under it. Intensity counts what a step cannot avoid: the multiply-adds of its products, and reading
+each weight and each cached position once. It comes from the shapes alone.
 """
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import sys
@@ -15,11 +20,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from edgevl.checkpoint import ModelConfig
+from edgevl.checkpoint.architecture import matrices, text_layer, vision_components, vision_layers
 from edgevl.engine import Engine, base
 from edgevl.errors import CheckpointError, ContextLengthError, EdgeVLError
 from edgevl.generate import Model
@@ -27,6 +33,9 @@ from edgevl.machine import this_machine
 
 #: Bytes read to measure the bandwidth: many times what a last-level cache holds.
 READ_BYTES = 512 << 20
+
+#: Labels lie some points beside what they name.
+_OFFSET: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 #: Measures the machine: -> read bandwidth in GB/s, int8 rate in 1e9 operations a second.
 Probe = Callable[[], tuple[float, float]]
@@ -123,10 +132,7 @@ class BenchResult:
             },
             "model": self.model,
             "vision": None if self.vision_ms is None else {"ms_per_tile": self.vision_ms},
-            "prefill": [
-                {"tokens": step.tokens, "ms": step.ms, "tokens_per_s": step.tokens_per_s}
-                for step in self.prefill
-            ],
+            "prefill": [{**vars(step), "tokens_per_s": step.tokens_per_s} for step in self.prefill],
             "decode": {
                 "after_tokens": decode.after,
                 "tokens": decode.tokens,
@@ -207,8 +213,7 @@ def run_bench(
         probe()
 
     times: dict[str, list[float]] = {step: [] for step in (*once, "decode")}
-    bandwidths: list[float] = []
-    int8_rates: list[float] = []
+    rates: list[tuple[float, float]] = []
     fractions: list[float] = []
     bytes_per_token = decode_bytes(model.engine, model.checkpoint.config, after + generate // 2)
     for number in range(1, runs + 1):
@@ -216,24 +221,21 @@ def run_bench(
             progress(f"round {number} of {runs}, {step}")
             times[step].append(measure())
         progress(f"round {number} of {runs}, decode")
-        before = probe() if probe is not None else None
+        around = [probe()] if probe else []
         times["decode"].append(steps.decode_ms())
-        if probe is None or before is None:
-            continue
-        behind = probe()
-        bandwidths += [before[0], behind[0]]
-        int8_rates += [before[1], behind[1]]
-        if bytes_per_token is not None:
+        around += [probe()] if probe else []
+        rates += around
+        if around and bytes_per_token is not None:
             achieved = bytes_per_token / times["decode"][-1] / 1e6
-            fractions.append(achieved / statistics.mean((before[0], behind[0])))
+            fractions.append(achieved / statistics.mean(bandwidth for bandwidth, _ in around))
     medians = {step: statistics.median(values) for step, values in times.items()}
     weights = model.engine.weight_bytes()
     return BenchResult(
         model=name,
         cpu=this_machine().cpu,
         threads=threads,
-        read_bandwidth_gb_s=statistics.median(bandwidths) if bandwidths else None,
-        int8_gops=statistics.median(int8_rates) if int8_rates else None,
+        read_bandwidth_gb_s=_median([bandwidth for bandwidth, _ in rates]),
+        int8_gops=_median([int8_rate for _, int8_rate in rates]),
         vision_ms=medians.get("vision"),
         prefill=tuple(Prefill(n, medians[f"prefill {n}"]) for n in prompt_tokens),
         decode=Decode(
@@ -241,7 +243,7 @@ def run_bench(
             generate,
             medians["decode"],
             bytes_per_token,
-            statistics.median(fractions) if fractions else None,
+            _median(fractions),
         ),
         weights_bytes=weights.total if weights else None,
         peak_rss_bytes=peak_rss,
@@ -249,6 +251,10 @@ def run_bench(
         rounds=runs,
         notes=model.engine.notes,
     )
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def decode_bytes(engine: Engine, config: ModelConfig, context: int) -> int | None:
@@ -329,3 +335,122 @@ def elapsed_ms(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return 1000 * (time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A measured step: operations (a multiply-add counts two), bytes read at least, duration."""
+
+    name: str
+    operations: float
+    bytes: float
+    ms: float
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.operations / self.bytes
+
+    @property
+    def gops(self) -> float:
+        """Rate reached, in 1e9 operations a second."""
+        return self.operations / self.ms / 1e6
+
+
+def decoder_operations(config: ModelConfig, tokens: int, cached: int) -> float:
+    """Return the operations of the decoder for ``tokens`` positions after ``cached`` others.
+
+    Linear layers, attention to what each position can see, and the head for the last position.
+    """
+    text = config.text
+    linears = [linear for matrix in matrices(text_layer(text)) for linear in matrix.linears]
+    seen = tokens * cached + tokens * (tokens + 1) / 2
+    layer = tokens * sum(linear.outputs * linear.inputs for linear in linears)
+    layer += 2 * seen * text.num_attention_heads * text.head_dim
+    return 2 * (text.num_hidden_layers * layer + text.hidden_size * text.vocab_size)
+
+
+def vision_operations(config: ModelConfig) -> float:
+    """Return the operations of the encoder and the projector for one tile."""
+    layers, patches = vision_layers(config), config.vision.num_patches
+    total = layers * 2 * (patches + 1) ** 2 * config.vision.hidden_size  # attention
+    for matrix in matrices(vision_components(config, layers)):
+        (linear,) = matrix.linears
+        rows = patches if linear.kernel else patches + 1
+        if matrix.native.startswith("projector"):
+            rows = config.image_tokens
+        total += rows * linear.outputs * linear.inputs
+    return 2 * total
+
+
+def roofline_steps(
+    result: BenchResult, config: ModelConfig, weights: base.WeightBytes
+) -> list[Step]:
+    """Return the measured steps with their operations and bytes."""
+    steps = []
+    if result.vision_ms is not None:
+        steps.append(Step("vision", vision_operations(config), weights.vision, result.vision_ms))
+    for prefill in result.prefill:
+        operations = decoder_operations(config, prefill.tokens, 0)
+        steps.append(Step(f"prefill {prefill.tokens}", operations, weights.text, prefill.ms))
+    decode = result.decode
+    context = decode.after + decode.tokens // 2
+    operations = decoder_operations(config, 1, context)
+    read = weights.text + context * weights.cache_per_token
+    steps.append(Step("decode", operations, read, decode.ms_per_token))
+    return steps
+
+
+def plot_roofline(
+    result: BenchResult, config: ModelConfig, weights: base.WeightBytes | None, file: IO[bytes]
+) -> None:
+    """Draw the roofline with the measured steps as PNG into ``file``.
+
+    Raises:
+        EdgeVLError: matplotlib is missing, or the engine or the machine was not measured.
+    """
+    bandwidth, int8_gops = result.read_bandwidth_gb_s, result.int8_gops
+    if weights is None or bandwidth is None or int8_gops is None:
+        raise EdgeVLError(
+            "--plot: this engine does not say what its weights take, or the machine's rates could "
+            "not be measured: use --engine cpu"
+        )
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    steps = roofline_steps(result, config, weights)
+    ridge = int8_gops / bandwidth
+    low = min(ridge, *(step.intensity for step in steps)) / 2
+    high = max(ridge, *(step.intensity for step in steps)) * 2
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_axisbelow(True)
+    axes.loglog([low, ridge, high], [low * bandwidth, int8_gops, int8_gops], color="0.3")
+    middle = math.sqrt(low * ridge)
+    axes.annotate(
+        f"{bandwidth:.1f} GB/s", (middle, middle * bandwidth), (-8, 4), ha="right", **_OFFSET
+    )
+    axes.annotate(f"{int8_gops:.0f} int8 GOPS", (ridge, int8_gops), (6, 5), **_OFFSET)
+    for step in steps:
+        attainable = min(int8_gops, step.intensity * bandwidth)
+        axes.plot(step.intensity, step.gops, "o")
+        label = f"{step.name}\n{step.gops / attainable:.0%}"
+        # Beside the line; above the prefills, which lie side by side; below.
+        offset = {"decode": (28, -20), "vision": (0, 8)}.get(step.name, (0, -24))
+        axes.annotate(label, (step.intensity, step.gops), offset, ha="center", **_OFFSET)
+    axes.set_xlabel("operations per byte read")
+    axes.set_ylabel("1e9 operations per second")
+    axes.set_title(f"{result.model} on {result.cpu}, {result.threads} threads", fontsize=10)
+    axes.grid(which="both", color="0.9")
+    axes.margins(y=0.2)
+    figure.savefig(file, format="png", dpi=150)
+
+
+def require_matplotlib() -> None:
+    """Raise an EdgeVLError that says what to install, if matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise EdgeVLError(
+            '--plot needs matplotlib, which is missing: pip install "edgevl[bench]"'
+        ) from None

@@ -1,4 +1,4 @@
-"""Accuracy on a file of questions about pictures."""
+"""Accuracy on a file of questions about pictures, of a model alone or beside another."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevl.errors import EdgeVLError, PromptError
+from edgevl.evaluate.agreement import Comparison, check_same_tokens
 from edgevl.evaluate.boxes import mean_iou, parse_boxes
 from edgevl.files import read_text
 from edgevl.json_input import check_unicode, filled_text, parse_object
-from edgevl.options import GREEDY
+from edgevl.options import GREEDY, SamplingOptions
 
 if TYPE_CHECKING:
     from edgevl.generate import Answer, Constraint, Model
@@ -103,6 +104,37 @@ class VQAResult:
             "accuracy": self.accuracy,
             "questions": len(self.outcomes),
             "families": {name: right / total for name, (right, total) in self.families.items()},
+        }
+
+
+@dataclass(frozen=True)
+class VQAComparison:
+    """A model beside a reference, on the same questions.
+
+    Attributes:
+        result: what the model answered.
+        against: what the reference answered.
+        tokens: tokens of the reference's answers, those that end a turn included.
+        token_agreement: share of them that the model finds the most likely, 0 to 1.
+        kl_divergence: mean KL(reference ‖ model) before each of them, in nats.
+    """
+
+    result: VQAResult
+    against: VQAResult
+    tokens: int
+    token_agreement: float
+    kl_divergence: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the model's accuracy, the reference's under ``against_…``, and the agreement."""
+        against = self.against.to_dict()
+        return {
+            **self.result.to_dict(),
+            "against_accuracy": against["accuracy"],
+            "against_families": against["families"],
+            "tokens": self.tokens,
+            "token_agreement": self.token_agreement,
+            "kl_divergence": self.kl_divergence,
         }
 
 
@@ -278,3 +310,63 @@ def ask_question(model: Model, question: Question, **options: Any) -> tuple[Outc
     options = {**GREEDY, "constraint": question.constraint, **options}
     answer = model.ask(question.question, images=[question.image], **options)
     return Outcome(question, answer.text, is_right(answer.text, question.answers)), answer
+
+
+def compare_vqa(
+    model: Model,
+    against: Model,
+    questions: Sequence[Question],
+    on_outcome: Callable[[Outcome, Outcome], None] | None = None,
+    *,
+    max_tokens: int = SamplingOptions.max_tokens,
+    max_tiles: int | None = None,
+) -> VQAComparison:
+    """Ask both models every question by itself, greedily, and compare.
+
+    ``model`` is then run over the very tokens of each answer of ``against`` (teacher forcing), so
+    that both predict the same position from the same text. Load both with ``exact_logits``.
+
+    Args:
+        model: what to measure.
+        against: the reference, another object than ``model``.
+        questions: at least one, from ``read_questions``.
+        on_outcome: called after every question with the outcomes of ``model`` and ``against``.
+        max_tokens: most tokens of an answer.
+        max_tiles: most tiles of a picture; default is each checkpoint's.
+
+    Raises:
+        EdgeVLError: the tokenizers differ, a picture or a prompt cannot be taken, or a logit is not
+            finite.
+    """
+    if not questions:
+        raise QuestionFileError("no questions to ask")
+    check_same_tokens(model, against)
+    options = {"max_tokens": max_tokens, "max_tiles": max_tiles}
+    comparison = Comparison()
+    outcomes, expected = [], []
+    for question in questions:
+        reference, answer = ask_question(against, question, **options)
+        outcome, _ = ask_question(model, question, **options)
+        asked, count = (question.question, [question.image]), len(answer.token_ids)
+        scores = [
+            each.score(each.chat(max_tiles=max_tiles).prompt(*asked, count + 1), answer.token_ids)
+            for each in (against, model)
+        ]
+        # The end of the turn counts as a token; an answer that was cut off has none.
+        left = count + (answer.finish_reason == "stop")
+        for first, other in zip(*scores, strict=True):
+            taken = min(len(first), left)
+            # The answer is greedy: its tokens are the reference's most likely ones.
+            comparison.add(first[:taken], other[:taken], first[:taken].argmax(axis=1))
+            left -= taken
+        outcomes.append(outcome)
+        expected.append(reference)
+        if on_outcome is not None:
+            on_outcome(outcome, reference)
+    return VQAComparison(
+        VQAResult(tuple(outcomes)),
+        VQAResult(tuple(expected)),
+        comparison.tokens,
+        comparison.token_agreement,
+        comparison.kl_divergence,
+    )
