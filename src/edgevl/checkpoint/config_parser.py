@@ -179,7 +179,7 @@ def _parse_pictures(top: Fields, processor: Fields) -> dict[str, Any]:
 
 
 #: Defaults of ``InternVisionConfig`` (internvl_chat), which are InternViT-6B's, and of
-#: transformers' ``InternVLVisionConfig``.
+#: transformers' ``InternVLVisionConfig``, whose sizes are those of InternViT-300M.
 _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "internvl_chat": {
         "hidden_size": 3200,
@@ -190,32 +190,22 @@ _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
         "norm_type": "rms_norm",
         "use_qk_norm": True,
     },
-    "internvl": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 448,
-        "norm_type": "layer_norm",
-        "use_qk_norm": False,
-    },
+    "internvl": vars(INTERNVIT_300M),
 }
 
 
 def _parse_vision(fields: Fields, default: Mapping[str, Any]) -> VisionConfig:
     """Parse ``vision_config``."""
+
+    def size(name: str, most: int) -> int:
+        return fields.integer(name, 1, most, default[name])
+
     fields.choice("hidden_act", ("gelu",), "gelu")
     vision = VisionConfig(
-        hidden_size=fields.integer("hidden_size", 1, MAX_HIDDEN_SIZE, default["hidden_size"]),
-        intermediate_size=fields.integer(
-            "intermediate_size", 1, MAX_INTERMEDIATE_SIZE, default["intermediate_size"]
-        ),
-        num_hidden_layers=fields.integer(
-            "num_hidden_layers", 1, MAX_LAYERS, default["num_hidden_layers"]
-        ),
-        num_attention_heads=fields.integer(
-            "num_attention_heads", 1, MAX_HEADS, default["num_attention_heads"]
-        ),
+        hidden_size=size("hidden_size", MAX_HIDDEN_SIZE),
+        intermediate_size=size("intermediate_size", MAX_INTERMEDIATE_SIZE),
+        num_hidden_layers=size("num_hidden_layers", MAX_LAYERS),
+        num_attention_heads=size("num_attention_heads", MAX_HEADS),
         image_size=fields.square("image_size", 1, MAX_IMAGE_SIZE, default["image_size"]),
         patch_size=fields.square("patch_size", 1, MAX_IMAGE_SIZE, 14),
         norm_type=fields.choice("norm_type", ("layer_norm", "rms_norm"), default["norm_type"]),
