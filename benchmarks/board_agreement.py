@@ -26,7 +26,7 @@ import numpy as np
 
 import edgevl
 from edgevl.options import GREEDY
-from edgevl.quantize.calibration.shipped import drawn
+from edgevl.quantize.calibration.pictures import drawn
 
 #: Where a layer rounds to bfloat16: inputs of its four products, queries, keys, values, weights of
 #: attention, its output.

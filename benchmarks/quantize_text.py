@@ -11,10 +11,9 @@ import torch
 from edgevl.checkpoint import Checkpoint
 from edgevl.quantize import QuantizationSettings
 from edgevl.quantize.calibration import Sample
-from edgevl.quantize.layers import packed_tensors, quantize_layers
-from edgevl.quantize.output import write_checkpoint
+from edgevl.quantize.output import quantization_fields, write_checkpoint
 from edgevl.quantize.run import bfloat16_products
-from edgevl.quantize.settings import quantization_fields
+from edgevl.quantize.text import packed_tensors, quantize_layers
 from edgevl.version import __version__
 from edgevl.work import WorkDirectory
 

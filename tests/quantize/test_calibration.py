@@ -1,9 +1,7 @@
 """Calibration as a whole: mixture, determinism, resuming, what a sample consists of."""
 
-import importlib
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,16 +9,17 @@ import pytest
 
 import edgevl
 from edgevl.preprocess import Message, prepare_picture
-from edgevl.quantize.calibration import collect, collection_key, load_set, save_set
-from edgevl.quantize.calibration.collect import notes_on_size, widest_inputs
-from edgevl.quantize.calibration.conversations import ConversationLog, converse
-from edgevl.quantize.calibration.pictures import FoundPicture
-from edgevl.quantize.calibration.requests import heldout_count, kinds, requests
-from edgevl.quantize.calibration.shipped import drawn
+from edgevl.quantize.calibration import collect, collection, collection_key, load_set, save_set
+from edgevl.quantize.calibration.collection import notes_on_size, widest_inputs
+from edgevl.quantize.calibration.conversations import (
+    ConversationLog,
+    converse,
+    heldout_count,
+    kinds,
+    requests,
+)
+from edgevl.quantize.calibration.pictures import FoundPicture, drawn
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
-
-#: The package's function of this name hides its module.
-collect_module = importlib.import_module("edgevl.quantize.calibration.collect")
 
 SETTINGS = QuantizationSettings(samples=8)
 
@@ -155,7 +154,7 @@ def test_an_interrupted_collection_goes_on_to_the_same_result(calibration, tmp_p
         file.write(b'{"request": "broken off')
     asked = []
     monkeypatch.setattr(
-        collect_module,
+        collection,
         "converse",
         lambda model, request, images: asked.append(request) or converse(model, request, images),
     )
@@ -277,15 +276,14 @@ def test_too_few_samples(model, tmp_path):
 def test_fewer_tokens_than_inputs(model, calibration, monkeypatch):
     tokens = sum(len(sample.token_ids) for sample in calibration.samples)
     assert widest_inputs(model.checkpoint) == 384
-    module = sys.modules[notes_on_size.__module__]  # whose name is also its function's
-    monkeypatch.setattr(module, "widest_inputs", lambda checkpoint: tokens + 1)
+    monkeypatch.setattr(collection, "widest_inputs", lambda checkpoint: tokens + 1)
     message = rf"samples is 8: they have {tokens} tokens, fewer than the {tokens + 1} inputs of"
     with pytest.raises(QuantizationError, match=message + r".* at least 9"):
         notes_on_size(calibration.samples, model.checkpoint)
-    monkeypatch.setattr(module, "widest_inputs", lambda checkpoint: tokens // 2)
+    monkeypatch.setattr(collection, "widest_inputs", lambda checkpoint: tokens // 2)
     (note,) = notes_on_size(calibration.samples, model.checkpoint)
     assert f"{tokens} tokens" in note
-    monkeypatch.setattr(module, "widest_inputs", lambda checkpoint: tokens // 4)
+    monkeypatch.setattr(collection, "widest_inputs", lambda checkpoint: tokens // 4)
     assert notes_on_size(calibration.samples, model.checkpoint) == []
 
 

@@ -9,14 +9,20 @@ import pytest
 from PIL import Image
 
 from edgevl.preprocess.tiles import choose_grid
-from edgevl.quantize.calibration.pictures import THUMBNAIL_BYTES, thumbnail
-from edgevl.quantize.calibration.requests import LANGUAGES
-from edgevl.quantize.calibration.shipped import LEAST_SHARE, PICTURES, drawn, kinds
+from edgevl.quantize.calibration.conversations import LANGUAGES
+from edgevl.quantize.calibration.pictures import (
+    LEAST_SHARE,
+    PICTURES,
+    THUMBNAIL_BYTES,
+    drawn,
+    drawn_kinds,
+    thumbnail,
+)
 from repository import TINY
 
 
 def test_a_picture_shows_another_part_each_time():
-    assert len(kinds()) == 30
+    assert len(drawn_kinds()) == 30
     for place in range(30):
         first, again, other = drawn(place, 1), drawn(30 + place, 1), drawn(place, 2)
         assert first.mode == "RGB"
@@ -31,7 +37,7 @@ def test_every_kind_has_a_subject_in_each_language():
     questions = json.loads(PICTURES.with_name("questions.json").read_text("utf-8"))
     for language in LANGUAGES:
         subjects = questions[language]["subjects"]
-        assert {*kinds(), "any"} == subjects.keys()
+        assert {*drawn_kinds(), "any"} == subjects.keys()
         assert all(subject.isascii() == (language == "en") for subject in subjects.values())
 
 

@@ -12,12 +12,11 @@ from edgevl.checkpoint import Checkpoint  # noqa: E402
 from edgevl.checkpoint.architecture import EMBEDDING, LM_HEAD  # noqa: E402
 from edgevl.engine import ReferenceEngine  # noqa: E402
 from edgevl.quantize import QuantizationError, QuantizationSettings  # noqa: E402
-from edgevl.quantize import layers as layers_module  # noqa: E402
-from edgevl.quantize.calibration.calibration_set import Sample  # noqa: E402
+from edgevl.quantize import text as text_module  # noqa: E402
+from edgevl.quantize.calibration import Sample  # noqa: E402
 from edgevl.quantize.decoder import LINEARS, layer_name  # noqa: E402
-from edgevl.quantize.layers import check_sizes, packed_tensors, quantize_layers  # noqa: E402
-from edgevl.quantize.measure import measure  # noqa: E402
 from edgevl.quantize.run import SETTLED  # noqa: E402
+from edgevl.quantize.text import check_sizes, measure, packed_tensors, quantize_layers  # noqa: E402
 from edgevl.work import WorkDirectory, check_target, publish  # noqa: E402
 from edgevl.work import opened as opened_for  # noqa: E402
 
@@ -60,7 +59,7 @@ def checkpoint(request, quantizable_checkpoint):
 
 def test_streams_of_the_original_are_the_references(checkpoint, tmp_path):
     _, states, _, heldout = run(checkpoint, tmp_path)
-    cost = measure(checkpoint, states, heldout, CPU)
+    cost, _ = measure(checkpoint, states, heldout, CPU)
     reference = ReferenceEngine(checkpoint)
     loss = 0.0
     for sample in heldout:
@@ -71,8 +70,8 @@ def test_streams_of_the_original_are_the_references(checkpoint, tmp_path):
         following = sample.token_ids[sample.reply_start :]
         loss -= logits[np.arange(len(following)), following].sum()
     count = sum(len(s.token_ids) - s.reply_start for s in heldout)
-    assert cost.perplexity["tokens"] == cost.conversations["tokens"] == count
-    assert cost.perplexity["original"] == pytest.approx(np.exp(loss / count), rel=1e-4)
+    assert cost["perplexity"]["tokens"] == cost["conversations"]["tokens"] == count
+    assert cost["perplexity"]["original"] == pytest.approx(np.exp(loss / count), rel=1e-4)
 
 
 class Replaced:
@@ -111,7 +110,7 @@ def test_measured_logits_are_those_of_the_stored_weights(checkpoint, tmp_path, t
     assert len(packed) == len(LINEARS) * checkpoint.config.text.num_hidden_layers
     reference = ReferenceEngine(Replaced(checkpoint, dequantized(packed, int(text[3:]))))
     expected = reference.extend(reference.new_sequence(), heldout[0].token_ids.tolist())[-1]
-    logits = measure(checkpoint, states, heldout, CPU).logits
+    _, logits = measure(checkpoint, states, heldout, CPU)
     assert np.linalg.norm(logits - expected) < 1e-4 * np.linalg.norm(expected)
 
 
@@ -139,7 +138,7 @@ class StoppedError(Exception):
 
 def test_an_interrupted_run_goes_on_and_gives_the_same(checkpoint, tmp_path, monkeypatch):
     whole, _, rows, _ = run(checkpoint, tmp_path / "whole")
-    real, calls = layers_module.quantize_layer, []
+    real, calls = text_module.quantize_layer, []
 
     def stops_in_the_second_layer(*arguments, **options):
         calls.append(None)
@@ -148,7 +147,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(checkpoint, tmp_path, mon
             raise StoppedError
         return result
 
-    monkeypatch.setattr(layers_module, "quantize_layer", stops_in_the_second_layer)
+    monkeypatch.setattr(text_module, "quantize_layer", stops_in_the_second_layer)
     with pytest.raises(StoppedError):
         run(checkpoint, tmp_path / "parts")
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == [
@@ -173,7 +172,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(checkpoint, tmp_path, mon
 
 def test_a_finished_run_does_nothing_again(checkpoint, tmp_path, monkeypatch):
     _, _, rows, _ = run(checkpoint, tmp_path)
-    monkeypatch.setattr(layers_module, "quantize_layer", None)
+    monkeypatch.setattr(text_module, "quantize_layer", None)
     assert run(checkpoint, tmp_path)[2] == rows
 
 

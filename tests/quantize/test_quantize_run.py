@@ -17,6 +17,7 @@ from edgevl.cli import main  # noqa: E402
 from edgevl.errors import CheckpointError  # noqa: E402
 from edgevl.loading import model_name  # noqa: E402
 from edgevl.quantize import QuantizationError, QuantizationSettings, quantize_checkpoint  # noqa: E402
+from edgevl.quantize.calibration import collection  # noqa: E402
 from edgevl.quantize.output import write_checkpoint  # noqa: E402
 from edgevl.work import WorkDirectory  # noqa: E402
 from repository import HELDOUT  # noqa: E402
@@ -203,8 +204,7 @@ def test_parts_can_be_left_as_they_are(quantizable_checkpoint, tmp_path, text, v
 def test_rounding_to_nearest_needs_few_samples_and_tokens(
     quantizable_checkpoint, tmp_path, monkeypatch
 ):
-    module = sys.modules["edgevl.quantize.calibration.collect"]  # whose name is also its function's
-    monkeypatch.setattr(module, "widest_inputs", lambda _: 10**9)
+    monkeypatch.setattr(collection, "widest_inputs", lambda _: 10**9)
     settings = QuantizationSettings(method="rtn", group_size=32)
     report = quantize_checkpoint(quantizable_checkpoint(), tmp_path / "out", settings)
     assert report["calibration"]["samples"] == 16

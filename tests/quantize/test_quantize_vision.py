@@ -19,8 +19,12 @@ from edgevl.options import LoadOptions  # noqa: E402
 from edgevl.preprocess import prepare_picture  # noqa: E402
 from edgevl.quantize import vision  # noqa: E402
 from edgevl.quantize.settings import QuantizationError  # noqa: E402
-from edgevl.quantize.smoothing import SmoothedTensors, producer, smoothing_factor  # noqa: E402
-from edgevl.quantize.vision import quantize_vision  # noqa: E402
+from edgevl.quantize.vision import (  # noqa: E402
+    SmoothedTensors,
+    producer,
+    quantize_vision,
+    smoothing_factor,
+)
 from edgevl.quantize.vision_network import Rounding, VisionNetwork, to_int8  # noqa: E402
 from edgevl.work import WorkDirectory  # noqa: E402
 from storage import write_directory  # noqa: E402
@@ -164,24 +168,23 @@ def test_outliers_are_smoothed_away(tmp_path, mini):
     assert result.plain_error > 3 * before.plain_error
     # Factors are off by the square root of two at most, and so is what is left.
     assert result.error < 1.5 * before.error
-    linears = {linear.weight: linear for linear in result.linears}
-    assert list(linears) == vision_linears(mini.config)
-    for weight, linear in linears.items():
-        assert (linear.strength is not None) == (producer(weight) is not None)
-        if linear.strength is not None:
-            assert linear.chosen < 0.7 * linear.plain
-        elif linear.format == "int8":
-            assert linear.chosen == linear.plain
+    layers = {layer["name"] + ".weight": layer for layer in result.layers}
+    assert list(layers) == vision_linears(mini.config)
+    for weight, layer in layers.items():
+        assert (layer["alpha"] is not None) == (producer(weight) is not None)
+        if layer["alpha"] is not None:
+            assert layer["error"] < 0.7 * layer["plain_error"]
+        elif layer["format"] == "int8":
+            assert layer["error"] == layer["plain_error"]
 
 
 def test_nothing_is_changed_without_gain(mini):
     tiles = random_tiles(mini.config, 8)
-    names = {name for name in vision_linears(mini.config) if producer(name)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vision, "LEAST_GAIN", 0.9)
         result = quantize_vision(mini, tiles, tiles)
     assert len(result.tensors) == 0
-    assert {linear.strength for linear in result.linears if linear.weight in names} == {None}
+    assert {layer["alpha"] for layer in result.layers} == {None}
 
 
 def test_a_sensitive_layer_is_kept(tmp_path, mini):
@@ -200,7 +203,8 @@ def test_a_sensitive_layer_is_kept(tmp_path, mini):
     assert spoilt in result.keep
     assert spoilt not in small.keep
     assert result.error < 0.8 * small.error
-    assert {x.weight for x in result.linears if x.format == "bf16"} == set(result.keep)
+    kept = {f"{layer['name']}.weight" for layer in result.layers if layer["format"] == "bf16"}
+    assert kept == set(result.keep)
 
 
 def test_keeping_has_to_lower_the_error_of_the_features(mini):

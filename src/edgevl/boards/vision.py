@@ -32,8 +32,7 @@ from edgevl.machine import this_machine
 from edgevl.optional import needs
 from edgevl.preprocess import load_image
 from edgevl.preprocess.tiles import byte_statistics, split, to_pixels
-from edgevl.quantize.calibration.pictures import choose_pictures, open_pictures
-from edgevl.quantize.calibration.shipped import drawn
+from edgevl.quantize.calibration.pictures import choose_pictures, drawn, open_pictures
 
 with needs("axera", BoardError):
     import onnx

@@ -28,14 +28,20 @@ from edgevl.quantize.calibration import (
     load_set,
     save_set,
 )
-from edgevl.quantize.layers import check_sizes, packed_tensors, quantize_layers
-from edgevl.quantize.measure import measure
-from edgevl.quantize.output import Packed, part_bytes, write_checkpoint
+from edgevl.quantize.output import (
+    Packed,
+    compare_accuracy,
+    compare_answers,
+    load,
+    part_bytes,
+    quantization_fields,
+    verify,
+    write_checkpoint,
+)
 from edgevl.quantize.report import write_report
-from edgevl.quantize.settings import QuantizationError, QuantizationSettings, quantization_fields
-from edgevl.quantize.smoothing import SmoothedTensors
-from edgevl.quantize.verify import compare_accuracy, compare_answers, load, verify
-from edgevl.quantize.vision import quantize_vision
+from edgevl.quantize.settings import QuantizationError, QuantizationSettings
+from edgevl.quantize.text import check_sizes, measure, packed_tensors, quantize_layers
+from edgevl.quantize.vision import SmoothedTensors, quantize_vision
 from edgevl.version import __version__
 from edgevl.work import (
     Progress,
@@ -221,8 +227,8 @@ class _Run:
             states, rows = quantize_layers(
                 checkpoint, settings, self._calibration.samples, heldout, work, tell
             )
-        cost = measure(checkpoint, states, heldout, torch.device(settings.device))
-        work.save(LOGITS, {"logits": cost.logits})
+        cost, logits = measure(checkpoint, states, heldout, torch.device(settings.device))
+        work.save(LOGITS, {"logits": logits})
         worst = sorted(rows, key=lambda row: row["error"], reverse=True)[:WORST]
         return {
             "text": {
@@ -231,8 +237,7 @@ class _Run:
                 "layers": rows,
                 "worst": worst,
             },
-            "perplexity": cost.perplexity,
-            "conversations": cost.conversations,
+            **cost,
         }
 
     def _write(self, path: Path, tell: Tell) -> dict[str, Any]:

@@ -1,11 +1,20 @@
 """INT8 for the vision encoder and the projector: what is moved, what is kept, what it costs.
 
-The engine rounds when it loads; a quantized checkpoint stores floats that stand rounding better
-(`edgevl.quantize.smoothing`), and the names of the linear layers that are to stay in bfloat16.
+The engine rounds when it loads; a quantized checkpoint stores floats that stand rounding better,
+and the names of the linear layers that are to stay in bfloat16.
 
-Smoothing: every linear layer whose inputs can be scaled tries `STRENGTHS` on inputs from the
-calibration tiles, and takes the one that brings its outputs closest to the original's, if they are
-closer by `LEAST_GAIN`: less would be chance, and leave the weights changed for nothing.
+Smoothing is SmoothQuant (Xiao et al. 2023). Some channels of what a linear layer takes in are far
+larger than the others, and one scale for a token leaves the others few steps. So channel c is
+divided by s_c, and column c of the weight multiplied with it; whatever produces the channel absorbs
+the division: the norm before, or for ``attn.proj`` the value rows of ``attn.qkv``, for attention
+mixes tokens but not channels. What ``mlp.fc2`` and ``mlp1.3`` take in comes out of a GELU, which
+absorbs nothing. s_c = peak of the channel ^ strength / peak of the column ^ (1 - strength), to the
+nearest power of two: multiplying with those is exact in any floating-point format, so the stored
+model computes what the original computes, to the last bit. (Only F16 has so little room below that
+numbers less than 6e-5 lose bits: each is off by 3e-8 at most.) Every linear layer whose inputs can
+be scaled tries `STRENGTHS` on inputs from the calibration tiles, and takes the one that brings its
+outputs closest to the original's, if they are closer by `LEAST_GAIN`: less would be chance, and
+leave the weights changed for nothing.
 
 Keeping: each linear layer is rounded alone, and the squared error that this brings into the hidden
 states (into the features, for the projector) is its share: independent errors add in squares, and
@@ -20,20 +29,19 @@ none. If all layers were alike, keeping a tenth of the work would take 5 % off t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from edgevl.checkpoint import Checkpoint
-from edgevl.engine.plan import Format, MatrixPlan, vision_matrices
+from edgevl.engine.base import Floats
+from edgevl.engine.plan import MatrixPlan, vision_matrices
 from edgevl.quantize.settings import QuantizationError
-from edgevl.quantize.smoothing import SmoothedTensors, producer, smoothing_factor
 from edgevl.quantize.vision_network import EXACT, Linear, Rounding, VisionNetwork
-from edgevl.work import Loop, WorkDirectory
+from edgevl.work import Loop, Tell, WorkDirectory
 
 STRENGTHS = (0.25, 0.4, 0.55, 0.7, 0.85)
 LEAST_GAIN = 0.05
@@ -45,29 +53,17 @@ SAMPLED_TOKENS = 1024
 #: Tiles on which layers are rounded alone, and on which keeping is tried.
 PROBE_TILES, TRIAL_TILES = 2, 4
 
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class LinearError:
-    """What rounding does to one linear layer, on the held-out tiles.
-
-    Errors are those of its outputs, without bias, as a share of them: ‖ŷ - y‖ / ‖y‖, where y is
-    computed from the same inputs with nothing rounded.
-
-    Attributes:
-        weight: canonical name.
-        plain: error in INT8 without smoothing.
-        chosen: error as it was decided.
-        strength: of smoothing; None where there is none.
-        format: what it runs in.
-    """
-
-    weight: str
-    plain: float
-    chosen: float
-    strength: float | None
-    format: Format
+#: What absorbs the division, by the end of the linear layer's weight.
+_PRODUCERS = {
+    "attn.qkv.weight": "norm1",
+    "attn.proj.weight": "attn.qkv",
+    "mlp.fc1.weight": "norm2",
+    "mlp1.1.weight": "mlp1.0",
+}
+#: Factors are within two to the power of this, either way.
+MAX_EXPONENT = 10
+#: Largest magnitude that a stored type holds.
+_LARGEST = {"F16": 65504.0, "BF16": 3.3895e38, "F32": 3.4028e38, "F64": 3.4028e38}
 
 
 @dataclass(frozen=True)
@@ -77,30 +73,25 @@ class VisionQuantization:
     Attributes:
         tensors: those that smoothing changes.
         keep: linear weights that are to run in bfloat16.
-        linears: every linear layer, in order.
+        layers: every linear layer in order, as a report has it: ``name``; ``plain_error``, of its
+            outputs in INT8 without smoothing, and ``error``, as it was decided; ``alpha``, the
+            strength of smoothing, None where there is none; ``format``, what it runs in. Errors are
+            without bias, as a share of the outputs, ‖ŷ - y‖ / ‖y‖, where y is computed from the
+            same inputs with nothing rounded.
         plain_error: relative error of the features, all in INT8 without smoothing.
         error: the same as it was decided.
     """
 
     tensors: SmoothedTensors
     keep: tuple[str, ...]
-    linears: tuple[LinearError, ...]
+    layers: list[dict[str, Any]]
     plain_error: float
     error: float
 
     def summary(self) -> dict[str, Any]:
         """Return what the part ``vision`` of a report has of it."""
         return {
-            "layers": [
-                {
-                    "name": linear.weight.removesuffix(".weight"),
-                    "plain_error": linear.plain,
-                    "error": linear.chosen,
-                    "alpha": linear.strength,
-                    "format": linear.format,
-                }
-                for linear in self.linears
-            ],
+            "layers": self.layers,
             "plain_feature_error": self.plain_error,
             "feature_error": self.error,
         }
@@ -111,7 +102,7 @@ def quantize_vision(
     tiles: Floats,
     held_out: Floats,
     device: str = "cpu",
-    progress: Callable[[int, int], object] | None = None,
+    progress: Tell = lambda done, total: None,
     work: WorkDirectory | None = None,
 ) -> VisionQuantization:
     """Decide how the vision encoder and the projector of a checkpoint run in INT8.
@@ -133,7 +124,7 @@ def quantize_vision(
     stages = len(network.stages)
 
     def passing(number: int) -> Callable[[int], object]:
-        return lambda done: progress and progress(number * stages + done, 3 * stages)
+        return lambda done: progress(number * stages + done, 3 * stages)
 
     plans = {
         matrix.parts[0].weight: matrix
@@ -141,11 +132,12 @@ def quantize_vision(
     }
     calibration = _Calibration(network, plans)
     features = calibration.run(tiles, Loop(work, "vision-decide"), passing(0))
-    smoothed = Rounding(plans, calibration.factors)
+    smoothed = chosen = Rounding(plans, calibration.factors)
 
     keep = _sensitive(calibration.squared_errors, _work(checkpoint, plans))
-    chosen = _keeping(smoothed, keep)
     if keep:
+        kept = {name: replace(plans[name], format="bf16") for name in keep}
+        chosen = Rounding({**plans, **kept}, calibration.factors)
         trial, target = tiles[:TRIAL_TILES], features[:TRIAL_TILES]
         steps = Loop(work, "vision-keep")
         both, _ = _encode(network, trial, [smoothed, chosen], lambda seen: [], steps, passing(1))
@@ -154,18 +146,34 @@ def quantize_vision(
             keep, chosen = (), smoothed
 
     def errors(seen: _Inputs) -> list[dict[str, Any]]:
-        rows = _linear_errors(network, seen, plans, chosen, calibration.strengths)
-        return [asdict(row) for row in rows]
+        """Measure the linear layers whose inputs have been seen."""
+        rows = []
+        for name in seen.rows:
+            weight, inputs = network.tensor(name), seen.sample(name)
+            matrix, factor = chosen.matrices[name], chosen.factors.get(name)
+            target = Linear(weight)(inputs)
+            plain = Linear(weight, None, plans[name])(inputs)
+            decided = Linear(weight, None, matrix, factor)(inputs)
+            rows.append(
+                {
+                    "name": name.removesuffix(".weight"),
+                    "plain_error": relative_error(plain, target),
+                    "error": relative_error(decided, target),
+                    "alpha": calibration.strengths.get(name),
+                    "format": matrix.format,
+                }
+            )
+        return rows
 
     roundings = [EXACT, Rounding(plans), chosen]
     steps = Loop(work, "vision-measure")
-    encoded, rows = _encode(network, held_out, roundings, errors, steps, passing(2))
+    encoded, layers = _encode(network, held_out, roundings, errors, steps, passing(2))
     exact, plain, final = encoded
     factors = {name: factor.cpu().numpy() for name, factor in chosen.factors.items()}
     return VisionQuantization(
         SmoothedTensors(checkpoint, factors),
         keep,
-        tuple(LinearError(**row) for row in rows),
+        layers,
         relative_error(plain, exact),
         relative_error(final, exact),
     )
@@ -292,29 +300,6 @@ def _encode(
     return states, rows
 
 
-def _linear_errors(
-    network: VisionNetwork,
-    seen: _Inputs,
-    plans: Mapping[str, MatrixPlan],
-    chosen: Rounding,
-    strengths: Mapping[str, float],
-) -> Iterator[LinearError]:
-    """Measure the linear layers whose inputs have been seen."""
-    for name in seen.rows:
-        weight, rows = network.tensor(name), seen.sample(name)
-        matrix, factor = chosen.matrices[name], chosen.factors.get(name)
-        target = Linear(weight)(rows)
-        plain = relative_error(Linear(weight, None, plans[name])(rows), target)
-        error = relative_error(Linear(weight, None, matrix, factor)(rows), target)
-        yield LinearError(name, plain, error, strengths.get(name), matrix.format)
-
-
-def _keeping(rounding: Rounding, keep: Sequence[str]) -> Rounding:
-    """Return a rounding with some weights in bfloat16."""
-    kept = {name: replace(rounding.matrices[name], format="bf16") for name in keep}
-    return Rounding({**rounding.matrices, **kept}, rounding.factors)
-
-
 def _work(checkpoint: Checkpoint, plans: Mapping[str, MatrixPlan]) -> dict[str, int]:
     """Return the multiply-adds of each linear layer for one tile."""
     config = checkpoint.config
@@ -341,3 +326,87 @@ def _sensitive(squared_errors: Mapping[str, float], work: Mapping[str, int]) -> 
             keep.add(name)
             left -= work[name]
     return tuple(name for name in squared_errors if name in keep)
+
+
+def producer(weight: str) -> str | None:
+    """Return what absorbs a division of a linear layer's inputs, without ``.weight``, or None."""
+    for end, name in _PRODUCERS.items():
+        if weight.endswith(end):
+            return weight.removesuffix(end) + name
+    return None
+
+
+def smoothing_factor(peaks: Tensor, weight: Tensor, strength: float) -> Tensor:
+    """Return the factor of each channel.
+
+    Args:
+        peaks: largest magnitude of each channel over the calibration, [columns].
+        weight: of the linear layer, [rows, columns].
+        strength: 0 evens out the weight alone, 1 the activations alone.
+
+    Returns:
+        Powers of two, [columns], half of them at most 1.
+    """
+    columns = weight.abs().amax(0)
+    logarithm = strength * peaks.log2() - (1 - strength) * columns.log2()
+    usable = logarithm.isfinite()  # else the channel or its column is zero throughout
+    if not usable.any():
+        return torch.ones_like(peaks)
+    exponents = (logarithm - logarithm[usable].median()).round()
+    exponents = exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    return torch.exp2(torch.where(usable, exponents, 0))
+
+
+class SmoothedTensors(Mapping[str, Floats]):
+    """The tensors that smoothing changes, by canonical name; each is computed when asked for.
+
+    Args:
+        checkpoint: the original, open as long as this is used.
+        factors: float32 [columns] by the weight of the linear layer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, factors: Mapping[str, Floats]) -> None:
+        #: As given.
+        self.factors = dict(factors)
+        self._checkpoint = checkpoint
+        self._rows: dict[str, Floats] = {}
+        known = set(checkpoint.names())
+        for weight, factor in factors.items():
+            for part in (".weight", ".bias"):
+                name = f"{producer(weight)}{part}"
+                if name in known:
+                    self._rows[name] = factor
+
+    def __getitem__(self, name: str) -> Floats:
+        """Return a changed tensor as float32.
+
+        Raises:
+            KeyError: the tensor is not changed.
+            QuantizationError: the type in which it is stored does not hold its values.
+        """
+        if name not in self:
+            raise KeyError(name)
+        values = np.array(self._checkpoint.tensor(name))
+        if name in self.factors:
+            values *= self.factors[name]
+        if name in self._rows:
+            factor = self._rows[name]
+            rows = values[-len(factor) :]  # of qkv, the last third
+            rows /= factor.reshape(-1, *[1] * (values.ndim - 1))
+        stored = self._checkpoint.stored(name).dtype
+        peak = np.abs(values).max()
+        if not peak <= _LARGEST[stored]:
+            raise QuantizationError(
+                f"{self._checkpoint.path}: tensor {name!r} reaches {peak:g} when smoothed, which "
+                f"{stored} does not hold: quantize a checkpoint in BF16"
+            )
+        return values
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.factors or name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self.factors, *self._rows]))
+
+    def __len__(self) -> int:
+        return len(self.factors.keys() | self._rows.keys())

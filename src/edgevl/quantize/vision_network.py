@@ -24,6 +24,7 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.architecture import PROJECTOR, VISION, vision_layers, vision_linears
 from edgevl.engine.plan import MatrixPlan
 from edgevl.engine.reference import PROJECTOR_NORM_EPS
+from edgevl.quantize.decoder import load_tensor
 
 #: Most channels of a head whose scores the engine computes in INT8.
 MAX_INT8_CHANNELS = 256
@@ -100,7 +101,7 @@ class VisionNetwork:
 
     def tensor(self, name: str) -> Tensor:
         """Return a stored tensor on the device, float32."""
-        return torch.tensor(self._checkpoint.tensor(name), device=self.device)
+        return load_tensor(self._checkpoint, name, self.device)
 
     def embed(self, tiles: NDArray[np.float32], rounding: Rounding = EXACT) -> Tensor:
         """Embed patches: float32 [B, 3, tile, tile] -> [B, P, C]. The engine's are bfloat16."""

@@ -7,7 +7,7 @@ from edgevl.quantize.calibration.calibration_set import (
     load_set,
     save_set,
 )
-from edgevl.quantize.calibration.collect import collect, collection_key
+from edgevl.quantize.calibration.collection import collect, collection_key
 
 __all__ = [
     "CalibrationSet",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Example:
     """A conversation to show to people.
 
     Attributes:
-        pictures: JPEG of at most `edgevl.quantize.calibration.pictures.MAX_BYTES` each.
+        pictures: JPEG of at most `edgevl.quantize.calibration.pictures.THUMBNAIL_BYTES` each.
         questions: of each turn.
         replies: what the model said to them.
     """
@@ -78,11 +79,18 @@ class CalibrationSet:
         """Return the part ``calibration`` of a report; sums are of what is calibrated on."""
         return {
             "samples": len(self.samples),
-            "tokens": sum(len(sample.token_ids) for sample in self.samples),
-            "image_tokens": sum(int(sample.is_image.sum()) for sample in self.samples),
+            **tally(self.samples),
             "sources": list(self.sources),
             "notes": list(self.notes),
         }
+
+
+def tally(samples: Sequence[Sample]) -> dict[str, int]:
+    """Return how many ``tokens`` and ``image_tokens`` there are."""
+    return {
+        "tokens": sum(len(sample.token_ids) for sample in samples),
+        "image_tokens": sum(int(sample.is_image.sum()) for sample in samples),
+    }
 
 
 def save_set(path: Path, calibration: CalibrationSet) -> None:
@@ -104,32 +112,24 @@ def save_set(path: Path, calibration: CalibrationSet) -> None:
             "notes": calibration.notes,
         }
     ).encode()
-    tokens = sum(len(sample.token_ids) for sample in samples)
-    image_tokens = sum(int(sample.is_image.sum()) for sample in samples)
-    hidden = samples[0].embeddings.shape[1]
+    counts, hidden = tally(samples), samples[0].embeddings.shape[1]
     tensors = [
         TensorSpec("tiles", "F32", calibration.tiles.shape),
         TensorSpec("heldout_tiles", "F32", calibration.heldout_tiles.shape),
-        TensorSpec("features", "F32", (image_tokens, hidden)),
-        TensorSpec("token_ids", "I32", (tokens,)),
-        TensorSpec("is_image", "U8", (tokens,)),
+        TensorSpec("features", "F32", (counts["image_tokens"], hidden)),
+        TensorSpec("token_ids", "I32", (counts["tokens"],)),
+        TensorSpec("is_image", "U8", (counts["tokens"],)),
         TensorSpec("record", "U8", (len(record),)),
     ]
+    pieces = itertools.chain(
+        map(raw, (calibration.tiles, calibration.heldout_tiles)),
+        (raw(sample.embeddings[sample.is_image]) for sample in samples),
+        (raw(sample.token_ids.astype(np.int32)) for sample in samples),
+        (raw(sample.is_image) for sample in samples),
+        (record,),
+    )
     with path.open("wb") as file:
-        write_file(file, tensors, _pieces(calibration, record))
-
-
-def _pieces(calibration: CalibrationSet, record: bytes) -> Iterator[bytes | memoryview]:
-    samples = [*calibration.samples, *calibration.heldout]
-    yield raw(calibration.tiles)
-    yield raw(calibration.heldout_tiles)
-    for sample in samples:
-        yield raw(sample.embeddings[sample.is_image])
-    for sample in samples:
-        yield raw(sample.token_ids.astype(np.int32))
-    for sample in samples:
-        yield raw(sample.is_image)
-    yield record
+        write_file(file, tensors, pieces)
 
 
 def load_set(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
@@ -160,19 +160,13 @@ def load_set(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
 def _samples(
     file: SafetensorsFile, record: dict[str, Any], checkpoint: Checkpoint
 ) -> Iterator[Sample]:
-    all_ids: NDArray[np.int32] = file["token_ids"].data
-    all_is_image = file["is_image"].data.astype(np.bool_)
-    features = file["features"].data
-    begin = feature = 0
-    for length, reply_start in zip(record["lengths"], record["reply_starts"], strict=True):
-        token_ids = all_ids[begin : begin + length].astype(np.int64)
-        is_image = all_is_image[begin : begin + length]
-        embeddings = np.array(checkpoint.tensor(EMBEDDING, token_ids))
-        count = int(is_image.sum())
-        embeddings[is_image] = features[feature : feature + count]
-        yield Sample(token_ids, embeddings, is_image, reply_start)
-        begin += length
-        feature += count
+    ends, features = np.cumsum(record["lengths"])[:-1], file["features"].data
+    ids = np.split(file["token_ids"].data.astype(np.int64), ends)
+    masks = np.split(file["is_image"].data.astype(np.bool_), ends)
+    for token_ids, is_image, begin in zip(ids, masks, record["reply_starts"], strict=True):
+        embeddings, count = np.array(checkpoint.tensor(EMBEDDING, token_ids)), is_image.sum()
+        embeddings[is_image], features = features[:count], features[count:]
+        yield Sample(token_ids, embeddings, is_image, begin)
 
 
 def _to_json(example: Example) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,16 @@ from edgevl.engine.base import Floats
 from edgevl.errors import ImageError
 from edgevl.generate import Model
 from edgevl.preprocess import load_image, prepare_picture
-from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example, Sample
+from edgevl.quantize.calibration.calibration_set import CalibrationSet, Example, Sample, tally
 from edgevl.quantize.calibration.conversations import (
     MAX_WINDOW,
     ConversationLog,
+    Kind,
+    Request,
     converse,
+    heldout_count,
+    kinds,
+    requests,
     text_sample,
     to_sample,
     token_windows,
@@ -31,30 +36,28 @@ from edgevl.quantize.calibration.pictures import (
     FoundPicture,
     PictureFiles,
     choose_pictures,
+    drawn,
     open_pictures,
     set_apart,
     thumbnail,
 )
-from edgevl.quantize.calibration.requests import Kind, Request, heldout_count, kinds, requests
-from edgevl.quantize.calibration.shipped import drawn
 from edgevl.quantize.settings import QuantizationError, QuantizationSettings
+from edgevl.work import Tell
 
 #: Tiles to calibrate vision on, and held out.
 MAX_TILES = (8, 4)
 
-_KINDS: dict[Kind, str] = {
-    "drawn": "conversations about drawn pictures",
-    "pictures": "conversations about pictures",
-    "chat": "conversations without pictures",
-    "window": "windows of text",
-}
+#: Fewer sequences are no sample of anything.
+MIN_SAMPLES = 8
+#: With fewer tokens than this many times the inputs of the widest layer, a note says so.
+GOOD_TOKENS_PER_INPUT = 4
 
 
 def collect(
     model: Model,
     settings: QuantizationSettings,
     work: Path,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Tell = lambda done, total: None,
     text_only: bool = False,
 ) -> CalibrationSet:
     """Collect what to calibrate on; called again after an interruption, go on from there.
@@ -71,12 +74,17 @@ def collect(
     Raises:
         QuantizationError: the user's pictures or text cannot be used or are too few.
     """
-    checkpoint = model.checkpoint
-    assert isinstance(checkpoint, Checkpoint)  # whoever quantizes opened one
-    check_count(settings.samples)
-    with contextlib.ExitStack() as stack:
-        collector = _Collector(model, checkpoint, settings, work, text_only, stack)
-        return collector.run(progress)
+    if settings.samples < MIN_SAMPLES:
+        raise QuantizationError(
+            f"samples is {settings.samples}: {MIN_SAMPLES} is the least to calibrate on, "
+            f"{QuantizationSettings.samples} the default"
+        )
+    pictures = None if text_only else settings.calibration_images
+    opened: AbstractContextManager[PictureFiles | None] = nullcontext()
+    if pictures is not None:
+        opened = closing(open_pictures(pictures))
+    with opened as files:
+        return _Collector(model, settings, work, text_only, files).run(progress)
 
 
 def collection_key(checkpoint: Checkpoint, settings: QuantizationSettings) -> str:
@@ -92,46 +100,35 @@ def collection_key(checkpoint: Checkpoint, settings: QuantizationSettings) -> st
 
 
 class _Collector:
-    """Reads the user's files, chooses questions, and has the conversations."""
+    """Chooses questions, and has the conversations; sets are in pairs, the second is held out."""
 
     def __init__(
         self,
         model: Model,
-        checkpoint: Checkpoint,
         settings: QuantizationSettings,
         work: Path,
         text_only: bool,
-        stack: contextlib.ExitStack,
+        files: PictureFiles | None,
     ) -> None:
-        """Choose everything; ``stack`` closes the files."""
-        self._model = model
-        self._checkpoint = checkpoint
-        self._settings = settings
+        """Choose everything; ``files`` are the user's pictures."""
+        assert isinstance(model.checkpoint, Checkpoint)  # whoever quantizes opened one
+        self._checkpoint = model.checkpoint
+        self._model, self._settings, self._files = model, settings, files
         self._notes: list[str] = []
         self._tiles: tuple[list[Floats], list[Floats]] = ([], [])
-        self._files: PictureFiles | None = None
         counts = (settings.samples, heldout_count(settings.samples))
         self._kinds = [kinds(settings, count, text_only) for count in counts]
         self._windows = self._cut_windows()
-        found: tuple[list[FoundPicture], list[FoundPicture]] = ([], [])
-        if settings.calibration_images is not None and not text_only:
-            self._files = open_pictures(settings.calibration_images)
-            stack.callback(self._files.close)
-            found = self._choose_pictures(self._files)
+        found = self._choose_pictures(files) if files is not None else ([], [])
+        most = self._checkpoint.config.max_tiles
         self._requests = [
-            requests(
-                self._kinds[heldout],
-                settings.seed,
-                bool(heldout),
-                found[heldout],
-                model.checkpoint.config.max_tiles,
-            )
+            requests(self._kinds[heldout], settings.seed, bool(heldout), found[heldout], most)
             for heldout in (0, 1)
         ]
-        fingerprint = checkpoint.fingerprint()
-        self._log = ConversationLog(work / "conversations.jsonl", fingerprint)
+        log = work / "conversations.jsonl"
+        self._log = ConversationLog(log, self._checkpoint.fingerprint())
 
-    def run(self, progress: Callable[[int, int], object] | None) -> CalibrationSet:
+    def run(self, progress: Tell) -> CalibrationSet:
         """Make every sample."""
         total = sum(map(len, self._kinds))
         sets: tuple[list[Sample], list[Sample]] = ([], [])
@@ -146,16 +143,18 @@ class _Collector:
                 samples.append(sample)
                 if heldout:
                     examples.append(example)
-                if progress is not None:
-                    progress(len(sets[0]) + len(sets[1]), total)
+                progress(len(sets[0]) + len(sets[1]), total)
         if self._settings.text != "none" and self._settings.method == "gptq":
             self._notes += notes_on_size(sets[0], self._checkpoint)
+        size = self._checkpoint.config.vision.image_size
+        none = np.empty((0, 3, size, size), np.float32)
+        tiles, heldout_tiles = (np.stack(each) if each else none for each in self._tiles)
         return CalibrationSet(
             tuple(sets[0]),
             tuple(sets[1]),
             tuple(examples),
-            self._stacked(self._tiles[0]),
-            self._stacked(self._tiles[1]),
+            tiles,
+            heldout_tiles,
             tuple(self._sources(sets)),
             tuple(self._notes),
         )
@@ -166,7 +165,7 @@ class _Collector:
         if replies is None:
             replies = converse(self._model, request, images)
             self._log.add(request, replies)
-        config = self._model.checkpoint.config
+        config = self._checkpoint.config
         prepared = [prepare_picture(image, config, request.max_tiles) for image in images]
         sample = to_sample(self._model, request, prepared, replies)
         tiles = self._tiles[heldout]
@@ -178,10 +177,6 @@ class _Collector:
             return sample, None
         pictures = tuple(map(thumbnail, images))
         return sample, Example(pictures, request.questions, tuple(reply.text for reply in replies))
-
-    def _stacked(self, tiles: Sequence[Floats]) -> Floats:
-        size = self._model.checkpoint.config.vision.image_size
-        return np.stack(tiles) if tiles else np.empty((0, 3, size, size), np.float32)
 
     def _image(self, picture: Any) -> Image.Image:
         if not isinstance(picture, FoundPicture):
@@ -233,47 +228,35 @@ class _Collector:
         heldout = max(1, len(found) * wanted[1] // sum(wanted))
         return set_apart(found, heldout)
 
-    def _sources(self, sets: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:
+    def _sources(self, sets: Sequence[Sequence[Sample]]) -> Iterator[dict[str, Any]]:
         settings = self._settings
-        origin: dict[Kind, str] = {
-            "drawn": "EdgeVL's drawn pictures and questions, answered by the model",
-            "pictures": f"{settings.calibration_images}, answered by the model",
-            "chat": "asked by EdgeVL, answered by the model",
-            "window": ", ".join(map(str, settings.calibration_text)),
+        texts = ", ".join(map(str, settings.calibration_text))
+        by_the_model = "answered by the model"
+        descriptions: dict[Kind, tuple[str, str]] = {
+            "drawn": (
+                "conversations about drawn pictures",
+                f"EdgeVL's drawn pictures and questions, {by_the_model}",
+            ),
+            "pictures": (
+                "conversations about pictures",
+                f"{settings.calibration_images}, {by_the_model}",
+            ),
+            "chat": ("conversations without pictures", f"asked by EdgeVL, {by_the_model}"),
+            "window": ("windows of text", texts),
         }
-        result = []
-        for heldout, samples in enumerate(sets):
-            for kind, name in _KINDS.items():
-                chosen = [
-                    s for k, s in zip(self._kinds[heldout], samples, strict=True) if k == kind
-                ]
+        for name, all_kinds, samples in zip(
+            ("calibration", "heldout"), self._kinds, sets, strict=True
+        ):
+            for kind, (description, origin) in descriptions.items():
+                chosen = [s for k, s in zip(all_kinds, samples, strict=True) if k == kind]
                 if chosen:
-                    result.append(
-                        {
-                            "set": "heldout" if heldout else "calibration",
-                            "kind": name,
-                            "count": len(chosen),
-                            "tokens": sum(len(sample.token_ids) for sample in chosen),
-                            "image_tokens": sum(int(sample.is_image.sum()) for sample in chosen),
-                            "origin": origin[kind],
-                        }
-                    )
-        return result
-
-
-#: Fewer sequences are no sample of anything.
-MIN_SAMPLES = 8
-#: With fewer tokens than this many times the inputs of the widest layer, a note says so.
-GOOD_TOKENS_PER_INPUT = 4
-
-
-def check_count(samples: int) -> None:
-    """Raise a `QuantizationError` if so many sequences are too few."""
-    if samples < MIN_SAMPLES:
-        raise QuantizationError(
-            f"samples is {samples}: {MIN_SAMPLES} is the least to calibrate on, "
-            f"{QuantizationSettings.samples} the default"
-        )
+                    yield {
+                        "set": name,
+                        "kind": description,
+                        "count": len(chosen),
+                        **tally(chosen),
+                        "origin": origin,
+                    }
 
 
 def notes_on_size(samples: Sequence[Sample], checkpoint: Checkpoint) -> list[str]:

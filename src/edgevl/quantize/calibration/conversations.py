@@ -1,10 +1,21 @@
-"""Samples: conversations in which the model itself answers, and windows of the user's text."""
+"""What is asked, in English and Chinese, and about what; how it is answered; and windows of text.
+
+The questions are in ``questions.json``: about a picture, which has a ``{subject}`` (of each kind
+that is drawn, and of any other), about two, without any, about a ``{topic}``, and second turns.
+Which are asked is decided by the seed alone. The model itself answers.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import itertools
+import json
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -14,14 +25,185 @@ from edgevl.files import Journal, read_text
 from edgevl.generate import Model
 from edgevl.preprocess import GeneratedTokens, Message, Picture, Prompt, PromptEncoder
 from edgevl.quantize.calibration.calibration_set import Sample
-from edgevl.quantize.calibration.pictures import spread
-from edgevl.quantize.calibration.requests import Request
-from edgevl.quantize.settings import QuantizationError
+from edgevl.quantize.calibration.pictures import FoundPicture, drawn_kinds, set_apart, spread
+from edgevl.quantize.settings import QuantizationError, QuantizationSettings
+
+#: Conversations about pictures that are drawn, about the user's, without any; windows of text.
+Kind = Literal["drawn", "pictures", "chat", "window"]
+
+Language = Literal["en", "zh"]
+LANGUAGES: tuple[Language, Language] = ("en", "zh")
+
+#: How many of the topics of conversations without pictures, and of the pictures that come with
+#: EdgeVL, are kept for the held-out ones.
+_HELDOUT = 5
+#: Shares of conversations: with a second turn, about two pictures, with more than one tile.
+_SECOND_TURN, _TWO_PICTURES, _TILED = 1 / 4, 1 / 8, 1 / 4
+_MAX_TILES = (2, 3, 4)
+#: From one question about a picture to the next; has no divisor in common with their number.
+_QUESTION_STEP = 7
 
 #: Tokens of a reply, and how it is drawn: varied, but still what the model would say.
 MAX_REPLY_TOKENS, TEMPERATURE, TOP_P = 96, 0.7, 0.95
 
 _FORMAT = 1
+
+#: Tokens of a window: the most, and the fewest that are worth it.
+MAX_WINDOW, MIN_WINDOW = 512, 128
+
+#: Largest file of text.
+MAX_FILE_BYTES = 64 << 20
+
+#: Text goes to the tokenizer in pieces of so many characters; where there is more than windows
+#: need, at even distances. A token rarely has more than 16.
+_PIECE_CHARS = 16 * MAX_WINDOW
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    """The arguments of `edgevl.quantize.calibration.pictures.drawn`."""
+
+    place: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation to be had with the model.
+
+    Attributes:
+        kind: what it is about; never ``window``.
+        questions: one or two turns of the user.
+        pictures: none, one or two, which go with the first question.
+        max_tiles: most tiles of a picture.
+        seed: of the replies.
+    """
+
+    kind: Kind
+    questions: tuple[str, ...]
+    pictures: tuple[DrawnPicture | FoundPicture, ...]
+    max_tiles: int
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """What tells it from others: hexadecimal digits."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+def heldout_count(samples: int) -> int:
+    """Return how many held-out sequences go with ``samples`` calibration sequences."""
+    return max(8, samples // 8)
+
+
+def kinds(settings: QuantizationSettings, count: int, text_only: bool = False) -> list[Kind]:
+    """Return the kind of each of ``count`` sequences, as the user's files have it."""
+    text, images = bool(settings.calibration_text), settings.calibration_images is not None
+    about: Kind = "pictures" if images else "drawn"
+    pattern: list[Kind]
+    if text_only:
+        pattern = ["window" if text else "chat"]
+    elif text:
+        pattern = [about, "window"]
+    else:
+        pattern = [about, about, about, "chat"]
+    return list(itertools.islice(itertools.cycle(pattern), count))
+
+
+def requests(
+    kinds: Sequence[Kind],
+    seed: int,
+    heldout: bool,
+    found: Sequence[FoundPicture] = (),
+    max_tiles: int = max(_MAX_TILES),
+) -> list[Request | None]:
+    """Choose conversations, English and Chinese in turn.
+
+    Args:
+        kinds: what each is about; a ``window`` needs no conversation and gets None.
+        seed: of everything random.
+        heldout: whether they are held out; others are chosen than otherwise.
+        found: the user's pictures for them, used again, with other questions, if they are few.
+        max_tiles: most tiles of a picture that the model takes.
+    """
+    result: list[Request | None] = []
+    counts: dict[Kind, int] = {}
+    for kind in kinds:
+        index = counts.get(kind, 0)
+        counts[kind] = index + 1
+        rng = random.Random(f"{seed} {heldout} {kind} {index}")
+        language = LANGUAGES[index % len(LANGUAGES)]
+        if kind == "window":
+            result.append(None)
+        elif kind == "chat":
+            question = _chat_question(seed, heldout, language, index // len(LANGUAGES))
+            result.append(_request(rng, kind, question, (), 1, language))
+        else:
+            if kind == "pictures":
+                known: Sequence[FoundPicture | int] = found
+            else:
+                known = set_apart(range(len(drawn_kinds())), _HELDOUT)[heldout]
+            result.append(_about_pictures(rng, kind, index, language, known, max_tiles))
+    return result
+
+
+def _about_pictures(
+    rng: random.Random,
+    kind: Kind,
+    index: int,
+    language: Language,
+    known: Sequence[FoundPicture | int],
+    max_tiles: int,
+) -> Request:
+    """Choose the conversation number ``index`` about pictures, or places of drawn ones."""
+    two = rng.random() < _TWO_PICTURES and len(known) > 1
+    pictures: list[DrawnPicture | FoundPicture] = []
+    for number in range(index, index + 1 + two):
+        each = known[number % len(known)]
+        pictures.append(DrawnPicture(each, rng.getrandbits(32)) if isinstance(each, int) else each)
+    tiles = min(rng.choice(_MAX_TILES), max_tiles) if rng.random() < _TILED and not two else 1
+    if two:
+        question = rng.choice(_questions()[language]["about_two_pictures"])
+    else:
+        bank, first = _questions()[language]["about_a_picture"], pictures[0]
+        if isinstance(first, DrawnPicture):
+            question = rng.choice(bank)
+        else:
+            begin, uses = int(first.digest[:8], 16), index // len(known)
+            question = bank[(begin + _QUESTION_STEP * uses) % len(bank)]
+        shown = drawn_kinds()[first.place] if isinstance(first, DrawnPicture) else "any"
+        # Not `format`: other questions have braces of their own.
+        question = question.replace("{subject}", _questions()[language]["subjects"][shown])
+    return _request(rng, kind, question, tuple(pictures), tiles, language)
+
+
+def _chat_question(seed: int, heldout: bool, language: Language, index: int) -> str:
+    bank = _questions()[language]
+    topics = set_apart(bank["topics"], _HELDOUT)[heldout]
+    pairs = list(itertools.product(bank["without_picture"], topics))
+    random.Random(f"{seed} {language}").shuffle(pairs)
+    question, topic = pairs[index % len(pairs)]
+    return question.replace("{topic}", topic)
+
+
+def _request(
+    rng: random.Random,
+    kind: Kind,
+    question: str,
+    pictures: tuple[DrawnPicture | FoundPicture, ...],
+    max_tiles: int,
+    language: Language,
+) -> Request:
+    questions = [question]
+    if rng.random() < _SECOND_TURN:
+        questions.append(rng.choice(_questions()[language]["follow_ups"]))
+    return Request(kind, tuple(questions), pictures, max_tiles, rng.getrandbits(32))
+
+
+@functools.cache
+def _questions() -> dict[Language, dict[str, Any]]:
+    """Return what can be asked, for each language."""
+    return json.loads(Path(__file__).with_name("questions.json").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -137,26 +319,6 @@ class ConversationLog:
         )
 
 
-#: Tokens of a window: the most, and the fewest that are worth it.
-MAX_WINDOW, MIN_WINDOW = 512, 128
-
-#: Largest file of text.
-MAX_FILE_BYTES = 64 << 20
-
-#: Text goes to the tokenizer in pieces of so many characters; where there is more than windows
-#: need, at even distances. A token rarely has more than 16.
-_PIECE_CHARS = 16 * MAX_WINDOW
-
-
-def read_texts(paths: Sequence[Path]) -> list[str]:
-    """Read files of text, a repeated one once.
-
-    Raises:
-        QuantizationError: one cannot be read, is too large, or is not UTF-8.
-    """
-    return list(dict.fromkeys(read_text(path, MAX_FILE_BYTES, QuantizationError) for path in paths))
-
-
 def token_windows(
     paths: Sequence[Path], tokenizer: Tokenizer, count: int, longest: int = MAX_WINDOW
 ) -> list[list[int]]:
@@ -171,9 +333,10 @@ def token_windows(
     Raises:
         QuantizationError: a file cannot be read, or all together are too short.
     """
+    texts = [read_text(path, MAX_FILE_BYTES, QuantizationError) for path in paths]
     pieces = [
         text[at : at + _PIECE_CHARS]
-        for text in read_texts(paths)
+        for text in dict.fromkeys(texts)  # a repeated one once
         for at in range(0, len(text), _PIECE_CHARS)
     ]
     tokens: list[int] = []

@@ -1,11 +1,17 @@
-"""The user's pictures: a directory or a tar file, read and never unpacked."""
+"""Pictures to calibrate on: ours, or those of a directory or a tar file, which is never unpacked.
+
+Ours, ``pictures.tar``, were drawn by ``models/tiny/training/calibration.py``. They are few, for
+each wheel has them; so that they do for many conversations, a part of a picture is shown, another
+one each time.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
+import random
 import tarfile
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +28,14 @@ from edgevl.quantize.settings import QuantizationError
 #: Most members of a tar file, and most bytes that one takes which is only a header.
 MAX_MEMBERS = 100_000
 MAX_HEADER_BYTES = 1 << 20
+#: Most bytes of a picture in a report, and pixels of its sides.
+THUMBNAIL_BYTES = 20_000
+_THUMBNAIL_SIDE = 384
+
+#: The pictures that come with EdgeVL.
+PICTURES = Path(__file__).with_name("pictures.tar")
+#: Least share of their width and of their height that is shown.
+LEAST_SHARE = 0.7
 
 _T = TypeVar("_T")
 
@@ -34,33 +48,12 @@ class FoundPicture:
     digest: str
 
 
-class PictureFiles(ABC):
-    """Files that may be pictures, each at a place from 0 to ``len`` - 1.
-
-    Attributes:
-        path: where they are from.
-    """
-
-    path: Path
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return how many there are."""
-
-    @abstractmethod
-    def read(self, place: int) -> bytes:
-        """Return what a file contains.
-
-        Raises:
-            ImageError: it cannot be read.
-        """
-
-    def close(self) -> None:  # noqa: B027 - a directory has nothing to close
-        """Close what is open."""
-
-
 def open_pictures(path: Path) -> PictureFiles:
     """List the picture files of a directory or a tar file.
+
+    Returns:
+        What has ``path``; its length, the number of files; ``read``, which returns the bytes of a
+        file at a place, or raises an `ImageError`; and ``close``.
 
     Raises:
         QuantizationError: it is neither, is damaged, or has no file with a picture's suffix.
@@ -68,9 +61,9 @@ def open_pictures(path: Path) -> PictureFiles:
     """
     with reading(path, QuantizationError):
         if path.is_dir():
-            files: PictureFiles = _Directory(path)
+            files: PictureFiles = PictureDirectory(path)
         elif path.is_file():
-            files = _Tar(path)
+            files = PictureTar(path)
         else:
             raise QuantizationError(
                 f"{path}: no such directory or tar file; name one that has pictures"
@@ -83,7 +76,7 @@ def open_pictures(path: Path) -> PictureFiles:
     return files
 
 
-class _Directory(PictureFiles):
+class PictureDirectory:
     """The pictures in a directory and below it, as `find_files` lists them."""
 
     def __init__(self, path: Path) -> None:
@@ -94,9 +87,13 @@ class _Directory(PictureFiles):
         return len(self._paths)
 
     def read(self, place: int) -> bytes:
+        """Return what a file contains."""
         path = self._paths[place]
         with reading(path, ImageError), path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
+
+    def close(self) -> None:
+        """Do nothing: no file is open."""
 
 
 class _BoundedTarInfo(tarfile.TarInfo):
@@ -112,7 +109,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
         return info
 
 
-class _Tar(PictureFiles):
+class PictureTar:
     """The regular members of a tar file that are named as pictures, in the order of the file.
 
     Nothing is written to disk, and names of members are not used as paths.
@@ -143,9 +140,11 @@ class _Tar(PictureFiles):
         return len(self._members)
 
     def close(self) -> None:
+        """Close the file."""
         self._tar.close()
 
     def read(self, place: int) -> bytes:
+        """Return what a member contains."""
         member = self._members[place]
         if member.size > MAX_BYTES:
             raise ImageError(f"{self.path}: a member is over the limit of {MAX_BYTES} bytes")
@@ -155,6 +154,9 @@ class _Tar(PictureFiles):
             return file.read()
         except Exception as error:  # as above
             raise ImageError(f"{self.path}: a member cannot be read ({error})") from None
+
+
+PictureFiles = PictureDirectory | PictureTar
 
 
 def choose_pictures(files: PictureFiles, wanted: int) -> tuple[list[FoundPicture], int]:
@@ -210,11 +212,6 @@ def set_apart(items: Sequence[_T], count: int) -> tuple[list[_T], list[_T]]:
     )
 
 
-#: Most bytes of a picture in a report, and pixels of its sides.
-THUMBNAIL_BYTES = 20_000
-_THUMBNAIL_SIDE = 384
-
-
 def thumbnail(image: Image.Image) -> bytes:
     """Return an RGB picture as a small JPEG, of at most `THUMBNAIL_BYTES`."""
     small = image.copy()
@@ -226,3 +223,35 @@ def thumbnail(image: Image.Image) -> bytes:
             if file.tell() <= THUMBNAIL_BYTES:
                 return file.getvalue()
         small = small.reduce(2)  # noise compresses badly
+
+
+def drawn_kinds() -> list[str]:
+    """Return what is on each of our pictures, such as ``bar_chart``; neighbours differ."""
+    return [name.split("-")[1] for name, _ in _files()]
+
+
+def drawn(place: int, seed: int) -> Image.Image:
+    """Return a part of a picture that comes with EdgeVL; the same arguments give the same part.
+
+    Args:
+        place: of the picture, taken modulo their number, so that counting up goes round.
+        seed: of what part.
+    """
+    files = _files()
+    image = load_image(files[place % len(files)][1])
+    rng = random.Random(seed)
+    width, height = (round(side * rng.uniform(LEAST_SHARE, 1)) for side in image.size)
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    return image.crop((left, top, left + width, top + height))
+
+
+@functools.cache
+def _files() -> list[tuple[str, bytes]]:
+    """Return the names and the contents of the files in the archive."""
+    files = []
+    with tarfile.open(PICTURES) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            assert file is not None  # there are only files in it
+            files.append((member.name, file.read()))
+    return files
