@@ -23,9 +23,9 @@ def logits(probabilities, shift=0.0):
 def test_by_hand():
     comparison = Comparison()
     comparison.add(logits(REFERENCE, 3), logits(OTHER, -7), NEXT)
-    assert comparison.tokens == 2
-    assert comparison.reference_perplexity == pytest.approx((0.25 * 0.8) ** -0.5, rel=1e-6)
-    assert comparison.perplexity == pytest.approx((0.5 * 0.6) ** -0.5, rel=1e-6)
+    assert comparison.model.tokens == 2
+    assert comparison.reference.perplexity == pytest.approx((0.25 * 0.8) ** -0.5, rel=1e-6)
+    assert comparison.model.perplexity == pytest.approx((0.5 * 0.6) ** -0.5, rel=1e-6)
     assert comparison.token_agreement == 0.5
     # Not symmetric: the reference weighs the logarithms.
     first = 0.5 * math.log(2) + 0.25 * math.log(0.5)
@@ -45,7 +45,7 @@ def test_of_itself():
     comparison.add(values, values.copy(), np.arange(7))
     assert comparison.kl_divergence == 0
     assert comparison.token_agreement == 1
-    assert comparison.perplexity == comparison.reference_perplexity
+    assert comparison.model.perplexity == comparison.reference.perplexity
 
 
 @pytest.mark.parametrize("block", [1, 250, 1 << 20])
@@ -60,8 +60,8 @@ def test_blocks_make_no_difference(monkeypatch, block):
     p, q = (np.exp(x.astype(float)) / np.exp(x.astype(float)).sum(1)[:, None] for x in (one, other))
     assert comparison.kl_divergence == pytest.approx((p * np.log(p / q)).sum() / 9)
     assert comparison.token_agreement == (p.argmax(1) == q.argmax(1)).mean()
-    assert comparison.perplexity == pytest.approx(np.exp(-np.log(q[range(9), ids]).mean()))
-    assert (alone.tokens, alone.perplexity) == (9, pytest.approx(comparison.perplexity))
+    assert comparison.model.perplexity == pytest.approx(np.exp(-np.log(q[range(9), ids]).mean()))
+    assert (alone.tokens, alone.perplexity) == (9, pytest.approx(comparison.model.perplexity))
 
 
 def test_large_logits_do_not_overflow():
@@ -92,6 +92,10 @@ def test_wrong_shapes_and_nothing():
     comparison = Comparison()
     with pytest.raises(ValueError, match="beside"):
         comparison.add(logits(REFERENCE), logits(OTHER)[:, :2], NEXT)
-    for name in ("perplexity", "reference_perplexity", "token_agreement", "kl_divergence"):
+    for each, name in (
+        (comparison.model, "perplexity"),
+        (comparison, "token_agreement"),
+        (comparison, "kl_divergence"),
+    ):
         with pytest.raises(EdgeVLError, match="no tokens"):
-            getattr(comparison, name)
+            getattr(each, name)

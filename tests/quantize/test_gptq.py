@@ -16,7 +16,6 @@ from edgevl.quantize.gptq import (  # noqa: E402  # noqa: E402
     quantize,
     reaching_scales,
     round_to_nearest,
-    rounded_to_nearest,
     searched_scales,
 )
 
@@ -148,7 +147,9 @@ def test_every_refinement_lowers_the_error_of_the_output():
         Refinements(feedback=0.0, descent=2),
     ]
     errors = [output_error(weight, quantize(weight, statistics, 64, 4, s), x, y) for s in steps]
-    nearest = output_error(weight, rounded_to_nearest(weight, 64, 4), x, y)
+    nearest = output_error(
+        weight, round_to_nearest(weight, reaching_scales(weight, 64, 4), 4), x, y
+    )
     assert sorted([nearest, *errors], reverse=True) == [nearest, *errors]
     assert errors[-1] < 0.75 * nearest
 
@@ -181,7 +182,7 @@ def test_fewer_tokens_than_inputs_still_work():
     weight, x, y, statistics = problem(tokens=40)
     rounded = quantize(weight, statistics, 64, 4, Refinements())
     assert output_error(weight, rounded, x, y) < output_error(
-        weight, rounded_to_nearest(weight, 64, 4), x, y
+        weight, round_to_nearest(weight, reaching_scales(weight, 64, 4), 4), x, y
     )
 
 

@@ -76,19 +76,24 @@ class Perplexity:
 
 
 class Comparison:
-    """A model beside a reference, over the same tokens."""
+    """A model beside a reference, over the same tokens.
 
-    def __init__(self, reference: str = "the reference", other: str = "the model") -> None:
+    Attributes:
+        reference: the perplexity of the reference.
+        model: that of the model that is compared.
+    """
+
+    def __init__(self, reference: str = "the reference", model: str = "the model") -> None:
         """Start at nothing; the names are what errors call the models."""
-        self._reference = Perplexity(reference)
-        self._other = Perplexity(other)
+        self.reference = Perplexity(reference)
+        self.model = Perplexity(model)
         self._same = 0
         self._divergence = 0.0
 
     def add(
         self,
         reference_logits: NDArray[np.float32],
-        other_logits: NDArray[np.float32],
+        model_logits: NDArray[np.float32],
         next_ids: NDArray[np.int64],
     ) -> None:
         """Count T tokens ``next_ids`` [T], with the logits of both models that predict them [T, V].
@@ -97,41 +102,26 @@ class Comparison:
             EdgeVLError: a logit is not finite.
             ValueError: the shapes of the logits differ.
         """
-        if reference_logits.shape != other_logits.shape:
-            raise ValueError(f"logits {reference_logits.shape} beside {other_logits.shape}")
+        if reference_logits.shape != model_logits.shape:
+            raise ValueError(f"logits {reference_logits.shape} beside {model_logits.shape}")
         for rows in _blocks(reference_logits):
-            reference = self._reference.log_probabilities(reference_logits[rows], next_ids[rows])
-            other = self._other.log_probabilities(other_logits[rows], next_ids[rows])
+            reference = self.reference.log_probabilities(reference_logits[rows], next_ids[rows])
+            model = self.model.log_probabilities(model_logits[rows], next_ids[rows])
             first = reference_logits[rows].argmax(axis=1)
-            self._same += int((first == other_logits[rows].argmax(axis=1)).sum())
-            self._divergence += float((np.exp(reference) * (reference - other)).sum())
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens have been counted."""
-        return self._reference.tokens
-
-    @property
-    def reference_perplexity(self) -> float:
-        """Perplexity of the reference; see `Perplexity.perplexity`."""
-        return self._reference.perplexity
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity of the model that is compared."""
-        return self._other.perplexity
+            self._same += int((first == model_logits[rows].argmax(axis=1)).sum())
+            self._divergence += float((np.exp(reference) * (reference - model)).sum())
 
     @property
     def token_agreement(self) -> float:
         """Share of positions where both models' most likely token is the same, 0 to 1."""
-        _require_tokens(self.tokens)
-        return self._same / self.tokens
+        _require_tokens(self.model.tokens)
+        return self._same / self.model.tokens
 
     @property
     def kl_divergence(self) -> float:
         """Mean Kullback-Leibler divergence KL(reference ‖ model), in nats a token, at least 0."""
-        _require_tokens(self.tokens)
-        return max(self._divergence, 0.0) / self.tokens  # rounding may leave it just below
+        _require_tokens(self.model.tokens)
+        return max(self._divergence, 0.0) / self.model.tokens  # rounding may leave it just below
 
 
 def check_same_tokens(model: Model, against: Model) -> None:

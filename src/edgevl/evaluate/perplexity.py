@@ -125,8 +125,7 @@ def evaluate_perplexity(
         EdgeVLError: the tokenizers differ, the other model's context is shorter than a window, or
             a logit is not finite.
     """
-    models: list[Model] = [model]
-    totals: Perplexity | Comparison = Perplexity()
+    models, alone, comparison = [model], Perplexity(), Comparison()
     if against is not None:
         check_same_tokens(model, against)
         longest = max(map(len, windows))
@@ -135,7 +134,7 @@ def evaluate_perplexity(
                 f"windows of {longest} tokens exceed the context of {against.checkpoint.path}, "
                 f"{against.engine.max_context}: set it for both (--context)"
             )
-        models, totals = [against, model], Comparison()
+        models = [against, model]
     with ExitStack() as stack:
         sequences = [stack.enter_context(each.sequence()) for each in models]
         for window in windows:
@@ -148,18 +147,18 @@ def evaluate_perplexity(
                     each.engine.extend(sequence, block)
                     for each, sequence in zip(models, sequences, strict=True)
                 ]
-                if isinstance(totals, Perplexity):
-                    totals.add(logits[0], next_ids)
+                if against is None:
+                    alone.add(logits[0], next_ids)
                 else:
-                    totals.add(logits[0], logits[1], next_ids)
+                    comparison.add(logits[0], logits[1], next_ids)
                 if on_tokens is not None:
                     on_tokens(len(next_ids))
-    if isinstance(totals, Perplexity):
-        return PerplexityResult(totals.perplexity, totals.tokens)
+    if against is None:
+        return PerplexityResult(alone.perplexity, alone.tokens)
     return PerplexityResult(
-        totals.perplexity,
-        totals.tokens,
-        totals.reference_perplexity,
-        totals.token_agreement,
-        totals.kl_divergence,
+        comparison.model.perplexity,
+        comparison.model.tokens,
+        comparison.reference.perplexity,
+        comparison.token_agreement,
+        comparison.kl_divergence,
     )

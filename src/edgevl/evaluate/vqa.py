@@ -366,7 +366,7 @@ def compare_vqa(
     return VQAComparison(
         VQAResult(tuple(outcomes)),
         VQAResult(tuple(expected)),
-        comparison.tokens,
+        comparison.model.tokens,
         comparison.token_agreement,
         comparison.kl_divergence,
     )

@@ -204,11 +204,6 @@ def _refitted(weight: Tensor, hessian: Tensor, rounded: Rounded) -> Rounded:
     return Rounded(rounded.integers, scales)
 
 
-def rounded_to_nearest(weight: Tensor, group_size: int, bits: int) -> Rounded:
-    """Quantize without looking at any input."""
-    return round_to_nearest(weight, reaching_scales(weight, group_size, bits), bits)
-
-
 #: Scales tried by `searched_scales`, as fractions of the one that reaches the largest weight: from
 #: just enough for it to be within the grid (7.5 / 7 at 4 bits), down to half.
 FRACTIONS = tuple(1.08 - 0.02 * step for step in range(30))

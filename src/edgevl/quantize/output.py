@@ -217,7 +217,7 @@ def compare_answers(
 
     return [
         {
-            "picture": _data_url(example.pictures[0]) if example.pictures else None,
+            "picture": next(map(_data_url, example.pictures), None),
             "question": example.questions[0],
             "original": before,
             "quantized": after,

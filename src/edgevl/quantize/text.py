@@ -32,7 +32,14 @@ from edgevl.quantize.decoder import (
     load_layer,
     load_tensor,
 )
-from edgevl.quantize.gptq import Refinements, Rounded, Statistics, quantize, rounded_to_nearest
+from edgevl.quantize.gptq import (
+    Refinements,
+    Rounded,
+    Statistics,
+    quantize,
+    reaching_scales,
+    round_to_nearest,
+)
 from edgevl.quantize.settings import BITS, GROUP_SIZES, QuantizationError, QuantizationSettings
 from edgevl.work import Loop, Tell, WorkDirectory
 
@@ -210,9 +217,8 @@ def quantize_layer(
     models = [DecoderLayer(config, dict(weights)) for _ in range(3)]
     original, rtn, quantized = models
 
-    def quantized_together(stage: int) -> list[Rounded]:
+    def quantized_together(stage: int, parts: list[Tensor]) -> list[Rounded]:
         """Quantize the linear layers of a stage, which share their input."""
-        parts = [weights[name + ".weight"] for name in STAGES[stage]]
         statistics = Statistics(parts[0].shape[1], torch.device(device))
         for x, y in zip(states.original, states.quantized, strict=True):
             inputs = original.inputs(stage, x.to(device)), quantized.inputs(stage, y.to(device))
@@ -228,8 +234,9 @@ def quantize_layer(
 
     results: dict[str, tuple[Rounded, dict[str, float]]] = {}
     for stage, names in enumerate(STAGES):
-        nearest = [rounded_to_nearest(weights[n + ".weight"], group_size, bits) for n in names]
-        rounded = quantized_together(stage) if settings.method == "gptq" else nearest
+        parts = [weights[name + ".weight"] for name in names]
+        nearest = [round_to_nearest(w, reaching_scales(w, group_size, bits), bits) for w in parts]
+        rounded = quantized_together(stage, parts) if settings.method == "gptq" else nearest
         for name, plain, chosen in zip(names, nearest, rounded, strict=True):
             rtn.weights[name + ".weight"] = plain.weight()
             quantized.weights[name + ".weight"] = chosen.weight()
@@ -288,19 +295,19 @@ def measure(
             original, rtn, quantized = (logits(stream[begin:end]) for stream in streams)
             kind[0].add(original, rtn, following)
             kind[1].add(original, quantized, following)
-    measured = texts if texts[0].tokens else replies
+    measured = texts if texts[0].model.tokens else replies
     perplexity = {
         "source": "held-out text" if measured is texts else "replies of held-out conversations",
-        "tokens": measured[0].tokens,
-        "original": measured[0].reference_perplexity,
-        "rtn": measured[0].perplexity,
-        "quantized": measured[1].perplexity,
+        "tokens": measured[0].model.tokens,
+        "original": measured[0].reference.perplexity,
+        "rtn": measured[0].model.perplexity,
+        "quantized": measured[1].model.perplexity,
     }
     conversations: dict[str, Any] | None = None
-    if replies[0].tokens:
+    if replies[0].model.tokens:
         conversations = {
             "samples": sum(sample.reply_start > 0 for sample in heldout),
-            "tokens": replies[0].tokens,
+            "tokens": replies[0].model.tokens,
         }
         for name, comparison in zip(("rtn", "quantized"), replies, strict=True):
             conversations[name] = {

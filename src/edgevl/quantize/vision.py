@@ -130,14 +130,14 @@ def quantize_vision(
         matrix.parts[0].weight: matrix
         for matrix in vision_matrices(replace(checkpoint.config, vision_keep=()), "int8")
     }
-    calibration = _Calibration(network, plans)
-    features = calibration.run(tiles, Loop(work, "vision-decide"), passing(0))
-    smoothed = chosen = Rounding(plans, calibration.factors)
+    steps = Loop(work, "vision-decide")
+    features, factors, strengths, squared = _calibrate(network, plans, tiles, steps, passing(0))
+    smoothed = chosen = Rounding(plans, factors)
 
-    keep = _sensitive(calibration.squared_errors, _work(checkpoint, plans))
+    keep = _sensitive(squared, _work(checkpoint, plans))
     if keep:
         kept = {name: replace(plans[name], format="bf16") for name in keep}
-        chosen = Rounding({**plans, **kept}, calibration.factors)
+        chosen = Rounding({**plans, **kept}, factors)
         trial, target = tiles[:TRIAL_TILES], features[:TRIAL_TILES]
         steps = Loop(work, "vision-keep")
         both, _ = _encode(network, trial, [smoothed, chosen], lambda seen: [], steps, passing(1))
@@ -150,7 +150,7 @@ def quantize_vision(
         rows = []
         for name in seen.rows:
             weight, inputs = network.tensor(name), seen.sample(name)
-            matrix, factor = chosen.matrices[name], chosen.factors.get(name)
+            matrix, factor = chosen.matrices[name], factors.get(name)
             target = Linear(weight)(inputs)
             plain = Linear(weight, None, plans[name])(inputs)
             decided = Linear(weight, None, matrix, factor)(inputs)
@@ -159,7 +159,7 @@ def quantize_vision(
                     "name": name.removesuffix(".weight"),
                     "plain_error": relative_error(plain, target),
                     "error": relative_error(decided, target),
-                    "alpha": calibration.strengths.get(name),
+                    "alpha": strengths.get(name),
                     "format": matrix.format,
                 }
             )
@@ -169,9 +169,8 @@ def quantize_vision(
     steps = Loop(work, "vision-measure")
     encoded, layers = _encode(network, held_out, roundings, errors, steps, passing(2))
     exact, plain, final = encoded
-    factors = {name: factor.cpu().numpy() for name, factor in chosen.factors.items()}
     return VisionQuantization(
-        SmoothedTensors(checkpoint, factors),
+        SmoothedTensors(checkpoint, {name: each.cpu().numpy() for name, each in factors.items()}),
         keep,
         layers,
         relative_error(plain, exact),
@@ -206,68 +205,60 @@ class _Inputs:
         return torch.cat(self.rows[weight])
 
 
-class _Calibration:
-    """One pass of the original over the calibration tiles.
+def _calibrate(
+    network: VisionNetwork,
+    plans: Mapping[str, MatrixPlan],
+    tiles: Floats,
+    steps: Loop,
+    finished: Callable[[int], object],
+) -> tuple[Tensor, dict[str, Tensor], dict[str, float], dict[str, float]]:
+    """Pass the calibration tiles through the original once.
 
-    Attributes:
-        factors: of the linear layers that are smoothed, by weight.
-        strengths: likewise, with which they were made.
-        squared_errors: of the hidden states, with only this linear layer rounded.
+    Returns:
+        The features of the tiles; the factors of the linear layers that are smoothed, by weight;
+        the strengths with which they were made; and for every linear layer the squared error of the
+        hidden states, with only this one rounded.
     """
-
-    def __init__(self, network: VisionNetwork, plans: Mapping[str, MatrixPlan]) -> None:
-        self.factors: dict[str, Tensor] = {}
-        self.strengths: dict[str, float] = {}
-        self.squared_errors: dict[str, float] = {}
-        self._network = network
-        self._plans = plans
-
-    def run(self, tiles: Floats, steps: Loop, finished: Callable[[int], object]) -> Tensor:
-        """Fill the attributes; return the features of the tiles."""
-        stages = self._network.stages
-        if found := steps.resume(len(stages)):
-            begin, tensors, record = found
-            x, *factors = (
-                torch.from_numpy(tensor).to(self._network.device) for tensor in tensors.values()
+    factors: dict[str, Tensor] = {}
+    strengths: dict[str, float] = {}
+    squared_errors: dict[str, float] = {}
+    if found := steps.resume(len(network.stages)):
+        begin, tensors, record = found
+        x, *smoothed = (torch.from_numpy(each).to(network.device) for each in tensors.values())
+        strengths, squared_errors = record["strengths"], record["squared_errors"]
+        factors = dict(zip(strengths, smoothed, strict=True))
+    else:
+        begin, x = 0, network.embed(tiles)
+    for stage, weights in enumerate(network.stages[begin:], begin):
+        seen, probe = _Inputs(len(tiles)), x[:PROBE_TILES]
+        x = network.run(stage, x, EXACT, seen)
+        if not x.isfinite().all():
+            raise QuantizationError(
+                f"{network.path}: {weights[0].rpartition('.')[0]} or the layers after it give "
+                "values that are not finite; the weights are damaged"
             )
-            self.factors = dict(zip(record["strengths"], factors, strict=True))
-            self.strengths, self.squared_errors = record["strengths"], record["squared_errors"]
-        else:
-            begin, x = 0, self._network.embed(tiles)
-        for stage, weights in enumerate(stages[begin:], begin):
-            seen, probe = _Inputs(len(tiles)), x[:PROBE_TILES]
-            x = self._network.run(stage, x, EXACT, seen)
-            if not x.isfinite().all():
-                raise QuantizationError(
-                    f"{self._network.path}: {weights[0].rpartition('.')[0]} or the layers after it "
-                    "give values that are not finite; the weights are damaged"
-                )
-            for weight in weights:
-                if producer(weight) is not None:
-                    self._smooth(weight, seen)
-                alone = Rounding({weight: self._plans[weight]}, self.factors)
-                error = relative_error(self._network.run(stage, probe, alone), x[:PROBE_TILES])
-                self.squared_errors[weight] = error**2
-            kept = {"x": x, **self.factors}
-            steps.save(
-                stage + 1,
-                {name: tensor.cpu().numpy() for name, tensor in kept.items()},
-                {"strengths": self.strengths, "squared_errors": self.squared_errors},
-            )
-            finished(stage + 1)
-        return x
-
-    def _smooth(self, name: str, seen: _Inputs) -> None:
-        """Choose the strength for a linear layer."""
-        weight, rows, matrix = self._network.tensor(name), seen.sample(name), self._plans[name]
-        target = Linear(weight)(rows)
-        least = (1 - LEAST_GAIN) * relative_error(Linear(weight, None, matrix)(rows), target)
-        for strength in STRENGTHS:
-            factor = smoothing_factor(seen.peaks[name], weight, strength)
-            error = relative_error(Linear(weight, None, matrix, factor)(rows), target)
-            if error < least:
-                least = error
-                self.strengths[name], self.factors[name] = strength, factor
+        for name in weights:
+            if producer(name) is not None:
+                weight, rows, matrix = network.tensor(name), seen.sample(name), plans[name]
+                target, plain = Linear(weight)(rows), Linear(weight, None, matrix)(rows)
+                least = (1 - LEAST_GAIN) * relative_error(plain, target)
+                for strength in STRENGTHS:
+                    factor = smoothing_factor(seen.peaks[name], weight, strength)
+                    scaled = Linear(weight, None, matrix, factor)(rows)
+                    error = relative_error(scaled, target)
+                    if error < least:
+                        least, strengths[name], factors[name] = error, strength, factor
+            alone = Rounding({name: plans[name]}, factors)
+            error = relative_error(network.run(stage, probe, alone), x[:PROBE_TILES])
+            squared_errors[name] = error**2
+        kept = {"x": x, **factors}
+        steps.save(
+            stage + 1,
+            {name: tensor.cpu().numpy() for name, tensor in kept.items()},
+            {"strengths": strengths, "squared_errors": squared_errors},
+        )
+        finished(stage + 1)
+    return x, factors, strengths, squared_errors
 
 
 def _encode(

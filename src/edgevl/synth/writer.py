@@ -161,19 +161,14 @@ def random_values(
     pieces = []
     for number in range(begin // _BLOCK, -(-end // _BLOCK)):
         start = number * _BLOCK
-        values = _generator(seed, name, number).standard_normal(
-            min(_BLOCK, size - start), dtype=np.float32
-        )
+        digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()
+        generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
+        values = generator.standard_normal(min(_BLOCK, size - start), dtype=np.float32)
         pieces.append(values[max(begin - start, 0) : end - start])
     values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     values *= np.float32(deviation)
     values += np.float32(mean)
     return values
-
-
-def _generator(seed: int, name: str, number: int) -> np.random.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()
-    return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
 
 
 def _distribution(name: str, shape: Sequence[int]) -> tuple[float, float]:
@@ -193,10 +188,7 @@ def _stored_tensors(config: ModelConfig, layout: str, dtype: str) -> dict[Tensor
     """Return what is stored, in order, and the canonical tensors that it is taken from."""
     stored: dict[TensorSpec, _Source] = {}
     for name, shape in expected_tensors(config).items():
-        if layout == "internvl_chat":
-            stored[TensorSpec(name, dtype, shape)] = _Source(name, shape)
-            continue
-        parts = hf_names(name)
+        parts = hf_names(name) if layout == "hf" else (name,)
         part_shape = (shape[0] // len(parts), *shape[1:])
         for index, part in enumerate(parts):
             source = _Source(name, shape, index * math.prod(part_shape))
@@ -302,19 +294,12 @@ def config_files(
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return ``tokenizer_config.json``."""
     added = sorted(tokenizer.get_added_tokens_decoder().items())
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {
         "add_bos_token": False,
         "add_prefix_space": False,
         "added_tokens_decoder": {
-            str(number): {
-                "content": token.content,
-                "lstrip": token.lstrip,
-                "normalized": token.normalized,
-                "rstrip": token.rstrip,
-                "single_word": token.single_word,
-                "special": token.special,
-            }
-            for number, token in added
+            str(number): {name: getattr(token, name) for name in fields} for number, token in added
         },
         "additional_special_tokens": [
             token.content

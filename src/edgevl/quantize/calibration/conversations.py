@@ -126,6 +126,7 @@ def requests(
         found: the user's pictures for them, used again, with other questions, if they are few.
         max_tiles: most tiles of a picture that the model takes.
     """
+    drawn = set_apart(range(len(drawn_kinds())), _HELDOUT)[heldout]
     result: list[Request | None] = []
     counts: dict[Kind, int] = {}
     for kind in kinds:
@@ -135,27 +136,34 @@ def requests(
         language = LANGUAGES[index % len(LANGUAGES)]
         if kind == "window":
             result.append(None)
-        elif kind == "chat":
+            continue
+        pictures: Sequence[DrawnPicture | FoundPicture] = ()
+        tiles = 1
+        if kind == "chat":
             question = _chat_question(seed, heldout, language, index // len(LANGUAGES))
-            result.append(_request(rng, kind, question, (), 1, language))
         else:
-            if kind == "pictures":
-                known: Sequence[FoundPicture | int] = found
-            else:
-                known = set_apart(range(len(drawn_kinds())), _HELDOUT)[heldout]
-            result.append(_about_pictures(rng, kind, index, language, known, max_tiles))
+            known = found if kind == "pictures" else drawn
+            question, pictures, tiles = _about_pictures(rng, index, language, known, max_tiles)
+        questions = [question]
+        if rng.random() < _SECOND_TURN:
+            questions.append(rng.choice(_questions()[language]["follow_ups"]))
+        seed_of_replies = rng.getrandbits(32)
+        result.append(Request(kind, tuple(questions), tuple(pictures), tiles, seed_of_replies))
     return result
 
 
 def _about_pictures(
     rng: random.Random,
-    kind: Kind,
     index: int,
     language: Language,
-    known: Sequence[FoundPicture | int],
+    known: Sequence[FoundPicture] | Sequence[int],
     max_tiles: int,
-) -> Request:
-    """Choose the conversation number ``index`` about pictures, or places of drawn ones."""
+) -> tuple[str, list[DrawnPicture | FoundPicture], int]:
+    """Choose for conversation number ``index`` about pictures, or places of drawn ones.
+
+    Returns:
+        The question, its pictures, and the most tiles of one.
+    """
     two = rng.random() < _TWO_PICTURES and len(known) > 1
     pictures: list[DrawnPicture | FoundPicture] = []
     for number in range(index, index + 1 + two):
@@ -163,18 +171,15 @@ def _about_pictures(
         pictures.append(DrawnPicture(each, rng.getrandbits(32)) if isinstance(each, int) else each)
     tiles = min(rng.choice(_MAX_TILES), max_tiles) if rng.random() < _TILED and not two else 1
     if two:
-        question = rng.choice(_questions()[language]["about_two_pictures"])
+        return rng.choice(_questions()[language]["about_two_pictures"]), pictures, tiles
+    bank, first = _questions()[language]["about_a_picture"], pictures[0]
+    if isinstance(first, DrawnPicture):
+        question, shown = rng.choice(bank), drawn_kinds()[first.place]
     else:
-        bank, first = _questions()[language]["about_a_picture"], pictures[0]
-        if isinstance(first, DrawnPicture):
-            question = rng.choice(bank)
-        else:
-            begin, uses = int(first.digest[:8], 16), index // len(known)
-            question = bank[(begin + _QUESTION_STEP * uses) % len(bank)]
-        shown = drawn_kinds()[first.place] if isinstance(first, DrawnPicture) else "any"
-        # Not `format`: other questions have braces of their own.
-        question = question.replace("{subject}", _questions()[language]["subjects"][shown])
-    return _request(rng, kind, question, tuple(pictures), tiles, language)
+        begin, uses = int(first.digest[:8], 16), index // len(known)
+        question, shown = bank[(begin + _QUESTION_STEP * uses) % len(bank)], "any"
+    # Not `format`: other questions have braces of their own.
+    return question.replace("{subject}", _questions()[language]["subjects"][shown]), pictures, tiles
 
 
 def _chat_question(seed: int, heldout: bool, language: Language, index: int) -> str:
@@ -184,20 +189,6 @@ def _chat_question(seed: int, heldout: bool, language: Language, index: int) -> 
     random.Random(f"{seed} {language}").shuffle(pairs)
     question, topic = pairs[index % len(pairs)]
     return question.replace("{topic}", topic)
-
-
-def _request(
-    rng: random.Random,
-    kind: Kind,
-    question: str,
-    pictures: tuple[DrawnPicture | FoundPicture, ...],
-    max_tiles: int,
-    language: Language,
-) -> Request:
-    questions = [question]
-    if rng.random() < _SECOND_TURN:
-        questions.append(rng.choice(_questions()[language]["follow_ups"]))
-    return Request(kind, tuple(questions), pictures, max_tiles, rng.getrandbits(32))
 
 
 @functools.cache
@@ -297,8 +288,7 @@ class ConversationLog:
             known = []
         self._known = {
             entry["request"]: [
-                Reply(tuple(reply["token_ids"]), reply["text"], reply["finish_reason"])
-                for reply in entry["replies"]
+                Reply(tuple(reply.pop("token_ids")), **reply) for reply in entry["replies"]
             ]
             for entry in known
         }
