@@ -434,13 +434,8 @@ def _parse_tiles(top: Fields, processor: Fields, processed_size: int | None) -> 
     """Return the image settings of ``ModelConfig``.
 
     ``config.json`` of the internvl_chat layout has them; the HF layout keeps them with the image
-    processor, in transformers 5 inside ``image_processor``.
-
-    Args:
-        top: ``config.json``.
-        processor: the image processor.
-        processed_size: the side that the processor has to scale tiles to, or None where what it
-            says of that is not used.
+    processor, in transformers 5 inside ``image_processor``. That one has to scale tiles to
+    ``processed_size``; None where what it says of that is not used.
     """
     if processor.has("image_processor"):
         processor = processor.fields("image_processor")

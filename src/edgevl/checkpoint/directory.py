@@ -20,31 +20,15 @@ MAX_JSON_BYTES = 16 << 20
 MAX_TEXT_BYTES = 64 << 20
 #: Files that hold weights, or a table of them: they are written anew or left behind.
 WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-)
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
+    ".gguf", ".onnx", ".h5", ".msgpack",
+)  # fmt: skip
 #: What a text model is given and asked with.
 TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
 
 
 class ModelDirectory:

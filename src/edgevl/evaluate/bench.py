@@ -364,9 +364,9 @@ def decoder_operations(config: ModelConfig, tokens: int, cached: int) -> float:
     """
     text = config.text
     linears = [linear for matrix in matrices(text_layer(text)) for linear in matrix.linears]
+    products = sum(linear.outputs * linear.inputs for linear in linears)
     seen = tokens * cached + tokens * (tokens + 1) / 2
-    layer = tokens * sum(linear.outputs * linear.inputs for linear in linears)
-    layer += 2 * seen * text.num_attention_heads * text.head_dim
+    layer = tokens * products + 2 * seen * text.num_attention_heads * text.head_dim
     return 2 * (text.num_hidden_layers * layer + text.hidden_size * text.vocab_size)
 
 

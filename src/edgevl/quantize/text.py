@@ -252,9 +252,9 @@ def quantize_layer(
             results[name] = chosen, dict(zip(("rtn_error", "error"), pair, strict=True))
         if stage in (1, 3):
             calibration = ((original, states.original), (quantized, states.quantized))
-            for model, streams in (*zip(models, states.heldout, strict=True), *calibration):
-                for index, x in enumerate(streams):
-                    streams[index] = model.advance(stage, x.to(device)).cpu()
+            for model, sequences in (*zip(models, states.heldout, strict=True), *calibration):
+                for index, x in enumerate(sequences):
+                    sequences[index] = model.advance(stage, x.to(device)).cpu()
                     tick()
     return results
 

@@ -121,7 +121,7 @@ def save_set(path: Path, calibration: CalibrationSet) -> None:
         TensorSpec("is_image", "U8", (counts["tokens"],)),
         TensorSpec("record", "U8", (len(record),)),
     ]
-    pieces = itertools.chain(
+    pieces: Iterator[bytes | memoryview] = itertools.chain(
         map(raw, (calibration.tiles, calibration.heldout_tiles)),
         (raw(sample.embeddings[sample.is_image]) for sample in samples),
         (raw(sample.token_ids.astype(np.int32)) for sample in samples),
