@@ -40,7 +40,7 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Floats
 from edgevl.engine.plan import MatrixPlan, vision_matrices
 from edgevl.quantize.settings import QuantizationError
-from edgevl.quantize.vision_network import EXACT, Linear, Rounding, VisionNetwork
+from edgevl.quantize.vision_network import EXACT, Rounding, VisionNetwork, linear_of
 from edgevl.work import Loop, Tell, WorkDirectory
 
 STRENGTHS = (0.25, 0.4, 0.55, 0.7, 0.85)
@@ -151,9 +151,9 @@ def quantize_vision(
         for name in seen.rows:
             weight, inputs = network.tensor(name), seen.sample(name)
             matrix, factor = chosen.matrices[name], factors.get(name)
-            target = Linear(weight)(inputs)
-            plain = Linear(weight, None, plans[name])(inputs)
-            decided = Linear(weight, None, matrix, factor)(inputs)
+            target = linear_of(weight)(inputs)
+            plain = linear_of(weight, None, plans[name])(inputs)
+            decided = linear_of(weight, None, matrix, factor)(inputs)
             rows.append(
                 {
                     "name": name.removesuffix(".weight"),
@@ -240,11 +240,11 @@ def _calibrate(
         for name in weights:
             if producer(name) is not None:
                 weight, rows, matrix = network.tensor(name), seen.sample(name), plans[name]
-                target, plain = Linear(weight)(rows), Linear(weight, None, matrix)(rows)
+                target, plain = linear_of(weight)(rows), linear_of(weight, None, matrix)(rows)
                 least = (1 - LEAST_GAIN) * relative_error(plain, target)
                 for strength in STRENGTHS:
                     factor = smoothing_factor(seen.peaks[name], weight, strength)
-                    scaled = Linear(weight, None, matrix, factor)(rows)
+                    scaled = linear_of(weight, None, matrix, factor)(rows)
                     error = relative_error(scaled, target)
                     if error < least:
                         least, strengths[name], factors[name] = error, strength, factor

@@ -51,8 +51,13 @@ class Rounding:
 EXACT = Rounding()
 
 
-class Linear:
-    """A linear layer.
+def linear_of(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    matrix: MatrixPlan | None = None,
+    factor: Tensor | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """Return a linear layer: [tokens, columns] -> [tokens, rows].
 
     Args:
         weight: float32 [rows, columns].
@@ -60,29 +65,20 @@ class Linear:
         matrix: the plan by which it is rounded, or None.
         factor: of `Rounding`, or None.
     """
+    int8 = matrix is not None and matrix.format == "int8"
+    if factor is not None:
+        weight = weight * factor
+    if matrix is not None:
+        weight = to_int8(weight) if int8 else to_bfloat16(weight)
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        matrix: MatrixPlan | None = None,
-        factor: Tensor | None = None,
-    ) -> None:
-        self._bias, self._matrix, self._factor = bias, matrix, factor
+    def linear(x: Tensor) -> Tensor:
         if factor is not None:
-            weight = weight * factor
+            x = x / factor
         if matrix is not None:
-            weight = to_int8(weight) if matrix.format == "int8" else to_bfloat16(weight)
-        self._weight = weight
+            x = to_int8(x, matrix.group) if int8 else to_bfloat16(x)
+        return functional.linear(x, weight, bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Compute: [tokens, columns] -> [tokens, rows]."""
-        if self._factor is not None:
-            x = x / self._factor
-        if self._matrix is not None:
-            int8 = self._matrix.format == "int8"
-            x = to_int8(x, self._matrix.group) if int8 else to_bfloat16(x)
-        return functional.linear(x, self._weight, self._bias)
+    return linear
 
 
 class VisionNetwork:
@@ -175,7 +171,7 @@ class VisionNetwork:
         self, name: str, rounding: Rounding, observe: Observer | None
     ) -> Callable[[Tensor], Tensor]:
         weight = name + ".weight"
-        linear = Linear(
+        linear = linear_of(
             self.tensor(weight),
             self.tensor(name + ".bias") if name + ".bias" in self._known else None,
             rounding.matrices.get(weight),
@@ -193,11 +189,7 @@ class VisionNetwork:
     def _norm(self, name: str) -> Callable[[Tensor], Tensor]:
         weight, eps = self.tensor(name + ".weight"), self.config.vision.layer_norm_eps
         if name + ".bias" not in self._known:  # norms of queries and keys never have one
-
-            def rms_norm(x: Tensor) -> Tensor:
-                return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-            return rms_norm
+            return lambda x: functional.rms_norm(x, weight.shape, weight, eps)
         bias = self.tensor(name + ".bias")
         return lambda x: functional.layer_norm(x, weight.shape, weight, bias, eps)
 
