@@ -33,7 +33,7 @@ from edgevl.engine.reference import VISION_PREFIXES
 from edgevl.errors import BoardError, EdgeVLError
 from edgevl.machine import this_machine
 from edgevl.preprocess import prepare_picture
-from edgevl.quantize.calibration.shipped import drawn
+from edgevl.quantize.calibration.pictures import drawn
 from edgevl.synth.presets import PRESETS
 from edgevl.synth.writer import write_checkpoint
 from storage import CHAT, random_tensors, write_directory
