@@ -8,7 +8,7 @@ from edgevl.errors import CheckpointError
 from edgevl.preprocess.template import (
     MAX_ADDED_CHARS,
     MAX_TEMPLATE_CHARS,
-    JinjaTemplate,
+    ChatTemplate,
     default_system_message,
     load_template,
 )
@@ -139,7 +139,7 @@ def test_the_variables_and_helpers_of_transformers():
         "{% generation %}{{ 'g' }}{% endgeneration %}{{ pad_token is defined }}"
         "    {% if true %}\n  x\n    {% endif %}\n"
     )
-    template = JinjaTemplate(source, "f", {"bos_token": "<s>"})
+    template = ChatTemplate(source, "f", {"bos_token": "<s>"})
     rendered = template.render([{"role": "user", "content": c} for c in (" a ", "b", "c")])
     assert rendered == '<s>ab{"b": "<é>", "a": 1}True%gFalse    ' + "  x\n"
 
@@ -147,7 +147,7 @@ def test_the_variables_and_helpers_of_transformers():
 def test_thinking_is_told_only_when_something_is_said_of_it():
     """As transformers does: templates such as Qwen3's tell false from absent."""
     source = "{{ messages[0].content }}{{ enable_thinking is defined }}{{ enable_thinking }}"
-    template = JinjaTemplate(source, "f", {})
+    template = ChatTemplate(source, "f", {})
     assert template.render(MESSAGES[:1]) == "Sei kurz.False"
     assert template.render(MESSAGES[:1], False) == "Sei kurz.TrueFalse"
     assert template.render(MESSAGES[:1], True) == "Sei kurz.TrueTrue"
@@ -175,7 +175,7 @@ def test_each_role_gets_lists_or_strings_as_the_template_wants_them(
         f"{{% for m in messages %}}{{% if m.role == 'system' %}}{system}"
         f"{{% elif m.role == 'user' %}}{user}{{% else %}}{assistant}{{% endif %}}{{% endfor %}}"
     )
-    assert JinjaTemplate(source, "f", {}).render(MESSAGES) == expected
+    assert ChatTemplate(source, "f", {}).render(MESSAGES) == expected
 
 
 def test_a_template_that_refuses_a_role_is_known_by_its_own_words():
@@ -183,7 +183,7 @@ def test_a_template_that_refuses_a_role_is_known_by_its_own_words():
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
         f"{{% endif %}}{LIST}{{% endfor %}}"
     )
-    template = JinjaTemplate(source, "f", {})
+    template = ChatTemplate(source, "f", {})
     assert template.render(MESSAGES[1:]) == "你好|Hi|Why?|"
     with pytest.raises(CheckpointError, match="no system"):
         template.render(MESSAGES)
@@ -212,23 +212,23 @@ def test_a_template_that_refuses_a_role_is_known_by_its_own_words():
 )
 def test_bad_templates_name_their_file(source, reason):
     with pytest.raises(CheckpointError, match=reason) as caught:
-        JinjaTemplate(source, "dir/chat_template.jinja", {})
+        ChatTemplate(source, "dir/chat_template.jinja", {})
     assert str(caught.value).startswith("dir/chat_template.jinja: ")
     assert "\n" not in str(caught.value)
 
 
 def test_arithmetic_of_sensible_size_works():
     source = "{{ messages[0].content }} {{ '=' * 3 }} {{ 7 * 6 }} {{ 9 % 4 }}"
-    rendered = JinjaTemplate(source, "f", {}).render([{"role": "user", "content": "hi"}])
+    rendered = ChatTemplate(source, "f", {}).render([{"role": "user", "content": "hi"}])
     assert rendered == "hi === 42 1"
 
 
 def test_output_is_bounded_by_what_went_in():
     source = "{% for m in messages %}{{ m.content }}{% endfor %}"
     long = "x" * (2 * MAX_ADDED_CHARS)
-    template = JinjaTemplate(source, "f", {})
+    template = ChatTemplate(source, "f", {})
     assert template.render([{"role": "user", "content": long}]) == long
-    doubling = JinjaTemplate(source + source.replace("m.content", "m.content * 9"), "f", {})
+    doubling = ChatTemplate(source + source.replace("m.content", "m.content * 9"), "f", {})
     with pytest.raises(CheckpointError, match="without end"):
         doubling.render([{"role": "user", "content": long}])
 
@@ -241,7 +241,7 @@ def test_renders_as_transformers_does():
         "{{- message.content.strip() | tojson }}  {% endif %}\n{% endfor %}\n"
         "{%- if add_generation_prompt %}A{% endif %}\n"
     )
-    ours = JinjaTemplate(source, "f", {"bos_token": "<s>"}).render(MESSAGES)
+    ours = ChatTemplate(source, "f", {"bos_token": "<s>"}).render(MESSAGES)
     (theirs,), _ = utils.render_jinja_template(
         conversations=[MESSAGES], chat_template=source, add_generation_prompt=True, bos_token="<s>"
     )

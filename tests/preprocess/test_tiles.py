@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgevl.preprocess.tiles import choose_grid, split, to_pixels
+from edgevl.preprocess.picture import choose_grid, split, to_pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

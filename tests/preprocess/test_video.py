@@ -14,7 +14,7 @@ import pytest
 import edgevl
 from edgevl import cli
 from edgevl.errors import ContextLengthError, PromptError, VideoError
-from edgevl.preprocess import Message, open_video, prepare_picture, prepare_video, video, video_file
+from edgevl.preprocess import Message, open_video, prepare_picture, prepare_video, video
 
 av = pytest.importorskip("av")
 
@@ -125,7 +125,7 @@ def test_where_seeking_fails_frames_are_counted(clip, decoded, monkeypatch):
 
     def cannot_seek(container, stream, errors, keyframe=None, seek=0):
         if keyframe is not None:
-            raise video_file.CannotSeekError
+            raise video.CannotSeekError
         yield from decode(container, stream, errors)
 
     monkeypatch.setattr(video, "_frames", cannot_seek)
@@ -383,16 +383,16 @@ def test_limits(clip, monkeypatch):
         patch.setattr(video, "MAX_FRAMES", 99)
         assert "limit of 99 frames" in refused(clip)
     with monkeypatch.context() as patch:
-        patch.setattr(video_file, "MAX_FILE_BYTES", len(data) - 1)
+        patch.setattr(video, "MAX_FILE_BYTES", len(data) - 1)
         assert "over the limit" in refused(clip)
     with monkeypatch.context() as patch:
-        patch.setattr(video_file, "MAX_MEMORY_BYTES", len(data) - 1)
+        patch.setattr(video, "MAX_MEMORY_BYTES", len(data) - 1)
         assert "over the limit" in refused(data)
         assert "over the limit" in refused("data:," + 3 * len(data) * "a")
         patch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
         assert "over the limit" in refused("-")
     with monkeypatch.context() as patch:
-        patch.setattr(video_file, "MAX_FRAME_PIXELS", 64 * 48 - 1)
+        patch.setattr(video, "MAX_FRAME_PIXELS", 64 * 48 - 1)
         assert "limit of 3071 pixels" in refused(clip)
 
 
@@ -404,11 +404,11 @@ def test_frames_may_not_grow_beyond_the_limit_on_the_way(tmp_path, monkeypatch):
 
     def widths():
         errors = video._Errors()
-        with video_file.opened("a", small + large) as (container, stream):
+        with video.opened("a", small + large) as (container, stream):
             return {frame.width for frame in video._frames(container, stream, errors)}, errors.count
 
     assert widths() == ({64, 320}, 0)
-    monkeypatch.setattr(video_file, "MAX_FRAME_PIXELS", 128 * 96)
+    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 128 * 96)
     assert widths() == ({64}, 20)
 
 

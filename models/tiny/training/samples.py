@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset
 
-from edgevl.preprocess.tiles import choose_grid, split
+from edgevl.preprocess.picture import choose_grid, split
 from json_answers import json_talk, mixed_turns, told_turns
 from phrasings import JSON_SYSTEM
 from pictures import DRAWERS

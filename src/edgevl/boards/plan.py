@@ -21,7 +21,7 @@ from edgevl.errors import BoardError
 from edgevl.json_input import Fields
 from edgevl.loading import locate, open_model
 from edgevl.preprocess import Message, PromptEncoder
-from edgevl.preprocess.template import ChatMLTemplate
+from edgevl.preprocess.template import chatml_template
 from edgevl.synth.presets import PRESETS
 from edgevl.synth.tokenizer import build_tokenizer
 
@@ -67,7 +67,7 @@ def planned_model(model: str) -> PlannedModel:
         thinking = preset.config.text.model_type == "qwen3"
         # Stands in for the real tokenizer, which has longer tokens, so this is at least enough.
         tokenizer = build_tokenizer(preset.base_vocabulary, thinking)
-        template = ChatMLTemplate("<|im_end|>\n", preset.config.system_message)
+        template = chatml_template("<|im_end|>\n", preset.config.system_message)
         text = template.render([{"role": "user", "content": ""}])
         return PlannedModel(preset.config, True, 4, len(tokenizer.encode(text).ids))
     with closing(open_model(locate(model))) as opened:

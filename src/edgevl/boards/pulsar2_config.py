@@ -17,7 +17,7 @@ from edgevl.errors import BoardError
 from edgevl.files import read_text
 from edgevl.json_input import shown
 from edgevl.optional import needs
-from edgevl.preprocess.tiles import byte_statistics
+from edgevl.preprocess.picture import byte_statistics
 
 with needs("axera", BoardError):
     import json5

@@ -38,8 +38,7 @@ from edgevl.page.texts import (
 )
 from edgevl.preprocess.image import MAX_BYTES
 from edgevl.preprocess.picture import MAX_TILES
-from edgevl.preprocess.video import DEFAULT_FRAMES, MAX_SAMPLED
-from edgevl.preprocess.video_file import MAX_MEMORY_BYTES
+from edgevl.preprocess.video import DEFAULT_FRAMES, MAX_MEMORY_BYTES, MAX_SAMPLED
 
 with needs("ui"):
     import gradio as gr

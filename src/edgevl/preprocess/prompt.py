@@ -16,15 +16,17 @@ from edgevl.preprocess.messages import GeneratedTokens, Markup, Message, Part, c
 from edgevl.preprocess.picture import Picture
 from edgevl.preprocess.protect import Sentinels, added_ids, control_ids, cut_lookalikes
 from edgevl.preprocess.template import (
+    TAGS,
     THINKING_SYSTEM_MESSAGE,
     PlainMessage,
     default_system_message,
     load_template,
+    spell_out,
     surroundings,
     token_variables,
+    tools_text,
 )
 from edgevl.preprocess.tokenizer import encode_text, load_tokenizer
-from edgevl.preprocess.tool_prompt import TAGS, spell_out, tools_text
 from edgevl.preprocess.tools import Tool, ToolCall, check_tools
 
 if TYPE_CHECKING:
@@ -158,7 +160,7 @@ class PromptEncoder:
         thoughts = [message.thinking for message in messages]  # some are not shown
         self._check_length(thoughts, None)
         texts += thoughts
-        sentinels = Sentinels.absent_from([*texts, self._template.source])
+        sentinels = Sentinels.absent_from([*texts, *self._template.texts])
         items = [p for message in messages for p in message.parts if isinstance(p, _Item)]
         self._check_items(items)
         rendered = self._render(messages, sentinels, thinking, tagged)

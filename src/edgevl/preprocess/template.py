@@ -1,12 +1,13 @@
-"""Chat templates: messages to one string, as the checkpoint wants it."""
+"""Chat templates: messages, and tools as a part of them, to one string."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -19,6 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from edgevl.checkpoint.config import SYSTEM_MESSAGE
 from edgevl.errors import CheckpointError
 from edgevl.files import first_line
+from edgevl.preprocess.messages import Markup, Message, Part
+from edgevl.preprocess.tools import CALL_END, CALL_START, Tool, ToolCall
 
 if TYPE_CHECKING:
     from edgevl.checkpoint import ModelDirectory
@@ -45,6 +48,13 @@ THINKING_SYSTEM_MESSAGE = (
 
 # conversation.py of InternVL: templates of one shape, that differ in what ends a turn and in the
 # default system message.
+_CHATML = (
+    "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\n' + system_message + turn_end }}{% endif %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + turn_end }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
 _INTERNVL2_SYSTEM = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
     "是一个有用无害的人工智能助手。"
@@ -65,49 +75,6 @@ PlainMessage = Mapping[str, str]
 
 # What stands for texts when a template is tried: no character, and not white space.
 _PROBE, _OTHER_PROBE = "\ufdd0", "\ufdd1"
-
-
-class ChatTemplate(Protocol):
-    """Turns messages into the text of a prompt that ends where the assistant's reply begins."""
-
-    @property
-    def source(self) -> str:
-        """Text that the template may write itself."""
-
-    def render(self, messages: Sequence[PlainMessage], thinking: bool | None = None) -> str:
-        """Render the messages, and open the assistant's turn; thinking is wanted, not, or either.
-
-        Raises:
-            CheckpointError: The template fails.
-        """
-
-
-@dataclass(frozen=True)
-class ChatMLTemplate:
-    """A template of InternVL's ``conversation.py``, such as ``internvl2_5``.
-
-    Attributes:
-        separator: What ends a turn.
-        system_message: Used if the messages do not begin with a system message.
-    """
-
-    separator: str
-    system_message: str
-
-    @property
-    def source(self) -> str:
-        """Text that the template may write itself."""
-        return self.system_message
-
-    def render(self, messages: Sequence[PlainMessage], thinking: bool | None = None) -> str:
-        """Render the messages; thinking is a matter of the system message alone."""
-        if not messages or messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system_message}, *messages]
-        turns = [
-            f"<|im_start|>{message['role']}\n{message['content']}{self.separator}"
-            for message in messages
-        ]
-        return "".join(turns) + "<|im_start|>assistant\n"
 
 
 class _BoundedSandbox(ImmutableSandboxedEnvironment):
@@ -144,13 +111,18 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class JinjaTemplate:
-    """A checkpoint's own template, rendered in Jinja's sandbox as transformers does.
+class ChatTemplate:
+    """A chat template, rendered in Jinja's sandbox as transformers does.
+
+    The messages it renders end where the assistant's reply begins.
 
     Args:
         source: The template.
         origin: The file it is from, for errors.
         variables: What it may refer to beside the messages, such as ``eos_token``.
+
+    Attributes:
+        texts: What it may write itself.
 
     Raises:
         CheckpointError: The template is too large, malformed, or does not render a message.
@@ -162,7 +134,7 @@ class JinjaTemplate:
                 f"{origin}: chat template of {len(source)} characters; the limit is "
                 f"{MAX_TEMPLATE_CHARS}"
             )
-        self.source = source
+        self.texts = (source, *variables.values())
         self.origin = origin
         self._variables = dict(variables)
         environment = _BoundedSandbox(
@@ -170,9 +142,10 @@ class JinjaTemplate:
             lstrip_blocks=True,
             extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
         )
-        environment.filters["tojson"] = _tojson
+        # Jinja's own filter escapes HTML; transformers replaces it by this.
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         try:
             self._template = environment.from_string(source)
         except Exception as error:  # a template may fail in any way, here and in _render
@@ -184,7 +157,7 @@ class JinjaTemplate:
             self._find_form(role)
 
     def render(self, messages: Sequence[PlainMessage], thinking: bool | None = None) -> str:
-        """Render the messages.
+        """Render the messages; thinking is wanted, not, or either.
 
         As in transformers, ``enable_thinking`` is there only if something is said about it:
         templates tell false from absent.
@@ -295,60 +268,55 @@ def load_template(checkpoint: ModelDirectory) -> ChatTemplate:
     config = checkpoint.read_json("config.json") or {}
     name = config.get("template")
     stored = _stored_template(checkpoint, with_tokenizer=name is None)
-    if name is None and stored is not None:
+    known = isinstance(name, str) and name in _BUILT_IN
+    if stored is not None and not known:
         return stored
-    named = _named_template("internvl2_5" if name is None else name)
-    if named is not None and config.get("system_message") is not None:
-        named = replace(named, system_message=checkpoint.config.system_message)
-    if stored is not None and (
-        named is None or default_system_message(stored) in ("", named.system_message)
-    ):
-        return stored
-    if named is None:
+    if name is not None and not known:
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'}: template {str(name)[:60]!r} is not known "
             f"({', '.join(_BUILT_IN)}); put a chat_template.jinja beside it"
         )
-    return named
+    turn_end, system_message = _BUILT_IN[name or "internvl2_5"]
+    if config.get("system_message") is not None:
+        system_message = checkpoint.config.system_message
+    if stored is not None and default_system_message(stored) in ("", system_message):
+        return stored
+    return chatml_template(turn_end, system_message)
 
 
-def _named_template(name: object) -> ChatMLTemplate | None:
-    """Return the template of a name, if there is one."""
-    if not isinstance(name, str) or name not in _BUILT_IN:
-        return None
-    return ChatMLTemplate(*_BUILT_IN[name])
+def chatml_template(turn_end: str, system_message: str) -> ChatTemplate:
+    """Return a template of InternVL's ``conversation.py``, such as ``internvl2_5``.
+
+    Args:
+        turn_end: What ends a turn.
+        system_message: Used if the messages do not begin with a system message.
+    """
+    variables = {"turn_end": turn_end, "system_message": system_message}
+    return ChatTemplate(_CHATML, "the built-in template", variables)
 
 
-def _stored_template(checkpoint: ModelDirectory, with_tokenizer: bool) -> JinjaTemplate | None:
-    """Return the first template that is stored."""
+def _stored_template(checkpoint: ModelDirectory, with_tokenizer: bool) -> ChatTemplate | None:
+    """Return the first template that is stored: a string, or the ``default`` of a named list."""
     tokenizer_config = checkpoint.read_json("tokenizer_config.json") or {}
-    variables = token_variables(tokenizer_config)
-    source = checkpoint.read_text("chat_template.jinja")
-    if source is not None:
-        return JinjaTemplate(source, str(checkpoint.path / "chat_template.jinja"), variables)
     separate = checkpoint.read_json("chat_template.json") or {}
-    for name, content in (
-        ("chat_template.json", separate),
-        ("tokenizer_config.json", tokenizer_config if with_tokenizer else {}),
+    beside = tokenizer_config if with_tokenizer else {}
+    for name, source in (
+        ("chat_template.jinja", checkpoint.read_text("chat_template.jinja")),
+        ("chat_template.json", separate.get("chat_template") or None),
+        ("tokenizer_config.json", beside.get("chat_template") or None),
     ):
-        if content.get("chat_template"):
-            origin = str(checkpoint.path / name)
-            return JinjaTemplate(_stored(content["chat_template"], origin), origin, variables)
+        if source is None:
+            continue
+        if isinstance(source, list):
+            listed = [each for each in source if isinstance(each, dict)]
+            source = {each.get("name"): each.get("template") for each in listed}.get("default")
+        origin = str(checkpoint.path / name)
+        if not isinstance(source, str):
+            raise CheckpointError(
+                f"{origin}: chat_template should be a string, or a list with one named 'default'"
+            )
+        return ChatTemplate(source, origin, token_variables(tokenizer_config))
     return None
-
-
-def _stored(value: Any, origin: str) -> str:
-    """Return a template from JSON: a string, or a list of named ones with a ``default``."""
-    if isinstance(value, list):
-        named = {
-            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
-        }
-        value = named.get("default")
-    if not isinstance(value, str):
-        raise CheckpointError(
-            f"{origin}: chat_template should be a string, or a list with one named 'default'"
-        )
-    return value
 
 
 def token_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
@@ -363,26 +331,63 @@ def token_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     return variables
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML; transformers replaces it by this.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+# Tools, calls and their results are text of system, assistant and user messages, as the templates
+# of Qwen2.5 and Qwen3 write them: those of InternVL know nothing of tools, while the text models
+# have learned this form.
+_BEFORE_TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+)
+_AFTER_TOOLS = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+    f"within {CALL_START}{CALL_END} XML tags:\n{CALL_START}\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n'
+    f"{CALL_END}"
+)
+_RESULT_START, _RESULT_END = "<tool_response>", "</tool_response>"
+
+#: With these in its text, somebody could forge calls and results.
+TAGS = (CALL_START, CALL_END, _RESULT_START, _RESULT_END)
+
+
+def tools_text(tools: Sequence[Tool]) -> tuple[Part, ...]:
+    """Return what tells the model of its tools, for the end of the system message."""
+    listed = "\n".join(tool.to_json() for tool in tools)
+    return Markup(_BEFORE_TOOLS), listed, Markup(_AFTER_TOOLS)
+
+
+def spell_out(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with calls as text, and results as messages of the user.
+
+    Results that follow one another become one message. Other parts stay as they are, also tokens
+    that the model generated.
+    """
+    spelled: list[Message] = []
+    results: list[Part] = []
+    for index, message in enumerate(messages):
+        if message.role != "tool":
+            spelled.append(replace(message, parts=_with_calls(message.parts)))
+            continue
+        between = [Markup("\n")] if results else []
+        opening, closing = Markup(f"{_RESULT_START}\n"), Markup(f"\n{_RESULT_END}")
+        results += [*between, opening, *message.parts, closing]
+        if index + 1 == len(messages) or messages[index + 1].role != "tool":
+            spelled.append(Message("user", tuple(results)))
+            results = []
+    return spelled
+
+
+def _with_calls(parts: Sequence[Part]) -> tuple[Part, ...]:
+    spelled: list[Part] = []
+    for part in parts:
+        if not isinstance(part, ToolCall):
+            spelled.append(part)
+            continue
+        before = "\n" if any(earlier != "" for earlier in spelled) else ""
+        call = f'{{"name": "{part.name}", "arguments": {part.arguments}}}'
+        spelled += [Markup(f"{before}{CALL_START}\n"), call, Markup(f"\n{CALL_END}")]
+    return tuple(spelled)
