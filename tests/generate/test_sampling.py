@@ -10,7 +10,7 @@ import pytest
 
 import edgevl
 from edgevl import cli
-from edgevl.batch.line import FIELDS
+from edgevl.batch.rows import FIELDS
 from edgevl.checkpoint.config_parser import parse_sampling
 from edgevl.errors import EdgeVLError, PromptError
 from edgevl.generate.sampling import Sampler, SamplingParams, _likeliest, _place

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
-from edgevl.batch.line import Row
+from edgevl.batch.rows import Row
 from edgevl.errors import ContextLengthError, ImageError, PromptError, VideoError
 from edgevl.generate.model import Model
 from edgevl.preprocess import prepare_picture, prepare_video
