@@ -6,7 +6,7 @@ from PIL import Image
 
 import edgevl
 from edgevl.generate import prefix
-from edgevl.generate.prefix import FeatureCache, PrefixRunner, drain, prompt_keys
+from edgevl.generate.prefix import FeatureCache, Slot, drain, prompt_keys
 from edgevl.preprocess import Message, prepare_picture
 
 
@@ -25,28 +25,28 @@ def prompt_of(model, text, *pictures):
 
 
 def runner(model, features=None):
-    return PrefixRunner(model.engine, features)
+    return Slot(model.engine, features or FeatureCache())
 
 
 def test_every_place_where_a_prefix_may_end(model):
     """Also inside a picture, of which the rest is then taken."""
     prompt = prompt_of(model, "Before <image> after", picture(model, 0))
-    expected = drain(runner(model).prefill(prompt)).logits.copy()
+    expected = drain(runner(model).prefill(prompt))[0].copy()
     for length in range(len(prompt.token_ids) + 1):
         again = runner(model)
         drain(again.prefill(prompt))
         again.truncate(length)
-        result = drain(again.prefill(prompt))
-        assert result.cached_tokens == min(length, len(prompt.token_ids) - 1)
-        np.testing.assert_array_equal(result.logits, expected)
+        logits, cached_tokens = drain(again.prefill(prompt))
+        assert cached_tokens == min(length, len(prompt.token_ids) - 1)
+        np.testing.assert_array_equal(logits, expected)
 
 
 @pytest.mark.parametrize("step", [1, 5, 64])
 def test_work_in_steps_is_the_same_work(model, step):
     prompt = prompt_of(model, "Before <image> after", picture(model, 1))
-    expected = drain(runner(model).prefill(prompt)).logits.copy()
+    expected = drain(runner(model).prefill(prompt))[0].copy()
     stepwise = runner(model)
-    np.testing.assert_array_equal(drain(stepwise.prefill(prompt, step)).logits, expected)
+    np.testing.assert_array_equal(drain(stepwise.prefill(prompt, step))[0], expected)
     # Left in the middle: what was done stays, and is all that is known.
     left = runner(model)
     steps = left.prefill(prompt, step)
@@ -54,7 +54,7 @@ def test_work_in_steps_is_the_same_work(model, step):
         next(steps, None)
     steps.close()
     assert left.match(prompt_keys(prompt)) == len(left) == left.sequence.length
-    np.testing.assert_array_equal(drain(left.prefill(prompt, step)).logits, expected)
+    np.testing.assert_array_equal(drain(left.prefill(prompt, step))[0], expected)
 
 
 def test_sequences_share_the_features_of_pictures(model):
@@ -91,5 +91,5 @@ def test_another_picture_in_the_same_place_is_not_known(model):
     first, second = (prompt_of(model, *each) for each in texts)
     drain(sequence.prefill(first))
     assert sequence.match(prompt_keys(second)) == second.images[0].start
-    expected = drain(runner(model).prefill(second)).logits.copy()
-    np.testing.assert_array_equal(drain(sequence.prefill(second)).logits, expected)
+    expected = drain(runner(model).prefill(second))[0].copy()
+    np.testing.assert_array_equal(drain(sequence.prefill(second))[0], expected)

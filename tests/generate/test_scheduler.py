@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,9 @@ from PIL import Image
 import edgevl
 from edgevl.errors import ContextLengthError, EdgeVLError, QueueFullError
 from edgevl.generate import Answer, SamplingParams, Session
-from edgevl.generate.fair_queue import FairQueue
 from edgevl.generate.generation import Delta
-from edgevl.generate.scheduler import Scheduler
-from edgevl.generate.slots import Slots
+from edgevl.generate.prefix import Slots
+from edgevl.generate.scheduler import FairQueue, Scheduler
 from edgevl.preprocess import Message, prepare_picture
 
 
@@ -165,15 +165,16 @@ def test_logprobs_are_of_the_whole_distribution(scheduler, model):
 
 
 def test_clients_take_turns():
-    waiting = FairQueue()
+    waiting, last = FairQueue(), None
     for client, item in [("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5), ("b", 6)]:
-        waiting.put(client, item)
-    assert waiting.remove("c", 5)
-    assert not waiting.remove("c", 5)
-    assert sorted(waiting) == [1, 2, 3, 4, 6]
-    first = waiting.get()
-    waiting.put_back(*first)
-    taken = [waiting.get()[1] for _ in range(len(waiting))]
+        request = SimpleNamespace(client=client, number=item)
+        waiting.put(request)
+        last = request if client == "c" else last
+    assert waiting.remove(last)
+    assert not waiting.remove(last)
+    assert sorted(request.number for request in waiting) == [1, 2, 3, 4, 6]
+    waiting.put_back(waiting.get())
+    taken = [waiting.get().number for _ in range(len(waiting))]
     assert taken == [1, 4, 2, 6, 3]
     with pytest.raises(KeyError):
         waiting.get()
@@ -321,7 +322,7 @@ def test_a_sequence_that_cannot_be_had_fails_its_request_only(scheduler, model, 
 
 
 def test_answers_that_outgrow_the_memory_are_cut_off(scheduler, model, monkeypatch):
-    monkeypatch.setattr("edgevl.generate.slots.RESERVED_TOKENS", 4)
+    monkeypatch.setattr("edgevl.generate.prefix.RESERVED_TOKENS", 4)
     monkeypatch.setattr(scheduler.prompts, "stop_ids", frozenset())
     monkeypatch.setattr("edgevl.generate.text.Detokenizer.finish", lambda self: "held back")
     idle, prompt = prompt_of(model, "word " * 20), prompt_of(model, "Go on")

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 import edgevl
 from edgevl import cli
 from edgevl.errors import CheckpointError, EdgeVLError, ImageError, PromptError, QueueFullError
-from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.constraint import Constraint
+from edgevl.generate.generation import Answer, Timings, Usage
 from edgevl.generate.sampling import SamplingParams, TokenLogprobs
 from edgevl.serve.requests import ChatRequest, CompletionRequest
 from edgevl.serve.responses import TokenTexts

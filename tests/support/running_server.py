@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgevl.generate.answer import Answer, Timings, Usage
-from edgevl.generate.generation import Delta
+from edgevl.generate.generation import Answer, Delta, Timings, Usage
 from edgevl.generate.sampling import LEAST, TokenLogprobs
 from edgevl.generate.text import Piece
 from edgevl.serve.app import PageGate, create_app

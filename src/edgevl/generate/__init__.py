@@ -1,7 +1,7 @@
 """Generating: sampling, stopping, streaming, conversations."""
 
-from edgevl.generate.answer import Answer, Timings, Usage
 from edgevl.generate.constraint import Constraint
+from edgevl.generate.generation import Answer, Timings, Usage
 from edgevl.generate.model import Model, load
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.session import Session, Stream

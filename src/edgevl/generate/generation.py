@@ -1,20 +1,91 @@
-"""One answer under way: what has been chosen so far, and what comes of the next logits."""
+"""An answer: under way, what comes of the next logits, and what it has come to at the end."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from edgevl.engine.base import Engine, Floats
 from edgevl.errors import ContextLengthError
-from edgevl.generate.answer import Answer, Timings, Usage
-from edgevl.generate.prefix import Prefilled, PrefixRunner
+from edgevl.generate.prefix import Result, Slot
 from edgevl.generate.sampling import Sampler, SamplingParams, TokenLogprobs, token_logprobs
 from edgevl.generate.speculation import PromptLookup
 from edgevl.generate.text import AnswerText, Piece
 from edgevl.generate.token_mask import TokenMask, TokenMasks
 from edgevl.preprocess import Prompt, PromptEncoder
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one answer.
+
+    Attributes:
+        prompt_tokens: the whole prompt: history, pictures, question.
+        image_tokens: those of them that stand for pictures.
+        completion_tokens: tokens generated, without the one that ended the turn.
+        cached_tokens: prompt tokens that were in the cache already and cost nothing.
+    """
+
+    prompt_tokens: int
+    image_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one answer went, in milliseconds.
+
+    Attributes:
+        load_ms: loading the model, once.
+        vision_ms: encoding the pictures that had not been encoded before.
+        prefill_ms: computing the prompt tokens that were not cached.
+        ttft_ms: from the question to the first token, everything included.
+        decode_ms_per_token: mean over the tokens after the first; 0 if there was only one.
+        decode_tokens_per_s: the same as a rate; 0 if there was only one.
+    """
+
+    load_ms: float
+    vision_ms: float
+    prefill_ms: float
+    ttft_ms: float
+    decode_ms_per_token: float
+    decode_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: what the model says, without its thinking.
+        thinking: what stood between ``<think>`` and ``</think>``; empty if it did not think.
+        token_ids: the tokens generated, without the one that ended the turn.
+        finish_reason: ``stop`` (end of turn, a stop string, or all that a constraint allows) or
+            ``length`` (out of tokens).
+        usage: token counts.
+        timings: times.
+    """
+
+    text: str
+    thinking: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    usage: Usage
+    timings: Timings
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types, for JSON; ``thinking`` only if there was some."""
+        result = asdict(self) | {"token_ids": list(self.token_ids)}
+        if not self.thinking:
+            del result["thinking"]
+        return result
 
 
 @dataclass(frozen=True)
@@ -112,35 +183,32 @@ class Generation:
         """The most tokens that prompt and answer may come to."""
         return len(self.prompt.token_ids) + self._room
 
-    def prefill(
-        self, runner: PrefixRunner, step: int | None = None
-    ) -> Generator[None, None, Delta]:
-        """Compute the prompt and choose the first token; see `PrefixRunner.prefill`."""
-        steps = runner.prefill(self.prompt, step)
-        prefilled = yield from self._timed(runner.engine, steps)
-        self._cached_tokens = prefilled.cached_tokens
-        delta = self._take(prefilled.logits[None], ())
+    def prefill(self, slot: Slot, step: int | None = None) -> Generator[None, None, Delta]:
+        """Compute the prompt and choose the first token; see `Slot.prefill`."""
+        steps = slot.prefill(self.prompt, step)
+        logits, self._cached_tokens = yield from self._timed(slot.engine, steps)
+        delta = self._take(logits[None], ())
         self._ttft_ms = 1000 * (time.perf_counter() - self._started)
         return delta
 
-    def step(self, runner: PrefixRunner, waited_ms: float = 0.0) -> Delta:
+    def step(self, slot: Slot, waited_ms: float = 0.0) -> Delta:
         """Compute the latest token by itself, with a draft of what follows if there is one.
 
         Args:
-            runner: the sequence that computed the prompt.
+            slot: the sequence that computed the prompt.
             waited_ms: since the latest token, if that counts.
         """
-        lookup = self._prompt_lookup(runner.engine.max_draft)
+        lookup = self._prompt_lookup(slot.engine.max_draft)
         begun = time.perf_counter()
         # The last token of an answer is never computed.
         draft = lookup.draft(self._room - len(self._token_ids) - 1)
         before = self._chosen
         latest = self.latest
-        logits = runner.extend([latest, *draft]) if draft else runner.decode(latest)
+        logits = slot.extend([latest, *draft]) if draft else slot.decode(latest)
         delta = self._take(logits, draft)
         gained = self._chosen - before
         if draft:
-            runner.truncate(len(runner) - (len(draft) + 1 - gained))
+            slot.truncate(len(slot) - (len(draft) + 1 - gained))
         elapsed_ms = 1000 * (time.perf_counter() - begun)
         self._decode_ms += waited_ms + elapsed_ms
         lookup.learn(len(draft), gained, elapsed_ms)
@@ -187,16 +255,16 @@ class Generation:
         )
 
     def _timed(
-        self, engine: Engine, steps: Generator[None, None, Prefilled]
-    ) -> Generator[None, None, Prefilled]:
+        self, engine: Engine, steps: Generator[None, None, Result]
+    ) -> Generator[None, None, Result]:
         """Do all steps and count what they take; between them the engine computes for others."""
         while True:
             before = engine.timings()
             try:
                 next(steps)
             except StopIteration as stop:
-                prefilled: Prefilled = stop.value
-                return prefilled
+                result: Result = stop.value
+                return result
             finally:
                 after = engine.timings()
                 self._vision_ms += after.vision_ms - before.vision_ms

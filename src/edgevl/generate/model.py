@@ -13,8 +13,7 @@ from edgevl.checkpoint import ModelDirectory
 from edgevl.engine import Engine, base
 from edgevl.engine.base import Floats
 from edgevl.errors import ContextLengthError, EdgeVLError
-from edgevl.generate.answer import Answer
-from edgevl.generate.generation import Generation
+from edgevl.generate.generation import Answer, Generation
 from edgevl.generate.prefix import drain
 from edgevl.generate.rounds import Answering, Rounds
 from edgevl.generate.sampling import SamplingParams
@@ -217,10 +216,10 @@ class Model:
                 f"{self.max_context}: let answers be shorter, or use fewer tiles (max_tiles)"
             )
         with self._turn():
-            runner = self._rounds.slots.first
-            yield drain(runner.prefill(prompt)).logits[None]
+            slot = self._rounds.slots.first
+            yield drain(slot.prefill(prompt))[0][None]
             for begin in range(0, len(token_ids), FORCED_BLOCK):
-                yield runner.extend(list(token_ids[begin : begin + FORCED_BLOCK]))
+                yield slot.extend(list(token_ids[begin : begin + FORCED_BLOCK]))
 
     @contextmanager
     def sequence(self) -> Iterator[base.Sequence]:
@@ -232,12 +231,12 @@ class Model:
             EdgeVLError: this thread has an answer of this model under way.
         """
         with self._turn():
-            runner = self._rounds.slots.first
-            runner.truncate(0)
+            slot = self._rounds.slots.first
+            slot.truncate(0)
             try:
-                yield runner.sequence
+                yield slot.sequence
             finally:
-                runner.truncate(0)
+                slot.truncate(0)
 
     def embed(self, prompt: Prompt) -> Floats:
         """Return what the decoder reads: float32 [T, H], features of pictures in their places.

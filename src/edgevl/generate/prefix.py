@@ -1,20 +1,29 @@
-"""One sequence, kept in step with the prompts it is given: only what is new is computed."""
+"""The sequences of an engine, kept in step with the prompts they are given.
+
+Only what is new is computed.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.engine.base import Engine, Floats
+from edgevl.machine import this_machine
 from edgevl.preprocess import Picture, Prompt
 
 #: Features of this many tiles are kept, so that a picture is encoded once (1 MiB a tile for 1B).
 FEATURE_CACHE_TILES = 256
+
+#: Tokens of an answer that room is kept for. One that grows beyond delays the next request instead,
+#: and is cut off where the memory does not suffice for those under way.
+RESERVED_TOKENS = 1024
+#: Share of the free memory that keys and values may take.
+MEMORY_SHARE = 0.5
 
 Result = TypeVar("Result")
 #: What stands at a position: a token id, or for an image token the picture's digest and the place
@@ -22,19 +31,10 @@ Result = TypeVar("Result")
 Key: TypeAlias = int | tuple[str, int]
 
 
-@dataclass(frozen=True)
-class Prefilled:
-    """What computing a prompt gave: logits of its last position, float32 [V], and tokens reused."""
-
-    logits: Floats
-    cached_tokens: int
-
-
 class FeatureCache:
     """Features of the pictures that were asked about lately; sequences of a model share it."""
 
     def __init__(self) -> None:
-        """Start empty."""
         self._features: OrderedDict[str, Floats] = OrderedDict()
 
     def get(self, picture: Picture) -> Floats | None:
@@ -54,23 +54,31 @@ class FeatureCache:
             self._features.popitem(last=False)
 
 
-class PrefixRunner:
+class Slot:
     """Runs prompts through a sequence of an engine and reuses the longest cached prefix.
+
+    It is idle, or taken by an answer. ``len`` is how many positions can be reused.
+
+    Args:
+        engine: what computes.
+        features: what the engine's other sequences use too.
 
     Attributes:
         engine: what computes.
         sequence: what it has read; who borrows it leaves it empty.
+        reserved: positions that its answer may need; 0 if it is idle.
+        used: number of the latest take or release; the least has been idle longest.
     """
 
-    def __init__(self, engine: Engine, features: FeatureCache | None = None) -> None:
-        """Make a sequence of ``engine``; ``features`` is what its other sequences use too."""
+    def __init__(self, engine: Engine, features: FeatureCache) -> None:
         self.engine = engine
         self.sequence = engine.new_sequence()
-        self._features = FeatureCache() if features is None else features
+        self.reserved = 0
+        self.used = 0
+        self._features = features
         self._cached: list[Key] = []
 
     def __len__(self) -> int:
-        """Return the positions that can be reused."""
         # A call that was interrupted may have left the two lengths apart.
         return min(len(self._cached), self.sequence.length)
 
@@ -79,14 +87,16 @@ class PrefixRunner:
         known = min(len(self), len(keys))
         return next((i for i in range(known) if self._cached[i] != keys[i]), known)
 
-    def prefill(self, prompt: Prompt, step: int | None = None) -> Generator[None, None, Prefilled]:
+    def prefill(
+        self, prompt: Prompt, step: int | None = None
+    ) -> Generator[None, None, tuple[Floats, int]]:
         """Bring the cache to exactly ``prompt``.
 
         Work is done between the yields: a tile of a picture, or ``step`` positions (default: all).
         What has been done when the generator is closed can be reused.
 
         Returns:
-            Logits of the last position, and what did not need to be computed.
+            Logits of the last position, float32 [V], and how many positions were there already.
         """
         keys = prompt_keys(prompt)
         start = min(self.match(keys), len(keys) - 1)
@@ -99,7 +109,7 @@ class PrefixRunner:
             block = embeddings[begin - start : begin - start + size]
             logits = self.engine.prefill(self.sequence, block)
             self._cached += keys[begin : begin + size]
-        return Prefilled(logits, start)
+        return logits, start
 
     def embed(self, prompt: Prompt) -> Floats:
         """Embed a prompt, pictures included: float32 [T, H]."""
@@ -120,7 +130,7 @@ class PrefixRunner:
         self.sequence.rewind(length)
         del self._cached[length:]
 
-    def share(self, other: PrefixRunner, length: int) -> None:
+    def share(self, other: Slot, length: int) -> None:
         """Become the first ``length`` positions of another sequence of a batched engine."""
         self.engine.share(self.sequence, other.sequence, length)
         self._cached = other._cached[:length]
@@ -149,11 +159,11 @@ class PrefixRunner:
         return features
 
 
-def decode_together(runners: Sequence[PrefixRunner], token_ids: list[int]) -> Floats:
+def decode_together(slots: Sequence[Slot], token_ids: list[int]) -> Floats:
     """Append a token to each of B sequences of an engine: -> logits float32 [B, V]."""
-    logits = runners[0].engine.decode([runner.sequence for runner in runners], token_ids)
-    for runner, token_id in zip(runners, token_ids, strict=True):
-        runner._cached.append(token_id)
+    logits = slots[0].engine.decode([slot.sequence for slot in slots], token_ids)
+    for slot, token_id in zip(slots, token_ids, strict=True):
+        slot._cached.append(token_id)
     return logits
 
 
@@ -175,3 +185,117 @@ def drain(steps: Generator[None, None, Result]) -> Result:
         except StopIteration as stop:
             result: Result = stop.value
             return result
+
+
+class Slots:
+    """Up to ``most`` sequences; more are made as they are needed, if the engine is batched.
+
+    A prompt goes to the sequence that begins like it, where not much else is lost with that.
+    Otherwise an idle sequence takes over the part that any other has in common with it, in use or
+    not, without computing it.
+    """
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        """Begin without any: an NPU has but one sequence, and others may use it first."""
+        self._features = FeatureCache()
+        self._engine = engine
+        self._slots: list[Slot] = []
+        self.most = most if engine.batched else 1
+        self._room = _room(engine)
+        self._uses = 0
+
+    @property
+    def first(self) -> Slot:
+        """The first slot, whether it is taken or not."""
+        return self._slots[0] if self._slots else self._new()
+
+    def take(self, prompt: Prompt, most_tokens: int) -> Slot | None:
+        """Return a slot for a prompt, or None if all are taken or the memory is.
+
+        Args:
+            prompt: what it will compute.
+            most_tokens: positions that prompt and answer may come to.
+        """
+        idle = [slot for slot in self._slots if not slot.reserved]
+        if not idle and len(self._slots) == self.most:
+            return None
+        if not self._slots:
+            idle = [self._new()]
+        needed = min(most_tokens, len(prompt.token_ids) + RESERVED_TOKENS)
+        taken = self._taken()
+        if taken and taken + needed > self._room:
+            return None
+        keys = prompt_keys(prompt)
+        match, source = max(
+            ((slot.match(keys), slot) for slot in self._slots),
+            key=lambda found: (found[0], not found[1].reserved),
+        )
+        if source.reserved or 2 * match < len(source):
+            slot = self._emptiest(idle, source)
+            if slot is not source and match:
+                slot.share(source, match)
+        else:
+            slot = source
+        slot.reserved = needed
+        self._mark(slot)
+        self._evict(taken + needed)
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Make a slot idle; what it holds can be reused."""
+        slot.reserved = 0
+        self._mark(slot)
+
+    def release_all(self) -> None:
+        """Make all slots idle."""
+        for slot in self._slots:
+            slot.reserved = 0
+
+    def overgrown(self) -> bool:
+        """Make room for what answers have grown by; tell whether they alone take too much."""
+        if len(self._slots) == 1:  # there is room for a whole context
+            return False
+        taken = self._taken()
+        self._evict(taken)
+        return taken > self._room
+
+    def _taken(self) -> int:
+        """Return the positions that answers hold, or have reserved."""
+        return sum(max(slot.reserved, len(slot)) for slot in self._slots if slot.reserved)
+
+    def _emptiest(self, idle: list[Slot], source: Slot) -> Slot:
+        """Return an idle slot with the least to lose, a new one if there may be more."""
+        empty = [slot for slot in idle if not len(slot)]
+        if empty:
+            return empty[0]
+        if len(self._slots) < self.most:
+            return self._new()
+        others = [slot for slot in idle if slot is not source]
+        return min(others or idle, key=lambda slot: slot.used)
+
+    def _new(self) -> Slot:
+        self._slots.append(Slot(self._engine, self._features))
+        return self._slots[-1]
+
+    def _evict(self, taken: int) -> None:
+        """Empty the slots that were idle longest until all that is held fits in the memory."""
+        idle = sorted((s for s in self._slots if not s.reserved), key=lambda slot: slot.used)
+        held = taken + sum(map(len, idle))
+        for slot in idle:
+            if held <= self._room:
+                return
+            held -= len(slot)
+            slot.truncate(0)
+
+    def _mark(self, slot: Slot) -> None:
+        self._uses += 1
+        slot.used = self._uses
+
+
+def _room(engine: Engine) -> float:
+    """Return how many positions all sequences may hold together."""
+    weights = engine.weight_bytes()
+    if weights is None:
+        return float("inf")
+    room = MEMORY_SHARE * this_machine().available_bytes / weights.cache_per_token
+    return max(room, engine.max_context)

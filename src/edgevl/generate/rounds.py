@@ -8,8 +8,7 @@ from typing import Generic, TypeAlias, TypeVar
 
 from edgevl.engine.base import Engine
 from edgevl.generate.generation import Delta, Generation
-from edgevl.generate.prefix import decode_together
-from edgevl.generate.slots import Slot, Slots
+from edgevl.generate.prefix import Slot, Slots, decode_together
 
 
 class Answering:

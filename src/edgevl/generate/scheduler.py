@@ -6,14 +6,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterator
+from itertools import chain
 from typing import TypeAlias
 
 from edgevl.errors import EdgeVLError, QueueFullError
-from edgevl.generate.answer import Answer
 from edgevl.generate.constraint import Constraint
-from edgevl.generate.fair_queue import FairQueue
-from edgevl.generate.generation import Delta, Generation
+from edgevl.generate.generation import Answer, Delta, Generation
 from edgevl.generate.model import Model
 from edgevl.generate.rounds import Answering, Rounds
 from edgevl.generate.sampling import SamplingParams
@@ -65,6 +65,53 @@ class Request(Answering):
             self.cancelled = True
 
 
+class FairQueue:
+    """Requests of several clients: each client's in order, and one of each client in turn.
+
+    So a client with a hundred requests delays another's by one. Not safe between threads.
+    """
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[str, deque[Request]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._clients.values()))
+
+    def __iter__(self) -> Iterator[Request]:
+        return chain.from_iterable(self._clients.values())
+
+    def put(self, request: Request) -> None:
+        """Add a request behind those of its client."""
+        self._clients.setdefault(request.client, deque()).append(request)
+
+    def put_back(self, request: Request) -> None:
+        """Undo the `get` that returned it: it is next again."""
+        self._clients.setdefault(request.client, deque()).appendleft(request)
+        self._clients.move_to_end(request.client, last=False)
+
+    def get(self) -> Request:
+        """Take the next request.
+
+        Raises:
+            KeyError: there is none.
+        """
+        client, requests = self._clients.popitem(last=False)
+        request = requests.popleft()
+        if requests:
+            self._clients[client] = requests  # behind the other clients
+        return request
+
+    def remove(self, request: Request) -> bool:
+        """Drop a request; return whether it was there."""
+        requests = self._clients.get(request.client, deque())
+        if request not in requests:
+            return False
+        requests.remove(request)
+        if not requests:
+            del self._clients[request.client]
+        return True
+
+
 class Scheduler:
     """Answers many requests with one model, in a thread of its own.
 
@@ -90,7 +137,7 @@ class Scheduler:
         self.max_context = model.max_context
         self.prompts = model.prompts
         self._rounds: Rounds[Request] = Rounds(model.engine, max_sequences)
-        self._queue: FairQueue[Request] = FairQueue()
+        self._queue = FairQueue()
         self._mean_s = LEAST_WAIT_S
         self._closing = False
         self._changed = threading.Condition()
@@ -141,7 +188,7 @@ class Scheduler:
         request = Request(self, generation, deliver, client)
         with self._changed:
             self._check_open()
-            self._queue.put(client, request)
+            self._queue.put(request)
             self._changed.notify()
         return request
 
@@ -158,7 +205,7 @@ class Scheduler:
         """See `Request.cancel`."""
         with self._changed:
             request.cancelled = True
-            waited = self._queue.remove(request.client, request)
+            waited = self._queue.remove(request)
         if waited:
             self._end(request)
 
@@ -240,12 +287,12 @@ class Scheduler:
         with self._changed:
             if not self._queue:
                 return
-            client, request = self._queue.get()
+            request = self._queue.get()
             try:
                 if self._rounds.start(request):
                     request.begun = time.perf_counter()
                 else:
-                    self._queue.put_back(client, request)
+                    self._queue.put_back(request)
             except Exception as error:  # there is no memory for a sequence
                 self._end(request, error)
 

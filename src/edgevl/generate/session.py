@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 from edgevl.checkpoint import ModelDirectory
 from edgevl.errors import CheckpointError, EdgeVLError, PromptError
-from edgevl.generate.answer import Answer
-from edgevl.generate.generation import check_length
+from edgevl.generate.generation import Answer, check_length
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.text import Piece, spoken_text
 from edgevl.generate.tool_calls import split_tool_calls

@@ -9,9 +9,8 @@ from functools import partial
 from anyio import CapacityLimiter, to_thread
 
 from edgevl.errors import CheckpointError, PromptError
-from edgevl.generate.answer import Answer
 from edgevl.generate.constraint import Constraint
-from edgevl.generate.generation import Delta, check_length
+from edgevl.generate.generation import Answer, Delta, check_length
 from edgevl.generate.scheduler import Scheduler
 from edgevl.generate.tool_calls import ToolCallSplitter
 from edgevl.preprocess import Message, Prompt

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer, decoders
 
-from edgevl.generate.answer import Usage
+from edgevl.generate.generation import Usage
 from edgevl.generate.sampling import TokenLogprobs
 from edgevl.generate.text import hidden_ids
 

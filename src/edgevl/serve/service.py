@@ -27,9 +27,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from edgevl.errors import EdgeVLError
-from edgevl.generate.answer import Answer, Usage
 from edgevl.generate.constraint import Constraint
-from edgevl.generate.generation import Delta
+from edgevl.generate.generation import Answer, Delta, Usage
 from edgevl.generate.model import Model
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.scheduler import Event, Scheduler

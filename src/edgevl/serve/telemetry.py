@@ -20,7 +20,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edgevl.generate.answer import Answer, Usage
+from edgevl.generate.generation import Answer, Usage
 from edgevl.generate.scheduler import Scheduler
 from edgevl.serve.errors import as_api_error
 
