@@ -58,7 +58,6 @@ class Sequence:
     """
 
     def __init__(self) -> None:
-        """Start empty."""
         self.length = 0
 
     def rewind(self, length: int) -> None:
@@ -95,7 +94,6 @@ class Engine(ABC):
     notes: tuple[str, ...] = ()
 
     def __init__(self) -> None:
-        """Start without any work done."""
         self._timings = EngineTimings()
 
     def encode_images(self, pixels: Floats) -> Floats:

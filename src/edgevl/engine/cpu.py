@@ -45,7 +45,6 @@ class CpuSequence(Sequence):
     """
 
     def __init__(self, cache: _native.Cache) -> None:
-        """Take charge of an empty cache."""
         super().__init__()
         self.cache = cache
 
@@ -60,10 +59,25 @@ class CpuEngine(Engine):
 
     Sequences decoded together read the weights once; those that begin alike can share memory.
 
+    The weights are packed, or mapped from the cache beside the checkpoint.
+
+    Args:
+        checkpoint: an open checkpoint; when it is closed, the files with the embedding and the
+            exact head stay open here, as rows of these are read when they are used.
+        options: see `edgevl.load`. With ``exact_logits`` weights are packed anew, and the cache is
+            left alone.
+        chunk: positions computed at once by a prefill.
+        isa: instruction set; default is the environment's ``EDGEVL_ISA``, or else the best.
+
     Attributes:
         config: of the model.
         plan: the format of every matrix.
         instruction_set: one of `edgevl._native.instruction_sets`.
+
+    Raises:
+        EdgeVLError: the machine has less memory to spare than the weights take, or ``isa`` is none
+            that it runs.
+        CheckpointError: the quantization of a weight is damaged.
     """
 
     max_draft = MAX_DRAFT
@@ -77,21 +91,6 @@ class CpuEngine(Engine):
         chunk: int = CHUNK,
         isa: str = "",
     ) -> None:
-        """Pack the weights of ``checkpoint``, or map them from its cache.
-
-        Args:
-            checkpoint: an open checkpoint; when it is closed, the files with the embedding and
-                the exact head stay open here, as rows of these are read when they are used.
-            options: see `edgevl.load`. With ``exact_logits`` weights are packed anew, and the cache
-                is left alone.
-            chunk: positions computed at once by a prefill.
-            isa: instruction set; default is the environment's ``EDGEVL_ISA``, or else the best.
-
-        Raises:
-            EdgeVLError: the machine has less memory to spare than the weights take, or ``isa`` is
-                none that it runs.
-            CheckpointError: the quantization of a weight is damaged.
-        """
         super().__init__()
         options = options or LoadOptions()
         precision = options.precision
@@ -283,8 +282,8 @@ def stored_rows(checkpoint: Checkpoint, name: str) -> _native.Stored | _native.I
 def text_vectors(checkpoint: Checkpoint) -> _native.Tensors:
     """Return the decoder's norms and biases."""
     text = checkpoint.config.text
-    vectors = _vectors(checkpoint, text_components(text))
-    return {"inverse_frequencies": inverse_frequencies(text), **vectors}
+    frequencies = inverse_frequencies(text)
+    return {"inverse_frequencies": frequencies, **_vectors(checkpoint, text_components(text))}
 
 
 def vision_vectors(checkpoint: Checkpoint) -> _native.Tensors:

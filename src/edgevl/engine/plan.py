@@ -91,11 +91,45 @@ def make_plan(
     every token, so its size is speed, and only the candidates' order is what its precision is for.
     ``exact_logits`` has it in bfloat16 instead, for who needs the logits of all tokens.
     """
-    text = _Text(checkpoint, precision, exact_logits)
-    plans = list(text.matrices())
+    plans: list[MatrixPlan] = []
+    rounded, exact_head = 0, False
+    for matrix in matrices(text_components(checkpoint.config.text)):
+        plan, is_rounded = _text_matrix(checkpoint, matrix, precision)
+        rounded += is_rounded
+        if matrix.native == "head" and precision in ("auto", "int4"):
+            [part] = plan.parts
+            if checkpoint.gptq(part.weight) is None:
+                exact_head = not exact_logits
+                plan = replace(plan, format="bf16" if exact_logits else "int4")
+        plans.append(plan)
+    notes: tuple[str, ...] = ()
+    if rounded:
+        notes = (
+            f"{rounded} GPTQ matrices are not symmetric 4-bit in groups that follow each other: "
+            f"they are rounded to {'INT8' if precision == 'auto' else 'INT4'}",
+        )
     if checkpoint.has_vision:
         plans += vision_matrices(checkpoint.config, precision)
-    return PackingPlan(tuple(plans), text.exact_head, tuple(text.notes))
+    return PackingPlan(tuple(plans), exact_head, notes)
+
+
+def _text_matrix(
+    checkpoint: Checkpoint, matrix: Matrix, precision: Precision
+) -> tuple[MatrixPlan, bool]:
+    """Plan a matrix of the decoder: -> plan, whether GPTQ integers have to be rounded for it."""
+    parts, rows = _placed(matrix)
+    cols = matrix.linears[0].inputs
+    kind: Format = "int8" if precision == "auto" else precision
+    group, exact, rounded = default_group(cols), False, False
+    if precision in ("auto", "int4"):
+        gptq = [checkpoint.gptq(part.weight) for part in parts]
+        groups = {exact_group(packed) if packed else None for packed in gptq}
+        shared = groups.pop()
+        if shared is not None and not groups:
+            kind, group, exact = "int4", shared, True
+        else:
+            rounded = any(gptq)
+    return MatrixPlan("text." + matrix.native, kind, rows, cols, group, parts, exact), rounded
 
 
 def exact_group(packed: GPTQWeight) -> int | None:
@@ -123,51 +157,6 @@ def exact_group(packed: GPTQWeight) -> int | None:
 def default_group(cols: int) -> int:
     """Return `GROUP`, or all columns where there are fewer, padded to a whole line."""
     return min(GROUP, _padded(cols, 8))
-
-
-class _Text:
-    """Plans the decoder; collects notes on the way."""
-
-    def __init__(self, checkpoint: Checkpoint, precision: Precision, exact_logits: bool) -> None:
-        self.notes: list[str] = []
-        self.exact_head = False
-        self._checkpoint = checkpoint
-        self._precision = precision
-        self._exact_logits = exact_logits
-        self._rounded = 0
-
-    def matrices(self) -> Iterator[MatrixPlan]:
-        for matrix in matrices(text_components(self._checkpoint.config.text)):
-            yield self._head(matrix) if matrix.native == "head" else self._matrix(matrix)
-        if self._rounded:
-            self.notes.append(
-                f"{self._rounded} GPTQ matrices are not symmetric 4-bit in groups that follow each "
-                f"other: they are rounded to {'INT8' if self._precision == 'auto' else 'INT4'}"
-            )
-
-    def _matrix(self, matrix: Matrix) -> MatrixPlan:
-        parts, rows = _placed(matrix)
-        cols = matrix.linears[0].inputs
-        precision = self._precision
-        kind: Format = "int8" if precision == "auto" else precision
-        group, exact = default_group(cols), False
-        if precision in ("auto", "int4"):
-            gptq = [self._checkpoint.gptq(part.weight) for part in parts]
-            groups = {exact_group(packed) if packed else None for packed in gptq}
-            shared = groups.pop()
-            if shared is not None and not groups:
-                kind, group, exact = "int4", shared, True
-            elif any(gptq):
-                self._rounded += 1
-        return MatrixPlan("text." + matrix.native, kind, rows, cols, group, parts, exact)
-
-    def _head(self, matrix: Matrix) -> MatrixPlan:
-        plan = self._matrix(matrix)
-        [linear] = matrix.linears
-        if self._precision in ("auto", "int4") and self._checkpoint.gptq(linear.weight) is None:
-            self.exact_head = not self._exact_logits
-            return replace(plan, format="bf16" if self._exact_logits else "int4")
-        return plan
 
 
 def vision_matrices(config: ModelConfig, precision: Precision) -> Iterator[MatrixPlan]:

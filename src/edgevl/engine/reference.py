@@ -147,18 +147,17 @@ def load_weights(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> dict[str,
 
 
 class ReferenceVision:
-    """Vision encoder and projector in NumPy; of the text model nothing is in memory."""
+    """Vision encoder and projector in NumPy; of the text model nothing is in memory.
+
+    Args:
+        checkpoint: an open checkpoint; it may be closed afterwards.
+        prefixes: what the canonical names of the tensors to load, as float32, begin with.
+
+    Raises:
+        EdgeVLError: the machine has less memory to spare than the weights take.
+    """
 
     def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...] = VISION_PREFIXES) -> None:
-        """Load weights as float32.
-
-        Args:
-            checkpoint: an open checkpoint; it may be closed afterwards.
-            prefixes: what the canonical names of the tensors to load begin with.
-
-        Raises:
-            EdgeVLError: the machine has less memory to spare than the weights take.
-        """
         self.config = checkpoint.config
         self._weights = load_weights(checkpoint, prefixes)
 
@@ -227,7 +226,6 @@ class ReferenceSequence(Sequence):
     """
 
     def __init__(self, config: TextConfig) -> None:
-        """Start empty."""
         super().__init__()
         empty = np.empty((config.num_key_value_heads, 0, config.head_dim), np.float32)
         self.keys = [empty] * config.num_hidden_layers
@@ -247,22 +245,21 @@ class ReferenceSequence(Sequence):
 
 
 class ReferenceEngine(ReferenceVision, Engine):
-    """The model in NumPy. All weights are held in float32."""
+    """The model in NumPy. All weights are held in float32.
+
+    Args:
+        checkpoint: an open checkpoint; it may be closed afterwards.
+        max_context: most positions of a sequence; default and limit is what the model was trained
+            for.
+        chunk: positions computed at once by ``prefill``.
+
+    Raises:
+        EdgeVLError: the machine has less memory to spare than the weights take.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, max_context: int | None = None, chunk: int = 128
     ) -> None:
-        """Load every weight of ``checkpoint`` as float32.
-
-        Args:
-            checkpoint: an open checkpoint; it may be closed afterwards.
-            max_context: most positions of a sequence; default and limit is what the model was
-                trained for.
-            chunk: positions computed at once by ``prefill``.
-
-        Raises:
-            EdgeVLError: the machine has less memory to spare than the weights take.
-        """
         ReferenceVision.__init__(self, checkpoint, prefixes=("",))
         Engine.__init__(self)
         text = self.config.text
