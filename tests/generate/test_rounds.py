@@ -5,7 +5,7 @@ import pytest
 import edgevl
 from edgevl.errors import EdgeVLError
 from edgevl.generate.generation import Generation
-from edgevl.generate.rounds import Answering, Rounds
+from edgevl.generate.rounds import Rounds
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.token_mask import TokenMasks
 from edgevl.preprocess import Message
@@ -23,9 +23,7 @@ def answering(model, text, **sampling):
     prompt = model.prompts.encode([Message.user(text)])
     masks = TokenMasks(model.prompts.tokenizer, model.prompts.stop_ids)
     params = SamplingParams(**sampling)
-    return Answering(
-        Generation(model.prompts, masks, prompt, params, model.max_context, started=0.0)
-    )
+    return Generation(model.prompts, masks, prompt, params, model.max_context, started=0.0)
 
 
 def gains(rounds):
@@ -59,10 +57,10 @@ def test_a_whole_prompt_is_one_round(model):
     assert not rounds.start(answering(model, "x"))
     assert gains(rounds) == [only, only]
     assert gains(rounds) == [only]
-    assert only.generation.finish_reason == "length"
+    assert only.finish_reason == "length"
     assert rounds.under_way == []
     expected = model.ask("word " * 30, max_tokens=3)
-    assert only.generation.answer(0).token_ids == expected.token_ids
+    assert only.answer(0).token_ids == expected.token_ids
 
 
 def test_an_answer_that_fails_has_ended(model, monkeypatch):

@@ -366,7 +366,7 @@ def test_a_failure_to_choose_is_told_to_one(scheduler, model, monkeypatch):
     def fail(*_):
         raise EdgeVLError("constraint: it is too complex")
 
-    monkeypatch.setattr(first.ticket.generation, "take", fail)
+    monkeypatch.setattr(first.ticket, "take", fail)
     assert isinstance(first.result(), EdgeVLError)
     assert isinstance(second.result(), Answer)
 
@@ -385,7 +385,7 @@ def test_answers_go_on_while_a_prompt_is_read(scheduler, model, monkeypatch):
     so_far, encode = [], scheduler.model.engine.__class__.encode_images
 
     def counted(self, pixels):
-        so_far.append(len(steady.ticket.generation._token_ids))
+        so_far.append(len(steady.ticket._token_ids))
         return encode(self, pixels)
 
     monkeypatch.setattr("edgevl.engine.cpu.CpuEngine.encode_images", counted)
@@ -433,7 +433,7 @@ def test_who_cannot_be_told_is_gone(scheduler, model, monkeypatch):
     monkeypatch.setattr(scheduler.prompts, "stop_ids", frozenset())
     ticket = scheduler.submit(prompt_of(model, "Go on"), SamplingParams(**long_answer()), gone)
     until(lambda: scheduler.running + scheduler.waiting == 0)
-    assert ticket.generation.answer(0).usage.completion_tokens <= 2
+    assert ticket.answer(0).usage.completion_tokens <= 2
     assert scheduler.alive
 
 

@@ -7,9 +7,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgevl.engine.base import Engine, Floats
+from edgevl.engine.base import Floats
 from edgevl.errors import ContextLengthError
-from edgevl.generate.prefix import Result, Slot
+from edgevl.generate.prefix import Slot
 from edgevl.generate.sampling import Sampler, SamplingParams, TokenLogprobs, token_logprobs
 from edgevl.generate.speculation import PromptLookup
 from edgevl.generate.text import AnswerText, Piece
@@ -121,10 +121,30 @@ def check_length(prompt_tokens: int, max_context: int) -> None:
 class Generation:
     """An answer, from its prompt on; who computes it decides when, and with what else.
 
+    Args:
+        prompts: has the tokenizer and the ids that end a turn.
+        masks: start what follows ``params.constraint``.
+        prompt: what to answer.
+        params: how.
+        max_context: most tokens of prompt and answer.
+        started: ``time.perf_counter()`` when the question was asked.
+        top_logprobs: give the log-probability of each token, and of this many alternatives.
+
     Attributes:
         prompt: what is answered.
+        slot: the sequence that it has got.
+        prefill: computes the prompt and chooses the first token; see `Slot.prefill`.
+        latest_token: when the latest token had been passed on, ``time.perf_counter()``.
         finish_reason: empty while the answer is under way.
+
+    Raises:
+        ContextLengthError: the prompt leaves no room for an answer.
+        PromptError: the constraint's grammar is malformed.
+        EdgeVLError: constraints cannot be followed here.
     """
+
+    slot: Slot
+    prefill: Generator[None, None, Delta]
 
     def __init__(
         self,
@@ -136,25 +156,10 @@ class Generation:
         started: float,
         top_logprobs: int | None = None,
     ) -> None:
-        """Prepare an answer; nothing of the model is computed.
-
-        Args:
-            prompts: has the tokenizer and the ids that end a turn.
-            masks: start what follows ``params.constraint``.
-            prompt: what to answer.
-            params: how.
-            max_context: most tokens of prompt and answer.
-            started: ``time.perf_counter()`` when the question was asked.
-            top_logprobs: give the log-probability of each token, and of this many alternatives.
-
-        Raises:
-            ContextLengthError: the prompt leaves no room for an answer.
-            PromptError: the constraint's grammar is malformed.
-            EdgeVLError: constraints cannot be followed here.
-        """
         token_ids = prompt.token_ids.tolist()
         check_length(len(token_ids), max_context)
         self.prompt = prompt
+        self.latest_token = 0.0
         self.finish_reason = ""
         mask = masks.start(params.constraint) if params.constraint else None
         self._mask_after_thinking: TokenMask | None = None
@@ -174,6 +179,11 @@ class Generation:
         self._vision_ms = self._prefill_ms = self._ttft_ms = self._decode_ms = 0.0
 
     @property
+    def left(self) -> int:
+        """Tokens of the prompt that have not been computed, once it has a slot."""
+        return len(self.prompt.token_ids) - len(self.slot)
+
+    @property
     def latest(self) -> int:
         """The latest token, which the model has not read yet."""
         return self._token_ids[-1]
@@ -183,45 +193,42 @@ class Generation:
         """The most tokens that prompt and answer may come to."""
         return len(self.prompt.token_ids) + self._room
 
-    def prefill(self, slot: Slot, step: int | None = None) -> Generator[None, None, Delta]:
-        """Compute the prompt and choose the first token; see `Slot.prefill`."""
-        steps = slot.prefill(self.prompt, step)
-        logits, self._cached_tokens = yield from self._timed(slot.engine, steps)
-        delta = self._take(logits[None], ())
-        self._ttft_ms = 1000 * (time.perf_counter() - self._started)
-        return delta
+    def start(self, slot: Slot, step: int | None) -> None:
+        """Take a sequence; ``step`` positions of the prompt are computed at once, or all."""
+        self.slot = slot
+        self.prefill = self._prefill(step)
 
-    def step(self, slot: Slot, waited_ms: float = 0.0) -> Delta:
-        """Compute the latest token by itself, with a draft of what follows if there is one.
-
-        Args:
-            slot: the sequence that computed the prompt.
-            waited_ms: since the latest token, if that counts.
-        """
-        lookup = self._prompt_lookup(slot.engine.max_draft)
+    def step(self) -> Delta:
+        """Compute the latest token by itself, with a draft of what follows if there is one."""
+        slot, latest, before = self.slot, self.latest, self._chosen
+        if self._lookup is None:
+            # Only for greedy answers: a seed promises the same draws, and logits that are computed
+            # together differ in the last bits with some engines.
+            self._lookup = PromptLookup(
+                self.prompt.token_ids.tolist(), slot.engine.max_draft if self._greedy else 0
+            )
+        self._lookup.follow(self._token_ids)
         begun = time.perf_counter()
         # The last token of an answer is never computed.
-        draft = lookup.draft(self._room - len(self._token_ids) - 1)
-        before = self._chosen
-        latest = self.latest
+        draft = self._lookup.draft(self._room - len(self._token_ids) - 1)
         logits = slot.extend([latest, *draft]) if draft else slot.decode(latest)
         delta = self._take(logits, draft)
         gained = self._chosen - before
         if draft:
             slot.truncate(len(slot) - (len(draft) + 1 - gained))
-        elapsed_ms = 1000 * (time.perf_counter() - begun)
-        self._decode_ms += waited_ms + elapsed_ms
-        lookup.learn(len(draft), gained, elapsed_ms)
+        now = time.perf_counter()
+        self._decode_ms += 1000 * (now - self.latest_token)
+        self._lookup.learn(len(draft), gained, 1000 * (now - begun))
         return delta
 
-    def take(self, logits: Floats, elapsed_ms: float) -> Delta:
+    def take(self, logits: Floats, now: float) -> Delta:
         """Choose the token after `latest`, which was computed together with other answers' ones.
 
         Args:
             logits: float32 [V].
-            elapsed_ms: since the token before.
+            now: ``time.perf_counter()`` when they were there.
         """
-        self._decode_ms += elapsed_ms
+        self._decode_ms += 1000 * (now - self.latest_token)
         return self._take(logits[None], ())
 
     def cut(self) -> Delta:
@@ -254,33 +261,24 @@ class Generation:
             ),
         )
 
-    def _timed(
-        self, engine: Engine, steps: Generator[None, None, Result]
-    ) -> Generator[None, None, Result]:
-        """Do all steps and count what they take; between them the engine computes for others."""
+    def _prefill(self, step: int | None) -> Generator[None, None, Delta]:
+        engine = self.slot.engine
+        steps = self.slot.prefill(self.prompt, step)
         while True:
-            before = engine.timings()
+            before = engine.timings()  # between the steps the engine computes for others
             try:
                 next(steps)
             except StopIteration as stop:
-                result: Result = stop.value
-                return result
+                logits, self._cached_tokens = stop.value
+                break
             finally:
                 after = engine.timings()
                 self._vision_ms += after.vision_ms - before.vision_ms
                 self._prefill_ms += after.prefill_ms - before.prefill_ms
             yield
-
-    def _prompt_lookup(self, max_draft: int) -> PromptLookup:
-        """Return what drafts, up to date with the answer."""
-        if self._lookup is None:
-            # Only for greedy answers: a seed promises the same draws, and logits that are computed
-            # together differ in the last bits with some engines.
-            self._lookup = PromptLookup(
-                self.prompt.token_ids.tolist(), max_draft if self._greedy else 0
-            )
-        self._lookup.follow(self._token_ids)
-        return self._lookup
+        delta = self._take(logits[None], ())
+        self._ttft_ms = 1000 * (time.perf_counter() - self._started)
+        return delta
 
     def _take(self, logits: Floats, draft: Sequence[int]) -> Delta:
         """Choose a token from each row [T, V], as long as it is what the draft had there."""

@@ -15,7 +15,7 @@ from edgevl.engine.base import Floats
 from edgevl.errors import ContextLengthError, EdgeVLError
 from edgevl.generate.generation import Answer, Generation
 from edgevl.generate.prefix import drain
-from edgevl.generate.rounds import Answering, Rounds
+from edgevl.generate.rounds import Rounds
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.session import Session, Stream
 from edgevl.generate.text import Piece
@@ -96,7 +96,7 @@ class Model:
         self.engine = engine
         self.prompts = prompts
         self.load_ms = load_ms
-        self._rounds: Rounds[Answering] = Rounds(engine, 1, whole_prompts=True)
+        self._rounds: Rounds[Generation] = Rounds(engine, 1, whole_prompts=True)
         self.masks = TokenMasks(prompts.tokenizer, prompts.stop_ids)
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -172,8 +172,10 @@ class Model:
             EdgeVLError: this thread has an answer of this model under way, which could never end.
         """
         with self._turn():
-            generation = self.generation(prompt, params, started)
-            begun = self._rounds.start(Answering(generation))
+            generation = Generation(
+                self.prompts, self.masks, prompt, params, self.max_context, started
+            )
+            begun = self._rounds.start(generation)
             assert begun, "no other answer is under way"
             while not generation.finish_reason:
                 for _, gain in self._rounds.step():
@@ -181,18 +183,6 @@ class Model:
                         raise gain
                     yield from gain.pieces
             return generation.answer(self.load_ms)
-
-    def generation(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        started: float,
-        top_logprobs: int | None = None,
-    ) -> Generation:
-        """Prepare an answer; see `Generation`."""
-        return Generation(
-            self.prompts, self.masks, prompt, params, self.max_context, started, top_logprobs
-        )
 
     def score(self, prompt: Prompt, token_ids: Sequence[int]) -> Generator[Floats, None, None]:
         """Yield the logits with which a given answer would be generated (teacher forcing).

@@ -3,39 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Generic, TypeAlias, TypeVar
 
 from edgevl.engine.base import Engine
 from edgevl.generate.generation import Delta, Generation
-from edgevl.generate.prefix import Slot, Slots, decode_together
+from edgevl.generate.prefix import Slots, decode_together
 
-
-class Answering:
-    """An answer that is computed in rounds.
-
-    Attributes:
-        generation: the answer.
-        slot: the sequence that it has got.
-        prefill: computes the prompt, a tile or chunk at a time.
-        latest_token: when the latest token had been passed on, ``time.perf_counter()``.
-    """
-
-    slot: Slot
-    prefill: Generator[None, None, Delta]
-
-    def __init__(self, generation: Generation) -> None:
-        """Wait for `Rounds.start`."""
-        self.generation = generation
-        self.latest_token = 0.0
-
-    @property
-    def left(self) -> int:
-        """Tokens of the prompt that have not been computed, once it has a slot."""
-        return len(self.generation.prompt.token_ids) - len(self.slot)
-
-
-AnswerT = TypeVar("AnswerT", bound=Answering)
+AnswerT = TypeVar("AnswerT", bound=Generation)
 #: An answer, and what it has gained or why it failed.
 Gain: TypeAlias = tuple[AnswerT, Delta | Exception]
 
@@ -47,18 +22,16 @@ class Rounds(Generic[AnswerT]):
     prompt. So answers go on while the next prompt is read. One that is shorter than what is left of
     that prompt goes in between.
 
+    Args:
+        engine: what computes.
+        max_sequences: most answers computed together, and prompts kept to be reused.
+        whole_prompts: compute a prompt in one round, which is faster.
+
     Attributes:
         slots: the sequences.
     """
 
     def __init__(self, engine: Engine, max_sequences: int, whole_prompts: bool = False) -> None:
-        """Start without any.
-
-        Args:
-            engine: what computes.
-            max_sequences: most answers computed together, and prompts kept to be reused.
-            whole_prompts: compute a prompt in one round, which is faster.
-        """
         self.slots = Slots(engine, max_sequences)
         self._engine = engine
         self._whole_prompts = whole_prompts
@@ -77,16 +50,12 @@ class Rounds(Generic[AnswerT]):
         Raises:
             MemoryError: there is no memory for a sequence.
         """
-        generation = answer.generation
-        length = len(generation.prompt.token_ids)
-        if self._prefilling and length >= self._prefilling[-1].left:
+        if self._prefilling and len(answer.prompt.token_ids) >= self._prefilling[-1].left:
             return False
-        slot = self.slots.take(generation.prompt, generation.most_tokens)
+        slot = self.slots.take(answer.prompt, answer.most_tokens)
         if slot is None:
             return False
-        answer.slot = slot
-        step = None if self._whole_prompts else self._engine.chunk
-        answer.prefill = generation.prefill(slot, step)
+        answer.start(slot, None if self._whole_prompts else self._engine.chunk)
         self._prefilling.append(answer)
         return True
 
@@ -99,10 +68,15 @@ class Rounds(Generic[AnswerT]):
         while self._decoding and self.slots.overgrown():
             # The one that has grown most beyond what was reserved for it makes room.
             answer = max(self._decoding, key=lambda each: len(each.slot) - each.slot.reserved)
-            yield from self._gained(answer, answer.generation.cut())
+            yield from self._gained(answer, answer.cut())
         if len(self._decoding) == 1:
             [answer] = self._decoding
-            yield from self._gained(answer, self._decode_alone(answer))
+            gain: Delta | Exception
+            try:  # more than a token where a draft is right
+                gain = answer.step()
+            except Exception as error:
+                gain = error
+            yield from self._gained(answer, gain)
         elif self._decoding:
             yield from self._decode_together(list(self._decoding))
 
@@ -121,7 +95,6 @@ class Rounds(Generic[AnswerT]):
         self.slots.release_all()
 
     def _prefill(self, answer: AnswerT) -> Iterator[Gain[AnswerT]]:
-        """Compute a tile or a chunk of a prompt."""
         try:
             next(answer.prefill)
         except StopIteration as stop:
@@ -131,36 +104,24 @@ class Rounds(Generic[AnswerT]):
         except Exception as error:
             yield from self._gained(answer, error)
 
-    def _decode_alone(self, answer: AnswerT) -> Delta | Exception:
-        """Compute a token of the only answer, more where a draft is right."""
-        waited_ms = 1000 * (time.perf_counter() - answer.latest_token)
-        try:
-            return answer.generation.step(answer.slot, waited_ms)
-        except Exception as error:
-            return error
-
     def _decode_together(self, answers: list[AnswerT]) -> Iterator[Gain[AnswerT]]:
-        """Compute a token of every answer."""
         try:
-            logits = decode_together(
-                [answer.slot for answer in answers],
-                [answer.generation.latest for answer in answers],
-            )
+            logits = decode_together([a.slot for a in answers], [a.latest for a in answers])
         except Exception as error:
             for answer in answers:
                 yield from self._gained(answer, error)
             return
         now = time.perf_counter()
         for answer, row in zip(answers, logits, strict=True):
+            gain: Delta | Exception
             try:
-                delta = answer.generation.take(row, 1000 * (now - answer.latest_token))
+                gain = answer.take(row, now)
             except Exception as error:
-                yield from self._gained(answer, error)
-            else:
-                yield from self._gained(answer, delta)
+                gain = error
+            yield from self._gained(answer, gain)
 
     def _gained(self, answer: AnswerT, gain: Delta | Exception) -> Iterator[Gain[AnswerT]]:
-        if answer.generation.finish_reason or isinstance(gain, Exception):
+        if answer.finish_reason or isinstance(gain, Exception):
             self.end(answer)
         yield answer, gain
         # Afterwards: the time of a token is not that of its reader.

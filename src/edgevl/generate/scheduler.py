@@ -15,7 +15,7 @@ from edgevl.errors import EdgeVLError, QueueFullError
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.generation import Answer, Delta, Generation
 from edgevl.generate.model import Model
-from edgevl.generate.rounds import Answering, Rounds
+from edgevl.generate.rounds import Rounds
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.text import Piece
 from edgevl.preprocess import Prompt
@@ -34,18 +34,22 @@ WAKE_S = 0.1
 LEAST_WAIT_S, MOST_WAIT_S = 1.0, 60.0
 
 
-class Request(Answering):
-    """A request that waits or is being answered."""
+class Request(Generation):
+    """An answer that waits or is under way; `Scheduler.submit` makes requests."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        generation: Generation,
+        prompt: Prompt,
+        params: SamplingParams,
         deliver: Callable[[Event], object],
         client: str,
+        top_logprobs: int | None,
     ) -> None:
-        """Keep what belongs to a request; `Scheduler.submit` makes requests."""
-        super().__init__(generation)
+        model, now = scheduler.model, time.perf_counter()
+        super().__init__(
+            model.prompts, model.masks, prompt, params, model.max_context, now, top_logprobs
+        )
         self.client = client
         self.cancelled = False
         self.begun = 0.0  # time: when it got its slot
@@ -184,8 +188,7 @@ class Scheduler:
             EdgeVLError: it is closing, or constraints cannot be followed here.
         """
         self._check_open()
-        generation = self.model.generation(prompt, params, time.perf_counter(), top_logprobs)
-        request = Request(self, generation, deliver, client)
+        request = Request(self, prompt, params, deliver, client, top_logprobs)
         with self._changed:
             self._check_open()
             self._queue.put(request)
@@ -279,7 +282,7 @@ class Scheduler:
                     continue
                 if gain.token_ids or gain.pieces:
                     request.deliver(gain)
-                if request.generation.finish_reason:
+                if request.finish_reason:
                     self._end(request)
 
     def _start_next(self) -> None:
@@ -303,9 +306,9 @@ class Scheduler:
             duration_s = time.perf_counter() - request.begun
             self._mean_s += LATEST * (duration_s - self._mean_s)
         if error is None:
-            if not request.generation.finish_reason:
-                request.generation.finish_reason = "cancelled"
-            request.deliver(request.generation.answer(self.model.load_ms))
+            if not request.finish_reason:
+                request.finish_reason = "cancelled"
+            request.deliver(request.answer(self.model.load_ms))
         else:
             if not isinstance(error, EdgeVLError):
                 log.error("an answer failed", exc_info=error)

@@ -29,15 +29,13 @@ class PromptLookup:
     It pays where a drafted step gives more tokens than plain steps would in the same time. Where it
     does not, it pauses, ever longer. Drafts grow as long as they are right to their end, so that
     trying costs little.
+
+    Args:
+        token_ids: the prompt.
+        max_draft: most tokens of a draft; with 0 there never is one.
     """
 
     def __init__(self, token_ids: Sequence[int], max_draft: int) -> None:
-        """Start after a prompt.
-
-        Args:
-            token_ids: the prompt.
-            max_draft: most tokens of a draft; with 0 there never is one.
-        """
         self._max_draft = max_draft
         self._length = FIRST_DRAFT
         self._tokens: list[int] = []
