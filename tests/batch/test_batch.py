@@ -15,7 +15,7 @@ import pytest
 import edgevl
 from clips import write_clip
 from edgevl import Constraint, cli
-from edgevl.batch import answer_rows, answering, open_batch, rows, run_batch
+from edgevl.batch import answer_rows, open_batch, rows, run, run_batch
 from edgevl.errors import CheckpointError, EdgeVLError, PromptError
 from edgevl.preprocess import load_image, prepare_picture, prepare_video, sources
 from repository import EXAMPLES
@@ -226,7 +226,7 @@ def test_pictures_beyond_the_context_are_not_all_decoded(pictures, monkeypatch):
     model = edgevl.load("tiny", threads=1, max_context=100)  # a picture has 36 tokens
     decoded = []
     monkeypatch.setattr(
-        answering,
+        run,
         "prepare_picture",
         lambda source, *rest: decoded.append(source) or prepare_picture(source, *rest),
     )
@@ -243,7 +243,7 @@ def test_too_little_memory_for_a_picture_is_its_row(model, pictures, monkeypatch
             raise MemoryError
         return prepare_picture(source, *rest)
 
-    monkeypatch.setattr(answering, "prepare_picture", prepare)
+    monkeypatch.setattr(run, "prepare_picture", prepare)
     texts = [row.get("text") for row in answered(model, pictures, question=NUMBER)]
     assert texts == ["916", None, "2048", "Coffee"]
 
@@ -251,7 +251,7 @@ def test_too_little_memory_for_a_picture_is_its_row(model, pictures, monkeypatch
 def test_what_rows_share_is_computed_once(model, pictures, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        answering,
+        run,
         "prepare_picture",
         lambda source, *rest: decoded.append(source.name) or prepare_picture(source, *rest),
     )
@@ -277,7 +277,7 @@ def test_the_next_picture_is_decoded_while_one_is_asked_about(model, pictures, m
         started[source.name].set()
         return prepare_picture(source, *rest)
 
-    monkeypatch.setattr(answering, "prepare_picture", prepare)
+    monkeypatch.setattr(run, "prepare_picture", prepare)
     ask, questions = model.ask, []
 
     def waiting_ask(*args, **options):
@@ -334,7 +334,7 @@ def test_videos_in_lines(model, pictures, clip):
 def test_a_video_is_decoded_once_for_rows_in_a_row(model, pictures, clip, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        answering,
+        run,
         "prepare_video",
         lambda source, *rest: decoded.append(rest[-1]) or prepare_video(source, *rest),
     )
@@ -347,7 +347,7 @@ def test_a_video_is_decoded_once_for_rows_in_a_row(model, pictures, clip, monkey
 
 def test_frames_beyond_the_context_are_not_decoded(pictures, clip, monkeypatch):
     model = edgevl.load("tiny", threads=1, max_context=100)  # a frame has 36 tokens
-    monkeypatch.setattr(answering, "prepare_video", lambda *args: pytest.fail("decoded"))
+    monkeypatch.setattr(run, "prepare_video", lambda *args: pytest.fail("decoded"))
     path = write_lines(pictures, {"video": "clip.mp4"}, {"image": "meter.png"})
     crowded, good = answered(model, path, question=NUMBER, max_tokens=9)
     assert "need 288 tokens or more, but the context holds 100" in crowded["error"]

@@ -1,8 +1,7 @@
 """Many questions about pictures and videos: read from a file or directory, answered row by row."""
 
-from edgevl.batch.answering import answer_rows
 from edgevl.batch.rows import BatchError, BatchInput, Row, open_batch
-from edgevl.batch.run import BatchResult, check_output, run_batch
+from edgevl.batch.run import BatchResult, answer_rows, check_output, run_batch
 
 __all__ = [
     "BatchError",

@@ -1,26 +1,143 @@
-"""A batch to a file: what is done survives an interruption."""
+"""Rows to answers, and to a file: what is done survives an interruption."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from edgevl.batch.answering import answer_rows
-from edgevl.batch.rows import BatchError, BatchInput
+from edgevl.batch.rows import BatchError, BatchInput, Row
 from edgevl.checkpoint import Checkpoint
+from edgevl.errors import ContextLengthError, ImageError, PromptError, VideoError
 from edgevl.files import Journal, sync_file
 from edgevl.generate.constraint import Constraint
 from edgevl.generate.model import Model
+from edgevl.preprocess import prepare_picture, prepare_video
+from edgevl.preprocess.picture import most_tiles
+from edgevl.preprocess.video import DEFAULT_FRAMES, check_frames
 from edgevl.version import __version__
 from edgevl.work import opened, publish
 
 #: The finished rows in the work directory, ``OUT.partial``.
 ROWS = "rows.jsonl"
+
+#: Pictures and videos as `Model.ask` takes them.
+_Prepared: TypeAlias = tuple[list[Any], list[Any]]
+
+
+def answer_rows(
+    model: Model,
+    rows: Iterable[Row],
+    *,
+    system: str | None = None,
+    thinking: bool | None = None,
+    max_tiles: int | None = None,
+    frames: int = DEFAULT_FRAMES,
+    **sampling: Any,
+) -> Generator[dict[str, Any], None, None]:
+    """Answer every row by itself, in order.
+
+    Rows that follow each other and begin alike, with the same system message and pictures, have
+    that beginning computed once.
+
+    Args:
+        model: what to ask.
+        rows: what to ask it.
+        system: system message of rows that have none of their own; default is the chat template's.
+        thinking: ask the model to think before it answers, or not to; None leaves it to its
+            template.
+        max_tiles: most tiles a picture is cut into; default is the checkpoint's.
+        frames: how many are taken of a video, where the row does not say.
+        **sampling: fields of `SamplingParams`, where the row does not say; see `Session.ask`.
+
+    Yields:
+        ``id``, ``images``, ``videos`` if there are any, and ``question``, then the fields of
+        `Answer`, or ``error`` where a line, a picture, a video or a prompt is at fault.
+
+    Raises:
+        PromptError: ``max_tiles``, ``frames`` or a sampling value is out of range.
+        EdgeVLError: the model fails, not a row.
+    """
+    model.chat().params(**sampling)
+    most_tiles(model.checkpoint.config, max_tiles)
+    check_frames(frames)
+    options = {"system": system, "thinking": thinking, "frames": frames, **sampling}
+    # What the row before showed is not decoded again.
+    decoded = lru_cache(maxsize=1)(partial(_prepare, model, max_tiles))
+
+    def prepare(row: Row) -> _Prepared:
+        images = tuple(shown.source for shown in row.images)
+        videos = tuple(shown.source for shown in row.videos)
+        if not model.checkpoint.has_vision:
+            return list(images), list(videos)  # asking about them says what is missing
+        return decoded(images, videos, row.options.get("frames", frames))
+
+    waiting: tuple[Row, Future[_Prepared]] | None = None
+    # One thread and one row ahead: no more than two rows' pictures are in memory.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for row in rows:
+            ready, waiting = waiting, (row, pool.submit(prepare, row))
+            if ready is not None:
+                yield _answer(model, *ready, options)
+        if waiting is not None:
+            yield _answer(model, *waiting, options)
+
+
+def _prepare(
+    model: Model,
+    max_tiles: int | None,
+    images: Iterable[Any],
+    videos: Iterable[Any],
+    frames: int,
+) -> _Prepared:
+    """Decode what a row shows; what cannot be asked about is refused before it fills the memory."""
+    config = model.checkpoint.config
+    clips: list[Any] = []
+    pictures: list[Any] = []
+
+    def check_context(tiles: int) -> None:
+        tokens = tiles * config.image_tokens
+        if tokens >= model.max_context:
+            raise ContextLengthError(
+                f"the pictures and videos need {tokens} tokens or more, but the context holds "
+                f"{model.max_context}: use fewer pictures, tiles (max_tiles) or frames of videos"
+            )
+
+    try:
+        for source in videos:
+            check_context((len(clips) + 1) * frames)  # known before they are decoded
+            clips.append(prepare_video(source, config, frames))
+        tiles = len(clips) * frames
+        for source in images:
+            pictures.append(prepare_picture(source, config, max_tiles))
+            tiles += len(pictures[-1].pixels)
+            check_context(tiles)
+    except MemoryError:
+        raise ImageError("not enough memory for the pictures and videos; shrink them") from None
+    return pictures, clips
+
+
+def _answer(
+    model: Model, row: Row, prepared: Future[_Prepared], options: dict[str, Any]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {"id": row.id, "images": [shown.name for shown in row.images]}
+    if row.videos:
+        result["videos"] = [shown.name for shown in row.videos]
+    result["question"] = row.question
+    if row.error:
+        return result | {"error": row.error}
+    try:
+        images, videos = prepared.result()
+        answer = model.ask(row.question, images=images, videos=videos, **{**options, **row.options})
+    except (ImageError, VideoError, PromptError) as error:
+        return result | {"error": str(error)}
+    return result | answer.to_dict()
 
 
 @dataclass(frozen=True)
