@@ -127,10 +127,10 @@ def load_image(source: ImageSource) -> Image.Image:
         ImageError: The source cannot be read, is not a whole picture of those formats, is empty,
             or exceeds ``MAX_BYTES`` or ``MAX_PIXELS``.
     """
-    return _finish(_open(source), None)[0]
+    return load_reduced(source, None)[0]
 
 
-def load_reduced(source: ImageSource, wanted: Wanted) -> tuple[Image.Image, tuple[int, int]]:
+def load_reduced(source: ImageSource, wanted: Wanted | None) -> tuple[Image.Image, tuple[int, int]]:
     """Return a picture as `load_image` does, but a large one no larger than is of use.
 
     A picture of more than ``LARGE_PIXELS`` (WebP: half of that) is reduced as it is decoded: as
@@ -139,7 +139,8 @@ def load_reduced(source: ImageSource, wanted: Wanted) -> tuple[Image.Image, tupl
     Args:
         source: As for `load_image`.
         wanted: Returns the (width, height) that a picture of a certain (width, height) is resized
-            to. What is returned has at least ``REDUCING_GAP`` times these, or all its pixels.
+            to. What is returned has at least ``REDUCING_GAP`` times these, or all its pixels; with
+            None it has all.
 
     Returns:
         The picture, and the (width, height) it has upright, if it is not reduced.
@@ -147,7 +148,30 @@ def load_reduced(source: ImageSource, wanted: Wanted) -> tuple[Image.Image, tupl
     Raises:
         ImageError: As of `load_image`.
     """
-    return _finish(_open(source), wanted)
+    opened = _open(source)
+    image, name = opened.image, opened.name
+    _check_size(image.size, name)
+    is_large = opened.is_large
+    with ExitStack() as stack:
+        if is_large:
+            stack.enter_context(_one_large)
+            stack.enter_context(warnings.catch_warnings())
+            # Pillow's TIFF reader checks strips as `Image.open` does pictures.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            rgb, size = _decoded(opened, wanted if is_large else None)
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # as in _decode
+            raise ImageError(
+                f"{name}: damaged or truncated picture ({first_line(error)})",
+                f"{name}：图片已损坏",
+            ) from error
+        finally:
+            if opened.is_ours:
+                image.close()
+    _check_size(rgb.size, name)  # what was decoded, should it differ from the header
+    return rgb, size
 
 
 def is_large(data: bytes) -> bool:
@@ -182,28 +206,35 @@ def _open(source: ImageSource) -> _Opened:
 def _decode(data: bytes, name: str) -> _Opened:
     """Read the header."""
     try:
-        if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
-            image = _heic_decoder(name)(io.BytesIO(data))
-        else:
-            image = _decoder(data, name)(io.BytesIO(data), "")
+        image = _decoder(data, name)(io.BytesIO(data), "")
     except ImageError:
         raise
     except Exception as error:  # decoders raise nearly anything on malformed input
         raise ImageError(
             f"{name}: damaged picture ({first_line(error)})", f"{name}：图片已损坏"
         ) from error
-    _check_size(image.size, name)
     return _Opened(image, name, data)
 
 
 def _decoder(data: bytes, name: str) -> Callable[..., Image.Image]:
     """Find the decoder as `Image.open` does, which would warn of large pictures."""
+    brand = data[8:12] if data[4:8] == b"ftyp" else None
+    if brand in _HEIC_BRANDS:
+        try:
+            from pillow_heif import HeifImageFile
+        except ImportError:
+            raise ImageError(
+                f"{name}: HEIC needs a decoder; pip install 'edgevl[heic]'",
+                f"{name}：这里不能读取 HEIC，请改用 JPEG 或 PNG",
+            ) from None
+        return HeifImageFile
     for format_name in _FORMATS:
         factory, accept = Image.OPEN[format_name]
         # Where it says why it cannot, that is a text.
         if accept is not None and accept(data[:16]) is True:
             return factory
-    if _is_video(data):
+    # The commonest videos: MP4 and MOV, Matroska and WebM.
+    if brand not in (None, *_AVIF_BRANDS) or data.startswith(b"\x1a\x45\xdf\xa3"):
         raise ImageError(
             f"{name}: a video, not a picture; give it as one (-v, /video, videos, video_url)",
             f"{name}：这是视频而不是图片，请作为视频给出",
@@ -212,23 +243,6 @@ def _decoder(data: bytes, name: str) -> Callable[..., Image.Image]:
         f"{name}: not a picture that can be read; give JPEG, PNG, WebP, BMP, GIF, TIFF or HEIC",
         f"{name}：不是可读取的图片，请用 JPEG、PNG、WebP、BMP、GIF、TIFF 或 HEIC",
     )
-
-
-def _heic_decoder(name: str) -> Callable[..., Image.Image]:
-    try:
-        from pillow_heif import HeifImageFile
-    except ImportError:
-        raise ImageError(
-            f"{name}: HEIC needs a decoder; pip install 'edgevl[heic]'",
-            f"{name}：这里不能读取 HEIC，请改用 JPEG 或 PNG",
-        ) from None
-    return HeifImageFile
-
-
-def _is_video(data: bytes) -> bool:
-    """Tell the commonest videos, MP4 and MOV, Matroska and WebM, by their first bytes."""
-    is_mp4 = data[4:8] == b"ftyp" and data[8:12] not in _AVIF_BRANDS
-    return is_mp4 or data.startswith(b"\x1a\x45\xdf\xa3")
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
@@ -259,34 +273,8 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values))
 
 
-def _finish(opened: _Opened, wanted: Wanted | None) -> tuple[Image.Image, tuple[int, int]]:
+def _decoded(opened: _Opened, wanted: Wanted | None) -> tuple[Image.Image, tuple[int, int]]:
     """Decode, turn upright and convert to RGB: -> picture, size without any reduction."""
-    image, name = opened.image, opened.name
-    _check_size(image.size, name)
-    is_large = opened.is_large
-    with ExitStack() as stack:
-        if is_large:
-            stack.enter_context(_one_large)
-            stack.enter_context(warnings.catch_warnings())
-            # Pillow's TIFF reader checks strips as `Image.open` does pictures.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            rgb, width, height = _decoded(opened, wanted if is_large else None)
-        except (ImageError, MemoryError):
-            raise
-        except Exception as error:  # as in _decode
-            raise ImageError(
-                f"{name}: damaged or truncated picture ({first_line(error)})",
-                f"{name}：图片已损坏",
-            ) from error
-        finally:
-            if opened.is_ours:
-                image.close()
-    _check_size(rgb.size, name)  # what was decoded, should it differ from the header
-    return rgb, (width, height)
-
-
-def _decoded(opened: _Opened, wanted: Wanted | None) -> tuple[Image.Image, int, int]:
     image, data = opened.image, opened.data
     size = image.size
     box: tuple[float, float, float, float] = (0, 0, *size)  # where it is in what is decoded
@@ -329,14 +317,14 @@ def _reduced(image: Image.Image, size: tuple[int, int], wanted: Wanted | None) -
 
 def _upright(
     rgb: Image.Image, image: Image.Image, size: tuple[int, int]
-) -> tuple[Image.Image, int, int]:
+) -> tuple[Image.Image, tuple[int, int]]:
     """Turn what became of ``image``: -> picture, width and height it has unless reduced."""
     rgb.info = {}  # the orientation is spent; a second load_image must not apply it again
     exif = rgb.getexif()
     exif[ExifTags.Base.Orientation] = _orientation(image)
     ImageOps.exif_transpose(rgb, in_place=True)
     exif.clear()
-    return rgb, *(size[::-1] if _turned(image) else size)
+    return rgb, (size[::-1] if _turned(image) else size)
 
 
 def _in_strips(
@@ -365,13 +353,10 @@ def _in_strips(
 
 
 def _webp(opened: _Opened, size: tuple[int, int]) -> Image.Image | None:
-    """Decode a still WebP with FFmpeg, which takes a tenth of the memory.
+    """Decode a still WebP to ``size`` with FFmpeg, which takes a tenth of the memory.
 
-    Returns:
-        The picture in ``size``; None if that cannot be done, and Pillow can do it.
-
-    Raises:
-        ImageError: Pillow would take too much memory.
+    None if that cannot be done, and Pillow can do it; where Pillow would take too much memory, an
+    ImageError.
     """
     reason = "pip install 'edgevl[video]'"
     try:
@@ -380,6 +365,7 @@ def _webp(opened: _Opened, size: tuple[int, int]) -> Image.Image | None:
     except ImportError:
         pass
     else:
+        reason = "shrink it"
         # Without the flag chrominance is rounded down, and all gets darker by 2 of 255.
         method = Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
         try:
@@ -389,9 +375,8 @@ def _webp(opened: _Opened, size: tuple[int, int]) -> Image.Image | None:
             if (frame.width, frame.height) == opened.image.size:
                 frame = frame.reformat(*size, format="rgb24", interpolation=method)
                 return _of_rows(np.frombuffer(frame.planes[0], np.uint8), size)
-            reason = "shrink it"
         except (av.FFmpegError, StopIteration, IndexError):  # animated, say
-            reason = "shrink it"
+            pass
     if opened.image.width * opened.image.height > LARGE_PIXELS:
         raise ImageError(
             f"{opened.name}: a WebP of {opened.image.width} × {opened.image.height} pixels takes "
@@ -512,11 +497,7 @@ def _to_bytes(image: Image.Image, data: bytes) -> Callable[[NDArray[Any]], NDArr
 def _stated_depth(image: Image.Image, data: bytes, tags: Mapping[int, Any], used: int) -> int:
     """Return the depth of a picture of integers as its file states it; 0 if it does not.
 
-    Args:
-        image: The picture.
-        data: The file, if it is at hand.
-        tags: Of TIFF.
-        used: Bits that any of its values has.
+    ``tags`` are TIFF's, ``used`` the bits that any of its values has.
     """
     if image.format in ("PPM", "JPEG2000"):
         return 16  # Pillow scales what has another depth

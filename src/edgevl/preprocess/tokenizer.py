@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers import (
+    AddedToken,
+    Encoding,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from edgevl.checkpoint.config import MAX_VOCAB_SIZE
 from edgevl.errors import CheckpointError
@@ -16,10 +26,6 @@ from edgevl.json_input import parse_object
 
 if TYPE_CHECKING:
     from edgevl.checkpoint import ModelDirectory
-from collections.abc import Sequence
-
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
-from tokenizers.processors import ByteLevel
 
 _QWEN2_CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -138,14 +144,11 @@ def _qwen2(checkpoint: ModelDirectory, tokenizer_class: object) -> Tokenizer:
     lines = [
         line for line in merges.split("\n") if line.strip() and not line.startswith("#version")
     ]
-    pairs: list[tuple[str, str]] = []
-    for line in lines:
-        left, _, right = line.rstrip("\r").partition(" ")
-        pairs.append((left, right))
+    halves = [line.rstrip("\r").partition(" ") for line in lines]
     ids = _token_ids(vocabulary)
     if not ids:
         raise CheckpointError(f"{checkpoint.path / 'vocab.json'}: names no token with an id")
-    return qwen_bpe(ids, pairs)
+    return qwen_bpe(ids, [(left, right) for left, _, right in halves])
 
 
 def _add_tokens(tokenizer: Tokenizer, checkpoint: ModelDirectory, config: dict[str, Any]) -> None:
@@ -210,7 +213,7 @@ def qwen_bpe(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )
-    tokenizer.post_processor = ByteLevel(
+    tokenizer.post_processor = processors.ByteLevel(
         add_prefix_space=False, trim_offsets=False, use_regex=False
     )
     tokenizer.decoder = decoders.ByteLevel()

@@ -24,9 +24,7 @@ CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 _NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 
 #: With one of these, a schema itself says which other arguments there may be.
-_OPENING = {
-    "additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref",
-}  # fmt: skip
+_OPENING = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 
 
 @dataclass(frozen=True)
@@ -93,10 +91,6 @@ class Tool:
         return json.dumps({"type": "function", "function": function}, ensure_ascii=False)
 
 
-def _new_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
-
-
 @dataclass(frozen=True)
 class ToolCall:
     """A call that the model asks for.
@@ -113,7 +107,7 @@ class ToolCall:
 
     name: str
     arguments: str
-    id: str = field(default_factory=_new_id, compare=False)
+    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}", compare=False)
 
     def __post_init__(self) -> None:
         _check_name("the name of a tool call", self.name)
