@@ -74,7 +74,7 @@ def load(
 
 
 class Model:
-    """A loaded model. Threads may share it: one answer is computed at a time.
+    """A loaded model, as `load` returns it. Threads may share it: one answer is computed at a time.
 
     Attributes:
         checkpoint: what it was loaded from.
@@ -91,7 +91,6 @@ class Model:
         prompts: PromptEncoder,
         load_ms: float = 0.0,
     ) -> None:
-        """Put the parts together; use `load` unless you have them."""
         self.checkpoint = checkpoint
         self.engine = engine
         self.prompts = prompts
@@ -145,15 +144,7 @@ class Model:
         max_tiles: int | None = None,
         tools: Sequence[Tool] = (),
     ) -> Session:
-        """Start a conversation.
-
-        Args:
-            system: system message; default is the chat template's own.
-            thinking: True asks the model to think before it answers, False tells its template that
-                it should not; None leaves it to the template.
-            max_tiles: most tiles a picture is cut into; default is the checkpoint's.
-            tools: what the model may call; `edgevl.split_tool_calls` finds the calls in an answer.
-        """
+        """Start a conversation; for the arguments see `Session`."""
         return Session(self.checkpoint, self, system, thinking, max_tiles, tools)
 
     def run(
@@ -161,12 +152,8 @@ class Model:
     ) -> Generator[Piece, None, Answer]:
         """Yield an answer's text as it comes, and return the answer; `Session` asks this.
 
-        Another thread's answer is waited for.
-
-        Args:
-            prompt: what to answer; shorter than the context.
-            params: how.
-            started: ``time.perf_counter()`` when the question was asked.
+        Another thread's answer is waited for. ``prompt`` is shorter than the context, ``started``
+        the ``time.perf_counter()`` when the question was asked.
 
         Raises:
             EdgeVLError: this thread has an answer of this model under way, which could never end.

@@ -196,13 +196,16 @@ class Slots:
     """
 
     def __init__(self, engine: Engine, most: int) -> None:
-        """Begin without any: an NPU has but one sequence, and others may use it first."""
         self._features = FeatureCache()
         self._engine = engine
-        self._slots: list[Slot] = []
+        self._slots: list[Slot] = []  # none yet: an NPU has but one, which others may use first
         self.most = most if engine.batched else 1
-        self._room = _room(engine)
         self._uses = 0
+        weights = engine.weight_bytes()
+        self._room = float("inf")  # positions that all may hold together
+        if weights is not None:
+            room = MEMORY_SHARE * this_machine().available_bytes / weights.cache_per_token
+            self._room = max(room, engine.max_context)
 
     @property
     def first(self) -> Slot:
@@ -290,12 +293,3 @@ class Slots:
     def _mark(self, slot: Slot) -> None:
         self._uses += 1
         slot.used = self._uses
-
-
-def _room(engine: Engine) -> float:
-    """Return how many positions all sequences may hold together."""
-    weights = engine.weight_bytes()
-    if weights is None:
-        return float("inf")
-    room = MEMORY_SHARE * this_machine().available_bytes / weights.cache_per_token
-    return max(room, engine.max_context)

@@ -46,11 +46,9 @@ class SamplingParams(SamplingOptions):
 
     @classmethod
     def resolve(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
-        """Return how a question is answered.
+        """Return how a question is answered: as ``given`` says, where None says nothing.
 
-        Args:
-            defaults: what the checkpoint has of its own, `ModelConfig.sampling`.
-            given: what the question says; None says nothing.
+        ``defaults`` is what the checkpoint has of its own, `ModelConfig.sampling`.
 
         Raises:
             PromptError: a value is out of its range.
@@ -70,18 +68,17 @@ class SamplingParams(SamplingOptions):
 
 
 class Sampler:
-    """Chooses tokens of one answer; keeps the random state and the tokens seen."""
+    """Chooses tokens of one answer; keeps the random state and the tokens seen.
+
+    Args:
+        params: how to choose.
+        prompt_ids: the prompt's token ids.
+        mask: of ``params.constraint``, if there is one.
+    """
 
     def __init__(
         self, params: SamplingParams, prompt_ids: Iterable[int], mask: TokenMask | None = None
     ) -> None:
-        """Start an answer.
-
-        Args:
-            params: how to choose.
-            prompt_ids: the prompt's token ids.
-            mask: of ``params.constraint``, if there is one.
-        """
         self._params = params
         self._mask = mask
         self._random = np.random.default_rng(params.seed)
@@ -179,11 +176,9 @@ class Sampler:
 
 
 class _Seen:
-    """The distinct tokens of prompt and answer.
+    """The tokens of prompt and answer: ``ids``, each once, int64 [N], and float32 ``counts`` [N].
 
-    Attributes:
-        ids: each token once, int64 [N].
-        counts: how often the answer has it, float32 [N].
+    What is counted is how often the answer has it.
     """
 
     def __init__(self, prompt_ids: Iterable[int]) -> None:
@@ -201,11 +196,9 @@ class _Seen:
 
 
 def _place(weights: NDArray[np.float32], share: float) -> int:
-    """Return the index where the running sum of the weights exceeds a share of the total.
+    """Return where the running sum of the weights [V] exceeds a share of the total, 0 to below 1.
 
-    Args:
-        weights: [V], not negative, one of them positive.
-        share: from 0, to 1 exclusively.
+    None of them is negative, and one is positive.
     """
     sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64)
     reached = np.cumsum(sums)

@@ -121,21 +121,18 @@ class Scheduler:
 
     Clients take turns in a queue; the requests that have left it share `Rounds`.
 
+    Args:
+        model: what answers; nothing else may use it.
+        max_sequences: most answers computed together, and prompts kept to be reused.
+        max_queue: most requests that wait, at least 1.
+
     Attributes:
-        model: the model; nothing else may use it.
-        max_queue: most requests that wait.
+        model, max_queue: as given.
         max_context: most tokens of prompt and answer.
         prompts: turns messages into prompts.
     """
 
     def __init__(self, model: Model, max_sequences: int = 16, max_queue: int = 64) -> None:
-        """Start the thread.
-
-        Args:
-            model: what answers.
-            max_sequences: most answers computed together, and prompts kept to be reused.
-            max_queue: most requests that wait, at least 1.
-        """
         self.model = model
         self.max_queue = max_queue
         self.max_context = model.max_context

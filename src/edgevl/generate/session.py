@@ -54,12 +54,10 @@ class Stream(Iterator[Piece]):
     """
 
     def __init__(self, pieces: Generator[Piece, None, Answer]) -> None:
-        """Stream what ``pieces`` yields and keep what it returns."""
         self._pieces = pieces
         self._answer: Answer | None = None
 
     def __next__(self) -> Piece:
-        """Compute and return the next piece."""
         try:
             return next(self._pieces)
         except StopIteration as stop:
@@ -134,12 +132,18 @@ class Session:
     The engine computes only what a turn adds, and a picture once. When the conversation outgrows
     the context, its oldest turns are left out.
 
+    Args:
+        checkpoint: says how pictures are prepared.
+        generator: answers prompts.
+        system: system message; default is the chat template's own.
+        thinking: True asks the model to think before it answers, False tells its template that it
+            should not; None leaves it to the template.
+        max_tiles: most tiles a picture is cut into; default is the checkpoint's.
+        tools: what the model may call; `edgevl.split_tool_calls` finds the calls in an answer.
+
     Attributes:
         turns: those that were answered, if not to the end; oldest first. They may be edited.
-        system: system message, None for the chat template's own. This and what follows may be
-            changed, and goes with the next question then.
-        thinking: whether the model thinks before it answers; None leaves it to the template.
-        max_tiles: most tiles a picture is cut into; None for the checkpoint's own number.
+        system, thinking, max_tiles: may be changed, and go with the next question then.
     """
 
     def __init__(
@@ -151,17 +155,6 @@ class Session:
         max_tiles: int | None = None,
         tools: Sequence[Tool] = (),
     ) -> None:
-        """Start a conversation.
-
-        Args:
-            checkpoint: says how pictures are prepared.
-            generator: answers prompts.
-            system: system message; default is the chat template's own.
-            thinking: True asks the model to think before it answers, False tells its template that
-                it should not; None leaves it to the template.
-            max_tiles: most tiles a picture is cut into; default is the checkpoint's.
-            tools: what the model may call.
-        """
         self.turns: list[Turn] = []
         self.system = system
         self.thinking = thinking
@@ -239,17 +232,17 @@ class Session:
         tool_results: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Stream:
-        """Answer a turn, which is filled as the answer is generated; see `ask`.
+        """Answer a turn, which is filled as the answer is generated; for the rest see `ask`.
 
         Where it ends, or is broken off after its first word, it becomes the last of `turns`;
-        otherwise these stay as they were.
+        otherwise these stay as they were. One of which nothing came may be asked again.
 
         Args:
-            turn: what is asked; one of which nothing came may be asked again.
+            turn: what is asked.
             after: the turns that it follows, in place of `turns`.
-            frames: how many are taken of each video.
-            tool_results: as `ask` takes them.
-            **sampling: as `ask` takes it.
+            frames: see `ask`, and for what follows.
+            tool_results: likewise.
+            **sampling: likewise.
         """
         started = time.perf_counter()
         params = self.params(**sampling)
@@ -281,12 +274,9 @@ class Session:
         return params
 
     def prompt(self, text: str, images: Any = (), answer_tokens: int = 1) -> Prompt:
-        """Return what the model would read if this were asked now; see `ask`.
+        """Return what the model would read if this were asked now, with room for the answer.
 
-        Args:
-            text: the question.
-            images: a picture or several.
-            answer_tokens: room that is wanted for the answer.
+        For ``text`` and ``images`` see `ask`; ``answer_tokens`` is the room that is wanted.
         """
         turn = Turn(text, [Attachment(image) for image in _listed(images)])
         turn.messages = [self._question(turn, DEFAULT_FRAMES)]
@@ -317,12 +307,9 @@ class Session:
         )
 
     def _fit(self, turns: Sequence[Turn], params: SamplingParams) -> tuple[int, Prompt]:
-        """Leave out the oldest messages until prompt and answer fit: -> how many, the prompt.
-
-        Half of the context at most is kept free for the answer, so that a generous ``max_tokens``
-        does not cost the whole history.
-        """
+        """Leave out the oldest messages until prompt and answer fit: -> how many, the prompt."""
         context = self._generator.max_context
+        # No more is kept free, so that a generous `max_tokens` does not cost the whole history.
         reserve = min(params.max_tokens, context // 2)
         system = [Message.system(self.system)] if self.system is not None else []
         messages = [message for turn in turns for message in turn.messages]

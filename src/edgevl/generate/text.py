@@ -26,10 +26,12 @@ def hidden_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 class Detokenizer:
-    """Turns tokens into text as they come, whole characters at a time."""
+    """Turns tokens into text as they come, whole characters at a time.
+
+    Special tokens that steer a conversation are hidden, those that speak are kept.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Hide the special tokens that steer a conversation; keep those that speak."""
         self._tokenizer = tokenizer
         self._hidden = hidden_ids(tokenizer)
         # The tokens of what was given out last, then `_waiting` that are not; `_shown` characters
@@ -75,10 +77,9 @@ def spoken_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
 
 
 class StopStrings:
-    """Cuts a stream of text at the first of several strings."""
+    """Cuts a stream of text at the first of several strings; with none, text passes through."""
 
     def __init__(self, stop: Sequence[str]) -> None:
-        """Watch for the strings ``stop``; with none, text passes through."""
         self._stop = stop
         self._held = ""
         self.found = False
@@ -114,18 +115,13 @@ def partial_suffix(text: str, target: str) -> int:
 class ThinkingSplitter:
     """Tells the thinking part, ``<think>…</think>`` at the start of an answer, from the answer.
 
-    White space around the thoughts belongs to neither.
+    White space around the thoughts belongs to neither. With ``opened`` the prompt ends with the
+    opening tag, so that the answer begins with thoughts. A model may repeat the tag.
     """
 
     OPEN, CLOSE = "<think>", "</think>"
 
     def __init__(self, opened: bool = False) -> None:
-        """Start before the first character of an answer.
-
-        Args:
-            opened: the prompt ends with the opening tag, so that the answer begins with thoughts.
-                A model may repeat the tag.
-        """
         self._opened = opened
         self._held = ""
         self._state = "undecided"  # then "thinking" (or straight on), "gap", "answer"
@@ -191,13 +187,12 @@ class Piece(str):
 
 
 class AnswerText:
-    """Collects the text of an answer from its tokens and passes it on in pieces."""
+    """Collects the text of an answer from its tokens and passes it on in pieces.
+
+    It ends before any of the strings ``stop``. With ``thinking`` the prompt has opened thoughts.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], thinking: bool = False) -> None:
-        """Start an empty answer that ends before any of the strings ``stop``.
-
-        With ``thinking`` the prompt has opened the thinking part.
-        """
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(stop)
         self._splitter = ThinkingSplitter(thinking)

@@ -52,16 +52,15 @@ class _Digits:
 
 
 class TokenMask:
-    """Follows one answer and masks the logits of tokens that its constraint does not allow."""
+    """Follows one answer and masks the logits of tokens that its constraint does not allow.
+
+    Args:
+        matcher: an ``llguidance.LLMatcher``.
+        vocabulary: its ``llguidance.LLTokenizer``.
+        digits: where the answer has JSON, a bit for each token, set if it begins with a digit.
+    """
 
     def __init__(self, matcher: Any, vocabulary: Any, digits: NDArray[np.uint8] | None) -> None:
-        """Start before the first token.
-
-        Args:
-            matcher: an ``llguidance.LLMatcher``.
-            vocabulary: its ``llguidance.LLTokenizer``.
-            digits: where the answer has JSON, a bit for each token, set if it begins with a digit.
-        """
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._begin_with_digit = digits
@@ -128,7 +127,6 @@ class TokenMasks:
     """Starts the masks of one model's answers. Threads may share it; masks are one answer's."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
-        """Take a tokenizer and the ids that end a turn; nothing is computed yet."""
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._lock = threading.Lock()

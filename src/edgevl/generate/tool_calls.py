@@ -33,15 +33,14 @@ class ToolCallSplitter:
     A call is ``<tool_call>``, JSON that names a function, ``</tool_call>``, with white space
     between them, and up to ``MAX_TOOL_BYTES`` characters. Models that have not learned the tags
     well leave them out: an answer that is nothing but JSON objects, in Markdown's fences or not,
-    is calls if each is one of a tool that was offered, with arguments that the tool takes. What
-    looks like a call and is none stays text.
+    is calls if each is one of ``tools``, those that were offered, with arguments that the tool
+    takes. What looks like a call and is none stays text.
 
     The JSON is ``{"name": …, "arguments": {…}}`` in any order, with ``parameters`` for
     ``arguments``, with those as a string of JSON, without any, or inside of ``{"function": {…}}``.
     """
 
     def __init__(self, tools: Sequence[Tool] = ()) -> None:
-        """Start before the first character of an answer; ``tools`` are those that were offered."""
         self._tools = {tool.name: tool for tool in tools}
         self._held = ""
         # The answer so far may be calls without tags: these, and what follows them.
@@ -183,10 +182,7 @@ def _calls_in(text: str) -> tuple[list[ToolCall], str]:
 
 
 def _members(text: str, at: int) -> tuple[dict[str, str], int]:
-    """Return the members of an object, each value as it is written, and where the object ends.
-
-    Without members if there is no whole object at this place.
-    """
+    """Return the members of an object, each value as it is written, and where it ends, if whole."""
     members: dict[str, str] = {}
     follows = "{"
     try:
