@@ -66,10 +66,10 @@ class BatchError(EdgeVLError):
 
 @dataclass(frozen=True)
 class BatchInput:
-    """Rows of which there are ``len``, in an order that stays.
+    """Rows from ``path``, of which there are ``len``, in an order that stays.
 
     Attributes:
-        path: where they are from.
+        path: a file or a directory.
         question: asked where a row has no question of its own.
         digest: SHA-256 (hexadecimal) of the file, or of the names of the directory's files.
     """
@@ -81,7 +81,6 @@ class BatchInput:
     _rows: Callable[[int], Iterator[Row]]
 
     def __len__(self) -> int:
-        """Return how many rows there are."""
         return self._count
 
     def rows(self, start: int = 0) -> Iterator[Row]:
@@ -189,16 +188,8 @@ def parse_line(line: bytes, number: int, directory: Path, question: str | None) 
     It is an object with ``image`` (a path or ``data:`` URL) or ``images`` (a list of them, which
     may be empty), ``video`` or ``videos`` likewise, and where wanted ``frames`` (how many are taken
     of each video), ``question``, ``id`` (text or whole number), ``system`` and fields of
-    `SamplingOptions`. Paths are relative to the file's directory.
-
-    Args:
-        line: the line, UTF-8.
-        number: its number, from 1.
-        directory: where the file lies.
-        question: asked if the line has none.
-
-    Returns:
-        What could be read, and what is wrong with the rest.
+    `SamplingOptions`. Paths are relative to ``directory``, where the file lies; ``question`` is
+    asked if the line has none. A row has what could be read, and what is wrong with the rest.
     """
     where = f"line {number}"
     try:

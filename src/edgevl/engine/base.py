@@ -51,10 +51,9 @@ class WeightBytes:
 
 
 class Sequence:
-    """The positions of one text in an engine's cache; `Engine.new_sequence` makes it.
+    """The positions ``0 … length - 1`` of one text in an engine's cache.
 
-    Attributes:
-        length: positions now in the cache, ``0 … length - 1``.
+    `Engine.new_sequence` makes it.
     """
 
     def __init__(self) -> None:

@@ -38,11 +38,7 @@ MAX_DRAFT = 11
 
 
 class CpuSequence(Sequence):
-    """A sequence of a `CpuEngine`.
-
-    Attributes:
-        cache: its keys and values.
-    """
+    """A sequence of a `CpuEngine`; ``cache`` has its keys and values."""
 
     def __init__(self, cache: _native.Cache) -> None:
         super().__init__()
@@ -220,24 +216,20 @@ def weight_bytes(checkpoint: Checkpoint, plan: PackingPlan, kv_cache: KVCacheFor
 # --- what the native models are made of ------------------------------------------------------
 
 
+# Of `TextConfig`, by the same names.
+_DECODER_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps",
+)  # fmt: skip
+
+
 def decoder_config(
     checkpoint: Checkpoint, max_context: int, chunk: int, kv_cache: KVCacheFormat
 ) -> dict[str, float | str]:
     """Return the settings that the native decoder asks for."""
     text = checkpoint.config.text
-    return {
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_hidden_layers": text.num_hidden_layers,
-        "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
-        "head_dim": text.head_dim,
-        "vocab_size": text.vocab_size,
-        "max_context": max_context,
-        "chunk": chunk,
-        "rms_norm_eps": text.rms_norm_eps,
-        "kv_cache": kv_cache,
-    }
+    own = {name: getattr(text, name) for name in _DECODER_SIZES}
+    return own | {"max_context": max_context, "chunk": chunk, "kv_cache": kv_cache}
 
 
 def vision_config(checkpoint: Checkpoint) -> dict[str, float | str]:

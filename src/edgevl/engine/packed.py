@@ -105,16 +105,8 @@ def pack_matrix(
         data = weight.data.reshape(part.rows, matrix.cols)
         if data.dtype == np.float16:
             data = data.view(np.uint16)
-        _native.pack(
-            matrix.format,
-            data,
-            weight.dtype,
-            matrix.group,
-            out,
-            part.first_panel,
-            part.panel_step,
-            pool,
-        )
+        place = (matrix.group, out, part.first_panel, part.panel_step, pool)
+        _native.pack(matrix.format, data, weight.dtype, *place)
     checkpoint.release()
 
 
@@ -127,15 +119,10 @@ def _pack_gptq(
     # Where the plan cuts long groups, their parts have the same scale.
     groups = -(-matrix.cols // matrix.group)
     scales = np.repeat(scales, -(-groups // len(scales)), axis=0)[:groups]
-    _native.pack_gptq(
-        np.require(packed.qweight.data, np.int32, ["C", "A"]),
-        np.require(scales, None, ["C", "A"]),
-        matrix.group,
-        out,
-        part.first_panel,
-        part.panel_step,
-        pool,
-    )
+    integers = np.require(packed.qweight.data, np.int32, ["C", "A"])
+    scales = np.require(scales, None, ["C", "A"])
+    place = (matrix.group, out, part.first_panel, part.panel_step, pool)
+    _native.pack_gptq(integers, scales, *place)
 
 
 def convertible(checkpoint: Checkpoint, name: str) -> StoredTensor:
@@ -201,11 +188,10 @@ def write_cache(
 def read_cache(path: Path, plan: PackingPlan, threads: int) -> dict[str, Bytes]:
     """Map a cache file and check every byte of it.
 
-    The checksum is the sum of all 64-bit words, which runs at the speed of memory: a
-    gigabyte takes a tenth of a second. It catches what happens to files, wrong bits and pages that
-    were never written, and is no protection against someone who wants to deceive it; who can
-    write here could change the checkpoint itself. It also brings the file into memory, which the
-    first answer would have to wait for anyway.
+    The checksum is the sum of all 64-bit words, which runs at the speed of memory: a gigabyte takes
+    a tenth of a second. It catches what happens to files, wrong bits and pages never written, not
+    deceit: who can write here could change the checkpoint itself. It also brings the file into
+    memory, which the first answer would have to wait for anyway.
 
     Raises:
         CheckpointError: the file is damaged.

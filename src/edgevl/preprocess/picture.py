@@ -27,15 +27,12 @@ MAX_TILES = 40
 
 @dataclass(frozen=True)
 class Picture:
-    """A prepared picture.
-
-    Two pictures are equal if they have the same digest, whatever file they came from.
+    """A prepared picture; two are equal if they have the same digest, whatever they came from.
 
     Attributes:
         pixels: Tiles, and the thumbnail last: float32 [B, 3, tile, tile], read-only.
         digest: SHA-256 (hexadecimal) of the shape and values of ``pixels``.
-        width: Pixels of the source, upright.
-        height: Pixels of the source, upright.
+        width, height: Pixels of the source, upright.
     """
 
     pixels: NDArray[np.float32] = field(compare=False, repr=False)
@@ -80,11 +77,8 @@ def prepare_picture(
 def most_tiles(config: ModelConfig, max_tiles: int | None = None) -> int:
     """Return the most tiles that a picture may be cut into, the thumbnail not counted.
 
-    Args:
-        config: Of the model.
-        max_tiles: What is asked for, 1 to ``MAX_TILES``, or to the model's own number, which is
-            the default, if that is more. One tile is used whatever this says if the model does
-            not tile (``dynamic_tiling``).
+    ``max_tiles`` is what is asked for, 1 to ``MAX_TILES``, or to the model's own number, which is
+    the default, if that is more. If the model does not tile (``dynamic_tiling``) it is 1 anyway.
 
     Raises:
         PromptError: ``max_tiles`` is out of range.

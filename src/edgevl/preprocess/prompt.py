@@ -47,12 +47,9 @@ _THINK_START, _THINK_END = "<think>", "</think>"
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """Where the features of a picture go in a prompt.
+    """Where the features of a picture go: from its first ``<IMG_CONTEXT>`` on.
 
-    Attributes:
-        start: Position of the picture's first ``<IMG_CONTEXT>``.
-        length: Number of them: tiles × tokens of a tile.
-        picture: The picture.
+    There are ``length`` of these: tiles × tokens of a tile.
     """
 
     start: int
@@ -62,13 +59,10 @@ class ImageSpan:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A conversation as the model reads it.
+    """A conversation as the model reads it: int64 ``token_ids`` [T], its pictures in order.
 
-    Attributes:
-        token_ids: int64 [T].
-        images: Its pictures, in order.
-        thinking: Whether the template has begun the answer with ``<think>``, so that the model
-            goes on with its thoughts.
+    Where ``thinking``, the template has begun the answer with ``<think>``, so that the model goes
+    on with its thoughts.
     """
 
     token_ids: NDArray[np.int64]

@@ -86,10 +86,8 @@ def control_ids(tokenizer: Tokenizer, turns: str, known: Collection[int]) -> fro
     are trained to read ``<ref>`` in a question, their own ``<box>`` and ``<think>`` in an earlier
     answer, and what a fine-tuned one has of its own, as the original's tokenizer gives them.
 
-    Args:
-        tokenizer: The tokenizer.
-        turns: What the template writes around messages.
-        known: Ids that end an answer, and those that the tokenizer has for a sequence.
+    ``turns`` is what the template writes around messages, ``known`` the ids that end an answer and
+    those that the tokenizer has for a sequence.
     """
     written = set(tokenizer.encode(turns, add_special_tokens=False).ids)
     return frozenset(

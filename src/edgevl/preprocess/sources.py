@@ -21,13 +21,7 @@ _BASE64_STEP = 2**20
 
 @dataclass(frozen=True)
 class Medium:
-    """Pictures, or videos.
-
-    Attributes:
-        name: what messages call one, in English.
-        name_zh: likewise in Chinese.
-        error: what is raised.
-    """
+    """Pictures, or videos: what messages call one, and what is raised."""
 
     name: str
     name_zh: str
@@ -42,11 +36,8 @@ class Medium:
     ) -> tuple[str, bytes | Path]:
         """Return the name of a source, for messages, and its bytes or, of a path, where they are.
 
-        Args:
-            source: a path; ``"-"`` for standard input; a ``data:`` URL; the bytes of a file.
-            max_bytes: more are refused, where they are here already.
-            fix: what to do then.
-            fix_zh: likewise in Chinese.
+        A source is a path, ``"-"`` for standard input, a ``data:`` URL, or the bytes of a file. Of
+        what is here already, more than ``max_bytes`` are refused; ``fix`` is what to do then.
 
         Raises:
             EdgeVLError: of ``error``: it is empty, over the limit, malformed or on the network.
@@ -89,11 +80,8 @@ class Medium:
 def data_url(url: str, max_bytes: int, error_type: type[EdgeVLError]) -> bytes:
     """Return the payload of a ``data:`` URL (RFC 2397), base64 or percent-encoded.
 
-    Args:
-        url: the whole URL.
-        max_bytes: a URL that must hold more is refused before it is decoded; what is returned can
-            still be somewhat more.
-        error_type: what to raise.
+    One that must hold more than ``max_bytes`` is refused before it is decoded; what is returned can
+    still be somewhat more.
 
     Raises:
         EdgeVLError: of ``error_type``: the URL is too long or malformed.

@@ -68,6 +68,9 @@ _VIDEO = Medium("video", "视频", VideoError)
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,mxf,ivf,h264,hevc,mpegvideo,m4v,mjpeg"
 _CONTAINER_NAMES = "MP4, MOV, MKV, WebM, AVI, MPEG, TS, FLV, WMV, Ogg or GIF"
 
+# Stands for a time stamp that is not there.
+_MISSING = -(2**63)
+
 log = logging.getLogger(__name__)
 
 # What a display matrix does, by the signs of two of its numbers: a and d, or b and c.
@@ -289,73 +292,62 @@ def open_video(source: VideoSource) -> Video:
     if isinstance(source, Video):
         return source
     name, data = _locate(source)
+    stamps, flags = array("q"), array("b")  # two of each packet
     with opened(name, data) as (container, stream):
-        times, keyframes, seeks = array("q"), array("q"), array("q")
-        count, order = 0, _Order()
         for packet in packets(container, stream):
-            order.add(packet)
-            time = packet.pts or 0
-            if not packet.is_discard:  # what an edit list cuts away is decoded, but not shown
-                count += 1
-                times.append(time)
-            if packet.is_keyframe:
-                keyframes.append(time)
-                seeks.append(time if packet.dts is None else packet.dts)
-            if max(count, len(keyframes)) > MAX_FRAMES:
+            stamps.append(_MISSING if packet.pts is None else packet.pts)
+            stamps.append(_MISSING if packet.dts is None else packet.dts)
+            flags.append(packet.is_keyframe)
+            flags.append(packet.is_discard)  # an edit list cuts it away
+            if len(flags) > 2 * MAX_FRAMES:
                 raise VideoError(
                     f"{name}: over the limit of {MAX_FRAMES} frames; cut out the part that matters",
                     f"{name}：超过 {MAX_FRAMES} 帧的上限，请截取需要的部分",
                 )
         unit_s = float(stream.time_base or 0)
         rate = float(stream.average_rate or 0)
+    pts, dts = np.array(stamps, np.int64).reshape(-1, 2).T
+    is_key, is_discard = np.array(flags, np.bool_).reshape(-1, 2).T
+    times = np.sort(pts[~is_discard])
+    count = len(times)
     if not count:
         raise VideoError(
             f"{name}: damaged or truncated video (no frames)", f"{name}：视频已损坏或不完整"
         )
-    shown = np.sort(np.frombuffer(times, np.int64))
-    if order.is_kept and (np.diff(shown) > 0).all():
-        duration_s = unit_s * float(shown[-1] - shown[0])
+    if _is_one_recording(pts, dts, is_key) and (np.diff(times) > 0).all():
+        duration_s = unit_s * float(times[-1] - times[0])
     else:
-        shown, duration_s = shown[:0], (count - 1) / rate if rate else 0.0
+        times, duration_s = times[:0], (count - 1) / rate if rate else 0.0
     return Video(
         name=name,
         data=data,
-        times=shown,
-        keyframes=np.frombuffer(keyframes, np.int64),
-        keyframe_seeks=np.frombuffer(seeks, np.int64),
+        times=times,
+        keyframes=pts[is_key],
+        keyframe_seeks=np.where(dts == _MISSING, pts, dts)[is_key],
         frame_count=count,
         duration_s=duration_s,
     )
 
 
-class _Order:
+def _is_one_recording(
+    pts: NDArray[np.int64], dts: NDArray[np.int64], is_key: NDArray[np.bool_]
+) -> bool:
     """Whether packets, as they come, are those of one recording with all its time stamps.
 
     They come as they are to be decoded. Frames are shown in another order, but none before the
     keyframe before the latest one; and keyframes are shown in order. Where streams were joined, or
     stamps are missing or wrong, that does not hold.
     """
-
-    def __init__(self) -> None:
-        self.is_kept = True
-        self._decoded: int | None = None
-        self._keyframe: int | None = None
-        self._keyframe_before: int | None = None
-
-    def add(self, packet: Packet) -> None:
-        """Look at the next packet."""
-        shown, decoded = packet.pts, packet.dts
-        if decoded is not None:
-            self.is_kept &= self._decoded is None or decoded >= self._decoded
-            self._decoded = decoded
-        if shown is None:
-            self.is_kept = False
-        elif packet.is_keyframe:
-            self.is_kept &= self._keyframe is None or shown > self._keyframe
-            self._keyframe_before, self._keyframe = self._keyframe, shown
-        else:
-            self.is_kept &= self._keyframe is not None
-            self.is_kept &= self._keyframe_before is None or shown > self._keyframe_before
+    keyframes = pts[is_key]
+    passed = np.cumsum(is_key)  # keyframes up to each packet
+    late = ~is_key & (passed > 1)
+    return bool(
+        is_key[0]
+        and (pts != _MISSING).all()
+        and (np.diff(dts[dts != _MISSING]) >= 0).all()
+        and (np.diff(keyframes) > 0).all()
+        and (pts[late] > keyframes[passed[late] - 2]).all()
+    )
 
 
 def _frames(
