@@ -129,23 +129,6 @@ def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
     return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
 
 
-def load_weights(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> dict[str, Floats]:
-    """Return as float32 the tensors whose canonical names begin with one of ``prefixes``.
-
-    Raises:
-        EdgeVLError: the machine has less memory to spare than they take.
-    """
-    names = [name for name in checkpoint.names() if name.startswith(prefixes)]
-    needed = sum(4 * math.prod(checkpoint.shape(name)) for name in names)
-    available = this_machine().available_bytes
-    if needed > available:
-        raise EdgeVLError(
-            f"{checkpoint.path}: the reference engine needs {needed / 2**30:.1f} GiB of memory for "
-            f"the weights in float32, {available / 2**30:.1f} GiB are free: use a smaller model"
-        )
-    return {name: checkpoint.tensor(name) for name in names}
-
-
 class ReferenceVision:
     """Vision encoder and projector in NumPy; of the text model nothing is in memory.
 
@@ -159,7 +142,16 @@ class ReferenceVision:
 
     def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...] = VISION_PREFIXES) -> None:
         self.config = checkpoint.config
-        self._weights = load_weights(checkpoint, prefixes)
+        names = [name for name in checkpoint.names() if name.startswith(prefixes)]
+        needed = sum(4 * math.prod(checkpoint.shape(name)) for name in names)
+        available = this_machine().available_bytes
+        if needed > available:
+            raise EdgeVLError(
+                f"{checkpoint.path}: the reference engine needs {needed / 2**30:.1f} GiB of memory "
+                f"for the weights in float32, {available / 2**30:.1f} GiB are free: use a smaller "
+                "model"
+            )
+        self._weights = {name: checkpoint.tensor(name) for name in names}
 
     def encode_tiles(self, pixels: Floats) -> Floats:
         """Encode tiles together: float32 [B, 3, tile, tile] -> [B, image_tokens, H]."""

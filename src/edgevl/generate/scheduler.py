@@ -82,16 +82,12 @@ class FairQueue:
         return sum(map(len, self._clients.values()))
 
     def __iter__(self) -> Iterator[Request]:
+        """Go through them; the first is the one that `get` takes."""
         return chain.from_iterable(self._clients.values())
 
     def put(self, request: Request) -> None:
         """Add a request behind those of its client."""
         self._clients.setdefault(request.client, deque()).append(request)
-
-    def put_back(self, request: Request) -> None:
-        """Undo the `get` that returned it: it is next again."""
-        self._clients.setdefault(request.client, deque()).appendleft(request)
-        self._clients.move_to_end(request.client, last=False)
 
     def get(self) -> Request:
         """Take the next request.
@@ -287,14 +283,16 @@ class Scheduler:
         with self._changed:
             if not self._queue:
                 return
-            request = self._queue.get()
+            request = next(iter(self._queue))
             try:
-                if self._rounds.start(request):
-                    request.begun = time.perf_counter()
-                else:
-                    self._queue.put_back(request)
+                begun = self._rounds.start(request)
             except Exception as error:  # there is no memory for a sequence
+                self._queue.get()
                 self._end(request, error)
+                return
+            if begun:
+                self._queue.get()
+                request.begun = time.perf_counter()
 
     def _end(self, request: Request, error: Exception | None = None) -> None:
         """Stop computing it and deliver the last event."""

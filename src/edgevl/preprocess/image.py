@@ -52,7 +52,7 @@ LARGE_PIXELS = 2**26
 #: resized in one step (photographs; sharp noise: 1.3).
 REDUCING_GAP = 3
 
-_PICTURE = Medium("picture", "图片", ImageError)
+_PICTURE = Medium("picture", "图片", ImageError, "a path, bytes, PIL image or array")
 _TOO_LARGE = ("shrink the picture", "请先缩小")
 
 # Only decoders of plain raster files: no EPS (Ghostscript), no WMF, no rarely used parsers.
@@ -187,20 +187,13 @@ def _open(source: ImageSource) -> _Opened:
         return _Opened(source, "the picture", is_ours=False)
     if isinstance(source, np.ndarray):
         return _Opened(_from_array(source), "the array")
-    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
-        name, data = _PICTURE.locate(source, MAX_BYTES, *_TOO_LARGE)
-        if isinstance(data, Path):
-            with (
-                reading(name, ImageError, "picture file"),
-                data.expanduser().open("rb") as file,
-            ):
-                # Bounded, so that a device or pipe without an end is refused rather than read.
-                data = file.read(MAX_BYTES + 1)
-            _PICTURE.check_size(name, len(data), MAX_BYTES, *_TOO_LARGE)
-        return _decode(data, name)
-    raise ImageError(
-        f"a picture cannot be a {type(source).__name__}; give a path, bytes, PIL image or array"
-    )
+    name, data = _PICTURE.locate(source, MAX_BYTES, *_TOO_LARGE)
+    if isinstance(data, Path):
+        with reading(name, ImageError, "picture file"), data.expanduser().open("rb") as file:
+            # Bounded, so that a device or pipe without an end is refused rather than read.
+            data = file.read(MAX_BYTES + 1)
+        _PICTURE.check_size(name, len(data), MAX_BYTES, *_TOO_LARGE)
+    return _decode(data, name)
 
 
 def _decode(data: bytes, name: str) -> _Opened:
@@ -374,7 +367,9 @@ def _webp(opened: _Opened, size: tuple[int, int]) -> Image.Image | None:
                 frame = next(container.decode(video=0))
             if (frame.width, frame.height) == opened.image.size:
                 frame = frame.reformat(*size, format="rgb24", interpolation=method)
-                return _of_rows(np.frombuffer(frame.planes[0], np.uint8), size)
+                [plane] = frame.planes
+                rows = np.frombuffer(plane, np.uint8)  # they may be padded
+                return Image.frombuffer("RGB", size, rows, "raw", "RGB", plane.line_size, 1)
         except (av.FFmpegError, StopIteration, IndexError):  # animated, say
             pass
     if opened.image.width * opened.image.height > LARGE_PIXELS:
@@ -410,18 +405,6 @@ def _orientation(image: Image.Image) -> int:
 def _turned(image: Image.Image) -> bool:
     """Return whether the picture is to be turned by a quarter."""
     return _orientation(image) in range(5, 9)
-
-
-def _of_rows(values: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
-    """Make a picture of RGB in rows that may be padded; without another copy of them all."""
-    width, height = size
-    rows = values.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
-    result = Image.new("RGB", size)
-    step = max(1, _STRIP_PIXELS // width)
-    for top in range(0, height, step):
-        strip = np.ascontiguousarray(rows[top : top + step])
-        result.paste(Image.fromarray(strip), (0, top))
-    return result
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -21,18 +21,15 @@ _BASE64_STEP = 2**20
 
 @dataclass(frozen=True)
 class Medium:
-    """Pictures, or videos: what messages call one, and what is raised."""
+    """Pictures, or videos: what messages call one, what is raised, what one may be given as."""
 
     name: str
     name_zh: str
     error: type[EdgeVLError]
+    forms: str
 
     def locate(
-        self,
-        source: str | os.PathLike[str] | bytes | bytearray | memoryview,
-        max_bytes: int,
-        fix: str,
-        fix_zh: str,
+        self, source: object, max_bytes: int, fix: str, fix_zh: str
     ) -> tuple[str, bytes | Path]:
         """Return the name of a source, for messages, and its bytes or, of a path, where they are.
 
@@ -40,7 +37,8 @@ class Medium:
         what is here already, more than ``max_bytes`` are refused; ``fix`` is what to do then.
 
         Raises:
-            EdgeVLError: of ``error``: it is empty, over the limit, malformed or on the network.
+            EdgeVLError: of ``error``: it is of another type, empty, over the limit, malformed or on
+                the network.
         """
         if isinstance(source, bytes | bytearray | memoryview):
             name, data = "the bytes", bytes(source[: max_bytes + 1])
@@ -50,6 +48,10 @@ class Medium:
             name, data = "standard input", sys.stdin.buffer.read(max_bytes + 1)
         elif isinstance(source, str) and source[:5].lower() == "data:":
             name, data = "the data: URL", data_url(source, max_bytes, self.error)
+        elif not isinstance(source, str | os.PathLike):
+            raise self.error(
+                f"a {self.name} cannot be a {type(source).__name__}; give {self.forms}"
+            )
         else:
             path = os.fsdecode(source)
             name = short_name(path)

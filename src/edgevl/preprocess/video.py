@@ -61,7 +61,7 @@ MAX_FRAME_PIXELS = 7680 * 4320
 #: More decoding threads would each hold frames of their own.
 DECODING_THREADS = 4
 
-_VIDEO = Medium("video", "视频", VideoError)
+_VIDEO = Medium("video", "视频", VideoError, "a path or bytes")
 
 # Containers that are one file. Playlists (HLS, DASH, ffconcat) would have FFmpeg open other files
 # and addresses; pictures have their own decoders.
@@ -415,12 +415,8 @@ def _upright(frame: VideoFrame) -> Image.Image:
 # --- the file --------------------------------------------------------------------------------
 
 
-def _locate(
-    source: str | os.PathLike[str] | bytes | bytearray | memoryview,
-) -> tuple[str, bytes | Path]:
+def _locate(source: object) -> tuple[str, bytes | Path]:
     """Return the name of a source, for errors, and its data or where they are."""
-    if not isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
-        raise VideoError(f"a video cannot be a {type(source).__name__}; give a path or bytes")
     name, data = _VIDEO.locate(source, MAX_MEMORY_BYTES, "give it as a file", "请以文件给出")
     if isinstance(data, bytes):
         return name, data
