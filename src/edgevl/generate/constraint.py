@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from types import ModuleType
 from typing import Any
 
 from edgevl.errors import PromptError, SchemaError
-from edgevl.generate.json_schema import find_fault, patterns, simplify
 from edgevl.json_input import bounded_json, check_size
 from edgevl.optional import needs
 from edgevl.preprocess.tools import CALL_END, CALL_START, Tool, check_tools
@@ -171,7 +173,7 @@ class Constraint:
             raise PromptError(f"{name} is {text[:40]}: it must be an object, {{…}}")
         if isinstance(parsed, bool):
             parsed = {} if parsed else {"enum": []}
-        simplify(parsed)
+        _Simplifier(parsed).visit(parsed)
         matcher = import_llguidance().LLMatcher
 
         def grammar(schema: Any) -> str:
@@ -182,13 +184,13 @@ class Constraint:
 
         try:
             if why := failure(parsed):
-                path, why = find_fault(parsed, why, failure)
+                path, why = _find_fault(parsed, why, failure)
                 raise _refused(name + path, why)
             return cls(
                 grammar(parsed),
                 patterns=tuple(
                     (name + path, grammar({"type": "string", "pattern": pattern}))
-                    for path, pattern in patterns(parsed)
+                    for path, pattern in _patterns(parsed)
                 ),
             )
         except ValueError as error:  # what Python takes for JSON and others do not: "\ud800"
@@ -236,3 +238,246 @@ def _refused(where: str, why: str) -> SchemaError:
     if why.startswith("oneOf constraints are not supported"):
         why = "one answer may be of several of the schemas in oneOf: make it anyOf"
     return SchemaError(f"{where}: {why}; leave it out or write it otherwise", where)
+
+
+# --- JSON schemas as clients write them: to what `llguidance` reads, and where a fault lies -----
+
+#: Formats that `llguidance` knows. The specification lets all others mean nothing.
+_FORMATS = frozenset("date date-time duration email hostname ipv4 ipv6 time uri uuid".split())
+#: Dialects that it knows, by the names that the specification gives them.
+_DIALECT = re.compile(
+    r"http://json-schema\.org/draft-0[3467]/schema#?"
+    r"|https://json-schema\.org/draft/20(19-09|20-12)/schema#?"
+)
+#: Characters of a URI (RFC 3986).
+_URI = re.compile(r"[\w.~:/?#\[\]@!$&'()*+,;=%-]*", re.ASCII)
+#: Keywords that restrict, and those by which schemas are found.
+_KEYWORDS = frozenset(
+    "$anchor $defs $dynamicAnchor $dynamicRef $id $recursiveAnchor $recursiveRef $ref $schema "
+    "additionalItems additionalProperties allOf anyOf const contains definitions dependencies "
+    "dependentRequired dependentSchemas else enum exclusiveMaximum exclusiveMinimum format id if "
+    "items maxContains maxItems maxLength maxProperties maximum minContains minItems minLength "
+    "minProperties minimum multipleOf not oneOf pattern patternProperties prefixItems properties "
+    "propertyNames required then type unevaluatedItems unevaluatedProperties uniqueItems".split()
+)
+#: Objects that OpenAPI's dialect has besides.
+_OPENAPI = {"discriminator", "example", "externalDocs", "xml"}
+#: Keywords with a schema for each of some names.
+_NAMED = {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
+#: Keywords with instances, not schemas.
+_DATA = {"const", "enum", "default", "examples"}
+#: Steps to schemas that others refer to.
+_SHARED = (".$defs", ".definitions")
+#: Keywords with schemas that hold of the same instance.
+_APPLIED = {"allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas", "not"}
+#: Keywords that say which properties there may be besides ``properties``.
+_MORE = {
+    "additionalProperties", "maxProperties", "minProperties", "patternProperties",
+    "propertyNames", "unevaluatedProperties",
+}  # fmt: skip
+_COUNTS = {"maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties"}
+#: `llguidance` has bounds of numbers as 64-bit integers; this is the largest double among these.
+_LARGEST = 2**63 - 1024
+_UNMET = "Unsatisfiable schema"
+#: Pairs of schemas that are compared for one schema, and seconds in which a fault is searched.
+_MAX_PAIRS, _SEARCH_S = 10_000, 1.0
+
+
+class _Simplifier:
+    """Writes a schema, in place, as `llguidance` can read it; no answer becomes right by that.
+
+    What restricts nothing goes: keywords and formats that are not known, ``"uniqueItems": false``,
+    the ``propertyNames`` of Zod's records. Alternatives of ``oneOf`` that exclude each other are
+    ``anyOf``: `llguidance` would not look behind their ``$ref``. Objects have no properties but
+    those that are named, unless the schema says what more there may be, or combines schemas: a
+    model without an idea of when to end would make up one after another.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._pairs = 0  # compared so far
+        self._combines = _combines(root)
+
+    def visit(self, schema: Any) -> None:
+        if not isinstance(schema, dict):
+            return
+        named, required = _properties(schema), _strings(schema.get("required"))
+        if named and not (self._combines or _MORE & schema.keys()) and named.keys() >= {*required}:
+            schema["additionalProperties"] = False
+        discriminator = schema.get("discriminator")
+        for key in [key for key, value in schema.items() if _restricts_nothing(key, value, schema)]:
+            del schema[key]
+        for key, value in schema.items():
+            if key in _COUNTS and isinstance(value, float) and value.is_integer():
+                schema[key] = int(value)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                if key in ("minimum", "exclusiveMinimum"):
+                    schema[key] = max(value, -_LARGEST)
+                elif key in ("maximum", "exclusiveMaximum"):
+                    schema[key] = min(value, _LARGEST)
+        options = schema.get("oneOf")
+        if isinstance(options, list) and "anyOf" not in schema:
+            self._require_tag(discriminator, options)
+            if all(self._apart(one, other) for one, other in combinations(options, 2)):
+                # In its place, since the order of keywords is that of properties.
+                items = [("anyOf" if k == "oneOf" else k, v) for k, v in schema.items()]
+                schema.clear()
+                schema.update(items)
+        for _, part in _parts(schema):
+            self.visit(part)
+
+    def _require_tag(self, discriminator: Any, options: list[Any]) -> None:
+        """Make the property required by which OpenAPI's ``discriminator`` chooses, where it is.
+
+        Pydantic leaves out of ``required`` what has a default, and needs it all the same.
+        """
+        tag = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
+        for option in map(self._target, options):
+            if isinstance(tag, str) and tag in _properties(option):
+                required = option.setdefault("required", [])
+                if isinstance(required, list) and tag not in required:
+                    required.append(tag)
+
+    def _target(self, schema: Any) -> Any:
+        """Return what a ``$ref`` within the document leads to, or the schema if it is none."""
+        for _ in range(8):
+            ref = schema.get("$ref") if isinstance(schema, dict) else None
+            if not isinstance(ref, str) or not ref.startswith("#"):
+                break
+            schema = self._root
+            for name in filter(None, ref[1:].split("/")):
+                name = name.replace("~1", "/").replace("~0", "~")
+                schema = schema.get(name) if isinstance(schema, dict) else None
+        return schema
+
+    def _apart(self, one: Any, other: Any, levels: int = 3) -> bool:
+        """Return whether it is certain that nothing meets both of two schemas.
+
+        Properties of properties are looked at as well, but not all the way down.
+        """
+        self._pairs += 1
+        one, other = self._target(one), self._target(other)
+        if not (isinstance(one, dict) and isinstance(other, dict)) or self._pairs > _MAX_PAIRS:
+            return False
+        for of in (_values, _types):
+            first, second = of(one), of(other)
+            if first and second and first.isdisjoint(second):
+                return True
+        if not levels or not _types(one) == _types(other) == {"object"}:
+            return False
+        mine, its = _properties(one), _properties(other)
+        required = {*_strings(one.get("required")), *_strings(other.get("required"))}
+        common = sorted(required & mine.keys() & its.keys())
+        return any(self._apart(mine[name], its[name], levels - 1) for name in common)
+
+
+def _find_fault(schema: Any, why: str, failure: Callable[[Any], str]) -> tuple[str, str]:
+    """Return where a schema cannot be compiled, such as ``.properties.x.pattern``, and why.
+
+    ``failure`` returns what is wrong with a schema, and has returned ``why`` of this one.
+    """
+    end = time.monotonic() + _SEARCH_S
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    path, found = "", True
+    while found:
+        found = False
+        # Definitions first, which are to be blamed, and not what refers to them.
+        for step, part in sorted(_parts(schema), key=lambda part: not part[0].startswith(_SHARED)):
+            if time.monotonic() > end:
+                return path, why
+            fault = failure(shared | part) if isinstance(part, dict) else ""
+            # Of what cannot be met, each level says another thing.
+            if fault and (fault == why or fault.split(":")[0] == why.split(":")[0] == _UNMET):
+                path, schema, why, found = path + step, part, fault, True
+                break
+    for key in sorted(schema, key=lambda key: key == "type"):  # without it, all is possible
+        rest = {name: value for name, value in schema.items() if name != key}
+        if time.monotonic() < end and failure(shared | rest) != why:
+            return f"{path}.{key}", why
+    return path, why
+
+
+def _patterns(schema: Any) -> Iterator[tuple[str, str]]:
+    """Yield the regular expressions that strings in a schema must match, with their places."""
+    if isinstance(schema, dict) and isinstance(pattern := schema.get("pattern"), str):
+        yield ".pattern", pattern
+    for step, part in _parts(schema):
+        for path, pattern in _patterns(part):
+            yield step + path, pattern
+
+
+def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the schemas that a schema has, each with the step that leads there."""
+    for key, value in schema.items() if isinstance(schema, dict) else ():
+        if key in _DATA:
+            continue
+        if key in _NAMED and isinstance(value, dict):
+            yield from ((f".{key}.{name}", part) for name, part in value.items())
+        elif isinstance(value, dict):
+            yield f".{key}", value
+        elif isinstance(value, list):
+            yield from ((f".{key}[{number}]", part) for number, part in enumerate(value))
+
+
+def _restricts_nothing(key: str, value: Any, schema: dict[str, Any]) -> bool:
+    # With any other keyword beside it, a `$ref` that comes back to itself is refused. What is not
+    # known may also hold schemas that others refer to.
+    if key not in _KEYWORDS:
+        holder = isinstance(value, dict | list) and key not in _OPENAPI
+        return not holder or key.startswith("x-")
+    if key == "format":
+        return isinstance(value, str) and value not in _FORMATS
+    if key == "$schema":
+        return isinstance(value, str) and not _DIALECT.fullmatch(value)
+    if key == "$id":
+        return isinstance(value, str) and not _URI.fullmatch(value)
+    if key in ("uniqueItems", "not", "$recursiveAnchor"):
+        return value is False
+    if key == "propertyNames":
+        return value in (True, {}, {"type": "string"})
+    if key in ("unevaluatedItems", "unevaluatedProperties"):
+        return value in (True, {})
+    if key in ("dependencies", "dependentRequired", "dependentSchemas"):
+        return value == {}
+    if key in ("contains", "minContains", "maxContains"):
+        any_number = schema.get("minContains") == 0 and "maxContains" not in schema
+        return any_number or "contains" not in schema
+    if key == "if":
+        return not {"then", "else"} & schema.keys()
+    return key in ("then", "else") and "if" not in schema
+
+
+def _combines(schema: Any) -> bool:
+    """Return whether there are objects, somewhere, of which several schemas hold at once."""
+    if isinstance(schema, dict):
+        applied = _APPLIED & schema.keys()
+        every = schema.get("allOf")
+        if len(applied) > 1 or (applied and (_MORE | {"properties", "required"}) & schema.keys()):
+            return True
+        if isinstance(every, list) and len(every) > 1:
+            return True
+    return any(_combines(part) for _, part in _parts(schema))
+
+
+def _types(schema: dict[str, Any]) -> set[str]:
+    """Return the types that a schema says it allows."""
+    types = schema.get("type")
+    names = _strings([types] if isinstance(types, str) else types)
+    return {"number" if name == "integer" else name for name in names}
+
+
+def _values(schema: dict[str, Any]) -> set[str]:
+    """Return all values that a schema allows, as JSON, where it lists them and they are simple."""
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list) and all(isinstance(value, str | bool | int) for value in values):
+        return set(map(json.dumps, values))
+    return set()
+
+
+def _properties(schema: Any) -> dict[str, Any]:
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    return properties if isinstance(properties, dict) else {}
+
+
+def _strings(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []

@@ -295,10 +295,10 @@ class Generation:
             if self._top_logprobs is not None:
                 logprobs.append(token_logprobs(row, token_id, self._top_logprobs))
             pieces += self._text.add(token_id)
-            if self._mask_after_thinking and not self._text.in_thinking:
+            if self._mask_after_thinking and not self._text.splitter.in_thinking:
                 self._sampler.constrain(self._mask_after_thinking)
                 self._mask_after_thinking = None
-            if self._text.stopped or self._sampler.complete:
+            if self._text.stops.found or self._sampler.complete:
                 self.finish_reason = "stop"
             elif len(self._token_ids) + len(token_ids) == self._room:
                 self.finish_reason = "length"

@@ -48,9 +48,8 @@ class FeatureCache:
         """Keep features [image tokens, H]; those not used for longest make room."""
         self._features[picture.digest] = features
         tokens_per_tile = len(features) // len(picture.pixels)
-        while sum(map(len, self._features.values())) > FEATURE_CACHE_TILES * tokens_per_tile:
-            if len(self._features) == 1:
-                break
+        most = FEATURE_CACHE_TILES * tokens_per_tile
+        while len(self._features) > 1 and sum(map(len, self._features.values())) > most:
             self._features.popitem(last=False)
 
 

@@ -190,23 +190,17 @@ class AnswerText:
     """Collects the text of an answer from its tokens and passes it on in pieces.
 
     It ends before any of the strings ``stop``. With ``thinking`` the prompt has opened thoughts.
+
+    Attributes:
+        stops: tells whether a stop string has been reached.
+        splitter: tells whether what comes next may still be thinking.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], thinking: bool = False) -> None:
         self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopStrings(stop)
-        self._splitter = ThinkingSplitter(thinking)
+        self.stops = StopStrings(stop)
+        self.splitter = ThinkingSplitter(thinking)
         self._parts: dict[bool, list[str]] = {False: [], True: []}
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has been reached."""
-        return self._stops.found
-
-    @property
-    def in_thinking(self) -> bool:
-        """Whether what comes next may still be thinking that the prompt has opened."""
-        return self._splitter.in_thinking
 
     @property
     def text(self) -> str:
@@ -220,16 +214,16 @@ class AnswerText:
 
     def add(self, token_id: int) -> Iterator[Piece]:
         """Take a token; yield the text that is now certain."""
-        text = self._stops.add(self._detokenizer.add(token_id))
-        yield from self._collect(self._splitter.add(text))
+        text = self.stops.add(self._detokenizer.add(token_id))
+        yield from self._collect(self.splitter.add(text))
 
     def finish(self) -> Iterator[Piece]:
         """Yield what was held back, unless a stop string cut it off."""
-        if not self.stopped:
-            text = self._stops.add(self._detokenizer.finish())
-            text += "" if self.stopped else self._stops.finish()
-            yield from self._collect(self._splitter.add(text))
-        yield from self._collect(self._splitter.finish())
+        if not self.stops.found:
+            text = self.stops.add(self._detokenizer.finish())
+            text += "" if self.stops.found else self.stops.finish()
+            yield from self._collect(self.splitter.add(text))
+        yield from self._collect(self.splitter.finish())
 
     def _collect(self, pieces: Iterator[tuple[bool, str]]) -> Iterator[Piece]:
         for thinking, text in pieces:
