@@ -176,8 +176,22 @@ def run_batch(
     """
     output = Path(output)
     check_output(output)
-    begun = _identity(model, source) | dict(loading or {}) | options
-    begun = json.loads(json.dumps(begun, default=_digest))
+    # What decides the rows, by names that a message can show.
+    begun: dict[str, Any] = {
+        "edgevl": __version__,
+        "model": str(model.checkpoint.path.resolve()),
+        "input": str(source.path.resolve()),
+        "input, its contents": source.digest,
+        "question": source.question,
+    }
+    if isinstance(model.checkpoint, Checkpoint):
+        begun["checkpoint"] = model.checkpoint.fingerprint()
+    begun |= dict(loading or {}) | options
+
+    def digest(constraint: Constraint) -> str:  # short enough for a message
+        return hashlib.sha256(constraint.grammar.encode()).hexdigest()[:16]
+
+    begun = json.loads(json.dumps(begun, default=digest))
     with opened(output, begun, settled=ROWS, error=BatchError) as work:
         path = work.path / ROWS
         rows = Journal(path)
@@ -206,22 +220,3 @@ def check_output(output: Path) -> None:
     """
     if output.exists():
         raise BatchError(f"{output}: exists already; choose another name, or remove it")
-
-
-def _identity(model: Model, source: BatchInput) -> dict[str, Any]:
-    """Return what decides the rows, by names that a message can show."""
-    identity = {
-        "edgevl": __version__,
-        "model": str(model.checkpoint.path.resolve()),
-        "input": str(source.path.resolve()),
-        "input, its contents": source.digest,
-        "question": source.question,
-    }
-    if isinstance(model.checkpoint, Checkpoint):
-        identity["checkpoint"] = model.checkpoint.fingerprint()
-    return identity
-
-
-def _digest(constraint: Constraint) -> str:
-    """Return what tells constraints apart, and is short enough for a message."""
-    return hashlib.sha256(constraint.grammar.encode()).hexdigest()[:16]

@@ -237,7 +237,9 @@ class Scheduler:
             self._changed.notify()
         self._thread.join(timeout_s)
         while self._thread.is_alive():
-            for request in self._all():
+            with self._changed:
+                requests = [*self._rounds.under_way, *self._queue]
+            for request in requests:
                 request.cancel()
             self._thread.join(0.1)
 
@@ -253,10 +255,6 @@ class Scheduler:
                 min(max(wait_s, LEAST_WAIT_S), MOST_WAIT_S),
                 f"已有 {self.waiting} 个问题在等待，请稍后再试",
             )
-
-    def _all(self) -> list[Request]:
-        with self._changed:
-            return [*self._rounds.under_way, *self._queue]
 
     def _work(self) -> None:
         while True:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,20 +99,14 @@ class PromptEncoder:
         self.start_ids: list[int] = self._added_by_tokenizer()
         self._anchor = self._find_anchor()
         self._image_ids = self._find_image_ids(checkpoint)
-        stop_ids = set(checkpoint.config.eos_token_ids)
-        end_of_turn = self.tokenizer.token_to_id(_END_OF_TURN)
-        if end_of_turn is not None:
-            stop_ids.add(end_of_turn)
-        self.stop_ids: frozenset[int] = frozenset(stop_ids)
+        self.stop_ids = frozenset({*checkpoint.config.eos_token_ids, *self._ids_of([_END_OF_TURN])})
         self._system_message = default_system_message(self._template)
-        self._controls = control_ids(
-            self.tokenizer,
-            surroundings(self._template),
-            {*stop_ids, *self.start_ids, *self._named_ids(checkpoint)},
-        )
-        self._tool_tags = frozenset(
-            token_id for tag in TAGS if (token_id := self.tokenizer.token_to_id(tag)) is not None
-        )
+        # What begins, ends or fills a sequence, as the tokenizer's files name it.
+        named = token_variables(checkpoint.read_json("tokenizer_config.json") or {})
+        fills = [named[name] for name in ("bos_token", "eos_token", "pad_token") if name in named]
+        known = {*self.stop_ids, *self.start_ids, *self._ids_of(fills)}
+        self._controls = control_ids(self.tokenizer, surroundings(self._template), known)
+        self._tool_tags = frozenset(self._ids_of(TAGS))
 
     def encode(
         self,
@@ -156,7 +150,11 @@ class PromptEncoder:
         texts += thoughts
         sentinels = Sentinels.absent_from([*texts, *self._template.texts])
         items = [p for message in messages for p in message.parts if isinstance(p, _Item)]
-        self._check_items(items)
+        for item in items:
+            if isinstance(item, GeneratedTokens):
+                self._check_ids(item.token_ids)
+            elif self._image_ids is None:
+                raise PromptError(f"{self._path}: this checkpoint has no vision; give no pictures")
         rendered = self._render(messages, sentinels, thinking, tagged)
         ids, images, controls = self._encode(rendered, items, sentinels)
         blank = self._render(list(map(_blank, messages)), sentinels, thinking, tagged)
@@ -275,7 +273,7 @@ class PromptEncoder:
         if not pictures:
             ids += text_ids
             return
-        assert self._image_ids is not None  # _check_items saw to it
+        assert self._image_ids is not None  # `encode` saw to it
         start_id, context_id, end_id = self._image_ids
         places = iter(sorted(pictures))
         place = next(places, None)
@@ -379,13 +377,6 @@ class PromptEncoder:
                     "shorten it"
                 )
 
-    def _check_items(self, items: Sequence[_Item]) -> None:
-        for item in items:
-            if isinstance(item, Picture) and self._image_ids is None:
-                raise PromptError(f"{self._path}: this checkpoint has no vision; give no pictures")
-            if isinstance(item, GeneratedTokens):
-                self._check_ids(item.token_ids)
-
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
             if not 0 <= token_id < self._vocab_size:
@@ -417,11 +408,9 @@ class PromptEncoder:
             )
         return ids[0], ids[1], ids[2]
 
-    def _named_ids(self, checkpoint: ModelDirectory) -> list[int]:
-        """Return the ids that begin, end or fill a sequence, as the tokenizer's files name them."""
-        named = token_variables(checkpoint.read_json("tokenizer_config.json") or {})
-        contents = [named.get(name) for name in ("bos_token", "eos_token", "pad_token")]
-        ids = [self.tokenizer.token_to_id(content) for content in contents if content is not None]
+    def _ids_of(self, contents: Iterable[str]) -> list[int]:
+        """Return the ids of those of the tokens that there are."""
+        ids = map(self.tokenizer.token_to_id, contents)
         return [token_id for token_id in ids if token_id is not None]
 
     def _find_anchor(self) -> str:

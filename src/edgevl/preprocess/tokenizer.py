@@ -164,12 +164,14 @@ def _add_tokens(tokenizer: Tokenizer, checkpoint: ModelDirectory, config: dict[s
         if not wanted:
             source = checkpoint.path / "added_tokens.json"
             added = checkpoint.read_json("added_tokens.json") or {}
-            listed = _special_contents(config)
+            listed = config.get("additional_special_tokens")
+            special = [*listed] if isinstance(listed, list) else []
+            special += (value for key, value in config.items() if key.endswith("_token"))
+            special = [each.get("content") if isinstance(each, dict) else each for each in special]
             for content, number in _token_ids(added).items():
                 # Without flags, transformers takes tokens of this file as special if the
                 # configuration lists them, and never normalises them.
-                special = content in listed
-                wanted[number] = AddedToken(content, normalized=False, special=special)
+                wanted[number] = AddedToken(content, normalized=False, special=content in special)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: malformed added token ({first_line(error)})") from None
     present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -181,14 +183,6 @@ def _add_tokens(tokenizer: Tokenizer, checkpoint: ModelDirectory, config: dict[s
                 f"{source}: token {token.content!r} should have id {token_id} but the tokenizer "
                 f"gives it {tokenizer.token_to_id(token.content)}; the files do not belong together"
             )
-
-
-def _special_contents(config: dict[str, Any]) -> set[str]:
-    listed = config.get("additional_special_tokens")
-    values = listed if isinstance(listed, list) else []
-    values = [*values, *(value for key, value in config.items() if key.endswith("_token"))]
-    contents = (value.get("content") if isinstance(value, dict) else value for value in values)
-    return {content for content in contents if isinstance(content, str)}
 
 
 # Splitting pattern of their tokenizer.json.
