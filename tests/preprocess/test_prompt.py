@@ -14,9 +14,8 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.errors import CheckpointError, ContextLengthError, PromptError
 from edgevl.preprocess import GeneratedTokens, Message, PromptEncoder, prepare_picture
 from edgevl.preprocess.prompt import MAX_TEXT_CHARS
-from edgevl.preprocess.protect import cut_lookalikes
 from edgevl.preprocess.template import THINKING_SYSTEM_MESSAGE
-from edgevl.preprocess.tokenizer import encode_text
+from edgevl.preprocess.tokenizer import cut_lookalikes, encode_text
 from edgevl.synth.presets import PRESETS
 from edgevl.synth.writer import write_checkpoint
 

@@ -200,6 +200,7 @@ class Generation:
 
     def step(self) -> Delta:
         """Compute the latest token by itself, with a draft of what follows if there is one."""
+        waited_s = time.perf_counter() - self.latest_token
         slot, latest, before = self.slot, self.latest, self._chosen
         if self._lookup is None:
             # Only for greedy answers: a seed promises the same draws, and logits that are computed
@@ -216,9 +217,9 @@ class Generation:
         gained = self._chosen - before
         if draft:
             slot.truncate(len(slot) - (len(draft) + 1 - gained))
-        now = time.perf_counter()
-        self._decode_ms += 1000 * (now - self.latest_token)
-        self._lookup.learn(len(draft), gained, 1000 * (now - begun))
+        elapsed_ms = 1000 * (time.perf_counter() - begun)
+        self._decode_ms += 1000 * waited_s + elapsed_ms
+        self._lookup.learn(len(draft), gained, elapsed_ms)
         return delta
 
     def take(self, logits: Floats, now: float) -> Delta:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tokenizers import Tokenizer
 
-from edgevl.preprocess.protect import SPOKEN_TOKENS
+from edgevl.preprocess.tokenizer import SPOKEN_TOKENS
 
 #: What an incomplete UTF-8 sequence decodes to: once, or once for each of its up to 3 bytes.
 REPLACEMENT = "\ufffd"

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from edgevl.errors import CheckpointError, ContextLengthError, PromptError
 from edgevl.preprocess.messages import GeneratedTokens, Markup, Message, Part, check_unicode
 from edgevl.preprocess.picture import Picture
-from edgevl.preprocess.protect import Sentinels, added_ids, control_ids, cut_lookalikes
 from edgevl.preprocess.template import (
     TAGS,
     THINKING_SYSTEM_MESSAGE,
@@ -26,7 +25,14 @@ from edgevl.preprocess.template import (
     token_variables,
     tools_text,
 )
-from edgevl.preprocess.tokenizer import encode_text, load_tokenizer
+from edgevl.preprocess.tokenizer import (
+    Sentinels,
+    added_ids,
+    control_ids,
+    cut_lookalikes,
+    encode_text,
+    load_tokenizer,
+)
 from edgevl.preprocess.tools import Tool, ToolCall, check_tools
 
 if TYPE_CHECKING:
