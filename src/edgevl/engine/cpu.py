@@ -98,7 +98,14 @@ class CpuEngine(Engine):
         self.max_context = min(options.max_context or limit, limit)
         self.chunk = min(chunk, self.max_context)
         self.plan = make_plan(checkpoint, precision, options.exact_logits)
-        check_memory(checkpoint, self.plan, precision, machine.available_bytes)
+        needed = sum(map(packed_bytes, self.plan.matrices))
+        if needed > machine.available_bytes:
+            large = precision in ("int8", "bf16")
+            raise EdgeVLError(
+                f"{checkpoint.path}: the weights need {needed / 2**30:.1f} GiB of memory, "
+                f"{machine.available_bytes / 2**30:.1f} GiB are free: close other programs, or use "
+                f"{'--precision int4' if large else 'a smaller model'}"
+            )
         self._pool = _native.ThreadPool(self.threads)
         tensors = stored_tensors(checkpoint, self.plan)
         # Before the weights come, so that the two do not add up: parsing a large tokenizer.json
@@ -186,17 +193,6 @@ def instruction_set(isa: str = "") -> str:
             f"{', '.join(usable)}"
         )
     return name
-
-
-def check_memory(checkpoint: Checkpoint, plan: PackingPlan, precision: str, available: int) -> None:
-    """Raise an EdgeVLError if the packed weights exceed the memory that is free."""
-    needed = sum(map(packed_bytes, plan.matrices))
-    if needed > available:
-        mend = "use --precision int4" if precision in ("int8", "bf16") else "use a smaller model"
-        raise EdgeVLError(
-            f"{checkpoint.path}: the weights need {needed / 2**30:.1f} GiB of memory, "
-            f"{available / 2**30:.1f} GiB are free: close other programs, or {mend}"
-        )
 
 
 def weight_bytes(checkpoint: Checkpoint, plan: PackingPlan, kv_cache: KVCacheFormat) -> WeightBytes:

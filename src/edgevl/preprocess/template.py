@@ -148,7 +148,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         try:
             self._template = environment.from_string(source)
-        except Exception as error:  # a template may fail in any way, here and in _render
+        except Exception as error:  # a template may fail in any way, here and in `render`
             raise CheckpointError(
                 f"{origin}: malformed chat template ({first_line(error)})"
             ) from None
@@ -165,31 +165,7 @@ class ChatTemplate:
         Raises:
             CheckpointError: The template fails, or writes without end.
         """
-        return self._render(messages, {} if thinking is None else {"enable_thinking": thinking})
-
-    def _find_form(self, role: str) -> None:
-        """Find whether a role's content goes in as a string, or as a list of typed parts."""
-        user = {"role": "user", "content": _OTHER_PROBE}
-        before, after = ([user] if role == "assistant" else []), ([] if role == "user" else [user])
-        failure = ""
-        for change in (self._lists.discard, self._lists.add):
-            change(role)
-            try:
-                rendered = self._render([*before, {"role": role, "content": _PROBE}, *after], {})
-            except CheckpointError as error:
-                failure = failure or str(error)
-                continue
-            if _PROBE in rendered:
-                return
-        if role == "user":
-            raise CheckpointError(
-                failure or f"{self.origin}: the chat template leaves out the messages"
-            )
-        # A template without this role: it refuses it, or does without, when it comes.
-        self._lists.discard(role)
-        self._lists |= {role} if "user" in self._lists else set()
-
-    def _render(self, messages: Sequence[PlainMessage], options: Mapping[str, object]) -> str:
+        options = {} if thinking is None else {"enable_thinking": thinking}
         room = MAX_ADDED_CHARS + sum(sum(map(len, message.values())) for message in messages)
         given: list[dict[str, Any]] = [
             {**message, "content": [{"type": "text", "text": message["content"]}]}
@@ -218,6 +194,28 @@ class ChatTemplate:
                 f"{self.origin}: the chat template refuses the messages ({first_line(error)})"
             ) from None
         return "".join(pieces)
+
+    def _find_form(self, role: str) -> None:
+        """Find whether a role's content goes in as a string, or as a list of typed parts."""
+        user = {"role": "user", "content": _OTHER_PROBE}
+        before, after = ([user] if role == "assistant" else []), ([] if role == "user" else [user])
+        failure = ""
+        for change in (self._lists.discard, self._lists.add):
+            change(role)
+            try:
+                rendered = self.render([*before, {"role": role, "content": _PROBE}, *after])
+            except CheckpointError as error:
+                failure = failure or str(error)
+                continue
+            if _PROBE in rendered:
+                return
+        if role == "user":
+            raise CheckpointError(
+                failure or f"{self.origin}: the chat template leaves out the messages"
+            )
+        # A template without this role: it refuses it, or does without, when it comes.
+        self._lists.discard(role)
+        self._lists |= {role} if "user" in self._lists else set()
 
 
 def default_system_message(template: ChatTemplate) -> str:
