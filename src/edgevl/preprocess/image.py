@@ -80,19 +80,12 @@ _MAX, _SMIN, _SMAX = 281, 340, 341  # TIFF's MaxSampleValue, SMinSampleValue, SM
 
 @dataclass(frozen=True)
 class _Opened:
-    """A picture whose header was read.
-
-    Attributes:
-        image: The picture.
-        name: What errors call it.
-        data: The file, where it is one.
-        is_ours: Nobody else has ``image``, so that it may be changed.
-    """
+    """A picture whose header was read."""
 
     image: Image.Image
-    name: str
-    data: bytes = b""
-    is_ours: bool = True
+    name: str  # what errors call it
+    data: bytes = b""  # the file, where it is one
+    is_ours: bool = True  # nobody else has the picture, so that it may be changed
 
     @property
     def is_large(self) -> bool:
