@@ -1,5 +1,10 @@
 """Errors raised on purpose: each one line that names the file, the value and the fix."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EdgeVLError(Exception):
     """Base of all errors that are the input's, the file's or the machine's fault, not a bug.
@@ -69,3 +74,18 @@ class FetchError(EdgeVLError):
 
 class BoardError(EdgeVLError):
     """A board's model, its runtime or the compiler is missing, fails, or does not fit."""
+
+
+@contextmanager
+def needs(extra: str, error_type: type[EdgeVLError] = EdgeVLError) -> Iterator[None]:
+    """Import in the block what ``edgevl[extra]`` installs.
+
+    Raises:
+        EdgeVLError: of ``error_type``: a library is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise error_type(
+            f"{error.name or error} is missing: pip install 'edgevl[{extra}]'"
+        ) from None

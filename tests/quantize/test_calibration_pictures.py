@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgevl.preprocess.tiles import choose_grid
+from edgevl.preprocess.picture import choose_grid
 from edgevl.quantize.calibration import pictures
 from edgevl.quantize.calibration.conversations import LANGUAGES
 from edgevl.quantize.calibration.pictures import (

@@ -13,10 +13,9 @@ from typing import Annotated, Literal, get_args
 
 from edgevl.boards.settings import CompileSettings
 from edgevl.checkpoint import ModelConfig
-from edgevl.errors import BoardError
+from edgevl.errors import BoardError, needs
 from edgevl.files import read_text
 from edgevl.json_input import shown
-from edgevl.optional import needs
 from edgevl.preprocess.picture import byte_statistics
 
 with needs("axera", BoardError):

@@ -26,12 +26,11 @@ from PIL import Image
 from edgevl.checkpoint import Checkpoint, ModelConfig, expected_tensors
 from edgevl.checkpoint.architecture import PROJECTOR, VISION, vision_layers
 from edgevl.engine.reference import PROJECTOR_NORM_EPS, ReferenceVision
-from edgevl.errors import BoardError, ImageError
+from edgevl.errors import BoardError, ImageError, needs
 from edgevl.files import replacing
 from edgevl.machine import this_machine
-from edgevl.optional import needs
 from edgevl.preprocess import load_image
-from edgevl.preprocess.tiles import byte_statistics, split, to_pixels
+from edgevl.preprocess.picture import byte_statistics, split, to_pixels
 from edgevl.quantize.calibration.pictures import choose_pictures, drawn, open_pictures
 
 with needs("axera", BoardError):

@@ -10,7 +10,7 @@ import click
 
 from edgevl.cli.options import FILE, flags, output_option
 from edgevl.cli.terminal import note, progress_bar, resumable
-from edgevl.optional import needs
+from edgevl.errors import needs
 from edgevl.quantize.settings import QuantizationSettings
 
 

@@ -10,8 +10,8 @@ import click
 
 from edgevl.cli.options import flags, listen_options, load_model, model_name, taken
 from edgevl.cli.terminal import tell
+from edgevl.errors import needs
 from edgevl.machine import share_heap
-from edgevl.optional import needs
 from edgevl.options import LoadOptions
 from edgevl.serve.settings import Settings
 

@@ -9,8 +9,8 @@ import click
 
 from edgevl.cli.options import flags, listen_options, load_model, model_name
 from edgevl.cli.terminal import tell, translated
+from edgevl.errors import needs
 from edgevl.machine import share_heap
-from edgevl.optional import needs
 from edgevl.options import LoadOptions
 
 #: What is under way when the page ends has so long to be broken off, seconds.

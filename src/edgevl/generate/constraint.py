@@ -11,9 +11,8 @@ from itertools import combinations
 from types import ModuleType
 from typing import Any
 
-from edgevl.errors import PromptError, SchemaError
+from edgevl.errors import PromptError, SchemaError, needs
 from edgevl.json_input import bounded_json, check_size
-from edgevl.optional import needs
 from edgevl.preprocess.tools import CALL_END, CALL_START, Tool, check_tools
 
 #: Most bytes of a JSON schema or a regular expression, and levels that a schema may be nested.

@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from edgevl.errors import EdgeVLError
+from edgevl.errors import EdgeVLError, needs
 from edgevl.generate.model import Model
 from edgevl.generate.session import Answerer, Session, Turn
-from edgevl.optional import needs
 from edgevl.options import OPTIONS
 from edgevl.page.conversation import Conversation, Conversations, PageTurn, Settings
 from edgevl.page.texts import (

@@ -26,9 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgevl.errors import EdgeVLError, PromptError, VideoError
+from edgevl.errors import EdgeVLError, PromptError, VideoError, needs
 from edgevl.files import first_line, reading
-from edgevl.optional import needs
 from edgevl.preprocess.picture import Picture, prepare_picture
 from edgevl.preprocess.sources import Medium
 

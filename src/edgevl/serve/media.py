@@ -21,9 +21,8 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 
 from edgevl.checkpoint import ModelDirectory
-from edgevl.errors import ContextLengthError, EdgeVLError, FetchError, ImageError, VideoError
+from edgevl.errors import ContextLengthError, EdgeVLError, FetchError, ImageError, VideoError, needs
 from edgevl.machine import this_machine
-from edgevl.optional import needs
 from edgevl.preprocess import Picture, prepare_picture, prepare_video
 from edgevl.preprocess.image import MAX_BYTES, is_large
 from edgevl.preprocess.sources import data_url, short_name

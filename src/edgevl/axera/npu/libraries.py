@@ -8,8 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from edgevl.errors import BoardError
-from edgevl.optional import needs
+from edgevl.errors import BoardError, needs
 
 #: Environment variable with the directory in which libraries are looked for first.
 DIRECTORY_VARIABLE = "EDGEVL_NPU_LIBRARIES"
