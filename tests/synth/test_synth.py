@@ -93,9 +93,10 @@ def test_both_layouts_hold_the_same_model(preset, seed, mini_checkpoint):
 
 
 def test_earlier_names_of_the_modules():
-    from edgevl.checkpoint import presets, synth
+    from edgevl.checkpoint import architecture, layouts, presets, synth
     from edgevl.synth.writer import write_checkpoint
 
+    assert layouts.TEXT is architecture.TEXT
     assert presets.PRESETS is PRESETS
     assert synth.write_checkpoint is write_checkpoint
 
