@@ -38,6 +38,7 @@ def save(tab: Any, path: Path) -> None:
 def main() -> None:
     """Hold three conversations."""
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs"
+    directory.mkdir(parents=True, exist_ok=True)
     model = edgevl.load("tiny")
     tiles = model.checkpoint.config.max_tiles
     page = create_page(model.chat, "EdgeVL · tiny", model.engine.max_context, max_tiles=tiles)
