@@ -2,6 +2,10 @@
 
 import asyncio
 import logging
+import os
+import re
+import subprocess
+import sys
 import time
 
 import httpx2
@@ -65,6 +69,22 @@ def test_the_page_wants_the_key_too():
             # The key of the page is none for the API.
             assert browser.get("/v1/models").status_code == 401
         assert httpx2.get(f"{server.url}/config").status_code == 401
+
+
+def test_the_command_gives_the_page_its_key():
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgevl", "serve", "tiny", "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"LC_ALL": "C.UTF-8", "EDGEVL_API_KEY": "secret"},
+    ) as process:
+        try:
+            line = process.stderr.readline()
+            url = re.fullmatch(r"tiny is served at (http://\S+)/v1 .*\n", line)[1]
+            opened(url)
+            assert httpx2.get(f"{url}/config").status_code == 401
+        finally:
+            process.kill()
 
 
 def test_what_is_around_the_page():

@@ -20,7 +20,7 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.errors import ImageError, PromptError
 from edgevl.preprocess import image as image_module
 from edgevl.preprocess import load_image, prepare_picture
-from edgevl.preprocess.image import MAX_PIXELS
+from edgevl.preprocess.image import MAX_PIXELS, is_large
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (5, 7, 3), np.uint8)
@@ -559,6 +559,7 @@ def huge_png(width, height):
 def test_a_decompression_bomb_is_refused_from_its_header(size):
     with pytest.raises(ImageError, match=f"limit of {MAX_PIXELS}"):
         load_image(huge_png(*size))
+    assert not is_large(huge_png(*size))  # it need not wait to be refused
 
 
 @pytest.mark.filterwarnings("error")

@@ -102,6 +102,7 @@ def test_where_a_template_comes_from(load):
     assert first(load({}, stored, chat_template__json=separate)) == "J"
     both = {"chat_template__json": separate, "chat_template__jinja": mark("F")}
     assert first(load({}, stored, **both)) == "F"
+    assert first(load(chat_template__json="[", chat_template__jinja=mark("F"))) == "F"
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: chat_template"):
         load({"template": "absent"}, {"chat_template": [{"name": "tools", "template": "x"}]})
 
@@ -136,12 +137,14 @@ def test_the_variables_and_helpers_of_transformers():
         "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}"
         "{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}"
         "{{ {'b': '<é>', 'a': 1} | tojson }}{{ tools is none }}{{ strftime_now('%%') }}"
+        "{{ {'b': 'é', 'a': [1]} | tojson(true, none, [',', ':'], true) }}"
         "{% generation %}{{ 'g' }}{% endgeneration %}{{ pad_token is defined }}"
         "    {% if true %}\n  x\n    {% endif %}\n"
     )
     template = ChatTemplate(source, "f", {"bos_token": "<s>"})
     rendered = template.render([{"role": "user", "content": c} for c in (" a ", "b", "c")])
-    assert rendered == '<s>ab{"b": "<é>", "a": 1}True%gFalse    ' + "  x\n"
+    expected = '<s>ab{"b": "<é>", "a": 1}True%{"a":[1],"b":"\\u00e9"}gFalse    '
+    assert rendered == expected + "  x\n"
 
 
 def test_thinking_is_told_only_when_something_is_said_of_it():

@@ -318,6 +318,7 @@ def test_what_is_no_video_is_refused(tmp_path, clip):
     empty = tmp_path / "empty.mp4"
     empty.touch()
     assert "empty" in refused(empty)
+    assert refused(np.zeros((2, 2))).startswith("a video cannot be a ndarray")
     assert "empty" in refused(b"")
     assert "no moving picture" in refused(write_sound(tmp_path / "a.m4a"))
     assert "no such file" in refused(tmp_path / "none.mp4")

@@ -143,7 +143,6 @@ def load_reduced(source: ImageSource, wanted: Wanted | None) -> tuple[Image.Imag
     """
     opened = _open(source)
     image, name = opened.image, opened.name
-    _check_size(image.size, name)
     is_large = opened.is_large
     with ExitStack() as stack:
         if is_large:
@@ -177,6 +176,7 @@ def is_large(data: bytes) -> bool:
 
 def _open(source: ImageSource) -> _Opened:
     if isinstance(source, Image.Image):
+        _check_size(source.size, "the picture")
         return _Opened(source, "the picture", is_ours=False)
     if isinstance(source, np.ndarray):
         return _Opened(_from_array(source), "the array")
@@ -199,6 +199,7 @@ def _decode(data: bytes, name: str) -> _Opened:
         raise ImageError(
             f"{name}: damaged picture ({first_line(error)})", f"{name}：图片已损坏"
         ) from error
+    _check_size(image.size, name)
     return _Opened(image, name, data)
 
 

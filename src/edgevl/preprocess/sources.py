@@ -42,7 +42,7 @@ class Medium:
         """
         if isinstance(source, bytes | bytearray | memoryview):
             name, data = "the bytes", bytes(source[: max_bytes + 1])
-        elif source == "-":
+        elif isinstance(source, str) and source == "-":
             if sys.stdin is None:
                 raise self.error(f"standard input is closed; give the path of the {self.name}")
             name, data = "standard input", sys.stdin.buffer.read(max_bytes + 1)

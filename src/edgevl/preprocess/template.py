@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
@@ -142,8 +141,7 @@ class ChatTemplate:
             lstrip_blocks=True,
             extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
         )
-        # Jinja's own filter escapes HTML; transformers replaces it by this.
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         try:
@@ -296,10 +294,11 @@ def chatml_template(turn_end: str, system_message: str) -> ChatTemplate:
 def _stored_template(checkpoint: ModelDirectory, with_tokenizer: bool) -> ChatTemplate | None:
     """Return the first template that is stored: a string, or the ``default`` of a named list."""
     tokenizer_config = checkpoint.read_json("tokenizer_config.json") or {}
-    separate = checkpoint.read_json("chat_template.json") or {}
+    text = checkpoint.read_text("chat_template.jinja")
+    separate = checkpoint.read_json("chat_template.json") or {} if text is None else {}
     beside = tokenizer_config if with_tokenizer else {}
     for name, source in (
-        ("chat_template.jinja", checkpoint.read_text("chat_template.jinja")),
+        ("chat_template.jinja", text),
         ("chat_template.json", separate.get("chat_template") or None),
         ("tokenizer_config.json", beside.get("chat_template") or None),
     ):
@@ -327,6 +326,24 @@ def token_variables(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             variables[name] = value
     return variables
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML; transformers replaces it by this, whose arguments may be
+    # given by place.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -167,9 +167,10 @@ def _add_tokens(tokenizer: Tokenizer, checkpoint: ModelDirectory, config: dict[s
             source = checkpoint.path / "added_tokens.json"
             added = checkpoint.read_json("added_tokens.json") or {}
             listed = config.get("additional_special_tokens")
-            special = [*listed] if isinstance(listed, list) else []
-            special += (value for key, value in config.items() if key.endswith("_token"))
-            special = [each.get("content") if isinstance(each, dict) else each for each in special]
+            named = [*listed] if isinstance(listed, list) else []
+            named += (value for key, value in config.items() if key.endswith("_token"))
+            texts = (each.get("content") if isinstance(each, dict) else each for each in named)
+            special = {text for text in texts if isinstance(text, str)}
             for content, number in _token_ids(added).items():
                 # Without flags, transformers takes tokens of this file as special if the
                 # configuration lists them, and never normalises them.
