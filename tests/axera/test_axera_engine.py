@@ -371,6 +371,8 @@ LAYER, POST, VISION = "qwen3_p128_l0_together.axmodel", "qwen3_post.axmodel", la
     ("file", "change", "message"),
     [
         (LAYER, changed("inputs", "input", shape=(1, 1, 57)), r"input is BF16 \[1, 1, 57\]"),
+        (LAYER, changed("inputs", "input", shape=(1, 56)), r"expected .* \[1, tokens, 56\]"),
+        (LAYER, changed("inputs", "mask", shape=(1, 1, 2**21)), r"expected .*history \+ 1\]"),
         (LAYER, changed("inputs", "mask", name="attention_mask"), "has the tensors .*expected"),
         (LAYER, changed("inputs", "mask", dtype="U8"), "mask is U8"),
         (LAYER, changed("inputs", "indices", dtype="F32"), "indices is F32"),

@@ -131,6 +131,11 @@ def _step(path: Path, number: int, group: Group, text: TextConfig) -> StepGroup:
     types: dict[str, tuple[str, ...]] = dict.fromkeys(tensors, FLOATS)
     types |= {"indices": ("I32", "U32"), "output": (entering.dtype,)}
     types |= dict.fromkeys(("K_cache", "V_cache", "V_cache_out"), (tensors["K_cache_out"].dtype,))
+    # These two decide the lengths that the others must have.
+    lengths = {
+        "input": f"[1, tokens, {text.hidden_size}]",
+        "mask": f"[1, {tokens}, history + {tokens}]",
+    }
     for name, shape in group_shapes(text, tokens, history).items():
         tensor = tensors[name]
         # Without a history the cache is not looked at, and compilers give it any shape.
@@ -138,8 +143,8 @@ def _step(path: Path, number: int, group: Group, text: TextConfig) -> StepGroup:
         if (tensor.shape != shape and not unread) or tensor.dtype not in types[name]:
             raise BoardError(
                 f"{path}: group {number}: {name} is {tensor.dtype} {list(tensor.shape)}, expected "
-                f"{' or '.join(types[name])} {list(shape)}: the model and config.json do not "
-                "belong together"
+                f"{' or '.join(types[name])} {lengths.get(name, list(shape))}: the model and "
+                "config.json do not belong together"
             )
     return StepGroup(number, tokens, history, tensors)
 

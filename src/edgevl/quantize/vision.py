@@ -166,7 +166,7 @@ def quantize_vision(
         return rows
 
     roundings = [EXACT, Rounding(plans), chosen]
-    steps = Loop(work, "vision-measure")
+    steps = Loop(work, "vision-errors")
     encoded, layers = _encode(network, held_out, roundings, errors, steps, passing(2))
     exact, plain, final = encoded
     return VisionQuantization(
@@ -239,15 +239,11 @@ def _calibrate(
             )
         for name in weights:
             if producer(name) is not None:
-                weight, rows, matrix = network.tensor(name), seen.sample(name), plans[name]
-                target, plain = linear_of(weight)(rows), linear_of(weight, None, matrix)(rows)
-                least = (1 - LEAST_GAIN) * relative_error(plain, target)
-                for strength in STRENGTHS:
-                    factor = smoothing_factor(seen.peaks[name], weight, strength)
-                    scaled = linear_of(weight, None, matrix, factor)(rows)
-                    error = relative_error(scaled, target)
-                    if error < least:
-                        least, strengths[name], factors[name] = error, strength, factor
+                best = _smooth(
+                    network.tensor(name), seen.sample(name), seen.peaks[name], plans[name]
+                )
+                if best is not None:
+                    strengths[name], factors[name] = best
             alone = Rounding({name: plans[name]}, factors)
             error = relative_error(network.run(stage, probe, alone), x[:PROBE_TILES])
             squared_errors[name] = error**2
@@ -259,6 +255,27 @@ def _calibrate(
         )
         finished(stage + 1)
     return x, factors, strengths, squared_errors
+
+
+def _smooth(
+    weight: Tensor, rows: Tensor, peaks: Tensor, matrix: MatrixPlan
+) -> tuple[float, Tensor] | None:
+    """Return the strength and the factor with the least error, unless none is worth it.
+
+    Args:
+        weight: [out, in].
+        rows: inputs [tokens, in].
+        peaks: of every channel [in].
+        matrix: how the weight is rounded.
+    """
+    target, plain = linear_of(weight)(rows), linear_of(weight, None, matrix)(rows)
+    least, best = (1 - LEAST_GAIN) * relative_error(plain, target), None
+    for strength in STRENGTHS:
+        factor = smoothing_factor(peaks, weight, strength)
+        error = relative_error(linear_of(weight, None, matrix, factor)(rows), target)
+        if error < least:
+            least, best = error, (strength, factor)
+    return best
 
 
 def _encode(
