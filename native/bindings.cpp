@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -17,6 +18,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -323,13 +325,6 @@ Floats new_array(std::shared_ptr<Buffer<float>>& buffer, std::initializer_list<s
   return numpy(buffer, shape);
 }
 
-Floats to_numpy(const Logits& logits, bool one) {
-  const auto rows = static_cast<std::size_t>(logits.rows);
-  const auto vocabulary = static_cast<std::size_t>(logits.vocab_size);
-  if (one) return numpy(logits.buffer, {vocabulary});
-  return numpy(logits.buffer, {rows, vocabulary});
-}
-
 std::span<const std::int64_t> token_ids(const Array& ids) {
   return {data<std::int64_t>(ids, "token_ids", 1), ids.shape(0)};
 }
@@ -344,38 +339,33 @@ Floats embed(HeldDecoder& self, const Array& ids) {
   return array;
 }
 
-Floats prefill(HeldDecoder& self, Sequence& cache, const Array& embeddings) {
-  const float* rows = data<float>(embeddings, "embeddings", 2);
-  const int tokens = size_of(embeddings, 0, "embeddings");
-  if (size_of(embeddings, 1, "embeddings") != self.model->config().hidden_size) {
-    fail("embeddings have size " + std::to_string(embeddings.shape(1)) + ", expected " +
-         std::to_string(self.model->config().hidden_size));
-  }
-  const auto logits = [&] {
-    nb::gil_scoped_release release;
-    return self.model->prefill(cache, rows, tokens);
-  }();
-  return to_numpy(logits, true);
-}
+/// A cache, what is appended to it (embeddings [T, H], or token ids [T]), and how many of the last
+/// positions' logits are wanted.
+using PythonPart = std::tuple<Sequence*, Array, int>;
 
-Floats decode(HeldDecoder& self, std::vector<Sequence*> caches, std::vector<std::int64_t> ids) {
-  for (const auto* cache : caches) {
+Floats step(HeldDecoder& self, const std::vector<PythonPart>& given) {
+  const int hidden = self.model->config().hidden_size;
+  std::vector<Part> parts;
+  for (const auto& [cache, inputs, wanted] : given) {
+    Part part{cache, nullptr, nullptr, size_of(inputs, 0, "inputs"), wanted};
     if (!cache) fail("a cache is None");
+    if (inputs.ndim() == 1) {
+      part.ids = token_ids(inputs).data();
+    } else {
+      part.embeddings = data<float>(inputs, "embeddings", 2);
+      if (size_of(inputs, 1, "embeddings") != hidden) {
+        fail("embeddings have size " + std::to_string(inputs.shape(1)) + ", expected " +
+             std::to_string(hidden));
+      }
+    }
+    parts.push_back(part);
   }
   const auto logits = [&] {
     nb::gil_scoped_release release;
-    return self.model->decode(caches, ids);
+    return self.model->step(parts);
   }();
-  return to_numpy(logits, false);
-}
-
-Floats extend(HeldDecoder& self, Sequence& cache, const Array& ids) {
-  const auto tokens = token_ids(ids);
-  const auto logits = [&] {
-    nb::gil_scoped_release release;
-    return self.model->extend(cache, tokens);
-  }();
-  return to_numpy(logits, false);
+  return numpy(logits.buffer, {static_cast<std::size_t>(logits.rows),
+                               static_cast<std::size_t>(logits.vocab_size)});
 }
 
 Floats encode(HeldVision& self, const Array& pixels) {
@@ -542,9 +532,7 @@ NB_MODULE(_native, m) {
           },
           "cache"_a, "other"_a, "length"_a)
       .def("embed", &embed, "ids"_a)
-      .def("prefill", &prefill, "cache"_a, "embeddings"_a)
-      .def("decode", &decode, "caches"_a, "token_ids"_a)
-      .def("extend", &extend, "cache"_a, "token_ids"_a);
+      .def("step", &step, "parts"_a);
   nb::class_<HeldVision>(m, "VisionEncoder")
       .def(
           "__init__",

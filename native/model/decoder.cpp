@@ -120,85 +120,77 @@ void Decoder::embed(std::span<const std::int64_t> ids, float* out, std::size_t s
   }
 }
 
-Logits Decoder::prefill(Sequence& sequence, const float* embeddings, int tokens) {
+Logits Decoder::step(std::span<const Part> parts) {
   std::lock_guard lock(turn_);
-  check(sequence, tokens);
-  require(tokens >= 1, "prefill of no tokens");
-  Cache& cache = sequence.cache;
-  const int start = cache.length();
-  float* logits = start_logits(1);
+  check(parts);
+  int wanted = 0;
+  for (const auto& part : parts) wanted += part.wanted;
+  std::vector<int> lengths;
+  for (const auto& part : parts) lengths.push_back(part.sequence->cache.length());
+  float* logits = start_logits(wanted);
   try {
-    for (int begin = 0; begin < tokens; begin += config_.chunk) {
-      const int rows = std::min(config_.chunk, tokens - begin);
-      const bool last = begin + rows == tokens;
-      for (int row = 0; row < rows; ++row) {
-        std::copy_n(embeddings + static_cast<std::size_t>(begin + row) * config_.hidden_size,
-                    config_.hidden_size, x_.row(row));
-      }
-      spans_.assign(1, {&cache, start + begin, 0, rows});
-      forward(rows, last ? 1 : 0, logits);
-    }
+    run(parts, logits);
   } catch (...) {
-    cache.truncate(start);
+    for (std::size_t i = 0; i < parts.size(); ++i) parts[i].sequence->cache.truncate(lengths[i]);
     throw;
   }
-  return {logits_, 1, config_.vocab_size};
+  return {logits_, wanted, config_.vocab_size};
 }
 
-Logits Decoder::decode(std::span<Sequence* const> sequences, std::span<const std::int64_t> ids) {
-  std::lock_guard lock(turn_);
-  require(sequences.size() == ids.size() && !ids.empty(),
-          "decode of " + std::to_string(sequences.size()) + " sequences with " +
-              std::to_string(ids.size()) + " tokens");
-  for (std::size_t i = 0; i < sequences.size(); ++i) {
-    check(*sequences[i], 1);
-    require(
-        std::find(sequences.begin(), sequences.begin() + i, sequences[i]) == sequences.begin() + i,
-        "a sequence is given twice");
-  }
-  check_ids(ids);
-  const int count = static_cast<int>(ids.size());
-  float* logits = start_logits(count);
-  int begin = 0;
-  try {
-    for (; begin < count; begin += config_.chunk) {
-      const int rows = std::min(config_.chunk, count - begin);
-      embed(ids.subspan(begin, rows), x_.row(0), x_.stride());
-      spans_.clear();
-      for (int row = 0; row < rows; ++row) {
-        Cache& cache = sequences[begin + row]->cache;
-        spans_.push_back({&cache, cache.length(), row, 1});
-      }
-      forward(rows, rows, logits + static_cast<std::size_t>(begin) * config_.vocab_size);
+/// Computes the rows of all parts, one after the other, in passes of up to `chunk`. What is wanted
+/// are the last rows of each pass, as only the first part may want less than all.
+void Decoder::run(std::span<const Part> parts, float* logits) {
+  const int most = config_.chunk;
+  int rows = 0, wanted = 0;
+  spans_.clear();
+  const auto pass = [&] {
+    forward(rows, wanted, logits);
+    logits += static_cast<std::size_t>(wanted) * config_.vocab_size;
+    rows = wanted = 0;
+    spans_.clear();
+  };
+  for (const auto& part : parts) {
+    Cache& cache = part.sequence->cache;
+    const int start = cache.length();
+    for (int begin = 0; begin < part.count;) {
+      const int count = std::min(most - rows, part.count - begin);
+      put(part, begin, count, rows);
+      spans_.push_back({&cache, start + begin, rows, count});
+      begin += count;
+      rows += count;
+      wanted += std::clamp(begin - (part.count - part.wanted), 0, count);
+      if (rows == most) pass();
     }
-  } catch (...) {
-    for (Sequence* done : sequences.first(begin)) done->cache.truncate(done->cache.length() - 1);
-    throw;
   }
-  return {logits_, count, config_.vocab_size};
+  if (rows > 0) pass();
 }
 
-Logits Decoder::extend(Sequence& sequence, std::span<const std::int64_t> ids) {
-  std::lock_guard lock(turn_);
-  check_ids(ids);
-  const int tokens = static_cast<int>(std::min<std::size_t>(ids.size(), 1 << 30));
-  require(tokens >= 1, "extend by no tokens");
-  check(sequence, tokens);
-  Cache& cache = sequence.cache;
-  const int start = cache.length();
-  float* logits = start_logits(tokens);
-  try {
-    for (int begin = 0; begin < tokens; begin += config_.chunk) {
-      const int rows = std::min(config_.chunk, tokens - begin);
-      embed(ids.subspan(begin, rows), x_.row(0), x_.stride());
-      spans_.assign(1, {&cache, start + begin, 0, rows});
-      forward(rows, rows, logits + static_cast<std::size_t>(begin) * config_.vocab_size);
-    }
-  } catch (...) {
-    cache.truncate(start);
-    throw;
+/// Puts `count` inputs of a part, from `begin` on, into x_, from `row` on.
+void Decoder::put(const Part& part, int begin, int count, int row) {
+  if (part.ids) {
+    embed({part.ids + begin, static_cast<std::size_t>(count)}, x_.row(row), x_.stride());
+    return;
   }
-  return {logits_, tokens, config_.vocab_size};
+  for (int i = 0; i < count; ++i) {
+    std::copy_n(part.embeddings + static_cast<std::size_t>(begin + i) * config_.hidden_size,
+                config_.hidden_size, x_.row(row + i));
+  }
+}
+
+void Decoder::check(std::span<const Part> parts) const {
+  require(!parts.empty(), "a step of nothing");
+  for (const auto& part : parts) {
+    check(*part.sequence, part.count);
+    require(part.count >= 1, "a step appends nothing to a sequence");
+    require(part.wanted >= 0 && part.wanted <= part.count &&
+                (&part == parts.data() || part.wanted == part.count),
+            "logits of " + std::to_string(part.wanted) + " of " + std::to_string(part.count) +
+                " positions are wanted");
+    require(std::none_of(parts.data(), &part,
+                         [&](const Part& other) { return other.sequence == part.sequence; }),
+            "a sequence is given twice");
+    if (part.ids) check_ids({part.ids, static_cast<std::size_t>(part.count)});
+  }
 }
 
 void Decoder::check(const Sequence& sequence, int tokens) const {

@@ -89,6 +89,15 @@ struct Logits {
   int vocab_size = 0;
 };
 
+/// What a step appends to a sequence: embeddings, or tokens.
+struct Part {
+  Sequence* sequence = nullptr;
+  const float* embeddings = nullptr;  ///< [count, hidden_size], or null
+  const std::int64_t* ids = nullptr;  ///< [count], where there are no embeddings
+  int count = 0;                      ///< at least 1
+  int wanted = 0;                     ///< the last so many, whose logits are computed
+};
+
 /// One forward pass for prefill, decode, several sequences together and speculation: rows, each at
 /// a position of a sequence.
 ///
@@ -112,14 +121,10 @@ class Decoder {
   /// Looks up token embeddings: out [ids.size(), hidden_size].
   void embed(std::span<const std::int64_t> ids, float* out) const;
 
-  /// Appends `tokens` embeddings [tokens, hidden_size]; logits of the last one.
-  Logits prefill(Sequence& sequence, const float* embeddings, int tokens);
-
-  /// Appends one token to each sequence; logits of each.
-  Logits decode(std::span<Sequence* const> sequences, std::span<const std::int64_t> ids);
-
-  /// Appends tokens to a sequence; logits of each.
-  Logits extend(Sequence& sequence, std::span<const std::int64_t> ids);
+  /// Appends to different sequences, all in one pass of the weights where they are no more than
+  /// `chunk` rows; logits of what is wanted, one after the other. Only the first part may want less
+  /// than all of its own.
+  Logits step(std::span<const Part> parts);
 
  private:
   /// Rows that are consecutive positions of one sequence.
@@ -135,6 +140,9 @@ class Decoder {
   };
 
   void check(const Sequence& sequence, int tokens) const;
+  void check(std::span<const Part> parts) const;
+  void run(std::span<const Part> parts, float* logits);
+  void put(const Part& part, int begin, int count, int row);
   void check_ids(std::span<const std::int64_t> ids) const;
   void embed(std::span<const std::int64_t> ids, float* out, std::size_t stride) const;
   float* start_logits(int rows);

@@ -515,6 +515,27 @@ double tolerance(Format format, CacheFormat kv_cache) {
                     kv_cache == CacheFormat::kInt8 ? cache : 0);
 }
 
+using Ids = std::span<const std::int64_t>;
+
+Logits prefill(Decoder& decoder, Sequence& sequence, const float* embeddings, int tokens) {
+  const Part part{&sequence, embeddings, nullptr, tokens, 1};
+  return decoder.step({&part, 1});
+}
+
+Logits extend(Decoder& decoder, Sequence& sequence, Ids ids) {
+  const int count = static_cast<int>(ids.size());
+  const Part part{&sequence, nullptr, ids.data(), count, count};
+  return decoder.step({&part, 1});
+}
+
+Logits decode(Decoder& decoder, std::span<Sequence* const> sequences, Ids ids) {
+  std::vector<Part> parts;
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    parts.push_back({sequences[i], nullptr, &ids[i], 1, 1});
+  }
+  return decoder.step(parts);
+}
+
 void test_decoder(const std::string& isa, int threads, bool qwen3, Format format,
                   CacheFormat kv_cache = CacheFormat::kBf16) {
   context = "decoder " + isa + ", " + std::to_string(threads) + " threads, " +
@@ -537,29 +558,42 @@ void test_decoder(const std::string& isa, int threads, bool qwen3, Format format
 
   // Prefill in chunks, then token by token.
   const auto sequence = decoder.new_sequence();
-  CHECK(near(decoder.prefill(*sequence, embeddings.data(), 70), 0, 69));
+  CHECK(near(prefill(decoder, *sequence, embeddings.data(), 70), 0, 69));
   CHECK(sequence->cache.length() == 70);
   Sequence* one[] = {sequence.get()};
-  for (int t = 70; t < 80; ++t) CHECK(near(decoder.decode(one, {{ids[t]}}), 0, t));
+  for (int t = 70; t < 80; ++t) CHECK(near(decode(decoder, one, {{ids[t]}}), 0, t));
 
   // Several at once, logits of each; from a shortened cache.
   sequence->cache.truncate(63);
-  const auto extended = decoder.extend(*sequence, std::span(ids).subspan(63, 20));
+  const auto extended = extend(decoder, *sequence, std::span(ids).subspan(63, 20));
   for (int i = 0; i < 20; ++i) CHECK(near(extended, i, 63 + i));
+
+  // A part of one, of which the last logits are wanted or none, beside tokens of another.
+  for (const int wanted : {0, 1, 3}) {
+    const auto beside = decoder.new_sequence();
+    sequence->cache.truncate(63);
+    const Part parts[] = {{beside.get(), embeddings.data(), nullptr, 40, wanted},
+                          {sequence.get(), nullptr, &ids[63], 20, 20}};
+    const auto mixed = decoder.step(parts);
+    CHECK(mixed.rows == wanted + 20 && beside->cache.length() == 40);
+    for (int i = 0; i < wanted; ++i) CHECK(near(mixed, i, 40 - wanted + i));
+    for (int i = 0; i < 20; ++i) CHECK(near(mixed, wanted + i, 63 + i));
+    CHECK(near(extend(decoder, *beside, std::span(ids).subspan(40, 1)), 0, 40));
+  }
 
   // Several sequences, of different lengths.
   const auto second = decoder.new_sequence();
-  decoder.prefill(*second, embeddings.data(), 1);
+  prefill(decoder, *second, embeddings.data(), 1);
   std::vector<std::unique_ptr<Sequence>> more;
   std::vector<Sequence*> all = {sequence.get(), second.get()};
   std::vector<std::int64_t> next = {ids[83], ids[1]};
   for (int i = 0; i < c.chunk; ++i) {  // more than a chunk takes
     more.push_back(decoder.new_sequence());
-    decoder.prefill(*more.back(), embeddings.data(), 2 + i);
+    prefill(decoder, *more.back(), embeddings.data(), 2 + i);
     all.push_back(more.back().get());
     next.push_back(ids[2 + i]);
   }
-  const auto batch = decoder.decode(all, next);
+  const auto batch = decode(decoder, all, next);
   CHECK(near(batch, 0, 83) && near(batch, 1, 1));
   for (int i = 0; i < c.chunk; ++i) CHECK(near(batch, 2 + i, 2 + i));
 }
@@ -576,18 +610,25 @@ void test_decoder_errors() {
   Sequence* mine[] = {sequence.get()};
   Sequence* theirs[] = {stranger.get()};
   Sequence* twice[] = {sequence.get(), sequence.get()};
-  CHECK_THROWS(decoder.prefill(*sequence, x.data(), 201));
-  CHECK_THROWS(decoder.prefill(*sequence, x.data(), 0));
-  CHECK_THROWS(decoder.prefill(*stranger, x.data(), 1));
-  CHECK_THROWS(decoder.decode(theirs, {{1}}));
-  CHECK_THROWS(decoder.decode(mine, {{203}}));
-  CHECK_THROWS(decoder.decode(mine, {{-1}}));
-  CHECK_THROWS(decoder.decode(twice, (std::vector<std::int64_t>{1, 2})));
-  CHECK_THROWS(decoder.decode(mine, (std::vector<std::int64_t>{1, 2})));
-  CHECK_THROWS(decoder.extend(*sequence, {}));
+  CHECK_THROWS(prefill(decoder, *sequence, x.data(), 201));
+  CHECK_THROWS(prefill(decoder, *sequence, x.data(), 0));
+  CHECK_THROWS(prefill(decoder, *stranger, x.data(), 1));
+  CHECK_THROWS(decode(decoder, theirs, {{1}}));
+  CHECK_THROWS(decode(decoder, mine, {{203}}));
+  CHECK_THROWS(decode(decoder, mine, {{-1}}));
+  CHECK_THROWS(decode(decoder, twice, (std::vector<std::int64_t>{1, 2})));
+  CHECK_THROWS(decoder.step({}));
+  const std::int64_t ids[] = {1, 2};
+  const auto another = decoder.new_sequence();
+  for (const int wanted : {-1, 1, 3}) {
+    const Part parts[] = {{sequence.get(), nullptr, ids, 1, 1},
+                          {another.get(), nullptr, ids, 2, wanted}};
+    CHECK_THROWS(decoder.step(parts));  // only the first may want less, and none more
+  }
+  CHECK_THROWS(extend(decoder, *sequence, {}));
   CHECK(sequence->cache.length() == 0);
-  decoder.prefill(*sequence, x.data(), 200);
-  CHECK_THROWS(decoder.decode(mine, {{1}}));
+  prefill(decoder, *sequence, x.data(), 200);
+  CHECK_THROWS(decode(decoder, mine, {{1}}));
   auto config = small.config;
   config.hidden_size = 57;
   CHECK_THROWS(Decoder(config, small.weights, pool, kernels()));
@@ -613,8 +654,8 @@ void test_exact_head() {
         PlainMatrix{Dtype::kF32, c.vocab_size, c.hidden_size, doubled.data()};
     Decoder rescoring(c, small.weights, pool, kernels());
     const auto ids = token_ids(kTokens, c.vocab_size);
-    const auto before = plain.extend(*plain.new_sequence(), ids);
-    const auto after = rescoring.extend(*rescoring.new_sequence(), ids);
+    const auto before = extend(plain, *plain.new_sequence(), ids);
+    const auto after = extend(rescoring, *rescoring.new_sequence(), ids);
     for (int row = 0; row < kTokens; ++row) {
       const float* x = before.buffer->data() + row * c.vocab_size;
       const float* y = after.buffer->data() + row * c.vocab_size;
@@ -734,7 +775,7 @@ void test_decoder_with_files(int threads) {
     const float* x = a.buffer->data();
     return std::equal(x, x + static_cast<long>(a.rows) * c.vocab_size, b.buffer->data());
   };
-  CHECK(same(inside.extend(*first, ids), outside.extend(*second, ids)));
+  CHECK(same(extend(inside, *first, ids), extend(outside, *second, ids)));
 
   std::vector<float> x(c.hidden_size * ids.size());
   outside.embed(ids, x.data());
@@ -751,20 +792,20 @@ void test_decoder_with_files(int threads) {
   Sequence* one[] = {second.get()};
   head.cut(0);
   for (int i = 0; i < 3; ++i) {
-    CHECK(fails(EIO, [&] { outside.prefill(*second, x.data(), 20); }));
-    CHECK(fails(EIO, [&] { outside.decode(one, {{0}}); }));
-    CHECK(fails(EIO, [&] { outside.extend(*second, ids); }));
+    CHECK(fails(EIO, [&] { prefill(outside, *second, x.data(), 20); }));
+    CHECK(fails(EIO, [&] { decode(outside, one, {{0}}); }));
+    CHECK(fails(EIO, [&] { extend(outside, *second, ids); }));
     CHECK(second->cache.length() == 20);
   }
   head.restore();
   embedding.cut(c.vocab_size - 1);
   CHECK(fails(EIO, [&] { outside.embed(last, x.data()); }));
-  CHECK(fails(EIO, [&] { outside.extend(*second, last); }));
-  CHECK(fails(EIO, [&] { outside.decode(all, last); }));
+  CHECK(fails(EIO, [&] { extend(outside, *second, last); }));
+  CHECK(fails(EIO, [&] { decode(outside, all, last); }));
   CHECK(second->cache.length() == 20 && more[0]->cache.length() == 0);
   embedding.restore();
   Sequence* other[] = {first.get()};
-  CHECK(same(inside.decode(other, {{0}}), outside.decode(one, {{0}})));
+  CHECK(same(decode(inside, other, {{0}}), decode(outside, one, {{0}})));
 }
 
 // --- vision ----------------------------------------------------------------------------------

@@ -72,6 +72,10 @@ class Cache:
     def bytes(self) -> int: ...
     def truncate(self, length: int) -> None: ...
 
+#: A cache; what is appended to it, embeddings float32 [T, H] or token ids int64 [T]; and how many
+#: of the last positions' logits are wanted.
+Part: TypeAlias = tuple[Cache, NDArray[Any], int]
+
 class Decoder:
     """The text model. Logits are views of a buffer, valid until the next call.
 
@@ -90,14 +94,13 @@ class Decoder:
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Token ids [T] -> [T, H]."""
 
-    def prefill(self, cache: Cache, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append [T, H] -> logits [V] of the last position."""
+    def step(self, parts: list[Part]) -> NDArray[np.float32]:
+        """Append to different sequences, all in one pass of the weights if they are few rows.
 
-    def decode(self, caches: list[Cache], token_ids: list[int]) -> NDArray[np.float32]:
-        """Append a token to each of B sequences -> logits [B, V]."""
+        Only of the first part may fewer logits be wanted than it has positions.
 
-    def extend(self, cache: Cache, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append T tokens -> logits [T, V] after each."""
+        Returns logits [wanted, V], those of one part after the other's.
+        """
 
 class VisionEncoder:
     """The vision encoder, pixel shuffle and projector."""

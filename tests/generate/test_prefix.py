@@ -6,7 +6,7 @@ from PIL import Image
 
 import edgevl
 from edgevl.generate import prefix
-from edgevl.generate.prefix import FeatureCache, Slot, drain, prompt_keys
+from edgevl.generate.prefix import FeatureCache, Slot, drain, prompt_keys, read_on
 from edgevl.preprocess import Message, prepare_picture
 
 
@@ -28,33 +28,63 @@ def runner(model, features=None):
     return Slot(model.engine, features or FeatureCache())
 
 
+def in_steps(slot, prompt, step):
+    """Read a prompt by so many positions at once; yield the logits after each step."""
+    unread = drain(slot.prepare(prompt))
+    for begin in range(0, len(unread), step):
+        yield read_on(slot, unread[begin : begin + step], begin + step >= len(unread))[0]
+
+
 def test_every_place_where_a_prefix_may_end(model):
     """Also inside a picture, of which the rest is then taken."""
     prompt = prompt_of(model, "Before <image> after", picture(model, 0))
-    expected = drain(runner(model).prefill(prompt))[0].copy()
+    expected = runner(model).read(prompt).copy()
     for length in range(len(prompt.token_ids) + 1):
         again = runner(model)
-        drain(again.prefill(prompt))
+        again.read(prompt)
         again.truncate(length)
-        logits, cached_tokens = drain(again.prefill(prompt))
-        assert cached_tokens == min(length, len(prompt.token_ids) - 1)
+        unread = drain(again.prepare(prompt))
+        assert len(unread) == max(len(prompt.token_ids) - length, 1)
+        [logits] = read_on(again, unread, True)
         np.testing.assert_array_equal(logits, expected)
 
 
 @pytest.mark.parametrize("step", [1, 5, 64])
 def test_work_in_steps_is_the_same_work(model, step):
     prompt = prompt_of(model, "Before <image> after", picture(model, 1))
-    expected = drain(runner(model).prefill(prompt))[0].copy()
-    stepwise = runner(model)
-    np.testing.assert_array_equal(drain(stepwise.prefill(prompt, step))[0], expected)
+    expected = runner(model).read(prompt).copy()
+    *before, logits = in_steps(runner(model), prompt, step)
+    assert all(len(each) == 0 for each in before)
+    np.testing.assert_array_equal(logits, expected)
     # Left in the middle: what was done stays, and is all that is known.
     left = runner(model)
-    steps = left.prefill(prompt, step)
-    for _ in range(3):
-        next(steps, None)
-    steps.close()
+    for _ in zip(range(3), in_steps(left, prompt, step), strict=False):
+        pass
     assert left.match(prompt_keys(prompt)) == len(left) == left.sequence.length
-    np.testing.assert_array_equal(drain(left.prefill(prompt, step))[0], expected)
+    np.testing.assert_array_equal(left.read(prompt), expected)
+
+
+@pytest.mark.parametrize("step", [1, 5, 64])
+def test_answers_beside_a_prompt_are_those_alone(model, step):
+    """Bit by bit, and so are the prompt's logits."""
+    prompt = prompt_of(model, "Before <image> after", picture(model, 2))
+    expected = runner(model).read(prompt).copy()
+    alone, beside = ([runner(model), runner(model)] for _ in range(2))
+    for first, second in (alone, beside):
+        first.read(prompt_of(model, "One"))
+        second.read(prompt_of(model, "Another, which is longer"))
+    reading = runner(model)
+    unread = drain(reading.prepare(prompt))
+    for begin in range(0, len(unread), step):
+        ends = begin + step >= len(unread)
+        tokens = [5 + begin, 7]
+        read, *rows = read_on(reading, unread[begin : begin + step], ends, beside, tokens)
+        rows = [row.copy() for row in rows]
+        read = read.copy()
+        for slot, token, row in zip(alone, tokens, rows, strict=True):
+            np.testing.assert_array_equal(slot.decode(token), row)
+    np.testing.assert_array_equal(read, expected)
+    assert [len(slot) for slot in alone] == [len(slot) for slot in beside]
 
 
 def test_sequences_share_the_features_of_pictures(model):
@@ -63,7 +93,7 @@ def test_sequences_share_the_features_of_pictures(model):
     runners = [runner(model, features) for _ in range(2)]
     before = model.engine.timings().tiles
     for each in runners:
-        drain(each.prefill(prompt))
+        each.read(prompt)
     assert model.engine.timings().tiles - before == 1
 
 
@@ -89,7 +119,7 @@ def test_another_picture_in_the_same_place_is_not_known(model):
     sequence = runner(model)
     texts = ("Before <image> after", picture(model, 3)), ("Before <image> after", picture(model, 4))
     first, second = (prompt_of(model, *each) for each in texts)
-    drain(sequence.prefill(first))
+    sequence.read(first)
     assert sequence.match(prompt_keys(second)) == second.images[0].start
-    expected = drain(runner(model).prefill(second))[0].copy()
-    np.testing.assert_array_equal(drain(sequence.prefill(second))[0], expected)
+    expected = runner(model).read(second).copy()
+    np.testing.assert_array_equal(sequence.read(second), expected)

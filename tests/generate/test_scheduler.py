@@ -491,11 +491,6 @@ def test_many_threads(scheduler, model):
 # --- which sequence takes a prompt ------------------------------------------------------------
 
 
-def held(slot, prompt):
-    for _ in slot.prefill(prompt):
-        pass
-
-
 @pytest.fixture
 def slots(directory):
     return Slots(edgevl.load(directory, threads=1).engine, 3)
@@ -503,7 +498,7 @@ def slots(directory):
 
 def test_a_conversation_goes_on_in_its_slot(slots, model):
     first = slots.take(prompt_of(model, "Hello there, how are you?"), 100)
-    held(first, prompt_of(model, "Hello there, how are you?"))
+    first.read(prompt_of(model, "Hello there, how are you?"))
     slots.release(first)
     assert slots.take(prompt_of(model, "Hello there, how are you today?"), 100) is first
 
@@ -511,7 +506,7 @@ def test_a_conversation_goes_on_in_its_slot(slots, model):
 def test_what_is_in_use_is_shared_and_not_taken(slots, model):
     prompt = prompt_of(model, "Hello there, how are you?")
     first = slots.take(prompt, 100)
-    held(first, prompt)
+    first.read(prompt)
     second = slots.take(prompt, 100)
     assert second is not first
     assert len(second) == len(first)
@@ -523,7 +518,7 @@ def test_what_is_in_use_is_shared_and_not_taken(slots, model):
 def test_a_long_conversation_is_not_lost_to_a_short_prefix(slots, model):
     long = prompt_of(model, "word " * 60)
     first = slots.take(long, 200)
-    held(first, long)
+    first.read(long)
     slots.release(first)
     other = prompt_of(model, "something else")
     second = slots.take(other, 100)
@@ -537,7 +532,7 @@ def test_the_slot_idle_for_longest_gives_way(slots, model):
     for word in "abc":
         prompt = prompt_of(model, word * 60)
         slot = slots.take(prompt, 200)
-        held(slot, prompt)
+        slot.read(prompt)
         taken.append(slot)
     for slot in (taken[1], taken[0], taken[2]):
         slots.release(slot)
@@ -549,10 +544,10 @@ def test_memory_bounds_what_is_held(slots, model):
     length = max(len(prompt.token_ids) for prompt in prompts)
     slots._room = 2.5 * length
     first = slots.take(prompts[0], length)
-    held(first, prompts[0])
+    first.read(prompts[0])
     slots.release(first)
     second = slots.take(prompts[1], length)
-    held(second, prompts[1])
+    second.read(prompts[1])
     assert len(first)
     assert slots.take(prompts[2], 2 * length) is None  # the two together are too much
     third = slots.take(prompts[2], length)

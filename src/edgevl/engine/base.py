@@ -70,11 +70,27 @@ class Sequence:
         self.length = length
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a step appends to one sequence.
+
+    Attributes:
+        sequence: what is appended to.
+        inputs: embeddings of a prompt, float32 [T, H], or the token ids of an answer.
+        wanted: how many of the last positions' logits are to be computed.
+    """
+
+    sequence: Sequence
+    inputs: Floats | list[int]
+    wanted: int
+
+
 class Engine(ABC):
     """The weights of one model. What it has read of a text is in a `Sequence`.
 
-    ``prefill``, ``decode`` and ``extend`` append to sequences. One call at a time: who shares an
-    engine among threads lets them take turns. Logits may be a view that the next call overwrites.
+    ``prefill``, ``decode``, ``extend`` and ``step`` append to sequences. One call at a time: who
+    shares an engine among threads lets them take turns. Logits may be a view that the next call
+    overwrites.
 
     Shapes use B tiles or sequences, T tokens, H hidden size of the text model, V vocabulary.
     """
@@ -157,6 +173,36 @@ class Engine(ABC):
         self._count_decoded(start, len(token_ids))
         return logits
 
+    def step(self, prompt: Part, answers: list[Part]) -> list[Floats]:
+        """Append a part of a prompt to one sequence, and tokens to others: -> logits of each part.
+
+        Where the engine is `batched` that reads the weights once.
+
+        Args:
+            prompt: embeddings, of which the last logits are wanted or none.
+            answers: tokens for other sequences; all their logits are wanted.
+
+        Returns:
+            float32 [wanted, V] for the prompt, then for each answer.
+
+        Raises:
+            ValueError: a part is empty, the context would overflow, a sequence is of another model
+                or occurs twice.
+        """
+        parts = [prompt, *answers]
+        for part in parts:
+            self._check_room(part.sequence, len(part.inputs))
+        start = time.perf_counter()
+        logits = self._step(parts)
+        elapsed_ms = (time.perf_counter() - start) * 1000
+        positions = sum(len(part.inputs) for part in parts)
+        share = len(prompt.inputs) / positions
+        self._timings.prefill_ms += share * elapsed_ms
+        self._timings.prefill_tokens += len(prompt.inputs)
+        self._timings.decode_ms += (1 - share) * elapsed_ms
+        self._timings.decode_tokens += positions - len(prompt.inputs)
+        return logits
+
     def share(self, sequence: Sequence, other: Sequence, length: int) -> None:
         """Make ``sequence`` the first ``length`` positions of ``other``, which stays as it is.
 
@@ -192,6 +238,17 @@ class Engine(ABC):
     @abstractmethod
     def _extend(self, sequence: Any, token_ids: list[int]) -> Floats:
         """See `extend`."""
+
+    def _step(self, parts: list[Part]) -> list[Floats]:
+        """See `step`; one part after the other, where the engine is not `batched`."""
+        logits = []
+        for part in parts:
+            if isinstance(part.inputs, list):
+                found = self._extend(part.sequence, part.inputs)
+            else:
+                found = self._prefill(part.sequence, part.inputs)[None][: part.wanted]
+            logits.append(np.array(found))
+        return logits
 
     def _check_room(self, sequence: Sequence, tokens: int) -> None:
         if tokens == 0:

@@ -20,7 +20,7 @@ from edgevl.checkpoint.architecture import (
     vision_components,
     vision_layers,
 )
-from edgevl.engine.base import Engine, Floats, Sequence, WeightBytes
+from edgevl.engine.base import Engine, Floats, Part, Sequence, WeightBytes
 from edgevl.engine.packed import convertible, pack_in_memory, packed_bytes, packed_matrices
 from edgevl.engine.plan import PANEL, PackingPlan, make_plan
 from edgevl.engine.reference import PROJECTOR_NORM_EPS, inverse_frequencies
@@ -160,22 +160,35 @@ class CpuEngine(Engine):
         return self.vision.encode(np.ascontiguousarray(pixels, np.float32))
 
     def _prefill(self, sequence: CpuSequence, embeddings: Floats) -> Floats:
-        embeddings = np.ascontiguousarray(embeddings, np.float32)
-        step = max(INTERRUPTIBLE // self.chunk, 1) * self.chunk
-        for begin in range(0, len(embeddings), step):
-            logits = self.decoder.prefill(sequence.cache, embeddings[begin : begin + step])
-            sequence.length = sequence.cache.length
-        return logits
+        return self._compute([Part(sequence, embeddings, 1)])[0]
 
     def _decode(self, sequences: list[CpuSequence], token_ids: list[int]) -> Floats:
-        logits = self.decoder.decode([sequence.cache for sequence in sequences], token_ids)
-        for sequence in sequences:
-            sequence.length += 1
-        return logits
+        pairs = zip(sequences, token_ids, strict=True)
+        return self._compute([Part(sequence, [token_id], 1) for sequence, token_id in pairs])
 
     def _extend(self, sequence: CpuSequence, token_ids: list[int]) -> Floats:
-        logits = self.decoder.extend(sequence.cache, np.array(token_ids, np.int64))
-        sequence.length += len(token_ids)
+        return self._compute([Part(sequence, token_ids, len(token_ids))])
+
+    def _step(self, parts: list[Part]) -> list[Floats]:
+        ends = np.cumsum([part.wanted for part in parts])
+        return np.split(self._compute(parts), ends[:-1])
+
+    def _compute(self, parts: list[Part]) -> Floats:
+        """Append what the parts say: -> their logits, float32 [wanted, V], one after the other."""
+        first, *others = parts
+        step = max(INTERRUPTIBLE // self.chunk, 1) * self.chunk
+        while first.wanted <= len(first.inputs) - step:
+            self._compute([Part(first.sequence, first.inputs[:step], 0)])
+            first = Part(first.sequence, first.inputs[step:], first.wanted)
+        given: list[_native.Part] = []
+        for part in [first, *others]:
+            assert isinstance(part.sequence, CpuSequence)
+            tokens = isinstance(part.inputs, list)
+            inputs = np.ascontiguousarray(part.inputs, np.int64 if tokens else np.float32)
+            given.append((part.sequence.cache, inputs, part.wanted))
+        logits = self.decoder.step(given)
+        for part in [first, *others]:
+            part.sequence.length += len(part.inputs)
         return logits
 
 

@@ -133,7 +133,9 @@ class Generation:
     Attributes:
         prompt: what is answered.
         slot: the sequence that it has got.
-        prefill: computes the prompt and chooses the first token; see `Slot.prefill`.
+        preparation: encodes the prompt's pictures, a tile at a time.
+        unread: embeddings of what is left of the prompt to compute, float32 [T, H]; None before
+            its pictures are encoded.
         latest_token: when the latest token had been passed on, ``time.perf_counter()``.
         finish_reason: empty while the answer is under way.
 
@@ -144,7 +146,7 @@ class Generation:
     """
 
     slot: Slot
-    prefill: Generator[None, None, Delta]
+    preparation: Generator[None, None, None]
 
     def __init__(
         self,
@@ -159,6 +161,7 @@ class Generation:
         token_ids = prompt.token_ids.tolist()
         check_length(len(token_ids), max_context)
         self.prompt = prompt
+        self.unread: Floats | None = None
         self.latest_token = 0.0
         self.finish_reason = ""
         mask = masks.start(params.constraint) if params.constraint else None
@@ -193,10 +196,22 @@ class Generation:
         """The most tokens that prompt and answer may come to."""
         return len(self.prompt.token_ids) + self._room
 
-    def start(self, slot: Slot, step: int | None) -> None:
-        """Take a sequence; ``step`` positions of the prompt are computed at once, or all."""
+    def start(self, slot: Slot) -> None:
+        """Take a sequence."""
         self.slot = slot
-        self.prefill = self._prefill(step)
+        self.preparation = self._prepare()
+
+    def read(self, count: int, elapsed_ms: float) -> None:
+        """Take note that so many positions of the prompt were computed, and how long that took."""
+        assert self.unread is not None
+        self.unread = self.unread[count:]
+        self._prefill_ms += elapsed_ms
+
+    def begin(self, logits: Floats) -> Delta:
+        """Choose the first token: logits of the prompt's last position, float32 [1, V]."""
+        delta = self._take(logits, ())
+        self._ttft_ms = 1000 * (time.perf_counter() - self._started)
+        return delta
 
     def step(self) -> Delta:
         """Compute the latest token by itself, with a draft of what follows if there is one."""
@@ -262,24 +277,20 @@ class Generation:
             ),
         )
 
-    def _prefill(self, step: int | None) -> Generator[None, None, Delta]:
+    def _prepare(self) -> Generator[None, None, None]:
         engine = self.slot.engine
-        steps = self.slot.prefill(self.prompt, step)
-        while True:
+        steps = self.slot.prepare(self.prompt)
+        while self.unread is None:
             before = engine.timings()  # between the steps the engine computes for others
             try:
                 next(steps)
             except StopIteration as stop:
-                logits, self._cached_tokens = stop.value
-                break
+                self.unread = stop.value
+                self._cached_tokens = len(self.slot)
+                return
             finally:
-                after = engine.timings()
-                self._vision_ms += after.vision_ms - before.vision_ms
-                self._prefill_ms += after.prefill_ms - before.prefill_ms
+                self._vision_ms += engine.timings().vision_ms - before.vision_ms
             yield
-        delta = self._take(logits[None], ())
-        self._ttft_ms = 1000 * (time.perf_counter() - self._started)
-        return delta
 
     def _take(self, logits: Floats, draft: Sequence[int]) -> Delta:
         """Choose a token from each row [T, V], as long as it is what the draft had there."""

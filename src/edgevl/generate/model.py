@@ -14,7 +14,6 @@ from edgevl.engine import Engine, base
 from edgevl.engine.base import Floats
 from edgevl.errors import ContextLengthError, EdgeVLError
 from edgevl.generate.generation import Answer, Generation
-from edgevl.generate.prefix import drain
 from edgevl.generate.rounds import Rounds
 from edgevl.generate.sampling import SamplingParams
 from edgevl.generate.session import Session, Stream
@@ -194,7 +193,7 @@ class Model:
             )
         with self._turn():
             slot = self._rounds.slots.first
-            yield drain(slot.prefill(prompt))[0][None]
+            yield slot.read(prompt)
             for begin in range(0, len(token_ids), FORCED_BLOCK):
                 yield slot.extend(list(token_ids[begin : begin + FORCED_BLOCK]))
 

@@ -12,7 +12,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevl.engine.base import Engine, Floats
+from edgevl.engine.base import Engine, Floats, Part
 from edgevl.machine import this_machine
 from edgevl.preprocess import Picture, Prompt
 
@@ -76,6 +76,7 @@ class Slot:
         self.used = 0
         self._features = features
         self._cached: list[Key] = []
+        self._keys: list[Key] = []  # of the prompt that is read
 
     def __len__(self) -> int:
         # A call that was interrupted may have left the two lengths apart.
@@ -86,29 +87,24 @@ class Slot:
         known = min(len(self), len(keys))
         return next((i for i in range(known) if self._cached[i] != keys[i]), known)
 
-    def prefill(
-        self, prompt: Prompt, step: int | None = None
-    ) -> Generator[None, None, tuple[Floats, int]]:
-        """Bring the cache to exactly ``prompt``.
+    def prepare(self, prompt: Prompt) -> Generator[None, None, Floats]:
+        """Bring the cache to the part of ``prompt`` that it holds, and embed the rest.
 
-        Work is done between the yields: a tile of a picture, or ``step`` positions (default: all).
-        What has been done when the generator is closed can be reused.
+        Yields after each tile of a picture. `read_on` computes what this returns.
 
         Returns:
-            Logits of the last position, float32 [V], and how many positions were there already.
+            Embeddings of what is left to compute, float32 [T, H]; at least one position.
         """
-        keys = prompt_keys(prompt)
-        start = min(self.match(keys), len(keys) - 1)
+        self._keys = prompt_keys(prompt)
+        start = min(self.match(self._keys), len(self._keys) - 1)
         embeddings = yield from self._embed(prompt, start)
         self.truncate(start)
-        size = step or len(keys)
-        for begin in range(start, len(keys), size):
-            if begin > start:
-                yield
-            block = embeddings[begin - start : begin - start + size]
-            logits = self.engine.prefill(self.sequence, block)
-            self._cached += keys[begin : begin + size]
-        return logits, start
+        return embeddings
+
+    def read(self, prompt: Prompt) -> Floats:
+        """Bring the cache to exactly ``prompt``: -> logits of the last position, float32 [1, V]."""
+        [logits] = read_on(self, drain(self.prepare(prompt)), True)
+        return logits
 
     def embed(self, prompt: Prompt) -> Floats:
         """Embed a prompt, pictures included: float32 [T, H]."""
@@ -163,6 +159,34 @@ def decode_together(slots: Sequence[Slot], token_ids: list[int]) -> Floats:
     logits = slots[0].engine.decode([slot.sequence for slot in slots], token_ids)
     for slot, token_id in zip(slots, token_ids, strict=True):
         slot._cached.append(token_id)
+    return logits
+
+
+def read_on(
+    slot: Slot,
+    embeddings: Floats,
+    last: bool,
+    others: Sequence[Slot] = (),
+    latest: Sequence[int] = (),
+) -> list[Floats]:
+    """Read a part of a prompt, and a token of each of several answers, at once.
+
+    Args:
+        slot: what the prompt was prepared for.
+        embeddings: the next positions, float32 [T, H].
+        last: whether the prompt ends with them.
+        others: sequences of the answers.
+        latest: a token for each of them.
+
+    Returns:
+        Logits: of the prompt's last position [1, V], or none [0, V]; then of each token [1, V].
+    """
+    answers = [Part(other.sequence, [i], 1) for other, i in zip(others, latest, strict=True)]
+    logits = slot.engine.step(Part(slot.sequence, embeddings, int(last)), answers)
+    begin = len(slot._cached)
+    slot._cached += slot._keys[begin : begin + len(embeddings)]
+    for other, token_id in zip(others, latest, strict=True):
+        other._cached.append(token_id)
     return logits
 
 

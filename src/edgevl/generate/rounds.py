@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
-from edgevl.engine.base import Engine
+from edgevl.engine.base import Engine, Floats
 from edgevl.generate.generation import Delta, Generation
-from edgevl.generate.prefix import Slots, decode_together
+from edgevl.generate.prefix import Slots, decode_together, read_on
 
 AnswerT = TypeVar("AnswerT", bound=Generation)
 #: An answer, and what it has gained or why it failed.
@@ -18,9 +19,9 @@ Gain: TypeAlias = tuple[AnswerT, Delta | Exception]
 class Rounds(Generic[AnswerT]):
     """The answers under way; whoever calls `step` computes them.
 
-    A round computes one token of every answer, all of them together, and a tile or a chunk of one
-    prompt. So answers go on while the next prompt is read. One that is shorter than what is left of
-    that prompt goes in between.
+    A round computes one token of every answer and a chunk of one prompt, all in one pass of the
+    weights, or a tile of a picture. So answers go on while the next prompt is read. One that is
+    shorter than what is left of that prompt goes in between.
 
     Args:
         engine: what computes.
@@ -55,37 +56,38 @@ class Rounds(Generic[AnswerT]):
         slot = self.slots.take(answer.prompt, answer.most_tokens)
         if slot is None:
             return False
-        answer.start(slot, None if self._whole_prompts else self._engine.chunk)
+        answer.start(slot)
         self._prefilling.append(answer)
         return True
 
     def step(self) -> Iterator[Gain[AnswerT]]:
         """Compute a round and yield what comes of it; an answer that is complete or fails ends."""
+        reading = None
         if self._prefilling:
             # The latest is the shortest; the oldest gets every other round, however many come.
             self._rounds += 1
-            yield from self._prefill(self._prefilling[0 if self._rounds % 2 else -1])
+            reading = self._prefilling[0 if self._rounds % 2 else -1]
+            if reading.unread is None:
+                yield from self._prepare(reading)
         while self._decoding and self.slots.overgrown():
             # The one that has grown most beyond what was reserved for it makes room.
             answer = max(self._decoding, key=lambda each: len(each.slot) - each.slot.reserved)
             yield from self._gained(answer, answer.cut())
-        if len(self._decoding) == 1:
-            [answer] = self._decoding
-            gain: Delta | Exception
-            try:  # more than a token where a draft is right
-                gain = answer.step()
-            except Exception as error:
-                gain = error
-            yield from self._gained(answer, gain)
-        elif self._decoding:
-            yield from self._decode_together(list(self._decoding))
+        answers = list(self._decoding)
+        if reading is not None and reading.unread is not None:
+            yield from self._read_on(reading, reading.unread, answers)
+        elif len(answers) == 1:
+            # More than a token, where a draft is right.
+            yield from self._attempt(answers[0], answers[0].step)
+        elif answers:
+            yield from self._decode_together(answers)
 
     def end(self, answer: AnswerT) -> None:
         """Stop computing an answer, if it is under way; what its sequence holds can be reused."""
         for under_way in (self._prefilling, self._decoding):
             if answer in under_way:
                 under_way.remove(answer)
-                answer.prefill.close()
+                answer.preparation.close()
                 self.slots.release(answer.slot)
 
     def clear(self) -> None:
@@ -94,31 +96,63 @@ class Rounds(Generic[AnswerT]):
         self._decoding.clear()
         self.slots.release_all()
 
-    def _prefill(self, answer: AnswerT) -> Iterator[Gain[AnswerT]]:
+    def _prepare(self, answer: AnswerT) -> Iterator[Gain[AnswerT]]:
+        """Encode a tile of a prompt's pictures."""
         try:
-            next(answer.prefill)
-        except StopIteration as stop:
-            self._prefilling.remove(answer)
-            self._decoding.append(answer)
-            yield from self._gained(answer, stop.value)
+            next(answer.preparation, None)
         except Exception as error:
             yield from self._gained(answer, error)
+
+    def _read_on(
+        self, reading: AnswerT, unread: Floats, answers: list[AnswerT]
+    ) -> Iterator[Gain[AnswerT]]:
+        """Compute the next positions of a prompt together with a token of each answer."""
+        count = len(unread)
+        if not self._whole_prompts:
+            count = min(count, max(self._engine.chunk - len(answers), 1))
+        ends = count == len(unread)
+        before_ms = self._engine.timings().prefill_ms
+        try:
+            read, *rows = read_on(
+                reading.slot,
+                unread[:count],
+                ends,
+                [answer.slot for answer in answers],
+                [answer.latest for answer in answers],
+            )
+        except Exception as error:
+            yield from self._failed([reading, *answers], error)
+            return
+        now = time.perf_counter()
+        elapsed_ms = self._engine.timings().prefill_ms - before_ms
+        reading.read(count, elapsed_ms)
+        if ends:
+            self._prefilling.remove(reading)
+            self._decoding.append(reading)
+            yield from self._attempt(reading, partial(reading.begin, read))
+        for answer, row in zip(answers, rows, strict=True):
+            yield from self._attempt(answer, partial(answer.take, row[0], now))
 
     def _decode_together(self, answers: list[AnswerT]) -> Iterator[Gain[AnswerT]]:
         try:
             logits = decode_together([a.slot for a in answers], [a.latest for a in answers])
         except Exception as error:
-            for answer in answers:
-                yield from self._gained(answer, error)
+            yield from self._failed(answers, error)
             return
         now = time.perf_counter()
         for answer, row in zip(answers, logits, strict=True):
-            gain: Delta | Exception
-            try:
-                gain = answer.take(row, now)
-            except Exception as error:
-                gain = error
-            yield from self._gained(answer, gain)
+            yield from self._attempt(answer, partial(answer.take, row, now))
+
+    def _failed(self, answers: list[AnswerT], error: Exception) -> Iterator[Gain[AnswerT]]:
+        for answer in answers:
+            yield from self._gained(answer, error)
+
+    def _attempt(self, answer: AnswerT, gain: Callable[[], Delta]) -> Iterator[Gain[AnswerT]]:
+        try:
+            gained: Delta | Exception = gain()
+        except Exception as error:
+            gained = error
+        yield from self._gained(answer, gained)
 
     def _gained(self, answer: AnswerT, gain: Delta | Exception) -> Iterator[Gain[AnswerT]]:
         if answer.finish_reason or isinstance(gain, Exception):
