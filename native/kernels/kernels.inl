@@ -1183,18 +1183,26 @@ std::uint64_t read_bytes(const std::uint8_t* data, std::size_t bytes) {
 
 std::uint64_t multiply() {
   constexpr int kChainsBusy = kAccumulators;
-  constexpr int kRounds = 100'000'000 / (kChainsBusy * 4 * kWidth);
+  constexpr int kProducts = (kBothNibbles ? 8 : 4) * kWidth;
+  constexpr int kRounds = 100'000'000 / (kChainsBusy * kProducts);
   alignas(64) std::uint8_t ones[kRegisterBytes];
   for (int i = 0; i < kRegisterBytes; ++i) ones[i] = 1;
   Bytes weights = load_bytes(ones), x = load_bytes(ones);
   Ints sums[kChainsBusy];
   EDGEVL_UNROLL
   for (int k = 0; k < kChainsBusy; ++k) sums[k] = splat(0);
-  for (int i = 0; i < kRounds; ++i) {
-    opaque(weights);
+  const auto add_product = [&](auto& sum) {
+    opaque(weights);  // or products that are the same would be computed once for all chains
     opaque(x);
+    if constexpr (kBothNibbles) {
+      sum = dot8(sum, weights, weights, x, x);
+    } else {
+      sum = dot4(sum, weights, x);
+    }
+  };
+  for (int i = 0; i < kRounds; ++i) {
     EDGEVL_UNROLL
-    for (int k = 0; k < kChainsBusy; ++k) sums[k] = dot4(sums[k], weights, x);
+    for (int k = 0; k < kChainsBusy; ++k) add_product(sums[k]);
   }
   std::uint64_t total = 0;
   for (int k = 0; k < kChainsBusy; ++k) total += std::uint64_t(sum(sums[k]));
