@@ -177,7 +177,7 @@ class CpuEngine(Engine):
         """Append what the parts say: -> their logits, float32 [wanted, V], one after the other."""
         first, *others = parts
         step = max(INTERRUPTIBLE // self.chunk, 1) * self.chunk
-        while first.wanted <= len(first.inputs) - step:
+        while len(first.inputs) - step >= max(first.wanted, 1):
             self._compute([Part(first.sequence, first.inputs[:step], 0)])
             first = Part(first.sequence, first.inputs[step:], first.wanted)
         given: list[_native.Part] = []
