@@ -309,13 +309,15 @@ using HeldDecoder = Held<Decoder>;
 using HeldVision = Held<VisionEncoder>;
 
 /// An array over a new or shared buffer, which lives as long as the array.
-Floats numpy(std::shared_ptr<Buffer<float>> buffer, std::initializer_list<std::size_t> shape) {
-  float* address = buffer->data();
-  auto* shared = new std::shared_ptr<Buffer<float>>(std::move(buffer));
+template <class T>
+nb::ndarray<nb::numpy, T> numpy(std::shared_ptr<Buffer<T>> buffer,
+                                std::initializer_list<std::size_t> shape) {
+  T* address = buffer->data();
+  auto* shared = new std::shared_ptr<Buffer<T>>(std::move(buffer));
   nb::capsule owner(shared, [](void* pointer) noexcept {
-    delete static_cast<std::shared_ptr<Buffer<float>>*>(pointer);
+    delete static_cast<std::shared_ptr<Buffer<T>>*>(pointer);
   });
-  return Floats(address, shape, owner);
+  return {address, shape, owner};
 }
 
 Floats new_array(std::shared_ptr<Buffer<float>>& buffer, std::initializer_list<std::size_t> shape) {
@@ -337,6 +339,21 @@ Floats embed(HeldDecoder& self, const Array& ids) {
   nb::gil_scoped_release release;
   self.model->embed(tokens, out->data());
   return array;
+}
+
+nb::ndarray<nb::numpy, std::uint32_t> save(HeldDecoder& self, const Sequence& cache, int length) {
+  auto out = std::make_shared<Buffer<std::uint32_t>>(self.model->words(cache, length));
+  {
+    nb::gil_scoped_release release;
+    self.model->save(cache, length, out->data());
+  }
+  return numpy(out, {out->size()});
+}
+
+void load(HeldDecoder& self, Sequence& cache, const Array& words, int length) {
+  const auto* address = data<std::uint32_t>(words, "words", 1);
+  nb::gil_scoped_release release;
+  self.model->load(cache, address, words.size(), length);
 }
 
 /// A cache, what is appended to it (embeddings [T, H], or token ids [T]), and how many of the last
@@ -531,6 +548,8 @@ NB_MODULE(_native, m) {
             self.model->share(cache, other, length);
           },
           "cache"_a, "other"_a, "length"_a)
+      .def("save", &save, "cache"_a, "length"_a)
+      .def("load", &load, "cache"_a, "words"_a, "length"_a)
       .def("embed", &embed, "ids"_a)
       .def("step", &step, "parts"_a);
   nb::class_<HeldVision>(m, "VisionEncoder")

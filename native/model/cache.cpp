@@ -76,4 +76,21 @@ void Cache::share(const Cache& other, int length) {
   length_ = length;
 }
 
+std::size_t Cache::words(int length) const { return blocks_of(length) * block_words_; }
+
+void Cache::copy_to(std::uint32_t* out, int length) const {
+  for (std::size_t i = 0; i < blocks_of(length); ++i) {
+    std::copy_n(blocks_[i]->data(), block_words_, out + i * block_words_);
+  }
+}
+
+void Cache::assign(const std::uint32_t* words, int length) {
+  truncate(0);
+  reserve(length);
+  for (std::size_t i = 0; i < blocks_of(length); ++i) {
+    std::copy_n(words + i * block_words_, block_words_, blocks_[i]->data());
+  }
+  length_ = length;
+}
+
 }  // namespace edgevl

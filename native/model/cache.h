@@ -43,6 +43,16 @@ class Cache {
   /// then.
   void share(const Cache& other, int length);
 
+  /// Words of the blocks that hold `length` positions.
+  std::size_t words(int length) const;
+
+  /// Copies the blocks of the first `length` positions, at most length(), to out [words(length)].
+  void copy_to(std::uint32_t* out, int length) const;
+
+  /// Becomes the `length` positions that `copy_to` gave for a cache of this shape and format.
+  /// Throws std::bad_alloc, and is empty then.
+  void assign(const std::uint32_t* words, int length);
+
   /// A pointer for each block to the keys, or values, of a head (see cache_words).
   std::uint32_t* const* keys(int layer, int head) const { return pointers(layer, head, 0); }
   std::uint32_t* const* values(int layer, int head) const { return pointers(layer, head, 1); }

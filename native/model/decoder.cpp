@@ -108,6 +108,51 @@ void Decoder::share(Sequence& sequence, const Sequence& other, int length) {
   sequence.cache.share(other.cache, length);
 }
 
+std::size_t Decoder::words(const Sequence& sequence, int length) const {
+  check(sequence, 0);
+  require(length >= 1 && length <= sequence.cache.length(),
+          "save " + std::to_string(length) + " positions, but " +
+              std::to_string(sequence.cache.length()) + " are cached");
+  return sequence.cache.words(length);
+}
+
+void Decoder::save(const Sequence& sequence, int length, std::uint32_t* out) {
+  std::lock_guard lock(turn_);
+  words(sequence, length);
+  const auto& c = config_;
+  Cache part(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, c.kv_cache);
+  part.share(sequence.cache, length);
+  const int begin = length % kCacheBlock;
+  if (begin != 0) {  // the last block has what was said next
+    part.reserve(length + 1);
+    const std::vector<float> zeros(c.head_dim);
+    const int block = length / kCacheBlock, format = static_cast<int>(c.kv_cache);
+    for (int layer = 0; layer < c.num_hidden_layers; ++layer) {
+      for (int head = 0; head < c.num_key_value_heads; ++head) {
+        for (int position = begin; position < kCacheBlock; ++position) {
+          kernels_.store_key[format](zeros.data(), c.head_dim, position,
+                                     part.keys(layer, head)[block]);
+        }
+        kernels_.store_values[format](zeros.data(), 0, kCacheBlock - begin, c.head_dim, begin,
+                                      part.values(layer, head)[block]);
+      }
+    }
+  }
+  part.copy_to(out, length);
+}
+
+void Decoder::load(Sequence& sequence, const std::uint32_t* words, std::size_t count, int length) {
+  std::lock_guard lock(turn_);
+  check(sequence, 0);
+  require(length >= 1 && length <= config_.max_context, "load " + std::to_string(length) +
+                                                            " positions into a context of " +
+                                                            std::to_string(config_.max_context));
+  const std::size_t expected = sequence.cache.words(length);
+  require(count == expected, std::to_string(length) + " positions have " +
+                                 std::to_string(expected) + " words, not " + std::to_string(count));
+  sequence.cache.assign(words, length);
+}
+
 void Decoder::embed(std::span<const std::int64_t> ids, float* out) const {
   check_ids(ids);
   embed(ids, out, config_.hidden_size);

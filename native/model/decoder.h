@@ -118,6 +118,17 @@ class Decoder {
   /// Makes `sequence` the first `length` positions of `other`; they share the memory.
   void share(Sequence& sequence, const Sequence& other, int length);
 
+  /// Words of the first `length` positions of a sequence, 1 .. its length.
+  std::size_t words(const Sequence& sequence, int length) const;
+
+  /// Copies them to out [words(sequence, length)]. What the last block has after them is zero.
+  void save(const Sequence& sequence, int length, std::uint32_t* out);
+
+  /// Makes `sequence` the `length` positions that `save` gave with the same weights, format of the
+  /// cache and kernels. `count`, of `words`, must be what that many positions have. Throws
+  /// std::bad_alloc, and the sequence is empty then.
+  void load(Sequence& sequence, const std::uint32_t* words, std::size_t count, int length);
+
   /// Looks up token embeddings: out [ids.size(), hidden_size].
   void embed(std::span<const std::int64_t> ids, float* out) const;
 

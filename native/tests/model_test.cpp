@@ -323,6 +323,19 @@ void test_cache() {
   cache.reserve(1);
   CHECK(twin.keys(0, 0)[0] == kept && cache.keys(0, 0)[0] != kept);
 
+  // Out and in again, also into one whose blocks are shared.
+  twin.keys(1, 2)[1][3] = 12;
+  std::vector<std::uint32_t> words(twin.words(kCacheBlock + 1));
+  CHECK(words.size() * 4 == 2 * block && twin.words(kCacheBlock) * 4 == block);
+  twin.copy_to(words.data(), kCacheBlock + 1);
+  Cache sharer(2, 3, 24);
+  cache.set_length(1);
+  cache.keys(1, 2)[0][3] = 13;
+  sharer.share(cache, 1);
+  sharer.assign(words.data(), kCacheBlock + 1);
+  CHECK(sharer.length() == kCacheBlock + 1 && sharer.keys(1, 2)[1][3] == 12);
+  CHECK(sharer.keys(1, 2)[0][3] == twin.keys(1, 2)[0][3] && cache.keys(1, 2)[0][3] == 13);
+
   Cache small(2, 3, 24, CacheFormat::kInt8);
   small.reserve(1);
   CHECK(small.bytes() == 2 * 3 * 2 * kCacheBlock * (32 + 4));          // padded to 16; a scale
@@ -596,6 +609,25 @@ void test_decoder(const std::string& isa, int threads, bool qwen3, Format format
   const auto batch = decode(decoder, all, next);
   CHECK(near(batch, 0, 83) && near(batch, 1, 1));
   for (int i = 0; i < c.chunk; ++i) CHECK(near(batch, 2 + i, 2 + i));
+
+  // Saved without what follows, and loaded.
+  for (int length : {1, 63, 64, 70}) {
+    const auto alone = decoder.new_sequence(), loaded = decoder.new_sequence();
+    prefill(decoder, *alone, embeddings.data(), length);
+    std::vector<std::uint32_t> words(decoder.words(*sequence, length)), same(words.size());
+    decoder.save(*sequence, length, words.data());
+    decoder.save(*alone, length, same.data());
+    CHECK(words == same);
+    decoder.load(*loaded, words.data(), words.size(), length);
+    CHECK(loaded->cache.length() == length);
+    std::vector<float> after[2];
+    for (int i = 0; i < 2; ++i) {
+      Sequence* continued[] = {i == 0 ? alone.get() : loaded.get()};
+      const auto logits = decode(decoder, continued, {{ids[length]}});
+      after[i].assign(logits.buffer->data(), logits.buffer->data() + vocabulary);
+    }
+    CHECK(after[0] == after[1]);
+  }
 }
 
 void test_decoder_errors() {
@@ -626,6 +658,13 @@ void test_decoder_errors() {
     CHECK_THROWS(decoder.step(parts));  // only the first may want less, and none more
   }
   CHECK_THROWS(extend(decoder, *sequence, {}));
+  std::uint32_t word = 0;
+  CHECK_THROWS(decoder.words(*sequence, 1));
+  CHECK_THROWS(decoder.save(*sequence, 0, &word));
+  CHECK_THROWS(decoder.load(*sequence, &word, 1, 1));
+  CHECK_THROWS(decoder.load(*sequence, &word, 0, 0));
+  CHECK_THROWS(decoder.load(*sequence, &word, sequence->cache.words(201), 201));
+  CHECK_THROWS(decoder.load(*stranger, &word, 1, 1));
   CHECK(sequence->cache.length() == 0);
   prefill(decoder, *sequence, x.data(), 200);
   CHECK_THROWS(decode(decoder, mine, {{1}}));

@@ -91,6 +91,12 @@ class Decoder:
     def share(self, cache: Cache, other: Cache, length: int) -> None:
         """Make ``cache`` the first ``length`` positions of ``other``; they share the memory."""
 
+    def save(self, cache: Cache, length: int) -> NDArray[np.uint32]:
+        """Return the first ``length`` positions of ``cache``, for `load`: words [N]."""
+
+    def load(self, cache: Cache, words: NDArray[np.uint32], length: int) -> None:
+        """Make ``cache`` the positions that `save` gave: of the same weights, ``kv_cache``, isa."""
+
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Token ids [T] -> [T, H]."""
 

@@ -419,6 +419,17 @@ class LoadOptions:
         high=MAX_THREADS,
         only="cpu",
     )
+    keep_bytes: int = option(
+        10**9,
+        "integer",
+        "Most MB on disk, beside a large checkpoint, for features of pictures and for system "
+        "messages, which cost nothing after a restart then; 0 keeps none.",
+        "N",
+        low=0,
+        flag="--keep-mb",
+        unit=10**6,
+        only="cpu",
+    )
     # What commands decide themselves; the other engines have exact logits, and no cache.
     exact_logits: bool = False
     cache: bool = True

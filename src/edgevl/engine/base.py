@@ -8,10 +8,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from edgevl.engine.kept import Kept
 
 Floats = NDArray[np.float32]
 
@@ -105,6 +108,8 @@ class Engine(ABC):
     max_draft: int = 0
     #: Whether sequences are decoded together in less time than one by one, and can `share`.
     batched: bool = False
+    #: Where features and saved positions outlive the process, if anywhere.
+    kept: Kept | None = None
     #: What a user should know of how the model was loaded, a line each.
     notes: tuple[str, ...] = ()
 
@@ -211,6 +216,22 @@ class Engine(ABC):
                 another model.
         """
         raise NotImplementedError  # where it is not `batched`
+
+    def save(self, sequence: Sequence, length: int) -> NDArray[np.uint32]:
+        """Return the first ``length`` positions of ``sequence`` as they are cached, for `load`.
+
+        Raises:
+            ValueError: ``length`` is less than 1 or more than is cached.
+        """
+        raise NotImplementedError  # where nothing is `kept`
+
+    def load(self, sequence: Sequence, saved: NDArray[np.uint32], length: int) -> None:
+        """Make ``sequence`` the ``length`` positions that `save` gave; what it held is lost.
+
+        Raises:
+            ValueError: they are not so many, or more than the context holds.
+        """
+        raise NotImplementedError  # where nothing is `kept`
 
     def timings(self) -> EngineTimings:
         """Return the totals so far."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,15 @@ from edgevl.checkpoint.architecture import (
     vision_layers,
 )
 from edgevl.engine.base import Engine, Floats, Part, Sequence, WeightBytes
-from edgevl.engine.packed import convertible, pack_in_memory, packed_bytes, packed_matrices
+from edgevl.engine.kept import Kept
+from edgevl.engine.packed import (
+    cache_directory,
+    convertible,
+    is_cached,
+    pack_in_memory,
+    packed_bytes,
+    packed_matrices,
+)
 from edgevl.engine.plan import PANEL, PackingPlan, make_plan
 from edgevl.engine.reference import PROJECTOR_NORM_EPS, inverse_frequencies
 from edgevl.errors import CheckpointError, EdgeVLError
@@ -112,7 +122,12 @@ class CpuEngine(Engine):
         # leaves 100 MB of free memory behind that malloc would keep.
         checkpoint.release()
         trim_heap()
-        if options.cache and not options.exact_logits:  # a second file would not be worth its disk
+        # With exact logits a second file would not be worth its disk.
+        cached = options.cache and not options.exact_logits
+        if cached and options.keep_bytes and is_cached(self.plan):
+            models = kept_models(checkpoint, self.plan, options.kv_cache, self.instruction_set)
+            self.kept = Kept(cache_directory(checkpoint) / "kept", options.keep_bytes, models)
+        if cached:
             packed = packed_matrices(checkpoint, self.plan, precision, self._pool)
         else:
             packed = pack_in_memory(checkpoint, self.plan, self._pool)
@@ -148,6 +163,18 @@ class CpuEngine(Engine):
         assert isinstance(sequence, CpuSequence)
         assert isinstance(other, CpuSequence)
         self.decoder.share(sequence.cache, other.cache, length)
+        sequence.length = length
+
+    def save(self, sequence: Sequence, length: int) -> NDArray[np.uint32]:
+        """Return the first ``length`` positions of ``sequence`` as they are cached."""
+        assert isinstance(sequence, CpuSequence)
+        return self.decoder.save(sequence.cache, length)
+
+    def load(self, sequence: Sequence, saved: NDArray[np.uint32], length: int) -> None:
+        """Make ``sequence`` the ``length`` positions that `save` gave."""
+        assert isinstance(sequence, CpuSequence)
+        sequence.rewind(0)  # memory may not suffice for what comes
+        self.decoder.load(sequence.cache, saved, length)
         sequence.length = length
 
     def weight_bytes(self) -> WeightBytes:
@@ -206,6 +233,26 @@ def instruction_set(isa: str = "") -> str:
             f"{', '.join(usable)}"
         )
     return name
+
+
+def kept_models(
+    checkpoint: Checkpoint, plan: PackingPlan, kv_cache: KVCacheFormat, isa: str
+) -> dict[str, str]:
+    """Return what features, and cached positions, depend on beside what they are of (see `Kept`).
+
+    That is the weights as they are rounded, the instructions, and the very libraries: sums taken
+    in another order, or another layout of the cache, come with others.
+    """
+    module = Path(_native.__file__)
+    code = hashlib.sha256()
+    for path in [module, *sorted(module.parent.glob("libedgevl_*"))]:
+        code.update(path.read_bytes())
+    common = f"{checkpoint.fingerprint()} {code.hexdigest()} {isa}"
+    vision = [matrix for matrix in plan.matrices if matrix.name.startswith("vision.")]
+    return {
+        "features": f"{common} {vision}",
+        "prefix": f"{common} {plan.matrices} {kv_cache}",
+    }
 
 
 def weight_bytes(checkpoint: Checkpoint, plan: PackingPlan, kv_cache: KVCacheFormat) -> WeightBytes:

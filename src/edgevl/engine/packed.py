@@ -50,6 +50,11 @@ def packed_bytes(matrix: MatrixPlan) -> int:
     return _native.packed_bytes(matrix.format, matrix.rows, matrix.cols, matrix.group)
 
 
+def is_cached(plan: PackingPlan) -> bool:
+    """Tell whether a model is large enough for files to be kept beside it."""
+    return sum(map(packed_bytes, plan.matrices)) >= CACHE_FROM_BYTES
+
+
 def packed_matrices(
     checkpoint: Checkpoint, plan: PackingPlan, precision: str, pool: _native.ThreadPool
 ) -> dict[str, Bytes]:
@@ -58,8 +63,7 @@ def packed_matrices(
     Raises:
         CheckpointError: the quantization of a weight is damaged.
     """
-    total = sum(map(packed_bytes, plan.matrices))
-    if total < CACHE_FROM_BYTES:
+    if not is_cached(plan):
         return pack_in_memory(checkpoint, plan, pool)
     path = cache_path(checkpoint, plan, precision)
     if is_file(path):
@@ -147,11 +151,16 @@ def aligned_zeros(size: int) -> Bytes:
 # --- the cache file --------------------------------------------------------------------------
 
 
+def cache_directory(checkpoint: Checkpoint) -> Path:
+    """Return where files are kept beside a checkpoint."""
+    return checkpoint.path / ".edgevl"
+
+
 def cache_path(checkpoint: Checkpoint, plan: PackingPlan, precision: str) -> Path:
     """Return where the packed weights of a checkpoint are kept."""
     text = f"{LAYOUT_VERSION} {checkpoint.fingerprint()} {plan.matrices}"
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return checkpoint.path / ".edgevl" / f"{precision}-{key}.safetensors"
+    return cache_directory(checkpoint) / f"{precision}-{key}.safetensors"
 
 
 def write_cache(

@@ -37,6 +37,7 @@ def load(
     kv_cache: KVCacheFormat = "bf16",
     exact_logits: bool = False,
     cache: bool = True,
+    keep_bytes: int = LoadOptions.keep_bytes,
 ) -> Model:
     """Load a model.
 
@@ -55,6 +56,9 @@ def load(
             need it; comparisons of whole distributions do. Slower, and takes more memory.
         cache: keep what large weights are packed to in ``.edgevl`` beside the checkpoint, where
             the next start finds it.
+        keep_bytes: where weights are kept so, most bytes there for the features of pictures, and
+            the keys and values of long system messages, that answers were computed with: the next
+            start does not compute them again. What was used longest ago makes room. 0 keeps none.
 
     Raises:
         CheckpointError: the checkpoint is missing, malformed, or not supported.
@@ -64,7 +68,14 @@ def load(
     """
     started = time.perf_counter()
     options = LoadOptions(
-        engine, max_context, precision, kv_cache, threads, exact_logits=exact_logits, cache=cache
+        engine,
+        max_context,
+        precision,
+        kv_cache,
+        threads,
+        keep_bytes,
+        exact_logits=exact_logits,
+        cache=cache,
     )
     checkpoint = open_model(locate(model), engine)
     prompts = PromptEncoder(checkpoint)  # first: what parsing takes is free again for the weights
@@ -234,5 +245,6 @@ class Model:
             try:
                 self._rounds.clear()  # an answer may have been broken off
                 yield
+                self._rounds.slots.keep()
             finally:
                 self._owner = None

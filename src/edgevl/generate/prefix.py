@@ -5,9 +5,10 @@ Only what is new is computed.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,16 @@ from edgevl.engine.base import Engine, Floats, Part
 from edgevl.machine import this_machine
 from edgevl.preprocess import Picture, Prompt
 
+if TYPE_CHECKING:
+    from edgevl.engine.kept import Kept
+
 #: Features of this many tiles are kept, so that a picture is encoded once (1 MiB a tile for 1B).
 FEATURE_CACHE_TILES = 256
+
+#: Shorter system messages are computed as soon as they are read.
+LEAST_KEPT_TOKENS = 64
+#: System messages of this many prompts are remembered, to see which are used again.
+REMEMBERED_PREFIXES = 1024
 
 #: Tokens of an answer that room is kept for. One that grows beyond delays the next request instead,
 #: and is cut off where the memory does not suffice for those under way.
@@ -32,25 +41,85 @@ Key: TypeAlias = int | tuple[str, int]
 
 
 class FeatureCache:
-    """Features of the pictures that were asked about lately; sequences of a model share it."""
+    """Features of the pictures that were asked about lately; sequences of a model share it.
 
-    def __init__(self) -> None:
+    Args:
+        kept: where they outlive the process, if anywhere.
+    """
+
+    def __init__(self, kept: Kept | None = None) -> None:
         self._features: OrderedDict[str, Floats] = OrderedDict()
+        self._kept = kept
+        self._new: set[str] = set()  # digests of those that `keep` writes
 
     def get(self, picture: Picture) -> Floats | None:
         """Return the picture's features [image tokens, H] if they are known."""
         features = self._features.get(picture.digest)
         if features is not None:
             self._features.move_to_end(picture.digest)
+        elif self._kept and (features := self._kept.get("features", picture.digest)) is not None:
+            self._add(picture, features)
         return features
 
     def put(self, picture: Picture, features: Floats) -> None:
-        """Keep features [image tokens, H]; those not used for longest make room."""
+        """Add features [image tokens, H]; those not used for longest make room."""
+        self._add(picture, features)
+        if self._kept:
+            self._new.add(picture.digest)
+
+    def keep(self) -> None:
+        """Write what is new to disk."""
+        while self._kept and self._new:
+            digest = self._new.pop()
+            self._kept.put("features", digest, self._features[digest])
+
+    def _add(self, picture: Picture, features: Floats) -> None:
         self._features[picture.digest] = features
+        self._features.move_to_end(picture.digest)
         tokens_per_tile = len(features) // len(picture.pixels)
         most = FEATURE_CACHE_TILES * tokens_per_tile
         while len(self._features) > 1 and sum(map(len, self._features.values())) > most:
-            self._features.popitem(last=False)
+            self._new.discard(self._features.popitem(last=False)[0])
+
+
+class KeptPrefixes:
+    """System messages whose keys and values outlive the process; sequences of a model share it.
+
+    The first one of a process is kept, as it is the only one of most; of the others those that a
+    second conversation begins with. Some clients write the time of day into theirs.
+
+    Args:
+        kept: where.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+        #: What followed a system message when it was last used.
+        self._followed: OrderedDict[str, str] = OrderedDict()
+
+    def get(self, prefix: Sequence[Key]) -> NDArray[np.uint32] | None:
+        """Return what `Engine.save` gave for a system message, if it is kept."""
+        return self._kept.get("prefix", _digest(prefix))
+
+    def put(self, prefix: Sequence[Key], save: Callable[[], NDArray[np.uint32]]) -> None:
+        """Keep what ``save`` returns, which `Engine.save` gave, if it is not kept."""
+        digest = _digest(prefix)
+        if not self._kept.has("prefix", digest):
+            self._kept.put("prefix", digest, save())
+
+    def wants(self, prefix: Sequence[Key], following: Sequence[Key]) -> bool:
+        """Note that a system message is used; tell whether it should be kept.
+
+        ``following`` tells conversations apart: it is the beginning of the first question.
+        """
+        digest, question = _digest(prefix), _digest(following)
+        first = not self._followed
+        again = self._followed.get(digest, question) != question
+        self._followed[digest] = question
+        self._followed.move_to_end(digest)
+        if len(self._followed) > REMEMBERED_PREFIXES:
+            self._followed.popitem(last=False)
+        return first or again
 
 
 class Slot:
@@ -61,6 +130,7 @@ class Slot:
     Args:
         engine: what computes.
         features: what the engine's other sequences use too.
+        prefixes: likewise; None where nothing is kept.
 
     Attributes:
         engine: what computes.
@@ -69,14 +139,18 @@ class Slot:
         used: number of the latest take or release; the least has been idle longest.
     """
 
-    def __init__(self, engine: Engine, features: FeatureCache) -> None:
+    def __init__(
+        self, engine: Engine, features: FeatureCache, prefixes: KeptPrefixes | None = None
+    ) -> None:
         self.engine = engine
         self.sequence = engine.new_sequence()
         self.reserved = 0
         self.used = 0
         self._features = features
+        self._prefixes = prefixes
         self._cached: list[Key] = []
         self._keys: list[Key] = []  # of the prompt that is read
+        self._new_prefix: list[Key] = []  # what `keep` writes
 
     def __len__(self) -> int:
         # A call that was interrupted may have left the two lengths apart.
@@ -96,6 +170,7 @@ class Slot:
             Embeddings of what is left to compute, float32 [T, H]; at least one position.
         """
         self._keys = prompt_keys(prompt)
+        self._begin(self._keys, prompt.system)
         start = min(self.match(self._keys), len(self._keys) - 1)
         embeddings = yield from self._embed(prompt, start)
         self.truncate(start)
@@ -129,6 +204,25 @@ class Slot:
         """Become the first ``length`` positions of another sequence of a batched engine."""
         self.engine.share(self.sequence, other.sequence, length)
         self._cached = other._cached[:length]
+
+    def keep(self) -> None:
+        """Write the system message to disk, if it is new and to be kept."""
+        prefix, self._new_prefix = self._new_prefix, []
+        if self._prefixes and prefix and self.match(prefix) == len(prefix):
+            self._prefixes.put(prefix, lambda: self.engine.save(self.sequence, len(prefix)))
+
+    def _begin(self, keys: list[Key], system: int) -> None:
+        """Take the system message, the first ``system`` positions, from disk if it is not here."""
+        self._new_prefix = []
+        if self._prefixes is None or system < LEAST_KEPT_TOKENS:
+            return
+        prefix = keys[:system]
+        if self._prefixes.wants(prefix, keys[system : system + LEAST_KEPT_TOKENS]):
+            self._new_prefix = prefix
+        if self.match(prefix) < system and (saved := self._prefixes.get(prefix)) is not None:
+            self.truncate(0)
+            self.engine.load(self.sequence, saved, system)
+            self._cached = list(prefix)
 
     def _embed(self, prompt: Prompt, start: int) -> Generator[None, None, Floats]:
         """Embed the positions from ``start`` on: float32 [T - start, H]; yields between tiles."""
@@ -190,6 +284,10 @@ def read_on(
     return logits
 
 
+def _digest(keys: Sequence[Key]) -> str:
+    return hashlib.sha256(repr(keys).encode()).hexdigest()
+
+
 def prompt_keys(prompt: Prompt) -> list[Key]:
     """Return the key of every position of ``prompt``."""
     ids: NDArray[np.int64] = prompt.token_ids
@@ -219,7 +317,8 @@ class Slots:
     """
 
     def __init__(self, engine: Engine, most: int) -> None:
-        self._features = FeatureCache()
+        self._features = FeatureCache(engine.kept)
+        self._prefixes = KeptPrefixes(engine.kept) if engine.kept else None
         self._engine = engine
         self._slots: list[Slot] = []  # none yet: an NPU has but one, which others may use first
         self.most = most if engine.batched else 1
@@ -277,6 +376,13 @@ class Slots:
         for slot in self._slots:
             slot.reserved = 0
 
+    def keep(self) -> None:
+        """Write to disk what idle slots have computed and is to outlive the process."""
+        self._features.keep()
+        for slot in self._slots:
+            if not slot.reserved:
+                slot.keep()
+
     def overgrown(self) -> bool:
         """Make room for what answers have grown by; tell whether they alone take too much."""
         if len(self._slots) == 1:  # there is room for a whole context
@@ -300,7 +406,7 @@ class Slots:
         return min(others or idle, key=lambda slot: slot.used)
 
     def _new(self) -> Slot:
-        self._slots.append(Slot(self._engine, self._features))
+        self._slots.append(Slot(self._engine, self._features, self._prefixes))
         return self._slots[-1]
 
     def _evict(self, taken: int) -> None:

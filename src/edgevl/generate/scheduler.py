@@ -137,6 +137,7 @@ class Scheduler:
         self._queue = FairQueue()
         self._mean_s = LEAST_WAIT_S
         self._closing = False
+        self._ended = False  # an answer, since what it computed was kept
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
@@ -275,6 +276,9 @@ class Scheduler:
                     request.deliver(gain)
                 if request.finish_reason:
                     self._end(request)
+            if self._ended:  # nobody waits for what is written now
+                self._ended = False
+                self._rounds.slots.keep()
 
     def _start_next(self) -> None:
         """Start the next request, if there is room for it."""
@@ -295,6 +299,7 @@ class Scheduler:
     def _end(self, request: Request, error: Exception | None = None) -> None:
         """Stop computing it and deliver the last event."""
         self._rounds.end(request)
+        self._ended = True
         if request.begun:
             duration_s = time.perf_counter() - request.begun
             self._mean_s += LATEST * (duration_s - self._mean_s)

@@ -18,6 +18,7 @@ from edgevl.preprocess.template import (
     TAGS,
     THINKING_SYSTEM_MESSAGE,
     PlainMessage,
+    after_system_message,
     default_system_message,
     load_template,
     spell_out,
@@ -68,12 +69,14 @@ class Prompt:
     """A conversation as the model reads it: int64 ``token_ids`` [T], its pictures in order.
 
     Where ``thinking``, the template has begun the answer with ``<think>``, so that the model goes
-    on with its thoughts.
+    on with its thoughts. The first ``system`` tokens are the system message, with its tools and
+    pictures; 0 where there is none, or where it ends cannot be told.
     """
 
     token_ids: NDArray[np.int64]
     images: tuple[ImageSpan, ...]
     thinking: bool = False
+    system: int = 0
 
 
 # What a mark in the rendered conversation stands for.
@@ -107,6 +110,8 @@ class PromptEncoder:
         self._image_ids = self._find_image_ids(checkpoint)
         self.stop_ids = frozenset({*checkpoint.config.eos_token_ids, *self._ids_of([_END_OF_TURN])})
         self._system_message = default_system_message(self._template)
+        following = self._ids_in(after_system_message(self._template))
+        self._ends_system = not self.stop_ids.isdisjoint(following)
         # What begins, ends or fills a sequence, as the tokenizer's files name it.
         named = token_variables(checkpoint.read_json("tokenizer_config.json") or {})
         fills = [named[name] for name in ("bos_token", "eos_token", "pad_token") if name in named]
@@ -172,7 +177,11 @@ class PromptEncoder:
             )
         written = "".join(blank)
         opened = written.rfind(_THINK_START) > written.rfind(_THINK_END)
-        return self._prompt(ids, images, opened)
+        system = 0
+        if self._ends_system and (messages[0].role == "system" or self._system_message):
+            ends = (place for place, token in enumerate(ids, 1) if token in self.stop_ids)
+            system = next(ends, 0)
+        return self._prompt(ids, images, opened, system)
 
     def encode_text(self, text: str, max_tokens: int | None = None) -> Prompt:
         """Encode a text as it is, without a chat template, for the model to go on with.
@@ -205,7 +214,11 @@ class PromptEncoder:
         return self._prompt(token_ids, [])
 
     def _prompt(
-        self, ids: Sequence[int], images: Sequence[ImageSpan], thinking: bool = False
+        self,
+        ids: Sequence[int],
+        images: Sequence[ImageSpan],
+        thinking: bool = False,
+        system: int = 0,
     ) -> Prompt:
         token_ids = np.array(ids, dtype=np.int64)
         if token_ids.max(initial=0) >= self._vocab_size:
@@ -214,7 +227,7 @@ class PromptEncoder:
                 f"{self._vocab_size}; the tokenizer is of another model"
             )
         token_ids.flags.writeable = False
-        return Prompt(token_ids, tuple(images), thinking)
+        return Prompt(token_ids, tuple(images), thinking, system)
 
     def _encode(
         self, rendered: Sequence[str], items: Sequence[_Item], sentinels: Sentinels
@@ -419,26 +432,26 @@ class PromptEncoder:
         ids = map(self.tokenizer.token_to_id, contents)
         return [token_id for token_id in ids if token_id is not None]
 
+    def _ids_in(self, text: str) -> list[int]:
+        """Return the ids of a text by itself."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
     def _find_anchor(self) -> str:
         """Return what to put before a string that is not the first, so that it is not taken so.
 
         Tokenizers in the manner of SentencePiece put a space before the first word of a string.
         For the others, Qwen's among them, this is empty.
         """
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-            return ids
-
         for token_id, token in self.tokenizer.get_added_tokens_decoder().items():
-            anchored = encode(token.content + "a")
+            anchored = self._ids_in(token.content + "a")
             if token.special and not token.rstrip and anchored[0] == token_id:
-                return token.content if anchored[1:] != encode("a") else ""
+                return token.content if anchored[1:] != self._ids_in("a") else ""
         return ""
 
     def _added_by_tokenizer(self) -> list[int]:
         """Return `start_ids`."""
-        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
+        plain = self._ids_in("a")
         full = self.tokenizer.encode("a").ids
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:

@@ -230,6 +230,16 @@ def default_system_message(template: ChatTemplate) -> str:
     return ""
 
 
+def after_system_message(template: ChatTemplate) -> str:
+    """Return what a template writes between a system message and the user's, or ""."""
+    messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": _OTHER_PROBE}]
+    try:
+        rendered = template.render(messages)
+    except CheckpointError:  # it knows no system messages
+        return ""
+    return rendered.partition(_PROBE)[2].partition(_OTHER_PROBE)[0]
+
+
 def surroundings(template: ChatTemplate) -> str:
     """Return what a template writes around messages, up to the end of the last one."""
     for roles in ("system user assistant user", "user assistant user", "user"):
