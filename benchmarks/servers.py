@@ -103,7 +103,7 @@ class EdgeVLServer(Server):
         return [
             *(sys.executable, "-m", "edgevl", "serve", setting.model, "--port", str(port)),
             *("--precision", setting.precision, "--threads", str(setting.threads)),
-            *("--max-queue", str(2 * setting.clients)),
+            *("--max-queue", str(2 * setting.clients), "--keep-mb", "0"),
         ]
 
 

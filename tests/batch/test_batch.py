@@ -136,6 +136,7 @@ BAD_LINES = {
     '{"video": "clip.mp4", "frames": 0}': "frames must be a whole number from 1 to 256",
     '{"video": "clip.mp4", "frames": 257}': "frames must",
     '{"video": "clip.mp4", "frames": true}': "frames must",
+    '{"video": "clip.mp4", "frame_threshold": 256}': "frame_threshold must be a number from 0 to",
     '{"video": "missing.mp4"}': "no such file",
     '{"video": "meter.png"}': "not a video",
     '{"video": "http://example.invalid/a.mp4"}': "not fetched",
@@ -311,6 +312,16 @@ def test_videos_in_a_directory(model, pictures, clip, tmp_path):
     assert all("videos" not in row for row in rest)
 
 
+def test_a_threshold_of_a_run_and_of_a_line(model, pictures):
+    write_clip(pictures / "clip.mp4", first=1000)  # which no other test has shown
+    line = {"video": "clip.mp4"}
+    path = write_lines(pictures, line, line | {"frame_threshold": 0})
+    before = model.engine.timings().tiles
+    found = answered(model, path, question=NUMBER, frames=4, frame_threshold=255, max_tokens=1)
+    assert model.engine.timings().tiles - before == 1 + 3  # the first is known
+    assert [row["usage"]["image_tokens"] for row in found] == [4 * 36, 4 * 36]
+
+
 def test_videos_in_lines(model, pictures, clip):
     url = "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()
     path = write_lines(
@@ -336,7 +347,7 @@ def test_a_video_is_decoded_once_for_rows_in_a_row(model, pictures, clip, monkey
     monkeypatch.setattr(
         run,
         "prepare_video",
-        lambda source, *rest: decoded.append(rest[-1]) or prepare_video(source, *rest),
+        lambda source, *rest: decoded.append(rest[1]) or prepare_video(source, *rest),
     )
     line = {"video": "clip.mp4"}
     path = write_lines(pictures, line, line | {"question": "What?"}, line | {"frames": 3})

@@ -65,6 +65,7 @@ def test_answer_on_stdout_and_nothing_else(model, picture, capsys):
         "precision": "auto",
         "threads": None,
         "kv_cache": "bf16",
+        "keep_bytes": 10**9,
     }
     [call] = model.calls
     assert call["question"] == "What?"
@@ -78,6 +79,7 @@ def test_options_reach_the_model(model, picture):
     args += " --top-k 8 --min-p .1 --repetition-penalty 1.1 --seed 7 --stop A --stop B --context 99"
     args += " --frequency-penalty -.5 --presence-penalty 1 --logit-bias 5=-100 --logit-bias 7=2.5"
     args += " --engine cpu --precision int4 --threads 3 --kv-cache int8 --frames 5"
+    args += " --frame-threshold 4.5 --keep-mb 20"
     assert cli.main([*args.split(), "-i", str(picture), "-i", str(picture)]) == 0
     [call] = model.calls
     assert len(call.pop("images")) == 2
@@ -85,6 +87,7 @@ def test_options_reach_the_model(model, picture):
         "question": "x",
         "videos": [],
         "frames": 5,
+        "frame_threshold": 4.5,
         "system": "S",
         "thinking": True,
         "max_tiles": 3,
@@ -108,6 +111,7 @@ def test_options_reach_the_model(model, picture):
         "precision": "int4",
         "threads": 3,
         "kv_cache": "int8",
+        "keep_bytes": 20 * 10**6,
     }
 
 

@@ -214,9 +214,7 @@ def write_and_read(directory, barrier):
 
 def test_processes_write_and_read_at_once(kept, directory):
     barrier = CONTEXT.Barrier(3)
-    writers = [
-        CONTEXT.Process(target=write_and_read, args=(directory, barrier)) for _ in range(3)
-    ]
+    writers = [CONTEXT.Process(target=write_and_read, args=(directory, barrier)) for _ in range(3)]
     for writer in writers:
         writer.start()
     for writer in writers:

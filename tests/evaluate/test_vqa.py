@@ -204,6 +204,7 @@ def test_eval_json(model, path, capsys):
         "precision": "auto",
         "threads": None,
         "kv_cache": "bf16",
+        "keep_bytes": 10**9,
         "exact_logits": False,
     }
     assert model.calls[0]["images"] == [path.parent / "a.png"]

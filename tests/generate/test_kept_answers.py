@@ -10,14 +10,14 @@ import edgevl
 
 pytest.importorskip("edgevl._native", reason="the native engine is not built")
 
-from edgevl.engine import packed  # noqa: E402
-from edgevl.generate import prefix  # noqa: E402
-from edgevl.generate.prefix import FeatureCache, KeptPrefixes  # noqa: E402
-from edgevl.generate.scheduler import Scheduler  # noqa: E402
-from edgevl.loading import locate  # noqa: E402
-from edgevl.preprocess import Message, Tool, prepare_picture  # noqa: E402
-from running_server import picture as shown  # noqa: E402
-from running_server import serving, text, user  # noqa: E402
+from edgevl.engine import packed
+from edgevl.generate import prefix
+from edgevl.generate.prefix import FeatureCache, KeptPrefixes
+from edgevl.generate.scheduler import Scheduler
+from edgevl.loading import locate
+from edgevl.preprocess import Message, Tool, prepare_picture
+from running_server import picture as shown
+from running_server import serving, text, user
 
 SYSTEM = "You read meters for a living. Say what they show, and nothing else. " * 8
 QUESTION = "What number is on the display?"

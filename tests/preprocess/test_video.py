@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 import edgevl
 from edgevl import cli
 from edgevl.errors import ContextLengthError, PromptError, VideoError
 from edgevl.preprocess import Message, open_video, prepare_picture, prepare_video, video
+
+from edgevl.preprocess.video import frame_difference
 
 av = pytest.importorskip("av")
 
@@ -436,6 +439,96 @@ def test_prompt_is_that_of_the_frames_as_pictures(tiny, clip):
     np.testing.assert_array_equal(prompt.token_ids, expected.token_ids)
     assert prompt.images == expected.images
     assert [span.length for span in prompt.images] == [config.image_tokens] * 2
+
+
+# --- frames that are nearly equal ---------------------------------------------------------------
+
+
+def flat(value, config):
+    """Return a frame of one shade, or of three channels."""
+    pixels = np.empty((200, 300, 3), np.uint8)
+    pixels[:] = value
+    return prepare_picture(Image.fromarray(pixels), config, 1)
+
+
+def test_differences_are_of_8_bit_values_and_of_the_patch_that_differs_most(tiny):
+    config = tiny.checkpoint.config
+
+    def difference(first, second):
+        return frame_difference(first, second, config)
+
+    grey = flat(100, config)
+    assert difference(grey, grey) == 0
+    assert difference(grey, flat(107, config)) == pytest.approx(7, abs=1e-3)
+    assert difference(flat(107, config), grey) == pytest.approx(7, abs=1e-3)
+    assert difference(flat(0, config), flat(255, config)) == pytest.approx(255, abs=1e-3)
+    for channel in range(3):  # each counts a third
+        value = [100, 100, 100]
+        value[channel] = 130
+        assert difference(grey, flat(value, config)) == pytest.approx(10, abs=1e-3)
+    side, size = config.vision.image_size, config.vision.patch_size
+    pixels = np.full((side, side, 3), 100, np.uint8)
+    # A checkerboard, so that no mean of a patch changes: half of one patch, as much of another.
+    pixels[:size, size : 2 * size][::2] += 20
+    pixels[:size, size : 2 * size][1::2] -= 20
+    pixels[-size:, -size:] += 5
+    changed = prepare_picture(Image.fromarray(pixels), config, 1)
+    assert difference(grey, changed) == pytest.approx(20, abs=1e-3)
+
+
+def test_a_still_camera_is_encoded_once_until_something_moves(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    scene = rng.integers(40, 200, (96, 96, 3)).astype(np.float64)
+
+    def picture(number, width, height):
+        pixels = scene + rng.normal(0, 2, scene.shape)
+        if number >= 20:  # something comes into one corner
+            pixels[80:, 80:] += 50
+        return pixels.clip(0, 255).astype(np.uint8)
+
+    path = write_clip(
+        tmp_path / "still.mkv", frames=40, codec="ffv1", size=(96, 96), picture=picture
+    )
+    config = tiny.checkpoint.config
+    frames = prepare_video(path, config, 10)
+    assert len(set(frames)) == 10
+    alike = prepare_video(path, config, 10, 6)
+    assert alike == [frames[0]] * 5 + [frames[5]] * 5
+    before = tiny.engine.timings().tiles
+    answer = tiny.ask("What?", videos=[path], frames=10, frame_threshold=6, max_tokens=1)
+    assert tiny.engine.timings().tiles - before == 2
+    assert answer.usage.image_tokens == 10 * config.image_tokens
+
+
+def test_what_changes_slowly_is_seen(tiny, tmp_path):
+    """Each frame is compared with what was encoded, not with the one before it."""
+
+    def picture(number, width, height):
+        return np.full((height, width, 3), 50 + number, np.uint8)
+
+    path = write_clip(tmp_path / "dawn.mkv", frames=40, codec="ffv1", picture=picture)
+    config = tiny.checkpoint.config
+    frames = prepare_video(path, config, 40)
+    steps = [frame_difference(*pair, config) for pair in zip(frames, frames[1:], strict=False)]
+    assert max(steps) < 3
+    alike = prepare_video(path, config, 40, 5)
+    assert 5 <= len(set(alike)) <= 14  # 40 shades in steps of about 5
+    for frame, shown in zip(frames, alike, strict=True):
+        assert frame_difference(frame, shown, config) < 5
+
+
+def test_at_the_threshold_a_frame_is_shown_as_it_is(tiny, clip):
+    config = tiny.checkpoint.config
+    first, second = prepare_video(clip, config, 2)
+    difference = frame_difference(first, second, config)
+    assert prepare_video(clip, config, 2, difference) == [first, second]
+    assert prepare_video(clip, config, 2, difference * 1.001) == [first, first]
+
+
+@pytest.mark.parametrize("threshold", [-1, 255.1, float("nan"), True, "8", None])
+def test_thresholds_out_of_range(tiny, clip, threshold):
+    with pytest.raises(PromptError, match="frame_threshold must be a number from 0 to 255"):
+        tiny.ask("x", videos=[clip], frame_threshold=threshold)
 
 
 def test_asking_about_a_video_and_again(tiny, clip):

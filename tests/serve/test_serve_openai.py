@@ -127,6 +127,24 @@ def test_a_video(client, tmp_path):
     assert tokens(4) == 2 * tokens(2) > 0
 
 
+def test_frames_of_a_video_that_are_alike(server, client, tmp_path):
+    pytest.importorskip("av")
+    clip = write_clip(tmp_path / "clip.mp4", first=1000)  # which no other test has shown
+    video = {"type": "video_url", "video_url": {"url": data_url(clip, "video/mp4")}}
+    engine = server.service.loaded().scheduler.model.engine
+
+    def tiles(threshold):
+        before = engine.timings().tiles
+        more = {"frames": 4, "frame_threshold": threshold}
+        ask(client, user(video, text("?")), max_tokens=1, extra_body=more)
+        return engine.timings().tiles - before
+
+    assert tiles(255) == 1
+    assert tiles(None) == 3
+    with pytest.raises(openai.BadRequestError, match="frame_threshold"):
+        tiles(256)
+
+
 def test_json_schema(client):
     schema = {
         "type": "object",

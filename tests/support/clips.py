@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,10 +28,12 @@ def write_clip(
     variable: bool = False,
     first: int = 0,
     start: int = 0,
+    picture: Callable[[int, int, int], np.ndarray] = picture_of,
 ) -> Path:
     """Write a clip of 25 frames a second, or ever fewer (``variable``), and return its path.
 
-    It shows frames from number ``first`` on, and begins at the time of frame ``start``.
+    It shows frames from number ``first`` on, as ``picture`` draws them, and begins at the time of
+    frame ``start``.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
@@ -40,7 +43,7 @@ def write_clip(
             stream.codec_context.gop_size = gop
             stream.codec_context.max_b_frames = b_frames
         for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(picture_of(first + number, *size), "rgb24")
+            frame = av.VideoFrame.from_ndarray(picture(first + number, *size), "rgb24")
             frame.pts = start + number + (number * number // 10 if variable else 0)
             frame.time_base = Fraction(1, 25)
             container.mux(stream.encode(frame))

@@ -15,14 +15,15 @@ from edgevl.files import reading
 from edgevl.json_input import filled_text, parse_object
 from edgevl.options import OPTIONS
 from edgevl.preprocess.sources import PICTURE_SUFFIXES, VIDEO_SUFFIXES, find_files
-from edgevl.preprocess.video import check_frames
+from edgevl.preprocess.video import check_frames, check_threshold
 
 #: Longest line of a file, in bytes: a picture of the largest size in a ``data:`` URL, and more.
 MAX_LINE_BYTES = 128 << 20
 _BLOCK_BYTES = 1 << 20
 #: What a line may have.
 FIELDS = (
-    "id", "image", "images", "video", "videos", "frames", "question", "system", *OPTIONS,
+    "id", "image", "images", "video", "videos", "frames", "frame_threshold", "question", "system",
+    *OPTIONS,
 )  # fmt: skip
 #: Longest question or system message, in bytes of UTF-8.
 MAX_TEXT_BYTES = 1 << 20
@@ -48,7 +49,8 @@ class Row:
         images: its pictures.
         videos: its videos.
         question: what is asked.
-        options: ``system``, ``frames`` and fields of `SamplingOptions`, where the line has its own.
+        options: ``system``, ``frames``, ``frame_threshold`` and fields of `SamplingOptions`, where
+            the line has its own.
         error: what is wrong with the line; empty if nothing is.
     """
 
@@ -187,9 +189,10 @@ def parse_line(line: bytes, number: int, directory: Path, question: str | None) 
 
     It is an object with ``image`` (a path or ``data:`` URL) or ``images`` (a list of them, which
     may be empty), ``video`` or ``videos`` likewise, and where wanted ``frames`` (how many are taken
-    of each video), ``question``, ``id`` (text or whole number), ``system`` and fields of
-    `SamplingOptions`. Paths are relative to ``directory``, where the file lies; ``question`` is
-    asked if the line has none. A row has what could be read, and what is wrong with the rest.
+    of each video), ``frame_threshold``, ``question``, ``id`` (text or whole number), ``system`` and
+    fields of `SamplingOptions`. Paths are relative to ``directory``, where the file lies;
+    ``question`` is asked if the line has none. A row has what could be read, and what is wrong with
+    the rest.
     """
     where = f"line {number}"
     try:
@@ -239,6 +242,8 @@ def _read(
         options["system"] = filled_text(fields["system"], "system", MAX_TEXT_BYTES)
     if "frames" in fields:
         options["frames"] = check_frames(fields["frames"])
+    if "frame_threshold" in fields:
+        options["frame_threshold"] = check_threshold(fields["frame_threshold"])
     known["options"] = options
 
 

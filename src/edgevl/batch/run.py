@@ -20,7 +20,7 @@ from edgevl.generate.constraint import Constraint
 from edgevl.generate.model import Model
 from edgevl.preprocess import prepare_picture, prepare_video
 from edgevl.preprocess.picture import most_tiles
-from edgevl.preprocess.video import DEFAULT_FRAMES, check_frames
+from edgevl.preprocess.video import DEFAULT_FRAMES, check_frames, check_threshold
 from edgevl.version import __version__
 from edgevl.work import opened, publish
 
@@ -39,6 +39,7 @@ def answer_rows(
     thinking: bool | None = None,
     max_tiles: int | None = None,
     frames: int = DEFAULT_FRAMES,
+    frame_threshold: float = 0.0,
     **sampling: Any,
 ) -> Generator[dict[str, Any], None, None]:
     """Answer every row by itself, in order.
@@ -54,6 +55,7 @@ def answer_rows(
             template.
         max_tiles: most tiles a picture is cut into; default is the checkpoint's.
         frames: how many are taken of a video, where the row does not say.
+        frame_threshold: likewise; see `Session.ask`.
         **sampling: fields of `SamplingParams`, where the row does not say; see `Session.ask`.
 
     Yields:
@@ -61,13 +63,17 @@ def answer_rows(
         `Answer`, or ``error`` where a line, a picture, a video or a prompt is at fault.
 
     Raises:
-        PromptError: ``max_tiles``, ``frames`` or a sampling value is out of range.
+        PromptError: ``max_tiles``, ``frames``, ``frame_threshold`` or a sampling value is out of
+            range.
         EdgeVLError: the model fails, not a row.
     """
     model.chat().params(**sampling)
     most_tiles(model.checkpoint.config, max_tiles)
-    check_frames(frames)
-    options = {"system": system, "thinking": thinking, "frames": frames, **sampling}
+    taken = {
+        "frames": check_frames(frames),
+        "frame_threshold": check_threshold(frame_threshold),
+    }
+    options = {"system": system, "thinking": thinking, **taken, **sampling}
     # What the row before showed is not decoded again.
     decoded = lru_cache(maxsize=1)(partial(_prepare, model, max_tiles))
 
@@ -76,7 +82,7 @@ def answer_rows(
         videos = tuple(shown.source for shown in row.videos)
         if not model.checkpoint.has_vision:
             return list(images), list(videos)  # asking about them says what is missing
-        return decoded(images, videos, row.options.get("frames", frames))
+        return decoded(images, videos, *(row.options.get(name, taken[name]) for name in taken))
 
     waiting: tuple[Row, Future[_Prepared]] | None = None
     # One thread and one row ahead: no more than two rows' pictures are in memory.
@@ -95,6 +101,7 @@ def _prepare(
     images: Iterable[Any],
     videos: Iterable[Any],
     frames: int,
+    frame_threshold: float,
 ) -> _Prepared:
     """Decode what a row shows; what cannot be asked about is refused before it fills the memory."""
     config = model.checkpoint.config
@@ -112,7 +119,7 @@ def _prepare(
     try:
         for source in videos:
             check_context((len(clips) + 1) * frames)  # known before they are decoded
-            clips.append(prepare_video(source, config, frames))
+            clips.append(prepare_video(source, config, frames, frame_threshold))
         tiles = len(clips) * frames
         for source in images:
             pictures.append(prepare_picture(source, config, max_tiles))

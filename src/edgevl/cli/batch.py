@@ -110,8 +110,9 @@ def _write(
     """Write the rows to a file, with a bar on the terminal."""
     from edgevl.batch import run_batch
 
-    # Answers are the same however many threads there are.
-    decisive = {name: value for name, value in loading.items() if name != "threads"}
+    # Answers are the same however many threads there are, and whatever is kept.
+    others = ("threads", "keep_bytes")
+    decisive = {name: value for name, value in loading.items() if name not in others}
     bar = progress_bar(translated("answers", "回答"))
     with resumable(output), bar as show:
         return run_batch(model, questions, output, loading=decisive, progress=show, **options)

@@ -217,8 +217,8 @@ def _sampling_option(option: Option) -> Decorator:
 
 
 #: Adds what a question may ask for: ``system``, ``think``, ``max_tiles``, ``frames``,
-#: ``json_object``, ``json_schema``, and the fields of `SamplingOptions` by their names, None where
-#: they are not given.
+#: ``frame_threshold``, ``json_object``, ``json_schema``, and the fields of `SamplingOptions` by
+#: their names, None where they are not given.
 answer_options = _together(
     [
         click.option(
@@ -245,6 +245,15 @@ answer_options = _together(
             show_default=True,
             metavar="N",
             help="Frames taken of a video.",
+        ),
+        click.option(
+            "--frame-threshold",
+            type=click.FloatRange(0, 255),
+            default=0.0,
+            show_default=True,
+            metavar="T",
+            help="Take a frame for the last one that was shown where no spot of it differs by T "
+            "or more, of 255; 0 shows all as they are.",
         ),
         *map(_sampling_option, OPTIONS.values()),
         click.option("--json-object", is_flag=True, help="Answer with a JSON object."),

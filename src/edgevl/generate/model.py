@@ -125,11 +125,14 @@ class Model:
         videos: Any = (),
         frames: int = DEFAULT_FRAMES,
         tools: Sequence[Tool] = (),
+        frame_threshold: float = 0.0,
         **sampling: Any,
     ) -> Answer:
         """Ask one question; for the arguments and errors see `chat` and `Session.ask`."""
         session = self.chat(system, thinking, max_tiles, tools)
-        return session.ask(text, images, videos, frames, **sampling)
+        return session.ask(
+            text, images, videos, frames, frame_threshold=frame_threshold, **sampling
+        )
 
     def stream(
         self,
@@ -141,11 +144,14 @@ class Model:
         videos: Any = (),
         frames: int = DEFAULT_FRAMES,
         tools: Sequence[Tool] = (),
+        frame_threshold: float = 0.0,
         **sampling: Any,
     ) -> Stream:
         """Ask one question and receive the answer as it is generated; see `Session.stream`."""
         session = self.chat(system, thinking, max_tiles, tools)
-        return session.stream(text, images, videos, frames, **sampling)
+        return session.stream(
+            text, images, videos, frames, frame_threshold=frame_threshold, **sampling
+        )
 
     def chat(
         self,

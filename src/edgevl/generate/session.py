@@ -175,6 +175,7 @@ class Session:
         videos: Any = (),
         frames: int = DEFAULT_FRAMES,
         tool_results: str | Sequence[str] = (),
+        frame_threshold: float = 0.0,
         **sampling: Any,
     ) -> Answer:
         """Ask and wait for the whole answer.
@@ -189,17 +190,24 @@ class Session:
             frames: how many are taken of each video, uniformly sampled.
             tool_results: what the call of the last answer gave, or its calls in their order; they
                 come before the question.
+            frame_threshold: a frame of a video that differs by less from the last one that was
+                shown, in any patch on average and of 255, is that one again and costs no vision:
+                3 to 10 for cameras that stand still; 0 shows all as they are. See
+                `edgevl.preprocess.video.frame_difference`.
             **sampling: fields of `SamplingParams`. What is left out, or None, is as
                 ``generation_config.json`` has it; see `params`.
 
         Raises:
             ImageError: a picture cannot be read or exceeds a limit.
             VideoError: a video cannot be read or exceeds a limit, or PyAV is missing.
-            PromptError: pictures and marks do not match, a sampling value or ``frames`` is out of
-                range, or a constraint is given to a conversation with thinking.
+            PromptError: pictures and marks do not match, a sampling value, ``frames`` or
+                ``frame_threshold`` is out of range, or a constraint is given to a conversation with
+                thinking.
             ContextLengthError: this message alone is longer than the context.
         """
-        stream = self.stream(text, images, videos, frames, tool_results, **sampling)
+        stream = self.stream(
+            text, images, videos, frames, tool_results, frame_threshold, **sampling
+        )
         for _ in stream:
             pass
         return stream.answer
@@ -211,6 +219,7 @@ class Session:
         videos: Any = (),
         frames: int = DEFAULT_FRAMES,
         tool_results: str | Sequence[str] = (),
+        frame_threshold: float = 0.0,
         **sampling: Any,
     ) -> Stream:
         """Ask and receive the answer as it is generated; see `ask`.
@@ -220,7 +229,7 @@ class Session:
         shown = [Attachment(image) for image in _listed(images)]
         shown += [Attachment(video, is_video=True) for video in _listed(videos)]
         turn = Turn(text, shown)
-        stream = self.answer(turn, None, frames, tool_results, **sampling)
+        stream = self.answer(turn, None, frames, tool_results, frame_threshold, **sampling)
         turn.shown = []  # what it takes in memory is the caller's affair
         return stream
 
@@ -230,6 +239,7 @@ class Session:
         after: Sequence[Turn] | None = None,
         frames: int = DEFAULT_FRAMES,
         tool_results: str | Sequence[str] = (),
+        frame_threshold: float = 0.0,
         **sampling: Any,
     ) -> Stream:
         """Answer a turn, which is filled as the answer is generated; for the rest see `ask`.
@@ -242,6 +252,7 @@ class Session:
             after: the turns that it follows, in place of `turns`.
             frames: see `ask`, and for what follows.
             tool_results: likewise.
+            frame_threshold: likewise.
             **sampling: likewise.
         """
         started = time.perf_counter()
@@ -253,7 +264,7 @@ class Session:
         results = [tool_results] if isinstance(tool_results, str) else tool_results
         turn.messages = [Message.tool(result) for result in results]
         if turn.text or turn.shown or not turn.messages:
-            turn.messages.append(self._question(turn, frames))
+            turn.messages.append(self._question(turn, frames, frame_threshold))
         turns = [*(self.turns if after is None else after), turn]
         left_out, prompt = self._fit(turns, params)
         return Stream(self._run(turns, left_out, prompt, params, started))
@@ -290,7 +301,7 @@ class Session:
         """Forget the last turn, its question and its answer, and return it, if there is one."""
         return self.turns.pop() if self.turns else None
 
-    def _question(self, turn: Turn, frames: int) -> Message:
+    def _question(self, turn: Turn, frames: int, frame_threshold: float = 0.0) -> Message:
         """Return what a turn asks, with its pictures and videos prepared."""
         if turn.shown and not self._checkpoint.has_vision:
             raise CheckpointError(
@@ -302,9 +313,8 @@ class Session:
         images = [each.source for each in turn.shown if not each.is_video]
         pictures = [prepare_picture(image, config, self.max_tiles) for image in images]
         videos = [each.source for each in turn.shown if each.is_video]
-        return Message.user(
-            turn.text, pictures, [prepare_video(video, config, frames) for video in videos]
-        )
+        clips = [prepare_video(video, config, frames, frame_threshold) for video in videos]
+        return Message.user(turn.text, pictures, clips)
 
     def _fit(self, turns: Sequence[Turn], params: SamplingParams) -> tuple[int, Prompt]:
         """Leave out the oldest messages until prompt and answer fit: -> how many, the prompt."""

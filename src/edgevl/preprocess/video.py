@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 DEFAULT_FRAMES = 8
 #: Most frames taken of a video.
 MAX_SAMPLED = 256
+#: The largest difference of two frames: that of black and white in 8 bits.
+MAX_DIFFERENCE = 255
 #: Most frames in a video: 9.7 hours at 30 a second.
 MAX_FRAMES = 2**20
 
@@ -248,10 +250,48 @@ def check_frames(count: int) -> int:
     return count
 
 
+def check_threshold(threshold: float) -> float:
+    """Return ``threshold``, the difference below which a frame is taken for the one before it.
+
+    Raises:
+        PromptError: It is not a number from 0 to ``MAX_DIFFERENCE``.
+    """
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not number or not 0 <= threshold <= MAX_DIFFERENCE:
+        raise PromptError(
+            f"frame_threshold must be a number from 0 to {MAX_DIFFERENCE}, not {threshold!r}"
+        )
+    return threshold
+
+
+def frame_difference(first: Picture, second: Picture, config: ModelConfig) -> float:
+    """Return how much two frames differ where they differ most, 0 … ``MAX_DIFFERENCE``.
+
+    It is the largest, among the patches that the vision encoder sees, of the mean absolute
+    difference of a patch's 8-bit values. So a small thing that moves is as large as a scene's cut.
+
+    Args:
+        first: A picture of one tile.
+        second: Another, prepared for the same model.
+        config: Of that model.
+    """
+    [difference] = np.abs(first.pixels - second.pixels)
+    channels, side, _ = difference.shape
+    size = config.vision.patch_size
+    patches = difference.reshape(channels, side // size, size, side // size, size).mean((2, 4))
+    bytes_per_unit = MAX_DIFFERENCE * np.asarray(config.image_std, np.float32)
+    return float(np.tensordot(bytes_per_unit, patches, 1).max() / channels)
+
+
 def prepare_video(
-    source: VideoSource | list[Picture], config: ModelConfig, frames: int = DEFAULT_FRAMES
+    source: VideoSource | list[Picture],
+    config: ModelConfig,
+    frames: int = DEFAULT_FRAMES,
+    threshold: float = 0.0,
 ) -> list[Picture]:
     """Sample frames of a video, each a picture of one tile.
+
+    A picture that comes again, which is encoded once, is the same object.
 
     Args:
         source: Anything that `open_video` takes, or what it returned; or what this function has
@@ -259,19 +299,26 @@ def prepare_video(
             videos ahead.
         config: Of the model that will see the frames.
         frames: How many, 1 to ``MAX_SAMPLED``.
+        threshold: A frame whose `frame_difference` from the last one that was taken is below it is
+            that one again. Of what changes slowly a frame is taken as soon as it has changed.
 
     Raises:
         VideoError: The video cannot be read, or exceeds a limit.
-        PromptError: ``frames`` is out of range.
+        PromptError: ``frames`` or ``threshold`` is out of range.
     """
     if isinstance(source, list):
         return source
     check_frames(frames)
+    check_threshold(threshold)
     video = source if isinstance(source, Video) else open_video(source)
     pictures: list[Picture] = []
     last: Image.Image | None = None
     for image in video.sample(frames):
-        pictures.append(pictures[-1] if image is last else prepare_picture(image, config, 1))
+        picture = pictures[-1] if image is last else prepare_picture(image, config, 1)
+        if threshold and pictures:
+            alike = frame_difference(pictures[-1], picture, config) < threshold
+            picture = pictures[-1] if alike else picture
+        pictures.append(picture)
         last = image
     return pictures
 

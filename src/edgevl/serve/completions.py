@@ -102,6 +102,7 @@ class _Loading:
 
     def __init__(self, body: ChatRequest, loaded: Loaded) -> None:
         self._frames = body.frames or DEFAULT_FRAMES
+        self._frame_threshold = body.frame_threshold or 0.0
         self._max_tiles = body.max_tiles
         self._media = loaded.media
         self._budget = loaded.media.budget()
@@ -133,7 +134,9 @@ class _Loading:
                 max_tiles = 1 if part.image_url.detail == "low" else self._max_tiles
                 url = part.image_url.url
                 return [await self._media.picture(url, max_tiles, self._budget), "\n"]
-            frames = await self._media.video(part.video_url.url, self._frames, self._budget)
+            frames = await self._media.video(
+                part.video_url.url, self._frames, self._budget, self._frame_threshold
+            )
             return list(Message.user("", videos=[frames]).parts)
 
 

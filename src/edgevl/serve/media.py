@@ -118,8 +118,10 @@ class Media:
         self._hold([picture])
         return picture
 
-    async def video(self, url: str, frames: int, budget: TileBudget) -> list[Picture]:
-        """Load a video's frames; as `picture`.
+    async def video(
+        self, url: str, frames: int, budget: TileBudget, threshold: float = 0.0
+    ) -> list[Picture]:
+        """Load a video's frames; as `picture`. For ``threshold`` see `prepare_video`.
 
         Raises:
             VideoError: the URL is of another kind, or what it holds no video that can be read.
@@ -130,7 +132,7 @@ class Media:
         budget.take(frames)
         async with self._loading(url):
             data = await self._bytes(url, MAX_VIDEO_BYTES, VideoError)
-            pictures = await self._run(lambda: prepare_video(data, self._config, frames))
+            pictures = await self._run(lambda: prepare_video(data, self._config, frames, threshold))
         self._hold(pictures)
         return pictures
 

@@ -405,6 +405,11 @@ class ChatRequest(Sampling):
     frames: Annotated[Whole, Field(ge=1, le=256)] | None = Field(
         None, description="Frames shown of each video."
     )
+    frame_threshold: Annotated[float, Field(ge=0, le=255)] | None = Field(
+        None,
+        description="A frame that differs by less from the last one shown, in any patch on average "
+        "and of 255, is that one again; default: 0, all are shown as they are.",
+    )
     max_tiles: Annotated[Whole, Field(ge=1, le=40)] | None = Field(
         None, description="Most tiles of a picture."
     )
