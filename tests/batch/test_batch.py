@@ -313,7 +313,7 @@ def test_videos_in_a_directory(model, pictures, clip, tmp_path):
 
 
 def test_a_threshold_of_a_run_and_of_a_line(model, pictures):
-    write_clip(pictures / "clip.mp4", first=1000)  # which no other test has shown
+    write_clip(pictures / "clip.mp4", size=(80, 64))  # which no other test has shown
     line = {"video": "clip.mp4"}
     path = write_lines(pictures, line, line | {"frame_threshold": 0})
     before = model.engine.timings().tiles

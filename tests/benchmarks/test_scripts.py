@@ -95,6 +95,19 @@ def test_axera_host(board, tmp_path):
     assert all(step["host_ms"] > 0 < step["copied_bytes"] for step in steps.values())
 
 
+def test_still_frames(tmp_path):
+    pytest.importorskip("av")
+    from clips import write_clip
+
+    clip = write_clip(tmp_path / "clip.mp4")
+    lines = run("benchmarks/still_frames.py", clip, "--frames", 10).splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines[2:]]
+    assert len(rows) == 3 * 3 + 3
+    assert all(row[2].startswith("2 of ") for row in rows[:9])  # the display counts once
+    assert all(row[4] == "0 of 10" for row in rows[:9])
+    assert {row[0] for row in rows[9:]} == {"clip"}
+
+
 def test_constraint():
     pytest.importorskip("llguidance")
     vocabulary = json.loads((TINY / "config.json").read_text())["llm_config"]["vocab_size"]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import os
 import sys
 from contextlib import suppress
@@ -16,7 +17,6 @@ import edgevl
 from edgevl import cli
 from edgevl.errors import ContextLengthError, PromptError, VideoError
 from edgevl.preprocess import Message, open_video, prepare_picture, prepare_video, video
-
 from edgevl.preprocess.video import frame_difference
 
 av = pytest.importorskip("av")
@@ -509,7 +509,7 @@ def test_what_changes_slowly_is_seen(tiny, tmp_path):
     path = write_clip(tmp_path / "dawn.mkv", frames=40, codec="ffv1", picture=picture)
     config = tiny.checkpoint.config
     frames = prepare_video(path, config, 40)
-    steps = [frame_difference(*pair, config) for pair in zip(frames, frames[1:], strict=False)]
+    steps = [frame_difference(*pair, config) for pair in itertools.pairwise(frames)]
     assert max(steps) < 3
     alike = prepare_video(path, config, 40, 5)
     assert 5 <= len(set(alike)) <= 14  # 40 shades in steps of about 5
