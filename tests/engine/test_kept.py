@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import stat
+from functools import partial
 
 import numpy as np
 import pytest
@@ -38,14 +39,19 @@ def values(seed, rows=64):
     return np.random.default_rng(seed).standard_normal((rows, 16), np.float32)
 
 
+def has(kept, key, kind="features"):
+    """Whether an array is there, without using it."""
+    return kept._path(kind, key).exists()
+
+
 def files(directory):
     return sorted(directory.iterdir())
 
 
 def test_arrays_come_back_to_the_bit_and_are_their_owners_alone(kept, directory):
     words = np.arange(64, dtype=np.uint32)
-    kept.put("features", "one", values(1))
-    kept.put("prefix", "one", words)
+    kept.put("features", "one", lambda: values(1))
+    kept.put("prefix", "one", lambda: words)
     again = Kept(directory, 10**6, MODELS)
     for array, expected in (
         (again.get("features", "one"), values(1)),
@@ -53,16 +59,15 @@ def test_arrays_come_back_to_the_bit_and_are_their_owners_alone(kept, directory)
     ):
         assert array.dtype == expected.dtype
         np.testing.assert_array_equal(array, expected)
-    assert again.has("prefix", "one")
+    assert again.get("prefix", "one") is not None
     assert again.get("prefix", "two") is None
-    assert not again.has("prefix", "two")
     assert [path.name.partition("-")[0] for path in files(directory)] == ["features", "prefix"]
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in files(directory)} == {0o600}
 
 
 def test_another_model_has_another_key(kept, directory):
-    kept.put("features", "one", values(1))
+    kept.put("features", "one", lambda: values(1))
     other = Kept(directory, 10**6, MODELS | {"features": "another model"})
     assert other.get("features", "one") is None
 
@@ -89,7 +94,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_removed(kept, directory, damage, caplog):
-    kept.put("features", "one", values(1))
+    kept.put("features", "one", lambda: values(1))
     [path] = files(directory)
     whole = path.read_bytes()
     path.write_bytes(DAMAGES[damage](bytearray(whole)))
@@ -97,7 +102,7 @@ def test_a_damaged_file_is_removed(kept, directory, damage, caplog):
     assert kept.get("features", "one") is None
     assert files(directory) == []
     assert "computing anew" in caplog.text
-    kept.put("features", "one", values(1))
+    kept.put("features", "one", lambda: values(1))
     assert path.read_bytes() == whole
 
 
@@ -105,25 +110,25 @@ def test_what_was_used_longest_ago_makes_room(directory, kept):
     size = values(0).nbytes + HEADER_BYTES
     small = Kept(directory, 3 * size, MODELS)
     for number in range(3):
-        small.put("features", str(number), values(number))
+        small.put("features", str(number), partial(values, number))
         for path in files(directory):  # so that times differ whatever the clock's grain
             times = path.stat()
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns - 10**9))
     assert small.get("features", "0") is not None
-    small.put("features", "3", values(3))
-    assert [small.has("features", str(number)) for number in range(4)] == [True, False, True, True]
+    small.put("features", "3", partial(values, 3))
+    assert [has(small, str(number)) for number in range(4)] == [True, False, True, True]
     for number in range(4, 20):
-        small.put("features", str(number), values(number))
+        small.put("features", str(number), partial(values, number))
         assert sum(path.stat().st_size for path in files(directory)) <= 3 * size
-    assert small.has("features", "19")
-    small.put("features", "large", values(0, rows=1000))  # larger than all together may be
-    assert not small.has("features", "large")
-    assert small.has("features", "19")
+    assert has(small, "19")
+    small.put("features", "large", partial(values, 0, rows=1000))  # larger than all together may be
+    assert not has(small, "large")
+    assert has(small, "19")
 
 
 def test_a_directory_that_cannot_be_written(kept, directory, monkeypatch, caplog):
     caplog.set_level("INFO")
-    kept.put("features", "old", values(0))
+    kept.put("features", "old", partial(values, 0))
 
     def refuse(*args, **options):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -131,18 +136,18 @@ def test_a_directory_that_cannot_be_written(kept, directory, monkeypatch, caplog
     with monkeypatch.context() as patched:
         patched.setattr(keeping, "replacing", refuse)
         patched.setattr(os, "utime", refuse)
-        kept.put("features", "one", values(1))
-        kept.put("features", "two", values(2))
+        kept.put("features", "one", lambda: values(1))
+        kept.put("features", "two", partial(values, 2))
         np.testing.assert_array_equal(kept.get("features", "old"), values(0))
     assert caplog.text.count("Read-only") == 1  # it is tried once
     assert len(files(directory)) == 1
     shutil.rmtree(directory)
     directory.write_text("in the way")
     again = Kept(directory, 10**6, MODELS)
-    again.put("features", "one", values(1))
+    again.put("features", "one", lambda: values(1))
     assert again.get("features", "one") is None
     gone = Kept(directory.parent / "gone" / "kept" / "kept", 10**6, MODELS)
-    gone.put("features", "one", values(1))
+    gone.put("features", "one", lambda: values(1))
     assert not (directory.parent / "gone").exists()
 
 
@@ -151,7 +156,7 @@ def test_a_read_only_directory(kept, directory):
     root = directory.parent.parent
     root.chmod(0o555)
     try:
-        kept.put("features", "one", values(1))
+        kept.put("features", "one", lambda: values(1))
         assert not directory.parent.exists()
     finally:
         root.chmod(0o755)
@@ -166,9 +171,20 @@ def test_a_full_disk_leaves_nothing_behind(kept, directory, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(keeping, "write_file", write_file)
-    kept.put("features", "one", values(1))
+    kept.put("features", "one", lambda: values(1))
     assert written
     assert files(directory) == []
+
+
+def test_without_memory_nothing_is_kept_or_read(kept, directory, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    kept.put("features", "old", lambda: values(0))
+    kept.put("features", "one", fail)
+    monkeypatch.setattr(keeping, "_read", fail)
+    assert kept.get("features", "old") is None
+    assert len(files(directory)) == 1
 
 
 def write_half(directory):
@@ -178,7 +194,7 @@ def write_half(directory):
         os.kill(os.getpid(), signal.SIGKILL)
 
     keeping.write_file = write_file
-    Kept(directory, 10**6, MODELS).put("features", "one", values(1))
+    Kept(directory, 10**6, MODELS).put("features", "one", lambda: values(1))
 
 
 def test_a_killed_writer_is_cleaned_up_after(kept, directory):
@@ -188,11 +204,11 @@ def test_a_killed_writer_is_cleaned_up_after(kept, directory):
     assert writer.exitcode == -signal.SIGKILL
     [unfinished] = files(directory)
     assert kept.get("features", "one") is None
-    kept.put("features", "one", values(1))
+    kept.put("features", "one", lambda: values(1))
     assert unfinished.exists()  # another process may be at it
     then = unfinished.stat().st_mtime - packed.ABANDONED_SECONDS - 60
     os.utime(unfinished, (then, then))
-    kept.put("features", "two", values(2))
+    kept.put("features", "two", partial(values, 2))
     assert not unfinished.exists()
     np.testing.assert_array_equal(kept.get("features", "one"), values(1))
 
@@ -204,7 +220,7 @@ def write_and_read(directory, barrier):
     found = 0
     for number in range(300):
         seed = number % 7
-        kept.put("features", str(seed), values(seed))
+        kept.put("features", str(seed), partial(values, seed))
         array = kept.get("features", str((seed + 1) % 7))
         if array is not None:
             found += 1
@@ -240,13 +256,13 @@ def engine_of(directory, isa="", **options):
 
 def holds(engine):
     """Whether an engine would find what the plain one has kept."""
-    return engine.kept.has("features", "one"), engine.kept.has("prefix", "one")
+    return has(engine.kept, "one"), has(engine.kept, "one", "prefix")
 
 
 def test_keys_cover_all_that_the_bits_depend_on(checkpoint):
     plain = engine_of(checkpoint)
-    plain.kept.put("features", "one", values(1))
-    plain.kept.put("prefix", "one", np.zeros(2, np.uint32))
+    plain.kept.put("features", "one", lambda: values(1))
+    plain.kept.put("prefix", "one", lambda: np.zeros(2, np.uint32))
     assert holds(engine_of(checkpoint)) == (True, True)
     assert holds(engine_of(checkpoint, precision="int8"))[0]
     assert holds(engine_of(checkpoint, max_context=77)) == (True, True)

@@ -210,8 +210,8 @@ def test_features_that_made_room_are_not_written(monkeypatch):
         def get(self, kind, key):
             return None
 
-        def put(self, kind, key, array):
-            written[key] = array
+        def put(self, kind, key, make):
+            written[key] = make()
 
     class Picture:
         def __init__(self, digest):

@@ -13,9 +13,9 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,8 @@ class Kept:
             return None
         try:
             array = _read(path)
+        except MemoryError:
+            return None
         except CheckpointError as error:
             if is_file(path):  # another process may have made room
                 log.warning("%s; computing anew what it had", error)
@@ -67,26 +69,26 @@ class Kept:
             os.utime(path)  # the latest use
         return array
 
-    def has(self, kind: str, key: str) -> bool:
-        """Tell whether an array is kept."""
-        return is_file(self._path(kind, key))
+    def put(self, kind: str, key: str, make: Callable[[], NDArray[Any]]) -> None:
+        """Keep what ``make`` returns: a float32 or uint32 array of a multiple of 8 bytes.
 
-    def put(self, kind: str, key: str, array: NDArray[Any]) -> None:
-        """Keep a float32 or uint32 array of a multiple of 8 bytes."""
+        It is not called where the array is kept already, or nothing can be written.
+        """
         path = self._path(kind, key)
-        size = array.nbytes + HEADER_BYTES
-        if self._refused or size > self._most_bytes or is_file(path):
+        if self._refused or is_file(path):
             return
-        dtype = "F32" if array.dtype == np.float32 else "U32"
-        specs = [TensorSpec("data", dtype, array.shape), TensorSpec("checksum", "U64", (1,))]
         try:
+            array = make()
+            size = array.nbytes + HEADER_BYTES
+            if size > self._most_bytes:
+                return
             self._directory.parent.mkdir(exist_ok=True)
             self._directory.mkdir(mode=0o700, exist_ok=True)
             self._make_room(size)
             with replacing(path) as file:
                 os.fchmod(file.fileno(), 0o600)
-                write_file(file, specs, [raw(array), raw(_checksum(array))], alignment=ALIGNMENT)
-        except OSError as error:  # read-only, or the disk is full
+                _write(file, array)
+        except (OSError, MemoryError) as error:  # read-only, or the disk is full
             log.info("%s: not written (%s), nothing more is kept", path, error)
             self._refused = True
 
@@ -115,6 +117,12 @@ class Kept:
                 return
             path.unlink(missing_ok=True)
             total -= used
+
+
+def _write(file: IO[bytes], array: NDArray[Any]) -> None:
+    dtype = "F32" if array.dtype == np.float32 else "U32"
+    specs = [TensorSpec("data", dtype, array.shape), TensorSpec("checksum", "U64", (1,))]
+    write_file(file, specs, [raw(array), raw(_checksum(array))], alignment=ALIGNMENT)
 
 
 def _read(path: Path) -> NDArray[Any]:

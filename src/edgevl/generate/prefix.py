@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
@@ -71,7 +72,7 @@ class FeatureCache:
         """Write what is new to disk."""
         while self._kept and self._new:
             digest = self._new.pop()
-            self._kept.put("features", digest, self._features[digest])
+            self._kept.put("features", digest, partial(self._features.__getitem__, digest))
 
     def _add(self, picture: Picture, features: Floats) -> None:
         self._features[picture.digest] = features
@@ -102,10 +103,8 @@ class KeptPrefixes:
         return self._kept.get("prefix", _digest(prefix))
 
     def put(self, prefix: Sequence[Key], save: Callable[[], NDArray[np.uint32]]) -> None:
-        """Keep what ``save`` returns, which `Engine.save` gave, if it is not kept."""
-        digest = _digest(prefix)
-        if not self._kept.has("prefix", digest):
-            self._kept.put("prefix", digest, save())
+        """Keep what ``save`` returns, as `Engine.save` gives it, if it is not kept."""
+        self._kept.put("prefix", _digest(prefix), save)
 
     def wants(self, prefix: Sequence[Key], following: Sequence[Key]) -> bool:
         """Note that a system message is used; tell whether it should be kept.
