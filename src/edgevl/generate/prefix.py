@@ -220,7 +220,7 @@ class Slot:
             self._new_prefix = prefix
         if self.match(prefix) < system and (saved := self._prefixes.get(prefix)) is not None:
             self.truncate(0)
-            self.engine.load(self.sequence, saved, system)
+            self.engine.load(self.sequence, saved, len(prefix))
             self._cached = list(prefix)
 
     def _embed(self, prompt: Prompt, start: int) -> Generator[None, None, Floats]:
