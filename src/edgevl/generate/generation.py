@@ -25,7 +25,7 @@ class Usage:
         prompt_tokens: the whole prompt: history, pictures, question.
         image_tokens: those of them that stand for pictures.
         completion_tokens: tokens generated, without the one that ended the turn.
-        cached_tokens: prompt tokens that were in the cache already and cost nothing.
+        cached_tokens: prompt tokens that were in the cache, or on disk, already and cost nothing.
     """
 
     prompt_tokens: int
