@@ -25,7 +25,7 @@ import edgevl
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine import Engine
 from edgevl.generate import generation
-from edgevl.generate.speculation import PromptLookup
+from edgevl.generate.speculation import Drafts
 from edgevl.loading import load_engine
 from edgevl.options import GREEDY, PRECISIONS, LoadOptions
 from edgevl.preprocess import Message
@@ -110,14 +110,14 @@ def measure_answers(
     """Answer every question without and with speculation, round after round."""
     steps: list[tuple[int, int]] = []
 
-    class Recorder(PromptLookup):
+    class Recorder(Drafts):
         def learn(self, drafted: int, gained: int, elapsed_ms: float) -> None:
             steps.append((drafted, gained))
             super().learn(drafted, gained, elapsed_ms)
 
     longest = model.engine.max_draft
     order = [(number, question) for number in range(rounds + 1) for question in questions]
-    with mock.patch.object(generation, "PromptLookup", Recorder):
+    with mock.patch.object(generation, "Drafts", Recorder):
         for number, question in order:
             for max_draft in (longest, 0) if number % 2 else (0, longest):
                 model.engine.max_draft = max_draft
@@ -153,7 +153,7 @@ def measure_steps(engine: Engine, context: int, rounds: int) -> Costs:
 
 def replayed_ms(question: Question, max_draft: int, costs: Costs) -> float:
     """Return the milliseconds that a question's answer takes where steps cost ``costs``."""
-    lookup = PromptLookup(question.prompt, max_draft)
+    lookup = Drafts(question.prompt, max_draft)
     answer, place, total_ms = question.answer, 0, 0.0
     while place < len(answer) - 1:
         lookup.add(answer[place])

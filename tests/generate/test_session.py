@@ -394,7 +394,7 @@ def test_a_constraint_is_for_what_comes_after_the_thoughts(thinker):
     for token_id in [*wanted, *[0] * 9]:
         logits = random.normal(size=tokenizer.get_vocab_size()).astype(np.float32)
         logits[token_id] = 99
-        generation.take(logits, 0.0)
+        generation.take(logits[None], 0.0)
         if generation.finish_reason:
             break
     answer = generation.answer(0.0)

@@ -6,7 +6,7 @@ import pytest
 import edgevl
 from edgevl.engine import native_missing
 from edgevl.generate import speculation
-from edgevl.generate.speculation import FIRST_DRAFT, MAX_PAUSE, PromptLookup
+from edgevl.generate.speculation import FIRST_DRAFT, MAX_PAUSE, Drafts
 
 ENGINES = [
     "reference",
@@ -18,7 +18,7 @@ ENGINES = [
 
 def confident(tokens, max_draft):
     """Return a lookup whose first draft was right, so that the next may be longer."""
-    lookup = PromptLookup(tokens, max_draft)
+    lookup = Drafts(tokens, max_draft)
     lookup.learn(1, 2, 0.0)
     return lookup
 
@@ -34,14 +34,14 @@ def test_the_draft_is_what_followed_the_last_time():
 
 def test_longer_matches_come_first():
     tokens = [1, 2, 3, 10, 9, 2, 3, 20, 1, 2, 3]
-    assert PromptLookup(tokens, 1).draft(1) == [10]
-    assert PromptLookup([*tokens[:-3], 5, 2, 3], 1).draft(1) == [20]
-    assert PromptLookup([8, *tokens[:-3], 7, 1, 2, 3, 30, 8, 1, 2, 3], 1).draft(1) == [10]
+    assert Drafts(tokens, 1).draft(1) == [10]
+    assert Drafts([*tokens[:-3], 5, 2, 3], 1).draft(1) == [20]
+    assert Drafts([8, *tokens[:-3], 7, 1, 2, 3, 30, 8, 1, 2, 3], 1).draft(1) == [10]
 
 
 @pytest.mark.parametrize("tokens", [[], [1], [1, 2, 3, 4], [1, 2, 3, 1, 3]])
 def test_nothing_known_nothing_drafted(tokens):
-    assert PromptLookup(tokens, 4).draft(4) == []
+    assert Drafts(tokens, 4).draft(4) == []
 
 
 def test_a_repetition_continues_itself():
@@ -50,7 +50,7 @@ def test_a_repetition_continues_itself():
 
 
 def test_drafts_grow_while_they_are_right_to_their_end():
-    lookup = PromptLookup([*range(20), 0, 1, 2, 3], 9)
+    lookup = Drafts([*range(20), 0, 1, 2, 3], 9)
     assert len(lookup.draft(9)) == FIRST_DRAFT
     for drafted, gained, following in ((2, 3, 5), (5, 6, 9), (9, 10, 9), (9, 5, 5), (5, 1, 2)):
         lookup.learn(drafted, gained, 1.0)
@@ -60,7 +60,7 @@ def test_drafts_grow_while_they_are_right_to_their_end():
 
 
 def test_engines_without_it_get_no_draft():
-    assert PromptLookup([1, 2, 3, 1, 2, 3, 1, 2], 0).draft(9) == []
+    assert Drafts([1, 2, 3, 1, 2, 3, 1, 2], 0).draft(9) == []
 
 
 def drafts_of(lookup, opportunities, gained, elapsed_ms):
@@ -74,7 +74,7 @@ def drafts_of(lookup, opportunities, gained, elapsed_ms):
 
 
 def test_it_stops_where_it_does_not_pay_and_comes_back():
-    lookup = PromptLookup([1, 2, 3] * 3, 4)
+    lookup = Drafts([1, 2, 3] * 3, 4)
     lookup.learn(0, 1, 10)
     assert drafts_of(lookup, 100, 3, 15) == 100  # three tokens in the time of one and a half
     few = drafts_of(lookup, 1000, 1, 15)
@@ -95,7 +95,7 @@ def model(request, mini_checkpoint):
 @pytest.fixture
 def extended(model, monkeypatch):
     """Numbers of tokens that the engine was given at once; every draft is made, and is long."""
-    monkeypatch.setattr(PromptLookup, "learn", lambda *args: None)
+    monkeypatch.setattr(Drafts, "learn", lambda *args: None)
     monkeypatch.setattr(speculation, "FIRST_DRAFT", 7)
     counts = []
     extend = model.engine.extend
@@ -164,7 +164,7 @@ def test_the_cache_holds_exactly_the_answer(model, extended):
 
 
 def test_a_limit_of_the_context_is_kept(mini_checkpoint, monkeypatch):
-    monkeypatch.setattr(PromptLookup, "learn", lambda *args: None)
+    monkeypatch.setattr(Drafts, "learn", lambda *args: None)
     monkeypatch.setattr(speculation, "FIRST_DRAFT", 7)
     for engine in ("reference", *(() if native_missing() else ("cpu",))):
         model = edgevl.load(mini_checkpoint("mini-qwen3"), engine, max_context=120)

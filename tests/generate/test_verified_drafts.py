@@ -11,7 +11,7 @@ from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Engine, Sequence
 from edgevl.generate import Model
 from edgevl.generate.sampling import SamplingParams
-from edgevl.generate.speculation import PromptLookup
+from edgevl.generate.speculation import Drafts
 from edgevl.preprocess import Prompt, PromptEncoder
 
 VOCABULARY = 600
@@ -71,9 +71,9 @@ def stop(prompts):
 @pytest.fixture(scope="module", autouse=True)
 def every_draft():
     """Drafts are never given up: each one counts as a success."""
-    learn = PromptLookup.learn
+    learn = Drafts.learn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PromptLookup, "learn", lambda self, *args: learn(self, 1, 2, 0.0))
+        patch.setattr(Drafts, "learn", lambda self, *args: learn(self, 1, 2, 0.0))
         yield
 
 

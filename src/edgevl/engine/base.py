@@ -104,7 +104,8 @@ class Engine(ABC):
     chunk: int
     #: Threads that compute; None where the engine does not say.
     threads: int | None = None
-    #: Most drafted tokens that `extend` verifies for little more than a `decode`; 0 for none.
+    #: Most drafted tokens that `extend` verifies for little more than a `decode`, each with the
+    #: bits of a `decode`, so that a seed draws the same answer; 0 for none.
     max_draft: int = 0
     #: Whether sequences are decoded together in less time than one by one, and can `share`.
     batched: bool = False

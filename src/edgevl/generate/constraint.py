@@ -42,6 +42,8 @@ _ARGUMENTS_OPTIONS = _JSON_OPTIONS | {
     "whitespace_flexible": False,
     "whitespace_pattern": None,
 }
+#: No white space at all.
+_DENSE_OPTIONS = _JSON_OPTIONS | {"whitespace_flexible": False, "whitespace_pattern": None}
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,14 @@ class Constraint:
         with_thinking: whether it is for the thoughts too, where the prompt has opened them; others
             are for what comes after.
         patterns: of schemas: where each is, and the grammar of what it matches by itself.
+        dense: where the answer is JSON, the grammar of the same without white space, by which it is
+            foreseen; else empty.
     """
 
     grammar: str
     with_thinking: bool = False
     patterns: tuple[tuple[str, str], ...] = ()
+    dense: str = ""
 
     @classmethod
     def json_object(cls) -> Constraint:
@@ -175,7 +180,7 @@ class Constraint:
         _Simplifier(parsed).visit(parsed)
         matcher = import_llguidance().LLMatcher
 
-        def grammar(schema: Any) -> str:
+        def grammar(schema: Any, options: dict[str, str | bool | None] = options) -> str:
             return str(matcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
 
         def failure(schema: Any) -> str:
@@ -191,6 +196,7 @@ class Constraint:
                     (name + path, grammar({"type": "string", "pattern": pattern}))
                     for path, pattern in _patterns(parsed)
                 ),
+                dense=grammar(parsed, _DENSE_OPTIONS),
             )
         except ValueError as error:  # what Python takes for JSON and others do not: "\ud800"
             raise PromptError(f"{name}: not JSON ({error}): correct it") from None

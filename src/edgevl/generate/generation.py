@@ -11,7 +11,7 @@ from edgevl.engine.base import Floats
 from edgevl.errors import ContextLengthError
 from edgevl.generate.prefix import Slot
 from edgevl.generate.sampling import Sampler, SamplingParams, TokenLogprobs, token_logprobs
-from edgevl.generate.speculation import PromptLookup
+from edgevl.generate.speculation import LENGTHS, AnswerPool, Drafts
 from edgevl.generate.text import AnswerText, Piece
 from edgevl.generate.token_mask import TokenMask, TokenMasks
 from edgevl.preprocess import Prompt, PromptEncoder
@@ -172,8 +172,9 @@ class Generation:
         self._text = AnswerText(prompts.tokenizer, params.stop, prompt.thinking)
         self._stop_ids = prompts.stop_ids
         self._room = min(params.max_tokens, max_context - len(token_ids))
-        self._greedy = params.greedy
-        self._lookup: PromptLookup | None = None
+        self._pool: AnswerPool | None = None
+        self._drafts: Drafts | None = None
+        self._draft: list[int] = []  # of what is being computed
         self._top_logprobs = top_logprobs
         self._token_ids: list[int] = []
         self._chosen = 0  # tokens, the one that ended the turn among them
@@ -196,9 +197,10 @@ class Generation:
         """The most tokens that prompt and answer may come to."""
         return len(self.prompt.token_ids) + self._room
 
-    def start(self, slot: Slot) -> None:
-        """Take a sequence."""
+    def start(self, slot: Slot, pool: AnswerPool) -> None:
+        """Take a sequence. Drafts come from ``pool`` too, and the answer goes into it."""
         self.slot = slot
+        self._pool = pool
         self.preparation = self._prepare()
 
     def read(self, count: int, elapsed_ms: float) -> None:
@@ -213,39 +215,36 @@ class Generation:
         self._ttft_ms = 1000 * (time.perf_counter() - self._started)
         return delta
 
-    def step(self) -> Delta:
-        """Compute the latest token by itself, with a draft of what follows if there is one."""
-        waited_s = time.perf_counter() - self.latest_token
-        slot, latest, before = self.slot, self.latest, self._chosen
-        if self._lookup is None:
-            # Only for greedy answers: a seed promises the same draws, and logits that are computed
-            # together differ in the last bits with some engines.
-            self._lookup = PromptLookup(
-                self.prompt.token_ids.tolist(), slot.engine.max_draft if self._greedy else 0
-            )
-        self._lookup.follow(self._token_ids)
-        begun = time.perf_counter()
-        # The last token of an answer is never computed.
-        draft = self._lookup.draft(self._room - len(self._token_ids) - 1)
-        logits = slot.extend([latest, *draft]) if draft else slot.decode(latest)
+    def following(self, most_drafted: int) -> list[int]:
+        """Return what is to be computed next: `latest`, and up to so many tokens as a draft."""
+        if most_drafted:
+            if self._drafts is None:
+                prompt = self.prompt.token_ids.tolist()
+                self._drafts = Drafts(prompt, self.slot.engine.max_draft, self._pool)
+            self._drafts.follow(self._token_ids)
+            # The last token of an answer is never computed.
+            most = min(most_drafted, self._room - len(self._token_ids) - 1)
+            draft = self._drafts.draft(most, self._sampler.foreseen())
+            self._draft = self._sampler.allowed(draft)
+        return [self.latest, *self._draft]
+
+    def take(self, logits: Floats, alone_ms: float = 0.0) -> Delta:
+        """Choose the tokens after those that `following` returned; take back what was not right.
+
+        Args:
+            logits: after each of them, float32 [T, V].
+            alone_ms: what computing them took, if nothing else was computed with them.
+        """
+        draft, self._draft = self._draft, []
+        before = self._chosen
         delta = self._take(logits, draft)
         gained = self._chosen - before
         if draft:
-            slot.truncate(len(slot) - (len(draft) + 1 - gained))
-        elapsed_ms = 1000 * (time.perf_counter() - begun)
-        self._decode_ms += 1000 * waited_s + elapsed_ms
-        self._lookup.learn(len(draft), gained, elapsed_ms)
+            self.slot.truncate(len(self.slot) - (len(draft) + 1 - gained))
+        if self._drafts and alone_ms:
+            self._drafts.learn(len(draft), gained, alone_ms)
+        self._decode_ms += 1000 * (time.perf_counter() - self.latest_token)
         return delta
-
-    def take(self, logits: Floats, now: float) -> Delta:
-        """Choose the token after `latest`, which was computed together with other answers' ones.
-
-        Args:
-            logits: float32 [V].
-            now: ``time.perf_counter()`` when they were there.
-        """
-        self._decode_ms += 1000 * (now - self.latest_token)
-        return self._take(logits[None], ())
 
     def cut(self) -> Delta:
         """End the answer for want of room; return the text that was held back."""
@@ -319,4 +318,6 @@ class Generation:
         self._token_ids += token_ids
         if self.finish_reason:
             pieces += self._text.finish()
+            if self._pool is not None:
+                self._pool.add(self.prompt.token_ids[-LENGTHS[0] :].tolist(), self._token_ids)
         return Delta(tuple(pieces), tuple(token_ids), tuple(logprobs))

@@ -10,6 +10,7 @@ from typing import Generic, TypeAlias, TypeVar
 from edgevl.engine.base import Engine, Floats
 from edgevl.generate.generation import Delta, Generation
 from edgevl.generate.prefix import Slots, decode_together, read_on
+from edgevl.generate.speculation import AnswerPool
 
 AnswerT = TypeVar("AnswerT", bound=Generation)
 #: An answer, and what it has gained or why it failed.
@@ -35,6 +36,7 @@ class Rounds(Generic[AnswerT]):
     def __init__(self, engine: Engine, max_sequences: int, whole_prompts: bool = False) -> None:
         self.slots = Slots(engine, max_sequences)
         self._engine = engine
+        self._pool = AnswerPool()
         self._whole_prompts = whole_prompts
         self._prefilling: list[AnswerT] = []  # each shorter than what was left of the one before
         self._decoding: list[AnswerT] = []
@@ -56,7 +58,7 @@ class Rounds(Generic[AnswerT]):
         slot = self.slots.take(answer.prompt, answer.most_tokens)
         if slot is None:
             return False
-        answer.start(slot)
+        answer.start(slot, self._pool)
         self._prefilling.append(answer)
         return True
 
@@ -77,8 +79,7 @@ class Rounds(Generic[AnswerT]):
         if reading is not None and reading.unread is not None:
             yield from self._read_on(reading, reading.unread, answers)
         elif len(answers) == 1:
-            # More than a token, where a draft is right.
-            yield from self._attempt(answers[0], answers[0].step)
+            yield from self._attempt(answers[0], partial(self._decode_alone, answers[0]))
         elif answers:
             yield from self._decode_together(answers)
 
@@ -123,7 +124,6 @@ class Rounds(Generic[AnswerT]):
         except Exception as error:
             yield from self._failed([reading, *answers], error)
             return
-        now = time.perf_counter()
         elapsed_ms = self._engine.timings().prefill_ms - before_ms
         reading.read(count, elapsed_ms)
         if ends:
@@ -131,7 +131,17 @@ class Rounds(Generic[AnswerT]):
             self._decoding.append(reading)
             yield from self._attempt(reading, partial(reading.begin, read))
         for answer, row in zip(answers, rows, strict=True):
-            yield from self._attempt(answer, partial(answer.take, row[0], now))
+            yield from self._attempt(answer, partial(answer.take, row))
+
+    def _decode_alone(self, answer: AnswerT) -> Delta:
+        """Compute an answer's next token, and more where a draft is right."""
+        following = answer.following(self._engine.max_draft)
+        begun = time.perf_counter()
+        if len(following) > 1:
+            logits = answer.slot.extend(following)
+        else:
+            logits = answer.slot.decode(answer.latest)
+        return answer.take(logits, 1000 * (time.perf_counter() - begun))
 
     def _decode_together(self, answers: list[AnswerT]) -> Iterator[Gain[AnswerT]]:
         try:
@@ -139,9 +149,8 @@ class Rounds(Generic[AnswerT]):
         except Exception as error:
             yield from self._failed(answers, error)
             return
-        now = time.perf_counter()
         for answer, row in zip(answers, logits, strict=True):
-            yield from self._attempt(answer, partial(answer.take, row, now))
+            yield from self._attempt(answer, partial(answer.take, row[None]))
 
     def _failed(self, answers: list[AnswerT], error: Exception) -> Iterator[Gain[AnswerT]]:
         for answer in answers:

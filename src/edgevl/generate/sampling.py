@@ -101,6 +101,14 @@ class Sampler:
         """Whether the constraint lets nothing follow the tokens chosen so far."""
         return self._mask is not None and self._mask.complete
 
+    def foreseen(self) -> list[int]:
+        """Return what the constraint lets come next, as far as it leaves no choice."""
+        return self._mask.foreseen() if self._mask is not None else []
+
+    def allowed(self, draft: list[int]) -> list[int]:
+        """Return a draft up to where the constraint would not let it be chosen."""
+        return draft[: self._mask.allowed(draft)] if self._mask is not None else draft
+
     def choose(self, logits: NDArray[np.float32]) -> int:
         """Choose a token: logits float32 [V] -> id.
 

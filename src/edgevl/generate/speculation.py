@@ -1,16 +1,19 @@
-"""Speculation by prompt lookup: what followed these tokens before may follow them again.
+"""Speculation: drafts of what may come next, of which the engine computes all in one step.
 
-Answers often repeat what the prompt or they themselves said: names, fields of a table, a text to be
-corrected. The tokens that followed the last occurrence of the latest ones are a draft, and the
-engine computes all of a draft in one step, which costs little more than one token as long as
-reading the weights is what takes the time. What the sampler then chooses at each position is what
-counts; the draft only decides how far the step is of use. So answers are the same with and without.
+That costs little more than one token as long as reading the weights is what takes the time. What
+the sampler then chooses at each position is what counts, and it chooses and draws as it does
+without: a draft only decides how far the step is of use. So answers are the same with and without.
 
-The idea: Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding.
+A draft begins with what the answer's form forces. What follows is what came after the latest tokens
+before: answers often repeat what the prompt or they themselves said, names, fields of a table, a
+text to be corrected, or what other answers to such prompts said.
+
+The idea of the lookup: Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 #: Lengths of the token sequences that are looked up, the most telling first.
@@ -21,29 +24,105 @@ FIRST_DRAFT = 2
 LATEST = 0.2
 #: Most opportunities that are passed over before speculation is tried again.
 MAX_PAUSE = 64
+#: Tokens of answers that are kept for other answers: with their index 1.3 MB.
+POOL_TOKENS = 1 << 16
 
 
-class PromptLookup:
+class AnswerPool:
+    """What the latest answers of a model said, for others to look up.
+
+    The oldest make room. Not safe between threads: who computes the answers has it.
+
+    Args:
+        size: tokens that are kept.
+    """
+
+    def __init__(self, size: int = POOL_TOKENS) -> None:
+        self._tokens = array("i", bytes(4 * size))  # token number i, from the first on, at i % size
+        self._count = 0
+        # Numbers of tokens by the hash of those before. What is found is compared, so that one
+        # may take another's place, or be too old.
+        self._places = array("q", bytes(16 * size))
+
+    def add(self, before: Sequence[int], answer: Sequence[int]) -> None:
+        """Keep an answer, and the last tokens before it, by which its beginning is found."""
+        tokens = [*before[-LENGTHS[0] :], *answer]
+        for end, token_id in enumerate([*tokens, -1]):  # which is no token, and ends what is found
+            if LENGTHS[0] <= end < len(tokens):
+                self._places[self._place(tokens[end - LENGTHS[0] : end])] = self._count
+            self._tokens[self._count % len(self._tokens)] = token_id
+            self._count += 1
+
+    def find(self, tokens: Sequence[int], most: int) -> list[int]:
+        """Return up to ``most`` tokens that followed the last of ``tokens``, if any did."""
+        latest = list(tokens[-LENGTHS[0] :])
+        if len(latest) < LENGTHS[0]:
+            return []
+        place = self._places[self._place(latest)]
+        known = self._read(place - len(latest), place + most)
+        if known[: len(latest)] != latest:
+            return []
+        found = known[len(latest) :]
+        return found[: found.index(-1)] if -1 in found else found
+
+    def _place(self, tokens: Sequence[int]) -> int:
+        return hash(tuple(tokens)) % len(self._places)
+
+    def _read(self, begin: int, end: int) -> list[int]:
+        """Return the tokens of these numbers, or none if the first is not kept any more."""
+        size = len(self._tokens)
+        if begin < max(self._count - size, 0):
+            return []
+        return [self._tokens[i % size] for i in range(begin, min(end, self._count))]
+
+
+class Payoff:
+    """Whether drafts of one kind gain time. Where they do not they pause, ever longer."""
+
+    def __init__(self) -> None:
+        self._saved_ms = 0.0
+        self._pause = 1
+        self._passed_over = 0
+
+    def promises(self) -> bool:
+        """Return whether an opportunity should be used."""
+        if self._saved_ms < 0 and self._passed_over < self._pause:
+            self._passed_over += 1
+            return False
+        return True
+
+    def learn(self, saved_ms: float) -> None:
+        """Take the time that a draft has saved, or cost if it is negative."""
+        self._saved_ms += (saved_ms - self._saved_ms) * LATEST
+        if self._passed_over:  # the first try after a pause decides by itself
+            self._saved_ms = saved_ms
+            self._passed_over = 0
+            self._pause = 1 if saved_ms > 0 else min(2 * self._pause, MAX_PAUSE)
+
+
+class Drafts:
     """Drafts the continuation of one answer, while that pays.
 
-    It pays where a drafted step gives more tokens than plain steps would in the same time. Where it
-    does not, it pauses, ever longer. Drafts grow as long as they are right to their end, so that
-    trying costs little.
+    It pays where a drafted step gives more tokens than plain steps would in the same time. Drafts
+    that were looked up grow as long as they are right to their end, so that trying costs little.
 
     Args:
         token_ids: the prompt.
         max_draft: most tokens of a draft; with 0 there never is one.
+        pool: what other answers said; looked up where prompt and answer have nothing.
     """
 
-    def __init__(self, token_ids: Sequence[int], max_draft: int) -> None:
+    def __init__(
+        self, token_ids: Sequence[int], max_draft: int, pool: AnswerPool | None = None
+    ) -> None:
         self._max_draft = max_draft
+        self._pool = pool
         self._length = FIRST_DRAFT
         self._tokens: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}
         self._plain_ms = 0.0
-        self._saved_ms = 0.0
-        self._pause = 1
-        self._passed_over = 0
+        self._forcing, self._looking = Payoff(), Payoff()
+        self._forced = 0  # tokens of the latest draft
         self._followed = 0
         if max_draft:
             for token_id in token_ids:
@@ -66,19 +145,31 @@ class PromptLookup:
                 self._next[tuple(self._tokens[-length:])] = place
         self._tokens.append(token_id)
 
-    def draft(self, most: int) -> list[int]:
-        """Return tokens that may come next: none, or up to ``most``."""
-        most = min(most, self._max_draft, self._length)
+    def draft(self, most: int, forced: Sequence[int] = ()) -> list[int]:
+        """Return tokens that may come next: none, or up to ``most``.
+
+        Args:
+            most: as many as are of use.
+            forced: what the answer's form lets come next, with which the draft begins.
+        """
+        most = min(most, self._max_draft)
         if most <= 0:
             return []
+        draft = list(forced[:most]) if forced and self._forcing.promises() else []
+        self._forced = len(draft)
+        found = self._look_up(draft, min(self._length, most - len(draft)))
+        return draft + found if found and self._looking.promises() else draft
+
+    def _look_up(self, draft: list[int], most: int) -> list[int]:
+        """Return up to ``most`` tokens that followed the latest ones, and those of a draft."""
+        if most <= 0:
+            return []
+        latest = self._tokens[-LENGTHS[0] :] + draft
         for length in LENGTHS:
-            place = self._next.get(tuple(self._tokens[-length:]))
+            place = self._next.get(tuple(latest[-length:]))
             if place is not None:
-                if self._saved_ms < 0 and self._passed_over < self._pause:
-                    self._passed_over += 1
-                    return []
                 return self._tokens[place : place + most]
-        return []
+        return self._pool.find(latest, most) if self._pool else []
 
     def learn(self, drafted: int, gained: int, elapsed_ms: float) -> None:
         """Take the result of a step.
@@ -92,15 +183,17 @@ class PromptLookup:
             share = LATEST if self._plain_ms else 1
             self._plain_ms += (elapsed_ms - self._plain_ms) * share
             return
-        if gained > drafted:
+        forced = min(self._forced, drafted)
+        looked_up = drafted - forced
+        if gained > drafted > forced:
             self._length = min(2 * self._length + 1, self._max_draft)  # a step of twice as many
-        else:
-            self._length = max(FIRST_DRAFT, gained)
+        elif gained > forced:
+            self._length = max(FIRST_DRAFT, gained - forced)
         if not self._plain_ms:
             return
-        saved_ms = gained * self._plain_ms - elapsed_ms
-        self._saved_ms += (saved_ms - self._saved_ms) * LATEST
-        if self._passed_over:  # the first try after a pause decides by itself
-            self._saved_ms = saved_ms
-            self._passed_over = 0
-            self._pause = 1 if saved_ms > 0 else min(2 * self._pause, MAX_PAUSE)
+        each_ms = (elapsed_ms - self._plain_ms) / drafted
+        right = gained - 1
+        if forced:
+            self._forcing.learn(min(right, forced) * self._plain_ms - forced * each_ms)
+        if looked_up:
+            self._looking.learn(max(right - forced, 0) * self._plain_ms - looked_up * each_ms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 from collections.abc import Collection
 from itertools import islice
 from typing import Any
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 from edgevl.errors import EdgeVLError, PromptError, SchemaError
 from edgevl.generate.constraint import Constraint, import_llguidance, limits, reason
+from edgevl.generate.foresight import JsonForesight
 
 #: Most digits of a number's integer part, as of a 64-bit integer, and of its fraction; and of its
 #: exponent, so that every number is finite. A model without an idea of what comes next repeats a
@@ -24,6 +26,8 @@ MAX_DIGITS, MAX_EXPONENT_DIGITS = 19, 2
 _MAX_PATTERNS, _TRIED_TOKENS = 16, 64
 #: Regular expressions that are remembered not to be tried again.
 _MAX_TRIED = 256
+#: Tokens before a foreseen text that may decide what tokens it comes in.
+_CONTEXT = 4
 
 
 class _Digits:
@@ -58,13 +62,22 @@ class TokenMask:
         matcher: an ``llguidance.LLMatcher``.
         vocabulary: its ``llguidance.LLTokenizer``.
         digits: where the answer has JSON, a bit for each token, set if it begins with a digit.
+        foresight: where the answer is JSON of a schema, with white space as it likes.
     """
 
-    def __init__(self, matcher: Any, vocabulary: Any, digits: NDArray[np.uint8] | None) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        vocabulary: Any,
+        digits: NDArray[np.uint8] | None,
+        foresight: JsonForesight | None = None,
+    ) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._begin_with_digit = digits
         self._digits = _Digits()
+        self._foresight = foresight
+        self._latest: deque[int] = deque(maxlen=_CONTEXT)
 
     @property
     def complete(self) -> bool:
@@ -104,7 +117,31 @@ class TokenMask:
         self._matcher.consume_token(token_id)
         self._check()
         if self._begin_with_digit is not None:
-            self._digits.add(self._vocabulary.decode_bytes([token_id]))
+            text = self._vocabulary.decode_bytes([token_id])
+            self._digits.add(text)
+            if self._foresight is not None:
+                self._foresight.add(text)
+                self._latest.append(token_id)
+
+    def allowed(self, token_ids: list[int]) -> int:
+        """Return how many of these tokens, from the first on, may come next."""
+        return int(self._matcher.validate_tokens(token_ids))
+
+    def foreseen(self) -> list[int]:
+        """Return the tokens that come next where the constraint leaves no choice, or likely do.
+
+        No other is allowed then, or, where white space is free, the answer would have to be laid
+        out otherwise than before.
+        """
+        if self._foresight is None:
+            forced: list[int] = self._matcher.compute_ff_tokens()
+            return forced
+        text = self._foresight.text()
+        if not text:
+            return []
+        before = list(self._latest)
+        tokens, rest = self._vocabulary.tokenize_partial(text, recent_tokens=before)
+        return [*tokens, *self._vocabulary.tokenize_bytes(rest)]
 
     def _check(self) -> None:
         if not self._matcher.is_error():
@@ -150,7 +187,11 @@ class TokenMasks:
         if matcher.is_error():
             raise PromptError(f"constraint: {reason(matcher.get_error())}; correct it")
         with_json = '"json_schema":' in constraint.grammar
-        return TokenMask(matcher, self._vocabulary, self._digits if with_json else None)
+        foresight = None
+        if constraint.dense:
+            dense = self._matcher(self._fitted(constraint.dense))
+            foresight = JsonForesight(dense, self._vocabulary)
+        return TokenMask(matcher, self._vocabulary, self._digits if with_json else None, foresight)
 
     def check(self, constraint: Constraint) -> None:
         """Check what can be without a prompt; more may be found as the answer goes on.
