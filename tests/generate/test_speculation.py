@@ -1,12 +1,22 @@
-"""Prompt lookup: what it drafts, when it stops drafting, and that answers stay the same."""
+"""Drafts: where they come from, when they are given up, and that answers stay the same."""
+
+import json
+import queue
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import edgevl
+from edgevl import Constraint
 from edgevl.engine import native_missing
-from edgevl.generate import speculation
-from edgevl.generate.speculation import FIRST_DRAFT, MAX_PAUSE, Drafts
+from edgevl.generate import SamplingParams, speculation
+from edgevl.generate.generation import Delta, Generation
+from edgevl.generate.rounds import Rounds
+from edgevl.generate.scheduler import Scheduler
+from edgevl.generate.speculation import FIRST_DRAFT, MAX_PAUSE, AnswerPool, Drafts
+from edgevl.preprocess import Message
 
 ENGINES = [
     "reference",
@@ -83,11 +93,90 @@ def test_it_stops_where_it_does_not_pay_and_comes_back():
     assert drafts_of(lookup, 100, 3, 15) == 100
 
 
+def test_what_is_forced_comes_first_and_is_looked_up_from():
+    drafts = confident([1, 2, 3, 4, 5, 6, 7, 8], 4)
+    assert drafts.draft(9, [2, 3]) == [2, 3, 4, 5]
+    assert drafts.draft(9, [9, 9]) == [9, 9]
+    assert drafts.draft(3, [2, 3]) == [2, 3, 4]
+    assert drafts.draft(1, [2, 3]) == [2]
+    assert Drafts([1, 2, 3], 0).draft(9, [2, 3]) == []
+
+
+def test_forced_tokens_are_drafted_whatever_looking_up_gains():
+    drafts = Drafts([1, 2, 3, 1, 2, 9, 1, 2], 4)
+    drafts.learn(0, 1, 10)
+    while drafts.draft(9):  # until it pauses
+        drafts.learn(2, 1, 30)
+    assert drafts.draft(9, [7, 7]) == [7, 7]
+    drafts.learn(2, 3, 15)
+    for _ in range(9):
+        assert drafts.draft(9, [5, 1, 2])[:3] == [5, 1, 2]
+        drafts.learn(3, 4, 20)
+
+
+def test_each_kind_is_judged_by_its_own_tokens():
+    """Forced tokens that are right do not keep up looking up what is wrong; nor the other way."""
+    drafts = Drafts([1, 2, 3, 4, 5, 6], 4)
+    drafts.learn(0, 1, 10)
+    looked_up = 0
+    for _ in range(100):
+        looked_up += drafts.draft(9, [2, 3]) == [2, 3, 4, 5]
+        drafts.learn(4, 3, 22)  # 3 ms a token
+    assert looked_up < 20
+    drafts = Drafts([1, 2, 3, 4, 5, 6, 7, 2, 3], 4)
+    drafts.learn(0, 1, 10)
+    forced = 0
+    for _ in range(100):
+        draft = drafts.draft(9, [8, 8])
+        forced += draft[:1] == [8]
+        drafts.learn(len(draft), 1 if draft[0] == 8 else 1 + len(draft), 10 + 3 * len(draft))
+    assert forced < 20
+
+
+def test_a_pool_finds_what_answers_said():
+    pool = AnswerPool(64)
+    pool.add([0, 1, 2, 3, 4], [5, 6, 7])
+    pool.add([1, 2, 3, 9], [5])
+    assert pool.find([8, 1, 2, 3, 4], 9) == [5, 6, 7]  # as far as the answer goes
+    assert pool.find([2, 3, 4, 5], 1) == [6]
+    assert pool.find([1, 2, 3, 9], 9) == [5]
+    assert pool.find([4, 5, 6, 7], 9) == []
+    assert pool.find([0, 1, 2, 3], 9) == []  # that was the prompt
+    assert pool.find([3, 4, 5], 9) == []
+    pool.add([1, 2, 3, 4], [8, 8])
+    assert pool.find([1, 2, 3, 4], 9) == [8, 8]  # the latest
+
+
+@given(
+    answers=st.lists(st.lists(st.integers(0, 2), max_size=20), max_size=20),
+    wanted=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+    most=st.integers(1, 9),
+)
+def test_a_pool_is_bounded_and_makes_nothing_up(answers, wanted, most):
+    pool = AnswerPool(32)
+    size = len(pool._tokens), len(pool._places)
+    for answer in answers:
+        pool.add(answer[:6], answer[6:])
+    assert (len(pool._tokens), len(pool._places)) == size
+    found = pool.find(wanted, most)
+    assert len(found) <= most
+    text = [*wanted, *found]
+    assert not found or any(
+        text == answer[i : i + len(text)] for answer in answers for i in range(2, len(answer))
+    )
+
+
+def test_own_words_come_before_those_of_others():
+    pool = AnswerPool()
+    pool.add([1, 2, 3, 4], [50, 51])
+    assert Drafts([1, 2, 3, 4], 4, pool).draft(9) == [50, 51]
+    assert Drafts([3, 4, 60, 1, 2, 3, 4], 4, pool).draft(9) == [60, 1]
+    assert Drafts([0, 1], 4, pool).draft(9, [2, 3, 4]) == [2, 3, 4, 50]
+
+
 @pytest.fixture(params=ENGINES)
 def model(request, mini_checkpoint):
-    # INT4's steps of one and of several tokens agree to the last bit; INT8's do not.
-    precision = "int4" if request.param == "cpu" else "auto"
-    model = edgevl.load(mini_checkpoint("mini-qwen3"), engine=request.param, precision=precision)
+    model = edgevl.load(mini_checkpoint("mini-qwen3"), engine=request.param)
     model.engine.max_draft = 7
     return model
 
@@ -123,6 +212,11 @@ QUESTION = "Repeat: one two three four, one two three four, one two three"
         {"temperature": 1, "top_k": 1},
         {"max_tokens": 37},
         {"stop": "e"},
+        # Of two tokens, so that what is drawn repeats what was drawn.
+        {"temperature": 1, "seed": 1, "logit_bias": {40: 100, 41: 100}},
+        {"temperature": 1, "seed": 2, "logit_bias": {40: 99, 41: 100}, "presence_penalty": 2},
+        {"temperature": 2, "seed": 3, "logit_bias": {40: 100, 41: 100}, "min_p": 0.1, "top_k": 5},
+        {"temperature": 1, "seed": 4, "logit_bias": {40: 100, 41: 100}, "top_p": 0.9},
     ],
 )
 def test_answers_stay_the_same(model, extended, sampling):
@@ -174,6 +268,118 @@ def test_a_limit_of_the_context_is_kept(mini_checkpoint, monkeypatch):
         assert answer.usage.prompt_tokens + answer.usage.completion_tokens == 120
 
 
-def test_drawn_answers_are_not_speculated(model, extended):
-    model.ask(QUESTION, max_tokens=60, temperature=1.0, seed=3)
-    assert not extended
+ITEM = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 3}, "kind": {"enum": ["cat", "dog"]}},
+    "required": ["name", "kind"],
+}
+ITEMS = Constraint.json_schema(
+    {
+        "type": "object",
+        "properties": {
+            "items": {"type": "array", "items": ITEM, "minItems": 3, "maxItems": 5},
+            "note": {"const": "e\u0301 and <|im_end|>"},  # what llguidance cannot encode
+        },
+        "required": ["items", "note"],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"repetition_penalty": 1.2, "frequency_penalty": 0.1},
+        {"temperature": 1, "seed": 1},
+        {"temperature": 5, "seed": 2, "top_p": 0.9, "min_p": 0.01},
+        {"max_tokens": 31},
+        {"stop": '"kind'},
+    ],
+)
+def test_constrained_answers_stay_the_same(model, extended, sampling):
+    sampling = {"max_tokens": 400, "constraint": ITEMS} | sampling
+    with_drafts = [model.ask(QUESTION, **sampling) for _ in range(2)]  # the second knows the first
+    assert extended
+    if sampling["max_tokens"] == 400 and "stop" not in sampling:
+        json.loads(with_drafts[0].text)
+        passes = with_drafts[1].usage.completion_tokens - sum(extended) + len(extended)
+        assert passes < with_drafts[1].usage.completion_tokens
+    model.engine.max_draft = 0
+    plain = model.ask(QUESTION, **sampling)
+    for answer in with_drafts:
+        assert answer.token_ids == plain.token_ids
+        assert answer.finish_reason == plain.finish_reason
+
+
+@pytest.mark.parametrize("constraint", [None, ITEMS])
+def test_log_probabilities_stay_the_same(model, extended, constraint):
+    def deltas(max_draft):
+        model.engine.max_draft = max_draft
+        rounds = Rounds(model.engine, 1)
+        params = SamplingParams(max_tokens=60, constraint=constraint)
+        prompt = model.prompts.encode([Message.user(QUESTION)])
+        answer = Generation(
+            model.prompts, model.masks, prompt, params, model.max_context, 0.0, top_logprobs=2
+        )
+        rounds.start(answer)
+        gains = []
+        while not answer.finish_reason:
+            gains += [gain for _, gain in rounds.step()]
+        return [logprobs for gain in gains for logprobs in gain.logprobs]
+
+    drafted = deltas(7)
+    assert extended
+    for ours, plain in zip(drafted, deltas(0), strict=True):
+        assert ours.token_id == plain.token_id
+        assert [token_id for token_id, _ in ours.top] == [token_id for token_id, _ in plain.top]
+        # NumPy's sums depend on how many rows there are.
+        tolerance = 0 if model.engine.threads else 1e-3
+        assert ours.logprob == pytest.approx(plain.logprob, abs=tolerance)
+
+
+def test_forced_tokens_cost_one_step(model, extended):
+    """Where the form leaves no choice, an answer of T tokens takes T / 8 steps."""
+    answer = model.ask(QUESTION, constraint=Constraint.regex("The one and only answer: 42[.]"))
+    tokens = answer.usage.completion_tokens
+    assert sum(extended) <= tokens  # none was in vain but the last
+    assert len(extended) == -(-(tokens - 1) // 8)
+
+
+def test_a_model_remembers_what_it_answered(model, extended):
+    """As for the lines of a batch, one after the other."""
+    sampling = {"max_tokens": 30, "temperature": 50}
+    first = model.ask("Go on", seed=2, **sampling)
+    assert not extended  # of so many tokens none comes again
+    model.ask("And another", seed=1, **sampling)
+    again = model.ask("Go on", seed=2, **sampling)
+    assert again.token_ids == first.token_ids
+    assert extended == [8, 8, 8, 5]
+
+
+def test_requests_of_a_server_share_what_they_said(mini_checkpoint, monkeypatch):
+    model = edgevl.load(mini_checkpoint("mini-qwen3"), engine="reference")
+    model.engine.max_draft = 7
+    found = []
+    find = AnswerPool.find
+    monkeypatch.setattr(
+        AnswerPool,
+        "find",
+        lambda pool, tokens, most: found.append(find(pool, tokens, most)) or found[-1],
+    )
+    scheduler = Scheduler(model)
+    events = queue.SimpleQueue()
+    said = []
+    try:
+        for _ in range(2):
+            prompt = model.prompts.encode([Message.user("Go on")])
+            params = SamplingParams(max_tokens=20, temperature=50, seed=5)
+            scheduler.submit(prompt, params, events.put)
+            while isinstance(event := events.get(timeout=60), Delta):
+                pass
+            said.append(event.token_ids)
+            assert any(found) == (len(said) == 2)
+    finally:
+        scheduler.close(0)
+    assert said[0] == said[1]
+    drafted = {token_id for draft in found for token_id in draft}
+    assert drafted <= set(said[0])
