@@ -1,6 +1,6 @@
-"""What speculation gains: the same greedy answers with and without it, in turn.
+"""What speculation gains: the same answers with and without it, in turn.
 
-    python benchmarks/speculation.py MODEL [--shapes CHECKPOINT]
+    python benchmarks/speculation.py MODEL [--shapes CHECKPOINT] [--temperature T]
 
 MODEL is a trained checkpoint, small ones will do: how many drafted tokens are right is a matter of
 the text, what a step costs a matter of the model's size. CHECKPOINT, with weights that may be
@@ -14,7 +14,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -22,14 +22,15 @@ from unittest import mock
 import numpy as np
 
 import edgevl
+from edgevl import Constraint
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine import Engine
 from edgevl.generate import generation
-from edgevl.generate.speculation import Drafts
+from edgevl.generate.speculation import AnswerPool, Drafts
 from edgevl.loading import load_engine
 from edgevl.options import GREEDY, PRECISIONS, LoadOptions
 from edgevl.preprocess import Message
-from speculation_prompts import PROMPTS
+from speculation_prompts import PROMPTS, SCHEMAS
 
 #: The small model loops when it chats, and a loop is too easily foretold.
 SAMPLING: dict[str, dict[str, Any]] = {"chat": {"repetition_penalty": 1.1}}
@@ -47,7 +48,8 @@ class Question:
     Attributes:
         plain_ms: of decoding without speculation, one a round.
         drafted_ms: with it.
-        steps: tokens drafted and tokens gained, of every step of every round.
+        steps: tokens forced, tokens drafted and tokens gained, of every step of every round.
+        forced: what the answer's form forced after each of its tokens.
     """
 
     kind: str
@@ -57,7 +59,14 @@ class Question:
     differs: bool = False
     plain_ms: list[float] = field(default_factory=list)
     drafted_ms: list[float] = field(default_factory=list)
-    steps: list[tuple[int, int]] = field(default_factory=list)
+    steps: list[tuple[int, int, int]] = field(default_factory=list)
+    forced: list[list[int]] = field(default_factory=list)
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The form that the answer must have."""
+        schema = SCHEMAS.get(self.text)
+        return None if schema is None else Constraint.json_schema(schema)
 
 
 def main() -> int:
@@ -72,6 +81,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, choices=range(1, 1001), metavar="N")
     parser.add_argument("--max-tokens", type=int, default=300, choices=range(2, 4097), metavar="N")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
+    parser.add_argument("--kinds", nargs="+", choices=PROMPTS, default=list(PROMPTS))
+    parser.add_argument("--no-forced", action="store_true", help="leave out what a form forces")
     parser.add_argument(
         "--busy", action="store_true", help="others compute here: one thread, its processor time"
     )
@@ -84,10 +96,14 @@ def main() -> int:
     )
     questions = [
         Question(kind, text, model.prompts.encode([Message.user(text, [])]).token_ids.tolist())
-        for kind, texts in PROMPTS.items()
-        for text in texts
+        for kind in arguments.kinds
+        for text in PROMPTS[kind]
     ]
-    measure_answers(model, questions, arguments.rounds, arguments.max_tokens)
+    sampling = {**GREEDY, "temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
+    measure_answers(model, questions, arguments.rounds, sampling, not arguments.no_forced)
+    if not arguments.no_forced:
+        for question in questions:
+            question.forced = forced(model, question)
     computed: dict[str, Costs] = {}
     if arguments.shapes:
         engine = load_engine(
@@ -105,31 +121,61 @@ def main() -> int:
 
 
 def measure_answers(
-    model: edgevl.Model, questions: Iterable[Question], rounds: int, max_tokens: int
+    model: edgevl.Model,
+    questions: Iterable[Question],
+    rounds: int,
+    sampling: dict[str, Any],
+    with_forced: bool,
 ) -> None:
-    """Answer every question without and with speculation, round after round."""
-    steps: list[tuple[int, int]] = []
+    """Answer every question without and with speculation, round after round.
+
+    What a question's answer said is known to those after it in the same round.
+    """
+    steps: list[tuple[int, int, int]] = []
 
     class Recorder(Drafts):
+        def draft(self, most: int, forced: Sequence[int] = ()) -> list[int]:
+            return super().draft(most, forced if with_forced else ())
+
         def learn(self, drafted: int, gained: int, elapsed_ms: float) -> None:
-            steps.append((drafted, gained))
+            steps.append((min(self._forced, drafted), drafted, gained))
             super().learn(drafted, gained, elapsed_ms)
 
     longest = model.engine.max_draft
+    pool = AnswerPool()
     order = [(number, question) for number in range(rounds + 1) for question in questions]
     with mock.patch.object(generation, "Drafts", Recorder):
-        for number, question in order:
+        for index, (number, question) in enumerate(order):
+            pool = pool if index and order[index - 1][0] == number else AnswerPool()
             for max_draft in (longest, 0) if number % 2 else (0, longest):
                 model.engine.max_draft = max_draft
+                model._rounds._pool = pool if max_draft else AnswerPool()
                 steps.clear()
-                sampling = {**GREEDY, **SAMPLING.get(question.kind, {})}
-                answer = model.ask(question.text, max_tokens=max_tokens, **sampling)
+                answer = model.ask(
+                    question.text,
+                    constraint=question.constraint,
+                    seed=0,
+                    **{**sampling, **SAMPLING.get(question.kind, {})},
+                )
                 question.answer = question.answer or answer.token_ids
                 question.differs |= answer.token_ids != question.answer
                 if number:  # the first round warms up
                     times = question.drafted_ms if max_draft else question.plain_ms
                     times.append(answer.timings.decode_ms_per_token)
                     question.steps += steps if max_draft else []
+
+
+def forced(model: edgevl.Model, question: Question) -> list[list[int]]:
+    """Return what the form of a question's answer forces after each of its tokens."""
+    if question.constraint is None:
+        return []
+    mask = model.masks.start(question.constraint)
+    following = []
+    for token_id in question.answer:
+        mask.accept(token_id)
+        draft = mask.foreseen()
+        following.append(draft[: mask.allowed(draft)])
+    return following
 
 
 def measure_steps(engine: Engine, context: int, rounds: int) -> Costs:
@@ -157,7 +203,8 @@ def replayed_ms(question: Question, max_draft: int, costs: Costs) -> float:
     answer, place, total_ms = question.answer, 0, 0.0
     while place < len(answer) - 1:
         lookup.add(answer[place])
-        draft = lookup.draft(len(answer) - place - 2)
+        known = question.forced[place] if question.forced else []
+        draft = lookup.draft(len(answer) - place - 2, known)
         rest = answer[place + 1 :]
         right = next((i for i, token in enumerate(draft) if token != rest[i]), len(draft))
         cost = costs[len(draft) + 1 if draft else 0]
@@ -180,22 +227,26 @@ def print_steps(context: int, costs: Costs) -> None:
 
 def print_answers(questions: list[Question], computed: dict[str, Costs]) -> None:
     """Print a line for each kind of question; times are shares of those without speculation."""
-    headings = ["questions", "tokens", "tokens a step", "drafted tokens right", "time", "slowest"]
+    headings = ["questions", "tokens", "tokens a step", "forced tokens right"]
+    headings += ["looked-up tokens right", "time", "slowest"]
     headings += [f"computed {name}" for name in computed]
     print(f"| | {' | '.join(headings)} |\n{'|---' * (len(headings) + 1)}|")
-    for kind in PROMPTS:
+    for kind in dict.fromkeys(question.kind for question in questions):
         asked = [question for question in questions if question.kind == kind]
         tokens = sum(len(question.answer) for question in asked)
         steps = [step for question in asked for step in question.steps]
-        drafted = sum(step[0] for step in steps)
-        gained = sum(step[1] for step in steps)
-        right = sum(step[1] - 1 for step in steps)
+        gained = sum(step[2] for step in steps)
+        foreseen = sum(step[0] for step in steps)
+        foreseen_right = sum(min(step[0], step[2] - 1) for step in steps)
+        looked_up = sum(step[1] - step[0] for step in steps)
+        looked_up_right = sum(max(step[2] - 1 - step[0], 0) for step in steps)
         slowest = max(ratio([question]) for question in asked)
         cells = [
             str(len(asked)),
             str(tokens),
             f"{gained / len(steps):.2f}",
-            f"{right / max(drafted, 1):.0%}",
+            f"{foreseen_right / foreseen:.0%} of {foreseen}" if foreseen else "",
+            f"{looked_up_right / looked_up:.0%} of {looked_up}" if looked_up else "",
             f"{ratio(asked):.2f}",
             f"{slowest:.2f}",
         ]

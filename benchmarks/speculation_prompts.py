@@ -1,5 +1,7 @@
 """Questions for `speculation.py`, by how much of the answer stands in the prompt."""
 
+from typing import Any
+
 _LETTER = """\
 Dear Mrs Holloway,
 
@@ -76,6 +78,50 @@ and the pianist Naoko Tanaka. The mayor, Thomas Pemberton, thanked the builders 
 the library would stay open on Sundays. The first book was borrowed by nine-year-old Lucy \
 Fairweather."""
 
+_TILL = """\
+HARBOUR BOOKS
+7 Quay Street, Bristol BS1 4UB
+02/11/2023 11:05    Served by: Omar    Till 01
+1 The Tides of Spring        8.99
+1 Atlas of Small Islands    24.50
+2 Pencil HB                  1.60
+TOTAL GBP                   35.09
+VISA **** 0937              35.09"""
+
+_TICKET = """\
+CITY PARKING - STATION GARAGE
+Entry 19.06.2024 08:12  Exit 19.06.2024 17:40
+Ticket no. 558201  Rate: day, 14.00 EUR
+Paid in cash: 20.00  Change: 6.00"""
+
+
+def _fields(**types: Any) -> dict[str, Any]:
+    """Return the schema of an object with these fields, of types by their names or schemas."""
+    properties = {
+        name: {"type": kind} if isinstance(kind, str) else kind for name, kind in types.items()
+    }
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_ITEMS = {"type": "array", "items": _fields(name="string", price="number"), "maxItems": 9}
+_SHOPPING = _fields(
+    merchant="string", address="string", date="string", time="string", cashier="string",
+    items=_ITEMS, currency={"enum": ["GBP", "EUR", "USD"]}, total="number",
+    payment_method={"enum": ["cash", "card"]}, card_last_digits="string",
+)  # fmt: skip
+_PARKING = _fields(
+    operator="string", ticket_number="string", entry_time="string", exit_time="string",
+    rate="string", price="number", amount_paid="number", change_given="number",
+)  # fmt: skip
+
+_EXTRACT = "Extract the fields of this receipt as JSON:\n\n"
+#: Forms that answers must have, by their questions.
+SCHEMAS = {
+    f"{_EXTRACT}{_RECEIPT}": _SHOPPING,
+    f"{_EXTRACT}{_TILL}": _SHOPPING,
+    f"{_EXTRACT}{_TICKET}": _PARKING,
+}
+
 #: Questions by kind, without pictures: what a picture shows stands in the prompt as text.
 PROMPTS = {
     "editing": [
@@ -91,6 +137,7 @@ PROMPTS = {
         f"List the names of all people in this text:\n\n{_NEWS}",
         f"Copy this text exactly:\n\n{_NEWS}",
     ],
+    "extraction": list(SCHEMAS),
     "chat": [
         "Write a short story about a lighthouse keeper who finds a letter.",
         "Why is the sky blue in the daytime and red in the evening?",

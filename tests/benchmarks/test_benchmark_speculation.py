@@ -16,27 +16,36 @@ def run(mini_checkpoint, monkeypatch):
     pytest.importorskip("edgevl._native", reason="the native engine is not built")
     checkpoint = str(mini_checkpoint("mini-qwen3"))
     questions = {"editing": ["one two three one two three"], "chat": ["And now?", "So what?"]}
-    monkeypatch.setattr(speculation, "PROMPTS", questions)
-    # INT4's steps of one and of several tokens agree to the last bit.
+    monkeypatch.setattr(speculation, "PROMPTS", questions | {"extraction": ["Which?"]})
+    fields = {name: {"enum": ["one", "two"]} for name in ("first", "second", "third")}
+    schema = {"type": "object", "properties": fields, "required": list(fields)}
+    monkeypatch.setattr(speculation, "SCHEMAS", {"Which?": schema})
     options = ["--rounds", "1", "--max-tokens", "60", "--precision", "int4"]
 
     def main(*more):
         monkeypatch.setattr(sys, "argv", ["speculation.py", checkpoint, *options, *more])
         return speculation.main()
 
-    return lambda: main("--shapes", checkpoint)
+    return lambda *more: main("--shapes", checkpoint, *more)
 
 
-def test_a_run(run, capsys):
-    assert run() == 0
+@pytest.mark.parametrize("more", [(), ("--temperature", "1"), ("--no-forced",)])
+def test_a_run(run, capsys, more):
+    assert run(*more) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| times `decode` | ") for line in lines) == 2
     kinds = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines}
-    assert {"| editing", "| chat"} <= set(kinds)
-    questions, tokens, a_step, _, time, *_ = kinds["| chat"]
-    assert (questions, tokens) == ("2", "120")
-    assert float(a_step) > 1  # a random model soon repeats itself
+    assert {"| editing", "| chat", "| extraction"} <= set(kinds)
+    questions, tokens, a_step, forced, _, time, *_ = kinds["| chat"]
+    assert (questions, tokens, forced) == ("2", "120", "")
+    assert float(a_step) > 1 or "--temperature" in more  # a random model soon repeats itself
     assert float(time) > 0
+    assert (kinds["| extraction"][3] == "") == ("--no-forced" in more)
+
+
+def test_the_kinds_can_be_chosen(run, capsys):
+    assert run("--kinds", "chat") == 0
+    assert "| editing" not in capsys.readouterr().out
 
 
 def test_answers_that_differ_fail(run, monkeypatch, capsys):

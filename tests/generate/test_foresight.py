@@ -88,6 +88,7 @@ def test_a_layout_that_is_not_known_is_taken_to_be_indented(start):
     assert foreseen(start(constraint)) == '{\n  "shop": "'
     assert foreseen(start(constraint, '{"shop"')) == ': "'
     assert foreseen(start(constraint, '{"shop":"a"')) == ',"items":[{"name":"'
+    assert foreseen(start(constraint, '{"shop" :"a"\n')) == ""  # unusual: anything may follow
     assert foreseen(start(constraint, '{"shop": "a"')) == ', "items": [{"name": "'
     indented = ',\n   "items": [\n      {\n         "name": "'
     assert foreseen(start(constraint, '{\n   "shop": "a"')) == indented
@@ -136,6 +137,17 @@ def test_the_mask_alone_forces_where_white_space_is_not_free(start):
     assert mask._vocabulary.decode_str(said) == call
     assert mask.complete
     assert foreseen(start(Constraint.regex("ab(c|d)efg"), "abc")) == "efg"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [(["cash", "card"], ' "'), (["in cash", "in kind"], ' "in')]
+)
+def test_a_word_that_may_go_on_is_no_draft(start, values, expected):
+    constraint = Constraint.json_schema(
+        {"type": "object", "properties": {"paid": {"enum": values}}, "required": ["paid"]}
+    )
+    assert foreseen(start(constraint, '{"paid":')) == expected
+    assert foreseen(start(constraint, '{"paid"')) == ":" + expected
 
 
 def test_asking_changes_nothing(start, tiny):

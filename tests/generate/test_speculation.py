@@ -94,11 +94,12 @@ def test_it_stops_where_it_does_not_pay_and_comes_back():
 
 
 def test_what_is_forced_comes_first_and_is_looked_up_from():
-    drafts = confident([1, 2, 3, 4, 5, 6, 7, 8], 4)
-    assert drafts.draft(9, [2, 3]) == [2, 3, 4, 5]
+    drafts = confident([1, 2, 3, 4, 5, 6, 7, 8, 1, 2], 4)
+    assert drafts.draft(9, [3, 4]) == [3, 4, 5, 6]
     assert drafts.draft(9, [9, 9]) == [9, 9]
-    assert drafts.draft(3, [2, 3]) == [2, 3, 4]
-    assert drafts.draft(1, [2, 3]) == [2]
+    assert drafts.draft(9, [6, 7]) == [6, 7]  # which are not telling enough by themselves
+    assert drafts.draft(3, [3, 4]) == [3, 4, 5]
+    assert drafts.draft(1, [3, 4]) == [3]
     assert Drafts([1, 2, 3], 0).draft(9, [2, 3]) == []
 
 
@@ -107,21 +108,21 @@ def test_forced_tokens_are_drafted_whatever_looking_up_gains():
     drafts.learn(0, 1, 10)
     while drafts.draft(9):  # until it pauses
         drafts.learn(2, 1, 30)
-    assert drafts.draft(9, [7, 7]) == [7, 7]
-    drafts.learn(2, 3, 15)
     for _ in range(9):
-        assert drafts.draft(9, [5, 1, 2])[:3] == [5, 1, 2]
-        drafts.learn(3, 4, 20)
+        assert drafts.draft(9, [7, 7]) == [7, 7]
+        drafts.learn(2, 3, 15)
 
 
 def test_each_kind_is_judged_by_its_own_tokens():
     """Forced tokens that are right do not keep up looking up what is wrong; nor the other way."""
-    drafts = Drafts([1, 2, 3, 4, 5, 6], 4)
+    drafts = Drafts([1, 2, 3, 4, 5, 6, 1, 2], 4)
     drafts.learn(0, 1, 10)
     looked_up = 0
     for _ in range(100):
-        looked_up += drafts.draft(9, [2, 3]) == [2, 3, 4, 5]
-        drafts.learn(4, 3, 22)  # 3 ms a token
+        draft = drafts.draft(9, [3, 4])
+        looked_up += draft == [3, 4, 5, 6]
+        drafts.learn(len(draft), 3, 10 + 3 * len(draft))
+    assert draft[:2] == [3, 4]
     assert looked_up < 20
     drafts = Drafts([1, 2, 3, 4, 5, 6, 7, 2, 3], 4)
     drafts.learn(0, 1, 10)
@@ -172,6 +173,7 @@ def test_own_words_come_before_those_of_others():
     assert Drafts([1, 2, 3, 4], 4, pool).draft(9) == [50, 51]
     assert Drafts([3, 4, 60, 1, 2, 3, 4], 4, pool).draft(9) == [60, 1]
     assert Drafts([0, 1], 4, pool).draft(9, [2, 3, 4]) == [2, 3, 4, 50]
+    assert Drafts([0, 1], 0, pool).draft(9) == []
 
 
 @pytest.fixture(params=ENGINES)

@@ -65,25 +65,26 @@ class _Layout:
         return bytes(dense)
 
     def write(self, dense: bytes) -> bytes:
-        """Take what follows, without white space; return it with, up to where more is certain."""
+        """Take what follows, without white space; return it with, if that is as usual so far."""
+        if not self._usual(dense[0]).startswith(self._space):
+            return b""
         text = bytearray()
         for byte in dense:
             text += self._missing(byte)
             self._go(byte)
             text.append(byte)
-        return bytes(text + (self._missing(0) if self._last == ord(":") else b""))
+        return bytes(text + self._missing(0))  # before a value or an item, whatever it is
 
     def _missing(self, byte: int) -> bytes:
         """Return the rest of the white space before a byte, and take it."""
-        if self._in_string:
-            return b""
-        usual = self._usual(byte)
-        rest = usual[len(self._space) :] if usual.startswith(self._space) else b""
+        rest = self._usual(byte)[len(self._space) :]
         self._space += rest
         return rest
 
     def _usual(self, byte: int) -> bytes:
-        """Return what white space would be usual before a byte that is in no string."""
+        """Return what white space would be usual before a byte."""
+        if self._in_string:
+            return b""
         here = self._items[-1] if self._items else b""
         if self._last == ord(":"):
             return self._colon

@@ -121,7 +121,7 @@ class Drafts:
         self._tokens: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}
         self._plain_ms = 0.0
-        self._forcing, self._looking = Payoff(), Payoff()
+        self._forcing, self._looking, self._going_on = Payoff(), Payoff(), Payoff()
         self._forced = 0  # tokens of the latest draft
         self._followed = 0
         if max_draft:
@@ -158,14 +158,16 @@ class Drafts:
         draft = list(forced[:most]) if forced and self._forcing.promises() else []
         self._forced = len(draft)
         found = self._look_up(draft, min(self._length, most - len(draft)))
-        return draft + found if found and self._looking.promises() else draft
+        looking = self._going_on if draft else self._looking
+        return draft + found if found and looking.promises() else draft
 
     def _look_up(self, draft: list[int], most: int) -> list[int]:
         """Return up to ``most`` tokens that followed the latest ones, and those of a draft."""
         if most <= 0:
             return []
         latest = self._tokens[-LENGTHS[0] :] + draft
-        for length in LENGTHS:
+        # What is forced comes again and again, and tells little of what follows.
+        for length in LENGTHS[:1] if draft else LENGTHS:
             place = self._next.get(tuple(latest[-length:]))
             if place is not None:
                 return self._tokens[place : place + most]
@@ -196,4 +198,5 @@ class Drafts:
         if forced:
             self._forcing.learn(min(right, forced) * self._plain_ms - forced * each_ms)
         if looked_up:
-            self._looking.learn(max(right - forced, 0) * self._plain_ms - looked_up * each_ms)
+            looking = self._going_on if forced else self._looking
+            looking.learn(max(right - forced, 0) * self._plain_ms - looked_up * each_ms)

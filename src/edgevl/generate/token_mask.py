@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import deque
 from collections.abc import Collection
@@ -28,6 +29,9 @@ _MAX_PATTERNS, _TRIED_TOKENS = 16, 64
 _MAX_TRIED = 256
 #: Tokens before a foreseen text that may decide what tokens it comes in.
 _CONTEXT = 4
+#: What a token of a foreseen text's end would go on with what comes next: a part of a word, or the
+#: blank before one. After a colon there may be a number, whose blank is a token.
+_OPEN_END = re.compile(rb"([\w\x80-\xff]+|(?<!:) )\Z")
 
 
 class _Digits:
@@ -136,7 +140,7 @@ class TokenMask:
         if self._foresight is None:
             forced: list[int] = self._matcher.compute_ff_tokens()
             return forced
-        text = self._foresight.text()
+        text = _OPEN_END.sub(b"", self._foresight.text())
         if not text:
             return []
         before = list(self._latest)
