@@ -37,7 +37,8 @@ def test_a_run(run, capsys, more):
     kinds = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines}
     assert {"| editing", "| chat", "| extraction"} <= set(kinds)
     questions, tokens, a_step, forced, _, time, *_ = kinds["| chat"]
-    assert (questions, tokens, forced) == ("2", "120", "")
+    assert (questions, forced) == ("2", "")
+    assert tokens == "120" or "--temperature" in more  # drawn answers may end
     assert float(a_step) > 1 or "--temperature" in more  # a random model soon repeats itself
     assert float(time) > 0
     assert (kinds["| extraction"][3] == "") == ("--no-forced" in more)
