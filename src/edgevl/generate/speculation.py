@@ -24,7 +24,7 @@ FIRST_DRAFT = 2
 LATEST = 0.2
 #: Most opportunities that are passed over before speculation is tried again.
 MAX_PAUSE = 64
-#: Tokens of answers that are kept for other answers: with their index 1.3 MB.
+#: Tokens of answers that are kept for other answers: with their index 0.8 MB.
 POOL_TOKENS = 1 << 16
 
 
@@ -38,42 +38,40 @@ class AnswerPool:
     """
 
     def __init__(self, size: int = POOL_TOKENS) -> None:
-        self._tokens = array("i", bytes(4 * size))  # token number i, from the first on, at i % size
-        self._count = 0
-        # Numbers of tokens by the hash of those before. What is found is compared, so that one
-        # may take another's place, or be too old.
-        self._places = array("q", bytes(16 * size))
+        # A ring, with -1, which is no token, after each answer: so nothing goes on from the latest
+        # answer to the oldest.
+        self._tokens = array("i", [-1]) * size
+        self._end = 0
+        # Places by the hash of the tokens before. What is found is compared, so that one may take
+        # another's place, or have been overwritten.
+        self._places = array("i", [0]) * (2 * size)
 
     def add(self, before: Sequence[int], answer: Sequence[int]) -> None:
         """Keep an answer, and the last tokens before it, by which its beginning is found."""
         tokens = [*before[-LENGTHS[0] :], *answer]
-        for end, token_id in enumerate([*tokens, -1]):  # which is no token, and ends what is found
-            if LENGTHS[0] <= end < len(tokens):
-                self._places[self._place(tokens[end - LENGTHS[0] : end])] = self._count
-            self._tokens[self._count % len(self._tokens)] = token_id
-            self._count += 1
+        for number, token_id in enumerate([*tokens, -1]):
+            if number >= LENGTHS[0]:
+                self._places[self._slot(tokens[number - LENGTHS[0] : number])] = self._end
+            self._tokens[self._end] = token_id
+            self._end = (self._end + 1) % len(self._tokens)
 
     def find(self, tokens: Sequence[int], most: int) -> list[int]:
         """Return up to ``most`` tokens that followed the last of ``tokens``, if any did."""
         latest = list(tokens[-LENGTHS[0] :])
         if len(latest) < LENGTHS[0]:
             return []
-        place = self._places[self._place(latest)]
-        known = self._read(place - len(latest), place + most)
+        place = self._places[self._slot(latest)]
+        known = [
+            self._tokens[number % len(self._tokens)]
+            for number in range(place - len(latest), place + most)
+        ]
         if known[: len(latest)] != latest:
             return []
         found = known[len(latest) :]
         return found[: found.index(-1)] if -1 in found else found
 
-    def _place(self, tokens: Sequence[int]) -> int:
+    def _slot(self, tokens: Sequence[int]) -> int:
         return hash(tuple(tokens)) % len(self._places)
-
-    def _read(self, begin: int, end: int) -> list[int]:
-        """Return the tokens of these numbers, or none if the first is not kept any more."""
-        size = len(self._tokens)
-        if begin < max(self._count - size, 0):
-            return []
-        return [self._tokens[i % size] for i in range(begin, min(end, self._count))]
 
 
 class Payoff:
