@@ -150,10 +150,22 @@ def test_a_word_that_may_go_on_is_no_draft(start, values, expected):
     assert foreseen(start(constraint, '{"paid"')) == ":" + expected
 
 
-def test_asking_changes_nothing(start, tiny):
+TOOL = Tool("weather", parameters={"type": "object", "properties": {"city": {"type": "string"}}})
+
+
+@pytest.mark.parametrize(
+    ("constraint", "text"),
+    [
+        (Constraint.json_schema(RECEIPT), json.dumps(VALUE, indent=2)),
+        (
+            Constraint.tool_calls([TOOL]),
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>',
+        ),
+        (Constraint.regex("(one|two) and (one|three)[.]"), "two and three."),
+    ],
+)
+def test_asking_changes_nothing(start, tiny, constraint, text):
     """Neither the foreseen text nor a draft that was not taken moves the mask on."""
-    constraint = Constraint.json_schema(RECEIPT)
-    text = json.dumps(VALUE, indent=2)
     asked, plain = start(constraint), start(constraint)
     for token_id in tiny.prompts.tokenizer.encode(text, add_special_tokens=False).ids:
         asked.allowed(asked.foreseen())

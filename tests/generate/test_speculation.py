@@ -313,6 +313,21 @@ def test_constrained_answers_stay_the_same(model, extended, sampling):
         assert answer.finish_reason == plain.finish_reason
 
 
+def test_what_the_form_does_not_allow_is_not_drafted(model, monkeypatch):
+    """After "bc" comes a comma in the question, which the answer must not have."""
+    computed = []
+    extend = model.engine.extend
+    monkeypatch.setattr(
+        model.engine, "extend", lambda sequence, ids: computed.append(ids) or extend(sequence, ids)
+    )
+    monkeypatch.setattr(Drafts, "learn", lambda *args: None)
+    letters = Constraint.regex("[abc]{60}")
+    model.ask("abc, abc, abc, abc,", constraint=letters, temperature=50, seed=1, max_tokens=100)
+    assert computed
+    text = "".join(model.prompts.tokenizer.decode(ids) for ids in computed)
+    assert set(text) <= set("abc")
+
+
 @pytest.mark.parametrize("constraint", [None, ITEMS])
 def test_log_probabilities_stay_the_same(model, extended, constraint):
     def deltas(max_draft):
