@@ -33,6 +33,16 @@ struct Epilogue {
   int width;  ///< columns of `out`: up to 32, kSwiglu up to 16
 };
 
+/// Biases that are not in the keys of a head. A key at position p is R_p(k + b), R_p its rotary
+/// rotation, and the query's product with R_p b needs no key: a pair of channels (i, i + head_dim /
+/// 2) adds an amplitude times cos(p theta_i) and another times sin(p theta_i).
+struct KeyBiases {
+  int count = 0;                  ///< pairs of channels that have one
+  const int* pairs = nullptr;     ///< [count] their i
+  const float* values = nullptr;  ///< [count][2] the biases of the two channels
+  const float* rotary = nullptr;  ///< [positions / 16][head_dim / 2][cos, sin][16], whole blocks
+};
+
 /// Attention of some query rows, which share one key/value head, over a cached sequence.
 struct Attention {
   const std::uint32_t* const* keys;    ///< a pointer for each cache block, from position 0
@@ -44,6 +54,7 @@ struct Attention {
   int visible[kMaxTokenBlock];         ///< positions 0 .. visible - 1 are attended to; at least 1
   float* out[kMaxTokenBlock];          ///< [head_dim] each
   float* scratch;  ///< attention_scratch(rows, most visible) floats, 64-byte aligned
+  KeyBiases biases = {};
 };
 
 /// Floats of scratch that `attend` needs: scores, and weights rounded to bfloat16.
@@ -92,8 +103,8 @@ struct Kernels {
 
   /// Softmax attention. Query, keys, values and weights are bfloat16, which holds every int8
   /// exactly; sums are float32. In int8, scores take the scale of their key, and weights, before
-  /// they are rounded, that of their value. Positions that are not visible may hold anything
-  /// finite.
+  /// they are rounded, that of their value; what biases add to a score is float32. Positions that
+  /// are not visible may hold anything finite.
   void (*attend[2])(const Attention& attention);
 
   /// The same with keys in Int8Keys and values in bfloat16. Queries are quantized as `quantize`

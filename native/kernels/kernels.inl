@@ -965,6 +965,59 @@ EDGEVL_INLINE void int8_scores(const Attention& a, std::uint32_t* queries, int p
   }
 }
 
+/// Adds to scores[T][padded] what the biases that are not in the keys have in them.
+template <int T>
+EDGEVL_INLINE void add_biases(const Attention& a, int padded, float* scores) {
+  constexpr int kSome = 32;  // pairs whose amplitudes are held at once
+  constexpr int R = registers_for(T, kRegisters);
+  const KeyBiases& b = a.biases;
+  const int half = a.head_dim / 2;
+  for (int from = 0; from < b.count; from += kSome) {
+    const int count = smaller_of(kSome, b.count - from);
+    float amplitudes[kSome][T][2];
+    for (int i = 0; i < count; ++i) {
+      const int pair = b.pairs[from + i];
+      const float* value = b.values + 2 * (from + i);
+      for (int t = 0; t < T; ++t) {
+        const float x = a.query[t][pair], y = a.query[t][half + pair];
+        amplitudes[i][t][0] = x * value[0] + y * value[1];
+        amplitudes[i][t][1] = y * value[0] - x * value[1];
+      }
+    }
+    for (int position = 0; position < padded; position += R * kWidth) {
+      const float* lines =
+          b.rotary + std::size_t(position / kLanes) * half * 2 * kLanes + position % kLanes;
+      Floats sums[T][R];
+      EDGEVL_UNROLL
+      for (int t = 0; t < T; ++t) {
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          sums[t][r] = load(scores + std::size_t(t) * padded + position + r * kWidth);
+        }
+      }
+      for (int i = 0; i < count; ++i) {
+        const float* line = lines + b.pairs[from + i] * 2 * kLanes;
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const Floats cos = load(line + r * kWidth), sin = load(line + kLanes + r * kWidth);
+          EDGEVL_UNROLL
+          for (int t = 0; t < T; ++t) {
+            sums[t][r] = fma(splat(amplitudes[i][t][0]), cos, sums[t][r]);
+            sums[t][r] = fma(splat(amplitudes[i][t][1]), sin, sums[t][r]);
+          }
+        }
+      }
+      EDGEVL_UNROLL
+      for (int t = 0; t < T; ++t) {
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          store(scores + std::size_t(t) * padded + position + r * kWidth, sums[t][r]);
+        }
+      }
+    }
+  }
+}
+
 template <int T, CacheFormat kFormat, bool kInt8Keys>
 EDGEVL_NOINLINE void attend_of(const Attention& a) {
   int visible = 0;
@@ -984,6 +1037,7 @@ EDGEVL_NOINLINE void attend_of(const Attention& a) {
       for (int t = 0; t < T; ++t) round_row(a.query[t] + channel, channels, queries + t, T);
       add_scores<T, kFormat>(a, queries, channel, channels, padded, scores);
     }
+    add_biases<T>(a, padded, scores);
   }
   float inverse[T];
   for (int t = 0; t < T; ++t) {

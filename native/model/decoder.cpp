@@ -13,6 +13,11 @@ namespace {
 /// Positions that one item stores: whole lines of the cache, so that no two workers write to one.
 constexpr int kStoreRun = kLanes;
 
+/// Biases of a pair of key channels that the cache has no part in are larger than this. Without
+/// them, keys of trained models have a root mean square of 1 to 2, so that smaller ones hardly
+/// count.
+constexpr float kLargeBias = 4;
+
 std::uint64_t next_number() {
   static std::atomic<std::uint64_t> number{0};
   return ++number;
@@ -78,6 +83,7 @@ Decoder::Decoder(const DecoderConfig& config, DecoderWeights weights, ThreadPool
                  const Kernels& kernels)
     : config_(config),
       weights_(checked(std::move(weights), config)),
+      biases_(large_biases(config, weights_)),
       pool_(pool),
       kernels_(kernels),
       number_(next_number()),
@@ -95,6 +101,34 @@ Decoder::Decoder(const DecoderConfig& config, DecoderWeights weights, ThreadPool
     gemm_.fit_second(layer.down.matrix);
   }
   gemm_.fit(weights_.head.matrix);
+}
+
+/// Some models have biases of keys a hundred times as large as what tells their keys apart. Rounded
+/// together, the scale of an int8 key would be the bias's alone.
+std::vector<Decoder::LayerBiases> Decoder::large_biases(const DecoderConfig& c,
+                                                        const DecoderWeights& weights) {
+  std::vector<LayerBiases> biases(weights.layers.size());
+  const int half = c.head_dim / 2;
+  bool any = false;
+  for (std::size_t layer = 0; layer < biases.size(); ++layer) {
+    const auto& w = weights.layers[layer];
+    if (!w.qkv.bias || w.k_norm) continue;  // a norm takes the bias in
+    auto& own = biases[layer];
+    own.pairs.resize(c.num_key_value_heads);
+    own.values.resize(c.num_key_value_heads);
+    own.others.assign(w.qkv.bias, w.qkv.bias + c.qkv_rows());
+    for (int head = 0; head < c.num_key_value_heads; ++head) {
+      float* bias = own.others.data() + c.key_row() + head * c.head_dim;
+      for (int i = 0; i < half; ++i) {
+        if (!(std::hypot(bias[i], bias[half + i]) > kLargeBias)) continue;
+        own.pairs[head].push_back(i);
+        own.values[head].insert(own.values[head].end(), {bias[i], bias[half + i]});
+        bias[i] = bias[half + i] = 0;
+        any = true;
+      }
+    }
+  }
+  return any ? biases : std::vector<LayerBiases>();
 }
 
 std::unique_ptr<Sequence> Decoder::new_sequence() const {
@@ -330,7 +364,9 @@ void Decoder::layer(Worker& worker, int index, int rows, int first) {
   const Norm post_norm{w.post_norm, nullptr, c.rms_norm_eps};
   const auto kStore = Epilogue::Kind::kStore, kAdd = Epilogue::Kind::kAdd;
 
-  gemm_.run(worker, w.qkv, {x_.row(0), x_.stride(), rows, c.hidden_size, input_norm},
+  const float* bias =
+      biases_.empty() || biases_[index].others.empty() ? w.qkv.bias : biases_[index].others.data();
+  gemm_.run(worker, {w.qkv.matrix, bias}, {x_.row(0), x_.stride(), rows, c.hidden_size, input_norm},
             {kStore, qkv_.row(0), qkv_.stride(), c.qkv_rows()});
   attention(worker, index, rows, first);
   const int left = rows - first;
@@ -402,6 +438,11 @@ void Decoder::attend(Worker& worker, int layer, const Item& item) {
   attention.rows = item.count;
   attention.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
   attention.scratch = scratch_[worker.rank()].data();
+  if (!biases_.empty() && !biases_[layer].pairs.empty()) {
+    const auto& pairs = biases_[layer].pairs[item.head];
+    attention.biases = {static_cast<int>(pairs.size()), pairs.data(),
+                        biases_[layer].values[item.head].data(), rotary_lines_.data()};
+  }
   for (int i = 0; i < item.count; ++i) {
     const int row = (item.first + i) / heads;
     const int head = item.head * heads + (item.first + i) % heads;
@@ -420,6 +461,8 @@ void Decoder::grow_rotary_table(int positions) {
   const int half = config_.head_dim / 2;
   cos_.resize(static_cast<std::size_t>(count) * half);
   sin_.resize(cos_.size());
+  const int blocks = (count + kCacheBlock - 1) / kCacheBlock;
+  Buffer<float> lines(biases_.empty() ? 0 : std::size_t(blocks) * kCacheBlock * config_.head_dim);
   for (int position = rotary_positions_; position < count; ++position) {
     for (int i = 0; i < half; ++i) {
       const float angle = static_cast<float>(position) * weights_.inverse_frequencies[i];
@@ -427,6 +470,15 @@ void Decoder::grow_rotary_table(int positions) {
       sin_[static_cast<std::size_t>(position) * half + i] = std::sin(angle);
     }
   }
+  for (int position = 0; position < count && !biases_.empty(); ++position) {
+    float* line = lines.data() + static_cast<std::size_t>(position / kLanes) * half * 2 * kLanes +
+                  position % kLanes;
+    for (int i = 0; i < half; ++i, line += 2 * kLanes) {
+      line[0] = cos_[static_cast<std::size_t>(position) * half + i];
+      line[kLanes] = sin_[static_cast<std::size_t>(position) * half + i];
+    }
+  }
+  rotary_lines_ = std::move(lines);
   rotary_positions_ = count;
 }
 

@@ -145,11 +145,19 @@ class Decoder {
     int row;       ///< of the first
     int count;
   };
+  /// Biases of a layer's keys that are added to the scores.
+  struct LayerBiases {
+    std::vector<float> others;               ///< [qkv_rows] the layer's biases without them, if any
+    std::vector<std::vector<int>> pairs;     ///< [kv_heads], see KeyBiases
+    std::vector<std::vector<float>> values;  ///< likewise
+  };
   /// Work for one worker: some of a span's rows (or queries: rows times heads) of a key/value head.
   struct Item {
     int span, head, first, count;
   };
 
+  static std::vector<LayerBiases> large_biases(const DecoderConfig& config,
+                                               const DecoderWeights& weights);
   void check(const Sequence& sequence, int tokens) const;
   void check(std::span<const Part> parts) const;
   void run(std::span<const Part> parts, float* logits);
@@ -168,6 +176,7 @@ class Decoder {
 
   const DecoderConfig config_;
   const DecoderWeights weights_;
+  const std::vector<LayerBiases> biases_;  ///< [layers], or empty if no layer has any
   ThreadPool& pool_;
   const Kernels& kernels_;
   const std::uint64_t number_;  ///< different for each decoder of the process
@@ -182,6 +191,7 @@ class Decoder {
   std::vector<Buffer<float>> scratch_;  ///< for each worker, of attention
   int rotary_positions_ = 0;
   std::vector<float> cos_, sin_;  ///< [rotary_positions_, head_dim / 2]
+  Buffer<float> rotary_lines_;    ///< the same for KeyBiases, if biases_ are not empty
 
   // The step at hand.
   std::vector<Span> spans_;
