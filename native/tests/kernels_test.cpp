@@ -6,6 +6,7 @@
 #include "kernels/kernels.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -432,19 +433,49 @@ struct Cache {
   std::vector<const std::uint32_t*> key_pointers, value_pointers;
 };
 
+/// Biases of some pairs of channels, ten times as large as the keys.
+struct Biases {
+  Biases(int count, int head_dim, int positions) : count(count), values(floats(2 * count, 15)) {
+    const int half = head_dim / 2;
+    for (int i = 0; i < count; ++i) pairs.push_back(half - 1 - i * half / count);
+    for (int position = 0; position < positions; position += kLanes) {
+      for (int i = 0; i < half; ++i) {
+        const auto angle = [&](int lane) {
+          return (position + lane) * std::pow(0.01, double(i) / half);
+        };
+        for (int lane = 0; lane < kLanes; ++lane) rotary.push_back(float(std::cos(angle(lane))));
+        for (int lane = 0; lane < kLanes; ++lane) rotary.push_back(float(std::sin(angle(lane))));
+      }
+    }
+  }
+  KeyBiases get() const { return {count, pairs.data(), values.data(), rotary.data()}; }
+  /// Of pair i at a position: those of its two channels, rotated.
+  std::array<double, 2> at(int i, int position, int head_dim) const {
+    const float* line =
+        rotary.data() + (position / kLanes * (head_dim / 2) + pairs[i]) * 2 * kLanes;
+    const double cos = line[position % kLanes], sin = line[kLanes + position % kLanes];
+    const double a = values[2 * i], b = values[2 * i + 1];
+    return {a * cos - b * sin, b * cos + a * sin};
+  }
+  int count;
+  std::vector<int> pairs;
+  std::vector<float> values;
+  std::vector<float> rotary;
+};
+
 /// Attention of rows that see so many positions, against double precision.
 ///
 /// Errors: a weight, which brings the scale of an int8 value, is rounded to bfloat16 (2^-8); a
-/// score of head_dim exact products is rounded once a product, then scaled, once or twice, which
-/// moves its exponential by as much, relative; the exponential itself is good to 4e-7; float sums
-/// over the positions round once a position.
+/// score of head_dim exact products is rounded once a product, and with biases four times a pair,
+/// then scaled, once or twice, which moves its exponential by as much, relative; the exponential
+/// itself is good to 4e-7; float sums over the positions round once a position.
 void check_attention(const Kernels& k, const Kind& kind, int head_dim,
-                     const std::vector<int>& visible) {
+                     const std::vector<int>& visible, int bias_count = 0) {
   const int rows = int(visible.size());
   const int most = *std::max_element(visible.begin(), visible.end());
   context = std::string(k.name) + kind.name + " attention head_dim " + std::to_string(head_dim) +
-            " rows " + std::to_string(rows) + " visible " + std::to_string(visible[0]) + " .. " +
-            std::to_string(most);
+            " biases " + std::to_string(bias_count) + " rows " + std::to_string(rows) +
+            " visible " + std::to_string(visible[0]) + " .. " + std::to_string(most);
   Cache cache(k, kind, most + 3, head_dim);
   // A position too few or too many shows.
   for (int v : visible) {
@@ -469,6 +500,8 @@ void check_attention(const Kernels& k, const Kind& kind, int head_dim,
               {},
               {},
               scratch.data};
+  const Biases biases(bias_count, head_dim, (most / kCacheBlock + 1) * kCacheBlock);
+  a.biases = biases.get();
   for (int t = 0; t < rows; ++t) {
     query.push_back(floats(head_dim, 2));
     out.emplace_back(head_dim);
@@ -491,13 +524,23 @@ void check_attention(const Kernels& k, const Kind& kind, int head_dim,
         score += term;
         magnitude += std::abs(term);
       }
+      for (int i = 0; i < bias_count; ++i) {
+        const auto bias = biases.at(i, p, head_dim);
+        for (int half : {0, 1}) {
+          const double term =
+              query[t][half * head_dim / 2 + biases.pairs[i]] * bias[half] * a.scale;
+          score += term;
+          magnitude += 2 * std::abs(term);  // which has two terms of its own
+        }
+      }
       weight[p] = score;
       top = std::max(top, score);
       largest_term = std::max(largest_term, magnitude);
     }
     double total = 0;
     for (double& w : weight) total += w = std::exp(w - top);
-    const double relative = 1.0 / 256 + 2 * (head_dim + 8) * kRounding * largest_term + 1e-6 +
+    const double relative = 1.0 / 256 +
+                            2 * (head_dim + 4 * bias_count + 8) * kRounding * largest_term + 1e-6 +
                             2 * visible[t] * kRounding;
     for (int c = 0; c < head_dim; ++c) {
       double expected = 0, magnitude = 0;
@@ -531,6 +574,17 @@ void test_attention(const Kernels& k, const Kind& kind) {
   check(128, {1000});
   check(64, std::vector<int>(k.token_block, 1000));
   check(80, {1000, 1, 63, 64});
+  if (!kind.int8_keys) {
+    for (int head_dim : {2, 6, 30, 64, 128, 200}) {
+      for (int count : {1, 3, 40}) {  // 40: more than are taken at once
+        for (int rows = 1; rows <= k.token_block && count <= head_dim / 2; ++rows) {
+          std::vector<int> visible(rows);
+          for (int t = 0; t < rows; ++t) visible[t] = 130 - 20 * (t % 6);
+          check_attention(k, kind, head_dim, visible, count);
+        }
+      }
+    }
+  }
 
   // Scores so far apart that all but one weight vanish, and damage that must show.
   context = std::string(k.name) + kind.name + " attention, extremes";

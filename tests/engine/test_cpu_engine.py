@@ -24,6 +24,7 @@ With `ReferenceEngine` itself, the engine must stay within what rounding implies
 
 import dataclasses
 import errno
+import json
 import math
 import os
 import shutil
@@ -126,6 +127,42 @@ def test_text_agrees_with_the_reference(checkpoint, precision, kv_cache, pool):
             shares[isa].append(off(result, results[0]))
     for isa in ISAS:
         assert some_close(shares[isa]), (isa, shares[isa])
+
+
+@pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
+def test_large_biases_of_keys(mini_checkpoint, tmp_path, kv_cache, pool):
+    """As Qwen2 has them, a hundred times the keys, where positions hardly turn a pair of channels.
+
+    There a bias adds nearly the same to all scores of a query, which softmax takes away, so that
+    the bound is what it is without them.
+    """
+    directory = mini_checkpoint("mini-qwen2")
+    with Checkpoint.open(directory) as original:
+        tensors = {name: np.array(original.tensor(name)) for name in original.names()}
+        head_dim = original.config.text.head_dim
+    for name, values in tensors.items():
+        if name.endswith("k_proj.bias"):
+            heads = values.reshape(-1, head_dim)
+            heads[0, [-1, -2, head_dim // 2 - 1]] = 200, -150, 90
+            heads[1, head_dim // 2 - 3] = 30
+    config = json.loads((directory / "config.json").read_text())
+    with Checkpoint.open(write_directory(tmp_path / "biases", config, tensors)) as checkpoint:
+        dequantized = Dequantized(checkpoint, "bf16", pool)
+        rounded, exact = RoundedReference(dequantized, kv_cache), ReferenceEngine(dequantized)
+        options = LoadOptions(precision="bf16", kv_cache=kv_cache, threads=2)
+        limit = text_bound(checkpoint.config, "bf16", kv_cache)
+        for isa in ISAS:
+            shares = []
+            for seed, length in enumerate(LENGTHS):
+                ids = random_ids(checkpoint, length + 1, seed)
+                results = []
+                for model in (rounded, exact, CpuEngine(checkpoint, options, isa=isa)):
+                    engine = OneSequence(model)
+                    prefilled = prefill(engine, ids[:-1])
+                    results.append(np.concatenate((prefilled, engine.decode(int(ids[-1])))))
+                assert off(results[2], results[1]) < limit, (isa, length)
+                shares.append(off(results[2], results[0]))
+            assert some_close(shares), (isa, shares)
 
 
 def vision_agrees(checkpoint, precision, pool):

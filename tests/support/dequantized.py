@@ -12,6 +12,10 @@ from edgevl.engine.packed import pack_in_memory
 from edgevl.engine.plan import make_plan
 
 
+#: Biases of a pair of key channels that are larger are not rounded with the keys.
+LARGE_BIAS = 4
+
+
 class Dequantized:
     """Takes the place of a `Checkpoint` for `ReferenceEngine`, with the weights as packed.
 
@@ -53,8 +57,8 @@ class RoundedReference(ReferenceEngine):
     """The reference engine, rounding activations where the native engine does.
 
     Inputs of linear layers to int8, with a scale for each token and group, or to bfloat16; queries
-    and the weights of attention to bfloat16; keys and values to what ``kv_cache`` says. With int8
-    weights of qkv, queries and keys of a vision layer to int8.
+    and the weights of attention to bfloat16; keys, less their large biases, and values to what
+    ``kv_cache`` says. With int8 weights of qkv, queries and keys of a vision layer to int8.
     """
 
     def __init__(self, dequantized, kv_cache="bf16", **options):
@@ -83,8 +87,25 @@ class RoundedReference(ReferenceEngine):
         return self._weights[LM_HEAD] @ self.rounded(LM_HEAD, normed)
 
     def _decoder(self, sequence, x):
-        with mock.patch.object(ref, "attention", self.attention):
+        layers = iter(range(self.config.text.num_hidden_layers))
+
+        def attention(query, key, value, allowed):
+            biases = self._rotated_biases(next(layers), key.shape[1])
+            return self.attention(query, key - biases, value, allowed, biases)
+
+        with mock.patch.object(ref, "attention", attention):
             return super()._decoder(sequence, x)
+
+    def _rotated_biases(self, layer, positions):
+        """What large biases of the keys are at every position: [G, S, D]."""
+        text, prefix = self.config.text, f"language_model.model.layers.{layer}.self_attn."
+        biases = np.zeros((text.num_key_value_heads, 1, text.head_dim), np.float32)
+        if prefix + "k_proj.bias" in self._weights and prefix + "k_norm.weight" not in self._weights:
+            pairs = self._weights[prefix + "k_proj.bias"].reshape(-1, 1, 2, text.head_dim // 2)
+            large = np.hypot(*np.moveaxis(pairs, -2, 0)) > LARGE_BIAS
+            biases = np.where(large[..., None, :], pairs, 0).reshape(biases.shape)
+        angles = np.arange(positions, dtype=np.float32)[:, None] * self._frequencies
+        return ref.rotate(biases, np.cos(angles), np.sin(angles))
 
     def _vision_layer(self, prefix, x):
         qkv = self.matrices.get(prefix + "attn.qkv.weight")
@@ -115,10 +136,11 @@ def int8_parts(x):
     return np.rint(x / np.where(scales == 0, np.float32(1), scales)), scales
 
 
-def bf16_attention(query, key, value, allowed=None):
-    """`reference.attention` with bfloat16 operands."""
+def bf16_attention(query, key, value, allowed=None, biases=None):
+    """`reference.attention` with bfloat16 operands; keys have ``biases`` besides."""
     ones = np.ones((*value.shape[:-1], 1), np.float32)
-    return rounded_attention(to_bf16(query), to_bf16(key), to_bf16(value), ones, allowed)
+    exact = bias_scores(query, biases)
+    return rounded_attention(to_bf16(query), to_bf16(key), to_bf16(value), ones, allowed, exact)
 
 
 def int8_keys_attention(query, key, value):
@@ -128,20 +150,31 @@ def int8_keys_attention(query, key, value):
     return rounded_attention(np.multiply(*queries), np.multiply(*keys), to_bf16(value), ones)
 
 
-def int8_attention(query, key, value, allowed=None):
+def int8_attention(query, key, value, allowed=None, biases=None):
     """`reference.attention` with keys and values in int8; each has a scale of its own."""
     keys, scales = int8_parts(key)
-    return rounded_attention(to_bf16(query), keys * scales, *int8_parts(value), allowed)
+    exact = bias_scores(query, biases)
+    return rounded_attention(to_bf16(query), keys * scales, *int8_parts(value), allowed, exact)
 
 
-def rounded_attention(query, key, value, value_scale, allowed=None):
+def bias_scores(query, biases):
+    """What biases [G, S, D] add to the scores, unrounded; 0 where there are none."""
+    return 0 if biases is None else grouped(query, len(biases)) @ biases[:, None].swapaxes(-1, -2)
+
+
+def grouped(query, groups):
+    """[..., N, T, D] -> [..., G, N / G, T, D]."""
+    *batch, heads, tokens, head_dim = query.shape
+    return query.reshape(*batch, groups, heads // groups, tokens, head_dim)
+
+
+def rounded_attention(query, key, value, value_scale, allowed=None, added=0):
     """Attention with bfloat16 weights that bring the values' scales."""
     *batch, heads, tokens, head_dim = query.shape
-    groups = key.shape[-3]
-    query = query.reshape(*batch, groups, heads // groups, tokens, head_dim)
+    query = grouped(query, key.shape[-3])
     key, value = key[..., :, None, :, :], value[..., :, None, :, :]
     value_scale = value_scale[..., :, None, :, :].swapaxes(-1, -2)
-    scores = query @ key.swapaxes(-1, -2) * np.float32(head_dim**-0.5)
+    scores = (query @ key.swapaxes(-1, -2) + added) * np.float32(head_dim**-0.5)
     if allowed is not None:
         scores = np.where(allowed, scores, np.float32(-np.inf))
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
