@@ -33,9 +33,9 @@ struct Epilogue {
   int width;  ///< columns of `out`: up to 32, kSwiglu up to 16
 };
 
-/// Biases that are not in the keys of a head. A key at position p is R_p(k + b), R_p its rotary
-/// rotation, and the query's product with R_p b needs no key: a pair of channels (i, i + head_dim /
-/// 2) adds an amplitude times cos(p theta_i) and another times sin(p theta_i).
+/// Biases b that are not in the keys of a head. At position p they would be R_p b, R_p the rotary
+/// rotation, and a query's product with that needs no key: a pair of channels (i, i + head_dim / 2)
+/// adds an amplitude times the position's cosine for i and another times its sine.
 struct KeyBiases {
   int count = 0;                  ///< pairs of channels that have one
   const int* pairs = nullptr;     ///< [count] their i
@@ -53,8 +53,8 @@ struct Attention {
   const float* query[kMaxTokenBlock];  ///< [head_dim] each
   int visible[kMaxTokenBlock];         ///< positions 0 .. visible - 1 are attended to; at least 1
   float* out[kMaxTokenBlock];          ///< [head_dim] each
-  float* scratch;  ///< attention_scratch(rows, most visible) floats, 64-byte aligned
-  KeyBiases biases = {};
+  float* scratch;         ///< attention_scratch(rows, most visible) floats, 64-byte aligned
+  KeyBiases biases = {};  ///< of keys in a cache
 };
 
 /// Floats of scratch that `attend` needs: scores, and weights rounded to bfloat16.

@@ -13,9 +13,8 @@ namespace {
 /// Positions that one item stores: whole lines of the cache, so that no two workers write to one.
 constexpr int kStoreRun = kLanes;
 
-/// Biases of a pair of key channels that the cache has no part in are larger than this. Without
-/// them, keys of trained models have a root mean square of 1 to 2, so that smaller ones hardly
-/// count.
+/// A pair of key channels whose biases are larger has them added to the scores. The rest of a key
+/// has a root mean square of 1 to 2 in trained models, beside which smaller ones hardly count.
 constexpr float kLargeBias = 4;
 
 std::uint64_t next_number() {
@@ -103,8 +102,8 @@ Decoder::Decoder(const DecoderConfig& config, DecoderWeights weights, ThreadPool
   gemm_.fit(weights_.head.matrix);
 }
 
-/// Some models have biases of keys a hundred times as large as what tells their keys apart. Rounded
-/// together, the scale of an int8 key would be the bias's alone.
+/// Some models have biases of keys a hundred times as large as what tells their keys apart. In one
+/// number with them, and in int8 under one scale, that would lose its precision.
 std::vector<Decoder::LayerBiases> Decoder::large_biases(const DecoderConfig& c,
                                                         const DecoderWeights& weights) {
   std::vector<LayerBiases> biases(weights.layers.size());
@@ -112,10 +111,10 @@ std::vector<Decoder::LayerBiases> Decoder::large_biases(const DecoderConfig& c,
   bool any = false;
   for (std::size_t layer = 0; layer < biases.size(); ++layer) {
     const auto& w = weights.layers[layer];
-    if (!w.qkv.bias || w.k_norm) continue;  // a norm takes the bias in
     auto& own = biases[layer];
     own.pairs.resize(c.num_key_value_heads);
     own.values.resize(c.num_key_value_heads);
+    if (!w.qkv.bias || w.k_norm) continue;  // a norm takes the bias in
     own.others.assign(w.qkv.bias, w.qkv.bias + c.qkv_rows());
     for (int head = 0; head < c.num_key_value_heads; ++head) {
       float* bias = own.others.data() + c.key_row() + head * c.head_dim;
@@ -438,10 +437,11 @@ void Decoder::attend(Worker& worker, int layer, const Item& item) {
   attention.rows = item.count;
   attention.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
   attention.scratch = scratch_[worker.rank()].data();
-  if (!biases_.empty() && !biases_[layer].pairs.empty()) {
+  if (!biases_.empty()) {
     const auto& pairs = biases_[layer].pairs[item.head];
-    attention.biases = {static_cast<int>(pairs.size()), pairs.data(),
-                        biases_[layer].values[item.head].data(), rotary_lines_.data()};
+    const auto& values = biases_[layer].values[item.head];
+    attention.biases = {static_cast<int>(pairs.size()), pairs.data(), values.data(),
+                        rotary_lines_.data()};
   }
   for (int i = 0; i < item.count; ++i) {
     const int row = (item.first + i) / heads;
@@ -461,8 +461,6 @@ void Decoder::grow_rotary_table(int positions) {
   const int half = config_.head_dim / 2;
   cos_.resize(static_cast<std::size_t>(count) * half);
   sin_.resize(cos_.size());
-  const int blocks = (count + kCacheBlock - 1) / kCacheBlock;
-  Buffer<float> lines(biases_.empty() ? 0 : std::size_t(blocks) * kCacheBlock * config_.head_dim);
   for (int position = rotary_positions_; position < count; ++position) {
     for (int i = 0; i < half; ++i) {
       const float angle = static_cast<float>(position) * weights_.inverse_frequencies[i];
@@ -470,15 +468,18 @@ void Decoder::grow_rotary_table(int positions) {
       sin_[static_cast<std::size_t>(position) * half + i] = std::sin(angle);
     }
   }
-  for (int position = 0; position < count && !biases_.empty(); ++position) {
-    float* line = lines.data() + static_cast<std::size_t>(position / kLanes) * half * 2 * kLanes +
-                  position % kLanes;
-    for (int i = 0; i < half; ++i, line += 2 * kLanes) {
-      line[0] = cos_[static_cast<std::size_t>(position) * half + i];
-      line[kLanes] = sin_[static_cast<std::size_t>(position) * half + i];
+  if (!biases_.empty()) {
+    const int blocks = (count + kCacheBlock - 1) / kCacheBlock;
+    rotary_lines_.reserve(static_cast<std::size_t>(blocks) * kCacheBlock * 2 * half);
+    for (int position = 0; position < count; ++position) {
+      const std::size_t group = position / kLanes, at = static_cast<std::size_t>(position) * half;
+      float* line = rotary_lines_.data() + group * 2 * half * kLanes + position % kLanes;
+      for (int i = 0; i < half; ++i, line += 2 * kLanes) {
+        line[0] = cos_[at + i];
+        line[kLanes] = sin_[at + i];
+      }
     }
   }
-  rotary_lines_ = std::move(lines);
   rotary_positions_ = count;
 }
 

@@ -191,7 +191,7 @@ class Decoder {
   std::vector<Buffer<float>> scratch_;  ///< for each worker, of attention
   int rotary_positions_ = 0;
   std::vector<float> cos_, sin_;  ///< [rotary_positions_, head_dim / 2]
-  Buffer<float> rotary_lines_;    ///< the same for KeyBiases, if biases_ are not empty
+  Buffer<float> rotary_lines_;    ///< the same as KeyBiases want it, unless biases_ is empty
 
   // The step at hand.
   std::vector<Span> spans_;
