@@ -376,7 +376,8 @@ struct SmallDecoder {
       if (qwen3) {
         layer.q_norm = vector(c.head_dim, 0.2f, 1);
         layer.k_norm = vector(c.head_dim, 0.2f, 1);
-      } else {
+      }
+      if (!qwen3 || large_biases) {
         float* bias = vector(c.qkv_rows(), 0.5f);
         for (int head = 0; large_biases && head < c.num_key_value_heads; ++head) {
           float* key = bias + c.key_row() + head * c.head_dim;
@@ -384,7 +385,7 @@ struct SmallDecoder {
           key[c.head_dim - 2] = key[c.head_dim / 2 - 2] = -70;
         }
         layer.qkv.bias = bias;
-        layer.o.bias = vector(c.hidden_size, 0.5f);
+        if (!qwen3) layer.o.bias = vector(c.hidden_size, 0.5f);
       }
       const float* o_bias = layer.o.bias;
       layer.o = matrix(c.hidden_size, inner, pool);
@@ -966,6 +967,8 @@ int main() {
       }
       test_decoder(isa, threads, true, Format::kBf16, CacheFormat::kInt8);
       test_decoder(isa, threads, false, Format::kInt4, CacheFormat::kInt8);
+      // A norm takes biases in: they are of the keys, whatever their size.
+      test_decoder(isa, threads, true, Format::kBf16, CacheFormat::kInt8, true);
       test_decoder(isa, threads, false, Format::kBf16, CacheFormat::kBf16, true);
       test_decoder(isa, threads, false, Format::kBf16, CacheFormat::kInt8, true);
     }

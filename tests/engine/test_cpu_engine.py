@@ -103,6 +103,23 @@ def qwen3(mini_checkpoint):
         yield opened
 
 
+@pytest.fixture
+def large_biases(mini_checkpoint, tmp_path):
+    """Qwen2 with biases of keys up to a hundred times the keys, in slow pairs of channels."""
+    directory = mini_checkpoint("mini-qwen2")
+    with Checkpoint.open(directory) as original:
+        tensors = {name: np.array(original.tensor(name)) for name in original.names()}
+        head_dim = original.config.text.head_dim
+    for name, values in tensors.items():
+        if name.endswith("k_proj.bias"):
+            heads = values.reshape(-1, head_dim)
+            heads[0, [-1, -2, head_dim // 2 - 1]] = 200, -150, 90
+            heads[1, head_dim // 2 - 3] = 30
+    config = json.loads((directory / "config.json").read_text())
+    with Checkpoint.open(write_directory(tmp_path / "biases", config, tensors)) as opened:
+        yield opened
+
+
 # --- the same numbers --------------------------------------------------------------------------
 
 
@@ -130,39 +147,27 @@ def test_text_agrees_with_the_reference(checkpoint, precision, kv_cache, pool):
 
 
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
-def test_large_biases_of_keys(mini_checkpoint, tmp_path, kv_cache, pool):
-    """As Qwen2 has them, a hundred times the keys, where positions hardly turn a pair of channels.
+def test_large_biases_of_keys(large_biases, kv_cache, pool):
+    """Where positions hardly turn a pair of channels, its bias adds nearly the same to all scores.
 
-    There a bias adds nearly the same to all scores of a query, which softmax takes away, so that
-    the bound is what it is without them.
+    Softmax takes that away, so that the bound is what it is without biases.
     """
-    directory = mini_checkpoint("mini-qwen2")
-    with Checkpoint.open(directory) as original:
-        tensors = {name: np.array(original.tensor(name)) for name in original.names()}
-        head_dim = original.config.text.head_dim
-    for name, values in tensors.items():
-        if name.endswith("k_proj.bias"):
-            heads = values.reshape(-1, head_dim)
-            heads[0, [-1, -2, head_dim // 2 - 1]] = 200, -150, 90
-            heads[1, head_dim // 2 - 3] = 30
-    config = json.loads((directory / "config.json").read_text())
-    with Checkpoint.open(write_directory(tmp_path / "biases", config, tensors)) as checkpoint:
-        dequantized = Dequantized(checkpoint, "bf16", pool)
-        rounded, exact = RoundedReference(dequantized, kv_cache), ReferenceEngine(dequantized)
-        options = LoadOptions(precision="bf16", kv_cache=kv_cache, threads=2)
-        limit = text_bound(checkpoint.config, "bf16", kv_cache)
-        for isa in ISAS:
-            shares = []
-            for seed, length in enumerate(LENGTHS):
-                ids = random_ids(checkpoint, length + 1, seed)
-                results = []
-                for model in (rounded, exact, CpuEngine(checkpoint, options, isa=isa)):
-                    engine = OneSequence(model)
-                    prefilled = prefill(engine, ids[:-1])
-                    results.append(np.concatenate((prefilled, engine.decode(int(ids[-1])))))
-                assert off(results[2], results[1]) < limit, (isa, length)
-                shares.append(off(results[2], results[0]))
-            assert some_close(shares), (isa, shares)
+    dequantized = Dequantized(large_biases, "bf16", pool)
+    rounded, exact = RoundedReference(dequantized, kv_cache), ReferenceEngine(dequantized)
+    options = LoadOptions(precision="bf16", kv_cache=kv_cache, threads=2)
+    limit = text_bound(large_biases.config, "bf16", kv_cache)
+    for isa in ISAS:
+        model = CpuEngine(large_biases, options, isa=isa)
+        shares = []
+        for seed, length in enumerate(LENGTHS):
+            ids = random_ids(large_biases, length + 1, seed)
+            results = []
+            for engine in map(OneSequence, (rounded, exact, model)):
+                prefilled = prefill(engine, ids[:-1])
+                results.append(np.concatenate((prefilled, engine.decode(int(ids[-1])))))
+            assert off(results[2], results[1]) < limit, (isa, length)
+            shares.append(off(results[2], results[0]))
+        assert some_close(shares), (isa, shares)
 
 
 def vision_agrees(checkpoint, precision, pool):
@@ -433,16 +438,18 @@ def test_sequences_decoded_together_equal_those_decoded_alone(checkpoint, kv_cac
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kv_cache", KV_CACHE_FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_extending_gives_the_bits_of_every_step(qwen3, isa, kv_cache, precision):
+@pytest.mark.parametrize("which", ["qwen3", "large_biases"])
+def test_extending_gives_the_bits_of_every_step(request, which, isa, kv_cache, precision):
+    checkpoint = request.getfixturevalue(which)
     model = CpuEngine(
-        qwen3, LoadOptions(precision=precision, kv_cache=kv_cache, threads=2), isa=isa
+        checkpoint, LoadOptions(precision=precision, kv_cache=kv_cache, threads=2), isa=isa
     )
-    ids = random_ids(qwen3, 30)
+    ids = random_ids(checkpoint, 30)
     steps, extended = OneSequence(model), OneSequence(model)
     prefill(steps, ids[:12])
     prefill(extended, ids[:12])
     logits = extended.extend(ids[12:].tolist()).copy()
-    assert logits.shape == (18, qwen3.config.text.vocab_size)
+    assert logits.shape == (18, checkpoint.config.text.vocab_size)
     for ours, token_id in zip(logits, ids[12:].tolist(), strict=True):
         np.testing.assert_array_equal(ours, steps.decode(token_id))
     assert extended.length == 30

@@ -11,7 +11,6 @@ from edgevl.engine import reference as ref
 from edgevl.engine.packed import pack_in_memory
 from edgevl.engine.plan import make_plan
 
-
 #: Biases of a pair of key channels that are larger are not rounded with the keys.
 LARGE_BIAS = 4
 
@@ -97,11 +96,11 @@ class RoundedReference(ReferenceEngine):
             return super()._decoder(sequence, x)
 
     def _rotated_biases(self, layer, positions):
-        """What large biases of the keys are at every position: [G, S, D]."""
-        text, prefix = self.config.text, f"language_model.model.layers.{layer}.self_attn."
+        """Return what large biases of the keys are at every position: [G, S, D]."""
+        text, prefix = self.config.text, f"language_model.model.layers.{layer}.self_attn.k_"
         biases = np.zeros((text.num_key_value_heads, 1, text.head_dim), np.float32)
-        if prefix + "k_proj.bias" in self._weights and prefix + "k_norm.weight" not in self._weights:
-            pairs = self._weights[prefix + "k_proj.bias"].reshape(-1, 1, 2, text.head_dim // 2)
+        if prefix + "proj.bias" in self._weights and prefix + "norm.weight" not in self._weights:
+            pairs = self._weights[prefix + "proj.bias"].reshape(-1, 1, 2, text.head_dim // 2)
             large = np.hypot(*np.moveaxis(pairs, -2, 0)) > LARGE_BIAS
             biases = np.where(large[..., None, :], pairs, 0).reshape(biases.shape)
         angles = np.arange(positions, dtype=np.float32)[:, None] * self._frequencies
