@@ -1,4 +1,4 @@
-"""Windows of a text, and `edgevl eval --perplexity` and `--against`."""
+"""Windows of a text, and `edgevl eval --perplexity` and `--against…`."""
 
 import json
 import math
@@ -304,6 +304,54 @@ def test_perplexity_json(directory, other_directory, path, capsys):
     assert compared["perplexity"] == pytest.approx(printed["perplexity"])
 
 
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "own", "against"), [("precision", "int4", "bf16"), ("kv-cache", "bf16", "int8")]
+)
+def test_one_model_beside_itself_otherwise(directory, path, capsys, name, own, against):
+    def measured(*args):
+        command = ["eval", str(directory), "--perplexity", str(path), "--threads", "1", "--json"]
+        assert cli.main([*command, *args]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    compared = measured(f"--{name}", own, f"--against-{name}", against)
+    assert compared["perplexity"] == pytest.approx(measured(f"--{name}", own)["perplexity"])
+    alone = measured(f"--{name}", against)["perplexity"]
+    assert compared["against_perplexity"] == pytest.approx(alone)
+    assert compared["perplexity"] != pytest.approx(alone)
+    assert compared["kl_divergence"] > 0
+
+
+def test_the_reference_of_a_comparison(directory, other_directory, path, monkeypatch):
+    """Which model is loaded how, for each way to name the reference."""
+    asked = []
+
+    def recorded(model, engine, precision, kv_cache, **options):
+        asked.append((model, engine, precision, kv_cache))
+        return edgevl.load(model, engine="reference", exact_logits=options["exact_logits"])
+
+    monkeypatch.setattr("edgevl.generate.load", recorded)
+    one, other = str(directory), str(other_directory)
+    for args, expected in (
+        (["--against", other], [(one, "auto", "auto", "bf16"), (other, "auto", "auto", "bf16")]),
+        (
+            ["--against", other, "--precision", "int8", "--against-precision", "int8"],
+            [(one, "cpu", "int8", "bf16"), (other, "cpu", "int8", "bf16")],
+        ),
+        (
+            ["--kv-cache", "int8", "--against-kv-cache", "bf16"],
+            [(one, "cpu", "auto", "int8"), (one, "cpu", "auto", "bf16")],
+        ),
+        (
+            ["--kv-cache", "int8", "--against-precision", "bf16", "--against-kv-cache", "bf16"],
+            [(one, "cpu", "auto", "int8"), (one, "cpu", "bf16", "bf16")],
+        ),
+    ):
+        asked.clear()
+        assert cli.main(["eval", one, "--perplexity", str(path), "--limit", "1", *args]) == 0
+        assert asked == expected
+
+
 def test_perplexity_for_people(directory, path, capsys):
     out = run(capsys, directory, "--perplexity", path, "--against", directory, "--limit", "1")
     first, second, third = out.splitlines()
@@ -366,6 +414,15 @@ def test_what_counts_all_logits_has_them_exact(directory, path, question, tmp_pa
         (["--vqa", "q", "--perplexity", "t"], "give either"),
         (["--perplexity", "t", "--save", "x"], "--save goes with --vqa only"),
         (["--perplexity", "t", "--max-tokens", "5"], "--max-tokens goes with --vqa only"),
+        (["--perplexity", "t", "--against-precision", "auto"], "auto is what MODEL has"),
+        (
+            ["--vqa", "q", *("--kv-cache", "int8", "--against-kv-cache", "int8")],
+            "--against-kv-cache int8 is what MODEL has: give another",
+        ),
+        (
+            ["--vqa", "q", *("--engine", "axera", "--against-precision", "int8")],
+            "--against-precision: engine cpu only, not axera",
+        ),
     ],
 )
 def test_wrong_usage(args, message, capsys):

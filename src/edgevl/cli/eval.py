@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 from click.core import ParameterSource
@@ -14,11 +14,14 @@ from click.core import ParameterSource
 from edgevl.cli.options import FILE, flags, json_option, load_model
 from edgevl.cli.terminal import bar_of, print_result, show_notes
 from edgevl.files import replacing
-from edgevl.options import LoadOptions, SamplingOptions
+from edgevl.options import KV_CACHE_FORMATS, PRECISIONS, LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from edgevl.evaluate import Outcome, PerplexityResult, VQAComparison, VQAResult
     from edgevl.generate import Model
+
+#: A model's name, and the options to load it with.
+Loading: TypeAlias = tuple[str, dict[str, Any]]
 
 
 @click.command("eval")
@@ -39,6 +42,16 @@ if TYPE_CHECKING:
     "--against",
     metavar="MODEL",
     help="A reference to compare with: how often the same token comes first, KL divergence.",
+)
+@click.option(
+    "--against-precision",
+    type=click.Choice(PRECISIONS),
+    help="Precision of the reference, which is MODEL itself without --against.",
+)
+@click.option(
+    "--against-kv-cache",
+    type=click.Choice(KV_CACHE_FORMATS),
+    help="The same for its keys and values.",
 )
 @click.option(
     "--limit",
@@ -70,6 +83,8 @@ def command(
     vqa: Path | None,
     perplexity: Path | None,
     against: str | None,
+    against_precision: str | None,
+    against_kv_cache: str | None,
     limit: int | None,
     max_tokens: int,
     max_tiles: int | None,
@@ -82,10 +97,12 @@ def command(
     Decoding is greedy. docs/evaluate.md says when an answer counts as right, and how every figure
     is defined.
     """
+    changes = {"precision": against_precision, "kv_cache": against_kv_cache}
+    models = _models(model, against, loading, changes)
     result: VQAResult | VQAComparison | PerplexityResult
     if vqa is not None and perplexity is None:
         options = {"max_tokens": max_tokens, "max_tiles": max_tiles}
-        result = _evaluate_vqa(model, against, vqa, limit, save, options, loading)
+        result = _evaluate_vqa(models, vqa, limit, save, options)
         lines = _describe_vqa(result)
     elif perplexity is not None and vqa is None:
         for name in ("max_tokens", "max_tiles", "save"):
@@ -94,21 +111,50 @@ def command(
                 is ParameterSource.COMMANDLINE
             ):
                 raise click.UsageError(f"--{name.replace('_', '-')} goes with --vqa only")
-        result = _evaluate_perplexity(model, against, perplexity, limit, loading)
+        result = _evaluate_perplexity(models, perplexity, limit)
         lines = _describe_perplexity(result)
     else:
         raise click.UsageError("give either --vqa FILE.jsonl or --perplexity FILE")
     print_result(result.to_dict(), lines, as_json)
 
 
+def _models(
+    model: str, against: str | None, loading: dict[str, Any], changes: dict[str, str | None]
+) -> list[Loading]:
+    """Return MODEL and, if it is to be compared, the reference.
+
+    Args:
+        model: MODEL.
+        against: the reference, if it is another.
+        loading: options of MODEL.
+        changes: options that the reference has otherwise; None: as MODEL has it.
+
+    Raises:
+        click.UsageError: another engine than ``cpu`` is to have the changes, or without them the
+            reference is MODEL itself.
+    """
+    changed = {name: value for name, value in changes.items() if value is not None}
+    if changed:
+        flags = {name: f"--against-{name.replace('_', '-')}" for name in changed}
+        if loading["engine"] not in ("auto", "cpu"):
+            given = " and ".join(flags.values())
+            raise click.UsageError(f"{given}: engine cpu only, not {loading['engine']}")
+        # What else `auto` may take would leave the changes out.
+        loading = loading | {"engine": "cpu"}
+        if against is None and loading | changed == loading:
+            same = " and ".join(f"{flag} {changed[name]}" for name, flag in flags.items())
+            raise click.UsageError(f"{same} is what MODEL has: give another")
+    if against is None and not changed:
+        return [(model, loading)]
+    return [(model, loading), (model if against is None else against, loading | changed)]
+
+
 def _evaluate_vqa(
-    name: str,
-    against: str | None,
+    models: list[Loading],
     path: Path,
     limit: int | None,
     save: Path | None,
     options: dict[str, Any],
-    loading: dict[str, Any],
 ) -> VQAResult | VQAComparison:
     # Before the libraries of the model are loaded, so that a wrong line is told at once.
     from edgevl.evaluate import compare_vqa, evaluate_vqa, read_questions
@@ -116,7 +162,7 @@ def _evaluate_vqa(
     questions = read_questions(path, limit)
     with ExitStack() as stack:
         record = stack.enter_context(replacing(save)) if save else None
-        model, other = _load(name, against, loading)
+        model, other = _load(models)
         bar = stack.enter_context(bar_of(total=len(questions), unit="question"))
         right = 0
 
@@ -137,28 +183,24 @@ def _evaluate_vqa(
         return compare_vqa(model, other, questions, on_outcome, **options)
 
 
-def _evaluate_perplexity(
-    name: str, against: str | None, path: Path, limit: int | None, loading: dict[str, Any]
-) -> PerplexityResult:
+def _evaluate_perplexity(models: list[Loading], path: Path, limit: int | None) -> PerplexityResult:
     from edgevl.evaluate import evaluate_perplexity, read_text, text_windows
 
     text = read_text(path)
-    model, other = _load(name, against, loading, exact_logits=True)
+    model, other = _load(models, exact_logits=True)
     windows = text_windows(model, text, limit=limit)
     with bar_of(total=sum(len(window) - 1 for window in windows), unit="token") as bar:
         return evaluate_perplexity(model, windows, other, bar.update)
 
 
-def _load(
-    name: str, against: str | None, loading: dict[str, Any], exact_logits: bool = False
-) -> tuple[Model, Model | None]:
+def _load(models: list[Loading], exact_logits: bool = False) -> tuple[Model, Model | None]:
     """Load the model, and the one to compare with: where there is one, both with exact logits."""
-    exact_logits = exact_logits or against is not None
-    models: list[Model] = []
-    for each in [name] if against is None else [name, against]:
-        models.append(load_model(each, quiet=True, exact_logits=exact_logits, **loading))
-        show_notes(models[-1].engine.notes)
-    return models[0], None if against is None else models[1]
+    exact_logits = exact_logits or len(models) > 1
+    loaded: list[Model] = []
+    for name, options in models:
+        loaded.append(load_model(name, quiet=True, exact_logits=exact_logits, **options))
+        show_notes(loaded[-1].engine.notes)
+    return loaded[0], loaded[1] if len(loaded) > 1 else None
 
 
 def _describe_vqa(result: VQAResult | VQAComparison) -> Iterator[str]:
