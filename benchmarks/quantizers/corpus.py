@@ -1,9 +1,10 @@
-"""English text from manuals that Debian packages, to calibrate on and to measure on.
+"""Text from what Debian packages, to calibrate on and to measure on: English manuals, or what else.
 
     python benchmarks/quantizers/corpus.py --work DIR
 
-Needs ``apt-get`` and ``dpkg-deb``. The two parts come from different manuals. Of their HTML, the
-headings and the paragraphs of prose are kept, without code, tables, indices and navigation.
+Needs ``apt-get`` and ``dpkg-deb``. The two parts come from different manuals. Of HTML, the
+headings and the paragraphs of prose are kept, without code, tables, indices and navigation; other
+files are taken as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import subprocess
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -31,6 +33,8 @@ PARTS = {
 SKIPPED = {"head", "pre", "table", "script", "style", "nav", "dl.toc", "div.toc", "ul.docnav"}
 HEADINGS = {"h1", "h2", "h3", "h4"}
 VOID = {"br", "hr", "img", "meta", "link", "input", "col", "area"}
+#: What a sentence ends with, or introduces the next paragraph with.
+ENDS = ".:!?。：！？"
 #: Shorter paragraphs are captions and remains of navigation.
 SHORTEST = 80
 
@@ -75,7 +79,7 @@ class Prose(HTMLParser):
     def _finish(self, heading: bool = False) -> None:
         text = " ".join("".join(self._text).split()).rstrip("¶# ")
         self._text = []
-        is_prose = len(text) >= SHORTEST and text[0].isalpha() and text[-1] in ".:!?)"
+        is_prose = len(text) >= SHORTEST and text[0].isalpha() and text[-1] in ENDS + ")）"
         if is_prose or (text and heading):
             self.paragraphs.append(text)
 
@@ -87,29 +91,40 @@ def prose(html: str) -> str:
     parser.close()
     kept = parser.paragraphs
     # A heading without a paragraph after it is a list of code or a table of contents.
-    headings = [len(text) < SHORTEST and text[-1] not in ".:!?" for text in kept]
+    headings = [len(text) < SHORTEST and text[-1] not in ENDS for text in kept]
     pairs = zip(kept, headings, [*headings[1:], True], strict=True)
     return "\n\n".join(text for text, is_heading, next_is in pairs if not (is_heading and next_is))
 
 
-def make_corpus(directory: Path) -> dict[str, Path]:
+def make_corpus(directory: Path, parts: Mapping[str, Mapping[str, str]] = PARTS) -> dict[str, Path]:
     """Return the file of each part, written unless it is there.
 
     Pages are in a random order that is always the same, so that the first of them represent all.
+
+    Args:
+        directory: for the files, and the packages that they are made of.
+        parts: packages of each part, and the files inside them.
     """
-    files = {part: directory / f"{part}.txt" for part in PARTS}
-    for part, packages in PARTS.items():
+    files = {part: directory / f"{part}.txt" for part in parts}
+    for part, packages in parts.items():
         if files[part].exists():
             continue
         pages = [
-            prose(path.read_text(errors="replace"))
+            page(path)
             for package, pattern in packages.items()
             for path in sorted(unpack(package, directory).glob(pattern))
+            if path.exists()  # and is no link to what another package has
         ]
         pages = list(dict.fromkeys(page for page in pages if page))
         random.Random(0).shuffle(pages)
         files[part].write_text("\n\n".join(pages) + "\n")
     return files
+
+
+def page(path: Path) -> str:
+    """Return the text of a file."""
+    text = path.read_text(errors="replace")
+    return prose(text) if path.suffix == ".html" else text.strip()
 
 
 def unpack(package: str, directory: Path) -> Path:

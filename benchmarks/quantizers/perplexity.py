@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.architecture import expected_tensors
-from llama import plain_name
+from text_model import plain_name
 
 #: Positions whose logits are held at once.
 CHUNK = 256

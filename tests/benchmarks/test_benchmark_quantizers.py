@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import corpus
-import llama
 import quantizer_table
+import text_model
 from edgevl.checkpoint import Checkpoint
 
 SENTENCE = "This is a sentence that is long enough to be taken for one of a paragraph of prose."
@@ -39,7 +39,7 @@ def test_parts_are_of_different_packages():
 def test_a_text_model_alone_has_the_same_weights(mini_checkpoint, tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     source = mini_checkpoint("mini-llama", dtype="fp16")
-    llama.convert(source, tmp_path)
+    text_model.convert(source, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     stored = safetensors.load_file(tmp_path / "model.safetensors")
@@ -48,7 +48,7 @@ def test_a_text_model_alone_has_the_same_weights(mini_checkpoint, tmp_path):
         assert len(stored) == len(text)
         for name in text:
             np.testing.assert_array_equal(
-                stored[llama.plain_name(name)], checkpoint.tensor(name).astype(np.float16)
+                stored[text_model.plain_name(name)], checkpoint.tensor(name).astype(np.float16)
             )
 
 

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "benchmarks/quantizers/corpus.py": "test_benchmark_quantizers.py",
     "benchmarks/quantizers/perplexity.py": "test_benchmark_quantizers.py",
     "benchmarks/quantizers/quantize.py": "test_benchmark_quantizers.py",
+    "benchmarks/real_weights.py": "test_real_weights.py",
 }
 
 needs_native = pytest.mark.skipif(
@@ -116,15 +117,15 @@ def test_constraint():
     assert report["schema"]["token_ms"] > 0
 
 
-def test_smollm2_and_llama(tmp_path, mini_checkpoint):
+def test_smollm2_and_its_text_model(tmp_path, mini_checkpoint):
     gguf = pytest.importorskip("gguf", exc_type=ImportError)
     from edgevl.checkpoint import Checkpoint
 
     source = mini_checkpoint("mini-llama", dtype="fp16")
     write_gguf(gguf, source, tmp_path / "model.gguf")
     run("benchmarks/smollm2.py", tmp_path / "model.gguf", tmp_path / "checkpoint")
-    run("benchmarks/quantizers/llama.py", tmp_path / "checkpoint", tmp_path / "llama")
-    assert (tmp_path / "llama" / "model.safetensors").exists()
+    run("benchmarks/quantizers/text_model.py", tmp_path / "checkpoint", tmp_path / "text")
+    assert (tmp_path / "text" / "model.safetensors").exists()
     name = "language_model.model.layers.1.self_attn.q_proj.weight"
     with Checkpoint.open(source) as before, Checkpoint.open(tmp_path / "checkpoint") as after:
         np.testing.assert_array_equal(before.tensor(name), after.tensor(name))

@@ -1,8 +1,9 @@
-"""SmolLM2 as transformers has it, out of EdgeVL's checkpoint: the same float16 weights.
+"""The text model of EdgeVL's checkpoint as transformers has it: the same weights, in float16.
 
-    python benchmarks/quantizers/llama.py CHECKPOINT DIRECTORY
+    python benchmarks/quantizers/text_model.py CHECKPOINT DIRECTORY
 
-CHECKPOINT is what ``smollm2.py`` wrote; DIRECTORY becomes a `LlamaForCausalLM` with its tokenizer.
+CHECKPOINT is unquantized, in the ``internvl_chat`` layout; DIRECTORY becomes a model for causal
+language modelling with its tokenizer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def convert(source: Path, directory: Path) -> None:
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
-        shutil.copy(source / name, directory / name)
+        if (source / name).exists():
+            shutil.copy(source / name, directory / name)
     with Checkpoint.open(source) as checkpoint:
         shapes = expected_tensors(checkpoint.config, vision=False)
         write_safetensors(
