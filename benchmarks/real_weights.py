@@ -11,6 +11,7 @@ windows together, beside the checkpoint in bfloat16. What has been made is kept 
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer
 import edgevl
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.architecture import EMBEDDING
-from edgevl.evaluate import Comparison, text_windows
+from edgevl.evaluate import text_windows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "quantizers"))
 
@@ -80,12 +81,16 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=48, help="to calibrate on, of all texts")
     parser.add_argument("--only", help="rows to measure, such as 'auto;int8'")
     parser.add_argument("--gptq", type=Path, help="another GPTQ checkpoint, instead of our own")
-    parser.add_argument("--collect-only", action="store_true", help="write the texts' tokens alone")
+    parser.add_argument("--collect-only", action="store_true", help="write the tokens alone")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     texts = collect(arguments.work)
-    tokens = calibration(arguments.checkpoint, texts, arguments.sequences)
+    tokens = sequences(arguments.checkpoint, texts, "calibration", SEQUENCE, arguments.sequences)
     np.save(arguments.work / "calibration.npy", tokens)
+    heldout = sequences(
+        arguments.checkpoint, texts, "heldout", WINDOW, arguments.windows * len(TEXTS)
+    )
+    np.save(arguments.work / "heldout.npy", heldout)
     if arguments.collect_only:
         return
     quantized = arguments.gptq or arguments.work / f"gptq-{len(tokens)}"
@@ -119,15 +124,17 @@ def is_chinese(paragraph: str) -> bool:
     return sum("\u4e00" <= letter <= "\u9fff" for letter in paragraph) >= 0.3 * len(paragraph)
 
 
-def calibration(checkpoint: Path, texts: Mapping[str, str], count: int) -> NDArray[np.int32]:
-    """Return sequences to calibrate on, as many of each text: int32 [N, T]."""
+def sequences(
+    checkpoint: Path, texts: Mapping[str, str], part: str, length: int, count: int
+) -> NDArray[np.int32]:
+    """Return the first sequences of a part's texts, as many of each: int32 [N, T]."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     each = count // len(TEXTS)
-    parts = []
+    found = []
     for name in TEXTS:
-        ids = tokenizer.encode(texts[f"calibration-{name}"]).ids
-        parts.append(np.array(ids[: each * SEQUENCE], np.int32).reshape(each, SEQUENCE))
-    return np.concatenate(parts)
+        ids = tokenizer.encode(texts[f"{part}-{name}"]).ids[: each * length]
+        found.append(np.array(ids, np.int32).reshape(each, length))
+    return np.concatenate(found)
 
 
 def quantize(checkpoint: Path, tokens: NDArray[np.int32], output: Path) -> None:
@@ -172,54 +179,76 @@ def rows(checkpoint: Path, quantized: Path, only: str | None) -> list[Row]:
     return [row for row in found if row.name in names]
 
 
+@dataclass
+class Totals:
+    """Sums over tokens of a row beside its reference."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    same: int = 0
+    divergence: float = 0.0
+    variation: float = 0.0
+
+    def add(
+        self, reference: NDArray[np.float32], own: NDArray[np.float32], next_ids: NDArray[np.int64]
+    ) -> None:
+        """Count T tokens; both are logarithms of all probabilities [T, V].
+
+        In float32, for `edgevl.evaluate` takes a vocabulary of 150,000 to float64 for each pair.
+        """
+        probabilities = np.exp(reference)
+        self.tokens += len(next_ids)
+        self.loss -= float(own[np.arange(len(next_ids)), next_ids].sum(dtype=np.float64))
+        self.same += int((reference.argmax(axis=1) == own.argmax(axis=1)).sum())
+        self.divergence += float((probabilities * (reference - own)).sum(dtype=np.float64))
+        self.variation += float(np.abs(probabilities - np.exp(own)).sum(dtype=np.float64)) / 2
+
+    @property
+    def perplexity(self) -> float:
+        """Of the row."""
+        return math.exp(self.loss / self.tokens)
+
+
+def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the logarithms of the probabilities: [T, V] -> [T, V]."""
+    result = logits - logits.max(axis=1, keepdims=True)
+    result -= np.log(np.exp(result).sum(axis=1, keepdims=True, dtype=np.float64))
+    return result
+
+
 def measure(
     models: Mapping[str, edgevl.Model], chosen: list[Row], windows: list[NDArray[np.int64]]
-) -> dict[str, tuple[Comparison, float]]:
-    """Run all models over the windows: -> by row, the comparison and mean total variation."""
-    comparisons = {row.name: Comparison(row.reference, row.name) for row in chosen}
-    variations = dict.fromkeys(comparisons, 0.0)
-    sequences = {name: model.engine.new_sequence() for name, model in models.items()}
+) -> dict[str, Totals]:
+    """Run all models over the windows: -> what each row came to."""
+    totals = {row.name: Totals() for row in chosen}
+    caches = {name: model.engine.new_sequence() for name, model in models.items()}
     for window in windows:
-        for sequence in sequences.values():
-            sequence.rewind(0)
+        for cache in caches.values():
+            cache.rewind(0)
         for begin in range(0, len(window) - 1, CHUNK):
             next_ids = window[begin + 1 : begin + 1 + CHUNK]
             block = window[begin : begin + len(next_ids)].tolist()
-            logits = {
-                name: model.engine.extend(sequences[name], block).copy()
+            found = {
+                name: log_probabilities(model.engine.extend(caches[name], block))
                 for name, model in models.items()
             }
             for row in chosen:
-                pair = logits[row.reference], logits[row.name]
-                comparisons[row.name].add(*pair, next_ids)
-                variations[row.name] += total_variation(*pair)
-    return {
-        name: (comparison, variations[name] / comparison.model.tokens)
-        for name, comparison in comparisons.items()
-    }
+                totals[row.name].add(found[row.reference], found[row.name], next_ids)
+    return totals
 
 
-def total_variation(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Return the sum, over positions [T, V], of half the L1 distance of two distributions."""
-    first, second = (np.exp(logits - logits.max(axis=1, keepdims=True)) for logits in (one, other))
-    first /= first.sum(axis=1, keepdims=True)
-    second /= second.sum(axis=1, keepdims=True)
-    return float(np.abs(first - second).sum(dtype=np.float64) / 2)
-
-
-def lines(chosen: list[Row], measured: Mapping[str, tuple[Comparison, float]]) -> Iterator[str]:
+def lines(chosen: list[Row], totals: Mapping[str, Totals]) -> Iterator[str]:
     """Yield a line of the table for each row."""
     for row in chosen:
-        comparison, variation = measured[row.name]
-        perplexity = comparison.model.perplexity
-        if row.reference == row.name:
-            yield f"| {row.name} | {perplexity:.3f} | | | | |"
+        own, reference = totals[row.name], totals[row.reference]
+        if own is reference:
+            yield f"| {row.name} | {own.perplexity:.3f} | | | | |"
             continue
-        change = perplexity / comparison.reference.perplexity - 1
         yield (
-            f"| {row.name} | {perplexity:.3f} | {row.reference} {change:+.1%} "
-            f"| {comparison.token_agreement:.1%} | {comparison.kl_divergence:.4f} "
-            f"| {variation:.3f} |"
+            f"| {row.name} | {own.perplexity:.3f} "
+            f"| {row.reference} {own.perplexity / reference.perplexity - 1:+.1%} "
+            f"| {own.same / own.tokens:.1%} | {own.divergence / own.tokens:.4f} "
+            f"| {own.variation / own.tokens:.3f} |"
         )
 
 

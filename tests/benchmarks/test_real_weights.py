@@ -7,17 +7,22 @@ import pytest
 
 import real_weights
 from edgevl.engine import native_missing
-from edgevl.evaluate import Comparison
 
 TEXT = {"English": "The quick brown fox. ", "Chinese": "快速的棕色狐狸。", "code": "x = [1]\n"}
 
 
-def test_total_variation_is_half_the_distance():
+def test_totals_against_their_definitions():
     one, other = np.random.default_rng(0).normal(0, 3, (2, 5, 9)).astype(np.float32)
-    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (one, other))
-    assert real_weights.total_variation(one, other) == pytest.approx(abs(p - q).sum() / 2)
-    apart = np.float32([[40, 0]]), np.float32([[0, 40]])
-    assert real_weights.total_variation(*apart) == pytest.approx(1)
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (one.astype(np.float64), other))
+    ids, totals = np.array([0, 8, 3, 3, 1]), real_weights.Totals()
+    logs = [real_weights.log_probabilities(x) for x in (one, other)]
+    totals.add(logs[0][:2], logs[1][:2], ids[:2])
+    totals.add(logs[0][2:], logs[1][2:], ids[2:])
+    assert totals.tokens == 5
+    assert totals.perplexity == pytest.approx(np.exp(-np.log(q[range(5), ids]).mean()), rel=1e-5)
+    assert totals.same == (p.argmax(1) == q.argmax(1)).sum()
+    assert totals.divergence == pytest.approx((p * np.log(p / q)).sum(), rel=1e-4)
+    assert totals.variation == pytest.approx(abs(p - q).sum() / 2, rel=1e-5)
 
 
 def test_only_what_is_chinese_is_chinese(monkeypatch, tmp_path):
@@ -69,18 +74,18 @@ def test_a_table(mini_checkpoint, monkeypatch, capsys, tmp_path):
     assert printed.count("| int8 | ") == 3
     assert printed.count(" | auto ") == 3
     assert np.load(tmp_path / "calibration.npy").shape == (3, 8)
+    assert np.load(tmp_path / "heldout.npy").shape == (6, 20)
 
 
 def test_a_line_is_beside_its_reference():
-    comparison = Comparison()
     ids = np.array([0, 1])
-    comparison.add(np.float32([[0, 0], [0, 0]]), np.float32([[1, 0], [0, 1]]), ids)
-    same = Comparison()
-    same.add(np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32), ids)
-    first, second = real_weights.rows(None, None, "auto")
-    table = list(
-        real_weights.lines([first, second], {"bf16": (same, 0.0), "auto": (comparison, 0.25)})
-    )
+    even = real_weights.log_probabilities(np.zeros((2, 2), np.float32))
+    other = real_weights.log_probabilities(np.float32([[1, 0], [0, 1]]))
+    same, compared = real_weights.Totals(), real_weights.Totals()
+    same.add(even, even, ids)
+    compared.add(even, other, ids)
+    rows = real_weights.rows(None, None, "auto")
+    table = list(real_weights.lines(rows, {"bf16": same, "auto": compared}))
     assert table[0] == "| bf16 | 2.000 | | | | |"
-    # Probability e / (1 + e) of each token.
-    assert table[1] == "| auto | 1.368 | bf16 -31.6% | 50.0% | 0.1201 | 0.250 |"
+    # Probabilities e / (1 + e), of the token that follows.
+    assert table[1] == "| auto | 1.368 | bf16 -31.6% | 50.0% | 0.1201 | 0.231 |"
