@@ -117,6 +117,27 @@ def test_constraint():
     assert report["schema"]["token_ms"] > 0
 
 
+@needs_native
+def test_vision_int8(tmp_path):
+    for module in ("torch", "onnx_ir", "onnxslim", "onnxruntime", "sympy"):
+        pytest.importorskip(module)
+    from edgevl.checkpoint import Checkpoint
+
+    picture = ROOT / "examples" / "meter.png"
+    options = ["--work", tmp_path, "--tiles", 1, "--calibration", 2]
+    printed = run("benchmarks/vision_int8.py", TINY, picture, *options, "--harder", 64)
+    header, _, *rows = (line for line in printed.splitlines() if line.startswith("|"))
+    stacks = header.strip("| ").split(" | ")[1:]
+    assert stacks[:3] == ["EdgeVL", "EdgeVL, quantized", "ONNX Runtime"]
+    assert rows[-1].startswith("| features | ")
+    features = [float(cell.rstrip("% ")) for cell in rows[-1].strip("|").split("|")[1:]]
+    assert features[1] < features[0] / 2  # smoothing undoes what makes it harder
+    with Checkpoint.open(TINY) as before, Checkpoint.open(tmp_path / "harder") as after:
+        name = "vision_model.encoder.layers.0.norm1.weight"
+        ratio = after.tensor(name) / before.tensor(name)
+        assert set(ratio.tolist()) == {1, 64}
+
+
 def test_smollm2_and_its_text_model(tmp_path, mini_checkpoint):
     gguf = pytest.importorskip("gguf", exc_type=ImportError)
     from edgevl.checkpoint import Checkpoint
