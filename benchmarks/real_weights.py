@@ -47,8 +47,8 @@ TEXTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "heldout": {"libpython3.11-stdlib": "usr/lib/python3.11/asyncio/*.py"},
     },
 }
-#: Tokens of a sequence to calibrate on, and of a window to measure on.
-SEQUENCE, WINDOW = 512, 2048
+#: Tokens of a sequence to calibrate on.
+SEQUENCE = 512
 #: Positions whose logits are held at once, of every model.
 CHUNK = 64
 
@@ -77,7 +77,8 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--windows", type=int, default=2, help=f"of {WINDOW} tokens, of each text")
+    parser.add_argument("--windows", type=int, default=2, help="to measure on, of each text")
+    parser.add_argument("--window", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--sequences", type=int, default=48, help="to calibrate on, of all texts")
     parser.add_argument("--only", help="rows to measure, such as 'auto;int8'")
     parser.add_argument("--gptq", type=Path, help="another GPTQ checkpoint, instead of our own")
@@ -88,7 +89,7 @@ def main() -> None:
     tokens = sequences(arguments.checkpoint, texts, "calibration", SEQUENCE, arguments.sequences)
     np.save(arguments.work / "calibration.npy", tokens)
     heldout = sequences(
-        arguments.checkpoint, texts, "heldout", WINDOW, arguments.windows * len(TEXTS)
+        arguments.checkpoint, texts, "heldout", arguments.window, arguments.windows * len(TEXTS)
     )
     np.save(arguments.work / "heldout.npy", heldout)
     if arguments.collect_only:
@@ -101,7 +102,9 @@ def main() -> None:
         row.name: edgevl.load(row.model, **{"exact_logits": True, **row.options}) for row in chosen
     }
     for name in TEXTS:
-        windows = text_windows(models["bf16"], texts[f"heldout-{name}"], WINDOW, arguments.windows)
+        windows = text_windows(
+            models["bf16"], texts[f"heldout-{name}"], arguments.window, arguments.windows
+        )
         print(f"\n{name}, {sum(len(window) - 1 for window in windows)} tokens\n")
         print("| | perplexity | beside | same next token | KL divergence | total variation |")
         print("|---|---|---|---|---|---|")

@@ -54,7 +54,6 @@ def test_rows_come_with_what_they_are_compared_with(tmp_path):
 
 @pytest.mark.skipif(native_missing() is not None, reason="no native engine")
 def test_a_table(mini_checkpoint, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(real_weights, "WINDOW", 20)
     monkeypatch.setattr(real_weights, "SEQUENCE", 8)
     texts = {
         f"{part}-{name}": TEXT[name] * 9 for name in TEXT for part in ("calibration", "heldout")
@@ -67,7 +66,8 @@ def test_a_table(mini_checkpoint, monkeypatch, capsys, tmp_path):
         "--only",
         "int8;auto, INT4 head",
     ]
-    monkeypatch.setattr(sys, "argv", ["real_weights.py", *map(str, arguments), "--sequences", "3"])
+    arguments += ["--sequences", 3, "--window", 20]
+    monkeypatch.setattr(sys, "argv", ["real_weights.py", *map(str, arguments)])
     real_weights.main()
     printed = capsys.readouterr().out
     assert printed.count("| bf16 | ") == 3
