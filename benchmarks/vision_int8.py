@@ -27,6 +27,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from edgevl import _native
 from edgevl.boards.vision import INPUT, write_vision_onnx
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.cpu import CpuEngine
@@ -189,6 +190,14 @@ def each_tile(run: Callable[[NDArray[np.float32]], Sequence[Any]]) -> Encoder:
     ]
 
 
+def saturates() -> bool:
+    """Tell whether this processor adds pairs of products of bytes in 16 bits, as AVX2 without VNNI.
+
+    They do not fit, and the others advise weights of 7 bits there.
+    """
+    return bool(_native.instruction_sets()[0] == "avx2")
+
+
 def onnxruntime_int8(path: Path) -> Encoder:
     """Quantize dynamically, weights by channel, as the runtime's guide advises for transformers."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -196,7 +205,13 @@ def onnxruntime_int8(path: Path) -> Encoder:
 
     prepared, target = path.with_suffix(".prepared.onnx"), path.with_suffix(".int8.onnx")
     quant_pre_process(path, prepared, skip_symbolic_shape=True)
-    quantize_dynamic(prepared, target, per_channel=True, weight_type=QuantType.QInt8)
+    quantize_dynamic(
+        prepared,
+        target,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        reduce_range=saturates(),
+    )
     session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
     return each_tile(lambda tile: session.run(None, {INPUT: tile}))
 
@@ -211,8 +226,12 @@ def openvino_int8(path: Path, calibration: NDArray[np.float32]) -> Encoder:
     import openvino
 
     tiles = nncf.Dataset([tile[None] for tile in calibration])
+    fix = nncf.OverflowFix.ENABLE if saturates() else nncf.OverflowFix.FIRST_LAYER
     model = nncf.quantize(
-        openvino.Core().read_model(path), tiles, model_type=nncf.ModelType.TRANSFORMER
+        openvino.Core().read_model(path),
+        tiles,
+        model_type=nncf.ModelType.TRANSFORMER,
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
     )
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return each_tile(lambda tile: list(compiled(tile).values()))
