@@ -358,14 +358,14 @@ void load(HeldDecoder& self, Sequence& cache, const Array& words, int length) {
 
 /// A cache, what is appended to it (embeddings [T, H], or token ids [T]), and how many of the last
 /// positions' logits are wanted.
-using PythonPart = std::tuple<Sequence*, Array, int>;
+using PythonPart = std::tuple<nb::object, Array, int>;
 
 Floats step(HeldDecoder& self, const std::vector<PythonPart>& given) {
   const int hidden = self.model->config().hidden_size;
   std::vector<Part> parts;
-  for (const auto& [cache, inputs, wanted] : given) {
-    Part part{cache, nullptr, nullptr, size_of(inputs, 0, "inputs"), wanted};
-    if (!cache) fail("a cache is None");
+  for (const auto& [cache, inputs, wanted] : given) {  // which holds the caches until the end
+    if (!nb::isinstance<Sequence>(cache)) fail("a part has no cache");
+    Part part{nb::cast<Sequence*>(cache), nullptr, nullptr, 0, wanted};
     if (inputs.ndim() == 1) {
       part.ids = token_ids(inputs).data();
     } else {
@@ -375,6 +375,7 @@ Floats step(HeldDecoder& self, const std::vector<PythonPart>& given) {
              std::to_string(hidden));
       }
     }
+    part.count = size_of(inputs, 0, "inputs");
     parts.push_back(part);
   }
   const auto logits = [&] {

@@ -1241,15 +1241,17 @@ std::uint64_t multiply() {
   constexpr int kRounds = 100'000'000 / (kChainsBusy * kProducts);
   alignas(64) std::uint8_t ones[kRegisterBytes];
   for (int i = 0; i < kRegisterBytes; ++i) ones[i] = 1;
-  Bytes weights = load_bytes(ones), x = load_bytes(ones);
+  const Bytes weights = load_bytes(ones);
+  Bytes x = weights;
+  [[maybe_unused]] Bytes y = weights;
   Ints sums[kChainsBusy];
   EDGEVL_UNROLL
   for (int k = 0; k < kChainsBusy; ++k) sums[k] = splat(0);
   const auto add_product = [&](auto& sum) {
-    opaque(weights);  // or products that are the same would be computed once for all chains
-    opaque(x);
+    opaque(x);  // or products that are the same would be computed once for all chains
     if constexpr (kBothNibbles) {
-      sum = dot8(sum, weights, weights, x, x);
+      opaque(y);
+      sum = dot8(sum, weights, weights, x, y);
     } else {
       sum = dot4(sum, weights, x);
     }

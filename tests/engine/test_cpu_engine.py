@@ -689,6 +689,27 @@ def test_the_native_decoder_knows_its_caches(qwen3):
         native.Decoder(config, {}, native.ThreadPool(1))
 
 
+def test_a_native_step_refuses_what_is_no_part(checkpoint):
+    decoder = CpuEngine(checkpoint, LoadOptions(threads=1)).decoder
+    cache, ids = decoder.new_cache(), np.array([1, 2])
+    embeddings = decoder.embed(ids)
+    for part in (
+        (None, ids, 2),
+        (cache, np.array(1), 1),
+        (cache, np.float32(1), 1),
+        (cache, ids.astype(np.int32), 2),
+        (cache, embeddings[:, 1:], 2),
+        (cache, embeddings[None], 2),
+        (cache, ids, 3),
+        (cache, ids[:0], 0),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            decoder.step([part])
+    assert cache.length == 0
+    parts = [(cache, ids, 2)]
+    assert decoder.step(parts).shape == (2, checkpoint.config.text.vocab_size)
+
+
 @pytest.mark.parametrize("part", ["text", "vision"])
 def test_the_native_models_refuse_tensors_that_they_do_not_know(qwen3, part, monkeypatch):
     """One that the table of a model's tensors lists and the engine does not would do nothing."""

@@ -416,6 +416,10 @@ def test_what_counts_all_logits_has_them_exact(directory, path, question, tmp_pa
         (["--perplexity", "t", "--max-tokens", "5"], "--max-tokens goes with --vqa only"),
         (["--perplexity", "t", "--against-precision", "auto"], "auto is what MODEL has"),
         (
+            ["--perplexity", "t", *("--against", "m", "--against-precision", "auto")],
+            "auto is what MODEL has",
+        ),
+        (
             ["--vqa", "q", *("--kv-cache", "int8", "--against-kv-cache", "int8")],
             "--against-kv-cache int8 is what MODEL has: give another",
         ),

@@ -141,7 +141,7 @@ def _models(
             raise click.UsageError(f"{given}: engine cpu only, not {loading['engine']}")
         # What else `auto` may take would leave the changes out.
         loading = loading | {"engine": "cpu"}
-        if against is None and loading | changed == loading:
+        if against in (None, model) and loading | changed == loading:
             same = " and ".join(f"{flag} {changed[name]}" for name, flag in flags.items())
             raise click.UsageError(f"{same} is what MODEL has: give another")
     if against is None and not changed:
