@@ -167,6 +167,54 @@ def test_a_read_only_directory(kept, directory):
         root.chmod(0o755)
 
 
+def test_what_others_have_there_is_left_alone(directory):
+    directory.mkdir(parents=True, mode=0o755)
+    theirs = [directory / name for name in ("prefix-notes.txt", "features-1.csv", ".unfinished-x")]
+    for path in theirs:
+        path.write_bytes(bytes(100))
+        os.utime(path, (0, 0))
+    kept = Kept(directory, 6000, MODELS)
+    for number in range(3):  # the last makes room
+        kept.put("features", str(number), lambda: values(1, rows=32))
+    assert not has(kept, "0")
+    assert has(kept, "2")
+    assert all(path.exists() for path in theirs)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+def test_a_link_is_not_followed(kept, directory, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    directory.parent.mkdir()
+    directory.symlink_to(elsewhere)
+    kept.put("features", "one", lambda: values(1))
+    assert files(elsewhere) == []
+
+
+def test_a_smaller_bound_holds_from_the_start(kept, directory):
+    for number in range(4):
+        kept.put("features", str(number), lambda: values(1))
+    Kept(directory, 2 * (values(1).nbytes + HEADER_BYTES), MODELS)
+    assert 1 <= len(files(directory)) <= 2
+
+
+def test_what_cannot_be_opened_now_stays(kept, monkeypatch):
+    kept.put("features", "one", lambda: values(1))
+
+    def no_more(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.open", no_more)
+        assert kept.get("features", "one") is None
+    assert kept.get("features", "one") is not None
+
+
+def test_an_odd_number_of_values(kept):
+    kept.put("features", "one", lambda: values(1)[0, :3])
+    np.testing.assert_array_equal(kept.get("features", "one"), values(1)[0, :3])
+
+
 def test_a_full_disk_leaves_nothing_behind(kept, directory, monkeypatch):
     written = []
 

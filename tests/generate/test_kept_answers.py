@@ -174,11 +174,20 @@ def test_a_server_that_is_started_again(directory):
 # --- which system messages are worth their disk ------------------------------------------------
 
 
+class Nowhere:
+    """Has and keeps nothing."""
+
+    def put(self, *_):
+        pass
+
+
 def test_the_first_is_kept_and_what_a_second_conversation_begins_with():
-    prefixes = KeptPrefixes(None)
+    prefixes = KeptPrefixes(Nowhere())
     assert prefixes.wants([1], [10])
+    assert prefixes.wants([1], [10])  # the answer was broken off, nothing is kept
+    prefixes.put([1], None)
     assert not prefixes.wants([2], [10])
-    assert not prefixes.wants([2], [10])  # the conversation goes on
+    assert not prefixes.wants([2], [10, 11])  # the conversation goes on
     assert prefixes.wants([2], [11])
     assert not prefixes.wants([3], [10])
 
@@ -195,7 +204,8 @@ def test_what_is_kept_is_not_saved_again(directory, monkeypatch):
 
 def test_few_are_remembered(monkeypatch):
     monkeypatch.setattr(prefix, "REMEMBERED_PREFIXES", 2)
-    prefixes = KeptPrefixes(None)
+    prefixes = KeptPrefixes(Nowhere())
+    prefixes.put([9], None)
     for number in range(3):
         prefixes.wants([number], [10])
     assert prefixes.wants([1], [11])

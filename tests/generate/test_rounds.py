@@ -26,6 +26,15 @@ def answering(model, text, **sampling):
     return Generation(model.prompts, masks, prompt, params, model.max_context, started=0.0)
 
 
+def raising(error):
+    """Return what raises an error, whatever it is given."""
+
+    def fail(*_):
+        raise error
+
+    return fail
+
+
 def gains(rounds):
     """Go through a round: which answers gained something."""
     return [answer for answer, _ in rounds.step()]
@@ -70,12 +79,36 @@ def test_an_answer_that_fails_has_ended(model, monkeypatch):
     while len(set(gains(rounds))) < 2:  # both decode
         pass
 
-    def fail(*_):
-        raise EdgeVLError("no")
-
-    monkeypatch.setattr(model.engine, "decode", fail)
+    monkeypatch.setattr(model.engine, "decode", raising(EdgeVLError("no")))
     assert sorted(str(error) for _, error in rounds.step()) == ["no", "no"]
     assert rounds.under_way == []
+
+
+def test_a_prompt_that_fails_ends_no_other_answer(model, monkeypatch):
+    expected = model.ask("Go on", max_tokens=20).token_ids
+    rounds = Rounds(model.engine, 2)
+    first, second = answering(model, "Go on", max_tokens=20), answering(model, "word " * 30)
+    assert rounds.start(first)
+    while not gains(rounds):
+        pass
+    assert rounds.start(second)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine, "step", raising(MemoryError()))
+        [(failed, _)] = rounds.step()
+    assert failed is second
+    assert rounds.under_way == [first]
+    while rounds.under_way:
+        gains(rounds)
+    assert first.answer(0).token_ids == expected
+
+
+def test_a_prompt_that_was_read_takes_no_memory(model):
+    rounds = Rounds(model.engine, 1)
+    answer = answering(model, "word " * 30, max_tokens=9)
+    assert rounds.start(answer)
+    while not gains(rounds):
+        assert answer.unread is not None
+    assert answer.unread is None
 
 
 @pytest.mark.parametrize("at", [1, 2])

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Engine, Sequence
+from edgevl.errors import EdgeVLError
 from edgevl.generate import Model
-from edgevl.generate.sampling import SamplingParams
+from edgevl.generate.sampling import Sampler, SamplingParams
 from edgevl.generate.speculation import Drafts
 from edgevl.preprocess import Prompt, PromptEncoder
 
@@ -128,6 +129,25 @@ def test_the_end_of_the_turn_inside_a_draft(prompts, stop):
     assert list(answer.token_ids) == TEXT
     assert any(stop in draft[1:-1] for draft in model.engine.extended)
     assert held(model) == [*prompt, *TEXT]
+
+
+@pytest.mark.parametrize("at", range(1, 20))
+def test_what_was_chosen_before_a_failure_is_given(prompts, monkeypatch, at):
+    """As it would be without drafts: an error comes with the token that it is about."""
+    choose = Sampler.choose
+    left = iter(range(at))
+
+    def failing(self, logits):
+        if next(left, None) is None:
+            raise EdgeVLError("no")
+        return choose(self, logits)
+
+    monkeypatch.setattr(Sampler, "choose", failing)
+    model = Model(None, Scripted(), prompts)
+    given = []
+    with pytest.raises(EdgeVLError, match="no"):
+        given.extend(pieces_of(model, [1, *TEXT, 2, 3, 1], TEXT, 20))
+    assert "".join(given) == prompts.tokenizer.decode(TEXT[:at])
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 21))

@@ -9,6 +9,7 @@ from edgevl.preprocess.template import (
     MAX_ADDED_CHARS,
     MAX_TEMPLATE_CHARS,
     ChatTemplate,
+    after_system_message,
     default_system_message,
     load_template,
 )
@@ -249,3 +250,15 @@ def test_renders_as_transformers_does():
         conversations=[MESSAGES], chat_template=source, add_generation_prompt=True, bos_token="<s>"
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"), [("system user", "<|im_end|>"), ("user system", "")]
+)
+def test_what_follows_the_system_message(order, expected):
+    """Nothing, where the user's comes first: its end would be taken for the system message's."""
+    source = "".join(
+        f"{{% for m in messages if m.role == '{role}' %}}{{{{ m.content }}}}<|im_end|>{{% endfor %}}"
+        for role in order.split()
+    )
+    assert after_system_message(ChatTemplate(source, "f", {})) == expected

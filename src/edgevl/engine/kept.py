@@ -9,9 +9,12 @@ What is in a picture can be told from its features: the directory is its owner's
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
+import re
+import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +32,10 @@ from edgevl.files import UNFINISHED, replacing
 
 #: Most bytes of a file beside its array.
 HEADER_BYTES = 1024
+
+#: Names of files that are written here; others are left alone.
+_NAME = re.compile(r"[a-z]+-[0-9a-f]{32}\.safetensors")
+_UNFINISHED_NAME = re.compile(re.escape(UNFINISHED) + "[0-9a-f]{16}")
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +56,9 @@ class Kept:
         self._most_bytes = most_bytes
         self._models = models
         self._refused = False
+        with contextlib.suppress(OSError):  # there is none yet
+            self._check_own()
+            self._make_room(0)  # the bound may be another than last time
 
     def get(self, kind: str, key: str) -> NDArray[Any] | None:
         """Return an array if it is kept; a damaged file is removed."""
@@ -60,7 +70,8 @@ class Kept:
         except MemoryError:
             return None
         except CheckpointError as error:
-            if is_file(path):  # another process may have made room
+            # What cannot be read now may be good, or another process has made room.
+            if not isinstance(error.__context__, OSError):
                 log.warning("%s; computing anew what it had", error)
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -70,7 +81,7 @@ class Kept:
         return array
 
     def put(self, kind: str, key: str, make: Callable[[], NDArray[Any]]) -> None:
-        """Keep what ``make`` returns: a float32 or uint32 array of a multiple of 8 bytes.
+        """Keep what ``make`` returns: a float32 or uint32 array.
 
         It is not called where the array is kept already, or nothing can be written.
         """
@@ -84,6 +95,7 @@ class Kept:
                 return
             self._directory.parent.mkdir(exist_ok=True)
             self._directory.mkdir(mode=0o700, exist_ok=True)
+            self._check_own()
             self._make_room(size)
             with replacing(path) as file:
                 os.fchmod(file.fileno(), 0o600)
@@ -96,6 +108,18 @@ class Kept:
         name = hashlib.sha256(f"{self._models[kind]} {key}".encode()).hexdigest()[:32]
         return self._directory / f"{kind}-{name}.safetensors"
 
+    def _check_own(self) -> None:
+        """Refuse a directory that is not the user's alone.
+
+        Raises:
+            OSError: it is another's, or a link, which may lead to anybody's.
+        """
+        status = self._directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "not a directory of this user", str(self._directory))
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            self._directory.chmod(0o700)
+
     def _make_room(self, size: int) -> None:
         """Remove files used longest ago, and those of processes that were killed.
 
@@ -107,9 +131,9 @@ class Kept:
             with contextlib.suppress(OSError):
                 status = path.stat()
                 abandoned = time.time() - status.st_mtime > ABANDONED_SECONDS
-                if path.name.startswith(UNFINISHED) and abandoned:
+                if _UNFINISHED_NAME.fullmatch(path.name) and abandoned:
                     path.unlink()
-                elif path.name.startswith(tuple(f"{kind}-" for kind in self._models)):
+                elif _NAME.fullmatch(path.name):
                     files.append((status.st_mtime_ns, status.st_size, path))
         total = size + sum(used for _, used, _ in files)
         for _, used, path in sorted(files):
@@ -145,4 +169,7 @@ def _read(path: Path) -> NDArray[Any]:
 
 def _checksum(array: NDArray[Any]) -> NDArray[np.uint64]:
     """Return the checksum of an array, uint64 [1]; of zeros, as of lost pages, it is not zero."""
-    return ~np.array([checksum(np.asarray(array).reshape(-1).view(np.uint8))], "<u8")
+    data = np.asarray(array).reshape(-1).view(np.uint8)
+    if len(data) % 8:
+        data = np.pad(data, (0, -len(data) % 8))
+    return ~np.array([checksum(data)], "<u8")

@@ -135,7 +135,7 @@ class Generation:
         slot: the sequence that it has got.
         preparation: encodes the prompt's pictures, a tile at a time.
         unread: embeddings of what is left of the prompt to compute, float32 [T, H]; None before
-            its pictures are encoded.
+            its pictures are encoded, and at its end.
         latest_token: when the latest token had been passed on, ``time.perf_counter()``.
         finish_reason: empty while the answer is under way.
 
@@ -175,6 +175,7 @@ class Generation:
         self._pool: AnswerPool | None = None
         self._drafts: Drafts | None = None
         self._draft: list[int] = []  # of what is being computed
+        self._failure: Exception | None = None  # of the token after `latest`
         self._top_logprobs = top_logprobs
         self._token_ids: list[int] = []
         self._chosen = 0  # tokens, the one that ended the turn among them
@@ -206,7 +207,7 @@ class Generation:
     def read(self, count: int, elapsed_ms: float) -> None:
         """Take note that so many positions of the prompt were computed, and how long that took."""
         assert self.unread is not None
-        self.unread = self.unread[count:]
+        self.unread = self.unread[count:] if count < len(self.unread) else None
         self._prefill_ms += elapsed_ms
 
     def begin(self, logits: Floats) -> Delta:
@@ -216,7 +217,13 @@ class Generation:
         return delta
 
     def following(self, most_drafted: int) -> list[int]:
-        """Return what is to be computed next: `latest`, and up to so many tokens as a draft."""
+        """Return what is to be computed next: `latest`, and up to so many tokens as a draft.
+
+        Raises:
+            EdgeVLError: see `Sampler.choose`.
+        """
+        if self._failure:
+            raise self._failure
         if most_drafted:
             if self._drafts is None:
                 prompt = self.prompt.token_ids.tolist()
@@ -293,11 +300,19 @@ class Generation:
 
     def _take(self, logits: Floats, draft: Sequence[int]) -> Delta:
         """Choose a token from each row [T, V], as long as it is what the draft had there."""
+        if self._failure:
+            raise self._failure
         pieces: list[Piece] = []
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
         for row, drafted in zip(logits, [*draft, None], strict=True):
-            token_id = self._sampler.choose(row)
+            try:
+                token_id = self._sampler.choose(row)
+            except Exception as error:
+                if not token_ids:
+                    raise
+                self._failure = error  # the tokens before it stand, as they would without a draft
+                break
             self._chosen += 1
             if token_id in self._stop_ids:
                 self.finish_reason = "stop"

@@ -96,7 +96,8 @@ class KeptPrefixes:
     def __init__(self, kept: Kept) -> None:
         self._kept = kept
         #: What followed a system message when it was last used.
-        self._followed: OrderedDict[str, str] = OrderedDict()
+        self._followed: OrderedDict[str, Sequence[Key]] = OrderedDict()
+        self._any_kept = False
 
     def get(self, prefix: Sequence[Key]) -> NDArray[np.uint32] | None:
         """Return what `Engine.save` gave for a system message, if it is kept."""
@@ -105,20 +106,23 @@ class KeptPrefixes:
     def put(self, prefix: Sequence[Key], save: Callable[[], NDArray[np.uint32]]) -> None:
         """Keep what ``save`` returns, as `Engine.save` gives it, if it is not kept."""
         self._kept.put("prefix", _digest(prefix), save)
+        self._any_kept = True
 
     def wants(self, prefix: Sequence[Key], following: Sequence[Key]) -> bool:
         """Note that a system message is used; tell whether it should be kept.
 
-        ``following`` tells conversations apart: it is the beginning of the first question.
+        ``following`` tells conversations apart: it is the beginning of what comes after, of which
+        a conversation's first question has less than its second.
         """
-        digest, question = _digest(prefix), _digest(following)
-        first = not self._followed
-        again = self._followed.get(digest, question) != question
-        self._followed[digest] = question
+        digest = _digest(prefix)
+        before = self._followed.get(digest, following)
+        common = min(len(before), len(following))
+        again = before[:common] != following[:common]
+        self._followed[digest] = following
         self._followed.move_to_end(digest)
         if len(self._followed) > REMEMBERED_PREFIXES:
             self._followed.popitem(last=False)
-        return first or again
+        return again or not self._any_kept
 
 
 class Slot:

@@ -122,7 +122,8 @@ class Rounds(Generic[AnswerT]):
                 [answer.latest for answer in answers],
             )
         except Exception as error:
-            yield from self._failed([reading, *answers], error)
+            # The others have lost nothing: they go on in the next round, without this prompt.
+            yield from self._gained(reading, error)
             return
         elapsed_ms = self._engine.timings().prefill_ms - before_ms
         reading.read(count, elapsed_ms)

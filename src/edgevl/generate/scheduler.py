@@ -276,7 +276,7 @@ class Scheduler:
                     request.deliver(gain)
                 if request.finish_reason:
                     self._end(request)
-            if self._ended:  # nobody waits for what is written now
+            if self._ended:  # the answer is delivered; others wait, once for each thing
                 self._ended = False
                 self._rounds.slots.keep()
 

@@ -237,7 +237,8 @@ def after_system_message(template: ChatTemplate) -> str:
         rendered = template.render(messages)
     except CheckpointError:  # it knows no system messages
         return ""
-    return rendered.partition(_PROBE)[2].partition(_OTHER_PROBE)[0]
+    between, found, _ = rendered.partition(_PROBE)[2].partition(_OTHER_PROBE)
+    return between if found else ""
 
 
 def surroundings(template: ChatTemplate) -> str:
