@@ -257,8 +257,8 @@ def test_renders_as_transformers_does():
 )
 def test_what_follows_the_system_message(order, expected):
     """Nothing, where the user's comes first: its end would be taken for the system message's."""
+    written = "{{ m.content }}<|im_end|>{% endfor %}"
     source = "".join(
-        f"{{% for m in messages if m.role == '{role}' %}}{{{{ m.content }}}}<|im_end|>{{% endfor %}}"
-        for role in order.split()
+        f"{{% for m in messages if m.role == '{role}' %}}{written}" for role in order.split()
     )
     assert after_system_message(ChatTemplate(source, "f", {})) == expected
