@@ -21,7 +21,7 @@ NEEDED = {
     f"{MODEL}tokenizer.json",
 }
 UNWANTED = (f"{MODEL}heldout/", f"{MODEL}training/", "tests/")
-MAX_BYTES = 5_000_000
+MAX_BYTES = 6_000_000
 
 path = Path(sys.argv[1])
 names = set(zipfile.ZipFile(path).namelist())
