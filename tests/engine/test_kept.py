@@ -13,6 +13,7 @@ import pytest
 
 native = pytest.importorskip("edgevl._native", reason="the native engine is not built")
 
+from damage import DAMAGES  # noqa: E402
 from edgevl.checkpoint import Checkpoint  # noqa: E402
 from edgevl.engine import kept as keeping  # noqa: E402
 from edgevl.engine import packed  # noqa: E402
@@ -77,32 +78,19 @@ def begin(data):
     return 8 + int.from_bytes(data[:8], "little")
 
 
-def flip(data, at):
-    data[at] ^= 1
-    return data
-
-
-DAMAGES = {
-    "empty": lambda data: b"",
-    "cut in the header": lambda data: data[:50],
-    "cut in the data": lambda data: data[: len(data) // 2],
-    "cut by a byte": lambda data: data[:-1],
-    "longer": lambda data: data + b"\0",
-    "a bit of the data": lambda data: flip(data, len(data) // 2),
-    "a bit of the checksum": lambda data: flip(data, len(data) - 8),
+OWN_DAMAGES = DAMAGES | {
     "only the header came to the disk": lambda data: data[: begin(data)].ljust(len(data), b"\0"),
-    "nothing came to the disk": lambda data: bytes(len(data)),
     "another type": lambda data: data.replace(b'"F32"', b'"I32"'),
     "another tensor": lambda data: data.replace(b'"data"', b'"date"'),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", OWN_DAMAGES)
 def test_a_damaged_file_is_removed(kept, directory, damage, caplog):
     kept.put("features", "one", lambda: values(1))
     [path] = files(directory)
     whole = path.read_bytes()
-    path.write_bytes(DAMAGES[damage](bytearray(whole)))
+    path.write_bytes(OWN_DAMAGES[damage](bytearray(whole)))
     assert path.read_bytes() != whole
     assert kept.get("features", "one") is None
     assert files(directory) == []

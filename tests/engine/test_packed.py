@@ -16,6 +16,7 @@ from edgevl.checkpoint.writer import to_bfloat16
 
 native = pytest.importorskip("edgevl._native", reason="the native engine is not built")
 
+from damage import DAMAGES, flip  # noqa: E402
 from dequantized import panel_rows  # noqa: E402
 from edgevl.engine import packed as packing  # noqa: E402
 from edgevl.engine.plan import make_plan  # noqa: E402
@@ -199,32 +200,19 @@ def test_precisions_have_files_of_their_own(directory, pool):
     assert [path.name.partition("-")[0] for path in cache_files(directory)] == ["auto", "int8"]
 
 
-def flip(data, at):
-    data[at] ^= 1
-    return data
-
-
-DAMAGES = {
-    "empty": lambda data: b"",
-    "cut in the header": lambda data: data[:100],
-    "cut in the data": lambda data: data[: len(data) // 2],
-    "cut by a byte": lambda data: data[:-1],
-    "longer": lambda data: data + b"\0",
+OWN_DAMAGES = DAMAGES | {
     "a bit early": lambda data: flip(data, int.from_bytes(data[:8], "little") + 8),
-    "a bit in the middle": lambda data: flip(data, len(data) // 2),
-    "a bit of a checksum": lambda data: flip(data, len(data) - 8),
     "a page of zeros": lambda data: data[:16384] + bytes(4096) + data[20480:],
     "another header": lambda data: data.replace(b"text.head", b"text.heap"),
-    "no safetensors": lambda data: b"\0" * len(data),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", OWN_DAMAGES)
 def test_a_damaged_file_is_packed_anew(directory, pool, damage, caplog):
     check(load(directory, pool))
     [path] = cache_files(directory)
     whole = path.read_bytes()
-    path.write_bytes(DAMAGES[damage](bytearray(whole)))
+    path.write_bytes(OWN_DAMAGES[damage](bytearray(whole)))
     check(load(directory, pool))
     assert "packing the weights anew" in caplog.text
     assert path.read_bytes() == whole

@@ -217,13 +217,7 @@ class Generation:
         return delta
 
     def following(self, most_drafted: int) -> list[int]:
-        """Return what is to be computed next: `latest`, and up to so many tokens as a draft.
-
-        Raises:
-            EdgeVLError: see `Sampler.choose`.
-        """
-        if self._failure:
-            raise self._failure
+        """Return what is to be computed next: `latest`, and up to so many tokens as a draft."""
         if most_drafted:
             if self._drafts is None:
                 prompt = self.prompt.token_ids.tolist()

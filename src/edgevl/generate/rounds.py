@@ -148,14 +148,11 @@ class Rounds(Generic[AnswerT]):
         try:
             logits = decode_together([a.slot for a in answers], [a.latest for a in answers])
         except Exception as error:
-            yield from self._failed(answers, error)
+            for answer in answers:
+                yield from self._gained(answer, error)
             return
         for answer, row in zip(answers, logits, strict=True):
             yield from self._attempt(answer, partial(answer.take, row[None]))
-
-    def _failed(self, answers: list[AnswerT], error: Exception) -> Iterator[Gain[AnswerT]]:
-        for answer in answers:
-            yield from self._gained(answer, error)
 
     def _attempt(self, answer: AnswerT, gain: Callable[[], Delta]) -> Iterator[Gain[AnswerT]]:
         try:
