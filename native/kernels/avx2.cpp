@@ -97,9 +97,13 @@ inline Floats load_bf16(const std::uint16_t* x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(x)), 16));
 }
 inline void store_bytes(std::int8_t* out, Ints x) {
-  const __m128i halves =
-      _mm_packs_epi32(_mm256_castsi256_si128(x.bits), _mm256_extracti128_si256(x.bits, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(halves, halves));
+  const __m256i lowest =
+      _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1,
+                       -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i bytes = _mm256_shuffle_epi8(x.bits, lowest);
+  _mm_storel_epi64(
+      reinterpret_cast<__m128i*>(out),
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
 inline void store_bf16(std::uint16_t* out, Floats x) {
   const __m256i bits = _mm256_castps_si256(x);

@@ -721,19 +721,30 @@ void store_values_int8(const float* values, std::size_t stride, int count, int h
   }
 }
 
-/// 2^x to 2e-7, for x from -126 (what is less counts as that) to 127; NaN stays NaN.
-/// The polynomial is the best one of its degree on [-1/2, 1/2]: 9.2e-8, relative.
-EDGEVL_INLINE Floats exp2(Floats x) {
+/// 2^x, for x from -126 (what is less counts as that) to 127; NaN stays NaN. What is beside a whole
+/// power, 2^x for x in [-1/2, 1/2], is the polynomial of the coefficients, the highest first.
+template <int N>
+EDGEVL_INLINE Floats exp2_by(const float (&coefficients)[N], Floats x) {
   x = larger(splat(-126.0f), x);
   const Floats whole = nearest(x);
   const Floats part = x - whole;
-  Floats y = splat(1.32647272e-3f);
-  y = fma(y, part, splat(9.67151264e-3f));
-  y = fma(y, part, splat(5.55073374e-2f));
-  y = fma(y, part, splat(2.40222421e-1f));
-  y = fma(y, part, splat(6.93146978e-1f));
-  y = fma(y, part, splat(1.0f));
+  Floats y = splat(coefficients[0]);
+  EDGEVL_UNROLL
+  for (int i = 1; i < N; ++i) y = fma(y, part, splat(coefficients[i]));
   return times_power_of_two(y, whole);
+}
+
+/// 2^x to 2e-7. The polynomial is the best one of its degree: 9.2e-8, relative.
+EDGEVL_INLINE Floats exp2(Floats x) {
+  constexpr float kBest[] = {1.32647272e-3f, 9.67151264e-3f, 5.55073374e-2f,
+                             2.40222421e-1f, 6.93146978e-1f, 1.0f};
+  return exp2_by(kBest, x);
+}
+
+/// 2^x to 8e-5, likewise: half a step of what is rounded to a byte is 2e-3.
+EDGEVL_INLINE Floats rough_exp2(Floats x) {
+  constexpr float kBest[] = {5.51713231e-2f, 2.42611331e-1f, 6.93261089e-1f, 9.99928047e-1f};
+  return exp2_by(kBest, x);
 }
 
 constexpr float kLog2E = 1.44269504088896341f;
@@ -747,23 +758,30 @@ struct Weights {
   static constexpr int kRowStep = kLanesOfWords ? 1 : kWords;
 };
 
+/// The largest of n numbers.
+EDGEVL_INLINE float largest_of(const float* x, int n) {
+  Floats tops[4];
+  EDGEVL_UNROLL
+  for (auto& top : tops) top = splat(-__builtin_inff());
+  int i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+    EDGEVL_UNROLL
+    for (int k = 0; k < 4; ++k) tops[k] = larger(load(x + i + k * kWidth), tops[k]);
+  }
+  for (; i + kWidth <= n; i += kWidth) tops[0] = larger(load(x + i), tops[0]);
+  float most = largest(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
+  for (; i < n; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
 /// Weights of the first `visible` scores, not normalised; those of the positions up to `padded` are
 /// zero. Returns the weights' sum. Only after that are weights of int8 values scaled for them.
 template <int T, CacheFormat kFormat>
 EDGEVL_INLINE float softmax(const float* scores, int visible, int padded, float scale,
                             const std::uint32_t* const* values, std::uint32_t* weights) {
   const int whole = visible & ~(kWidth - 1);
-  Floats tops[4];
-  EDGEVL_UNROLL
-  for (int k = 0; k < 4; ++k) tops[k] = splat(-__builtin_inff());
-  for (int i = 0; i < whole; i += kWidth) {
-    Floats& top = tops[i / kWidth % 4];
-    top = larger(load(scores + i), top);
-  }
-  float most = largest(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
-  for (int i = whole; i < visible; ++i) most = scores[i] > most ? scores[i] : most;
   const Floats factor = splat(scale * kLog2E);
-  const Floats top = splat(most);
+  const Floats top = splat(largest_of(scores, visible));
   Floats total = splat(0.0f);
   const auto put = [&](int i, Floats weight) {
     std::uint32_t* words = weights + i / kCacheBlock * (T * kCacheBlock / 2) +
@@ -786,12 +804,18 @@ EDGEVL_INLINE float softmax(const float* scores, int visible, int padded, float 
       return weight;
     }
   };
-  for (int i = 0; i < whole; i += kWidth) {
+  const auto put_whole = [&](int i) {
     const Floats weight = exp2((load(scores + i) - top) * factor);
     total = total + weight;
     put(i, scaled(i, weight, Count<kWidth>()));
+  };
+  int i = 0;
+  for (; i + kCacheBlock <= whole; i += kCacheBlock) {
+    EDGEVL_UNROLL
+    for (int k = 0; k < kCacheBlock; k += kWidth) put_whole(i + k);
   }
-  for (int i = whole; i < padded; i += kWidth) {
+  for (; i < whole; i += kWidth) put_whole(i);
+  for (; i < padded; i += kWidth) {
     Floats weight = splat(0.0f);
     if (i < visible) {
       alignas(64) float part[kWidth];
@@ -904,67 +928,6 @@ EDGEVL_INLINE void mix_values(const Attention& a, const std::uint32_t* weights,
   if constexpr (R > 1) mix_values<T, R / 2, kFormat>(a, weights, inverse, visible, channel);
 }
 
-/// scores[T][padded] = queries times INT8 keys, but for the scales of the queries.
-template <int T>
-EDGEVL_INLINE void int8_scores(const Attention& a, std::uint32_t* queries, int padded,
-                               float* scores, float* query_scales) {
-  constexpr int kBlockRegisters = kCacheBlock / kWidth;
-  constexpr int R = registers_for(T, kBlockRegisters);
-  const int cols = round_up(a.head_dim, 4), lines = cols / 4;
-  for (int t = 0; t < T; ++t) {
-    std::int32_t sum;
-    quantize_group<1>(a.query[t], 0, a.head_dim, cols, queries + t, T, query_scales + t, &sum);
-  }
-  // One factor of dot4 has no sign. It is the query's: keys have their sums at hand.
-  if constexpr (kByteOffset != 0) {
-    for (int i = 0; i < lines * T; ++i) queries[i] ^= 0x80808080;
-  }
-  for (int position = 0; position < padded; position += kCacheBlock) {
-    const Int8Keys keys(const_cast<std::uint32_t*>(a.keys[position / kCacheBlock]), a.head_dim);
-    for (int first = 0; first < kBlockRegisters; first += R) {
-      const std::uint8_t* source[R];
-      Floats scales[R];
-      Ints sums[T][R];
-      EDGEVL_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const int at = (first + r) * kWidth;
-        source[r] = reinterpret_cast<const std::uint8_t*>(keys.words(at / kLanes) + at % kLanes);
-        const Floats scale = load(keys.scales() + at);
-        scales[r] = scale + (scale - scale);  // NaN for infinity: the least score would hide it
-        Ints offset = splat(0);
-        if constexpr (kByteOffset != 0) {
-          copy<Ints>(&offset, keys.sums() + at);
-          offset = shift_left(subtract(splat(0), offset), 7);
-        }
-        EDGEVL_UNROLL
-        for (int t = 0; t < T; ++t) sums[t][r] = offset;
-      }
-      for (int i = 0; i < lines; ++i) {
-        Bytes line[R];
-        EDGEVL_UNROLL
-        for (int r = 0; r < R; ++r) line[r] = load_bytes(source[r] + i * kLineBytes);
-        EDGEVL_UNROLL
-        for (int t = 0; t < T; ++t) {
-          const Bytes x = broadcast_bytes(queries + i * T + t);
-          EDGEVL_UNROLL
-          for (int r = 0; r < R; ++r) {
-            sums[t][r] =
-                kByteOffset == 0 ? dot4(sums[t][r], line[r], x) : dot4(sums[t][r], x, line[r]);
-          }
-        }
-      }
-      float* out = scores + position + first * kWidth;
-      EDGEVL_UNROLL
-      for (int t = 0; t < T; ++t) {
-        EDGEVL_UNROLL
-        for (int r = 0; r < R; ++r) {
-          store(out + std::size_t(t) * padded + r * kWidth, to_float(sums[t][r]) * scales[r]);
-        }
-      }
-    }
-  }
-}
-
 /// Adds to scores[T][padded] what the biases that are not in the keys have in them.
 template <int T>
 EDGEVL_INLINE void add_biases(const Attention& a, int padded, float* scores) {
@@ -980,8 +943,9 @@ EDGEVL_INLINE void add_biases(const Attention& a, int padded, float* scores) {
       const float* value = b.values + 2 * (from + i);
       for (int t = 0; t < T; ++t) {
         const float x = a.query[t][pair], y = a.query[t][half + pair];
-        amplitudes[i][t][0] = x * value[0] + y * value[1];
-        amplitudes[i][t][1] = y * value[0] - x * value[1];
+        // Fused by name: GCC 12 fuses such pairs where it makes vectors of them, and only there.
+        amplitudes[i][t][0] = __builtin_fmaf(x, value[0], y * value[1]);
+        amplitudes[i][t][1] = __builtin_fmaf(y, value[0], -(x * value[1]));
       }
     }
     for (int position = 0; position < padded; position += R * kWidth) {
@@ -1018,7 +982,7 @@ EDGEVL_INLINE void add_biases(const Attention& a, int padded, float* scores) {
   }
 }
 
-template <int T, CacheFormat kFormat, bool kInt8Keys>
+template <int T, CacheFormat kFormat>
 EDGEVL_NOINLINE void attend_of(const Attention& a) {
   int visible = 0;
   for (int t = 0; t < T; ++t) visible = a.visible[t] > visible ? a.visible[t] : visible;
@@ -1026,23 +990,16 @@ EDGEVL_NOINLINE void attend_of(const Attention& a) {
   float* scores = a.scratch;
   auto* queries = reinterpret_cast<std::uint32_t*>(scores + std::size_t(T) * padded);
   auto* weights = queries + kMaxTokenBlock * (kQueryChannels / 2);
-  float scales[T];
-  if constexpr (kInt8Keys) {
-    int8_scores<T>(a, queries, padded, scores, scales);
-    for (float& scale : scales) scale *= a.scale;
-  } else {
-    for (float& scale : scales) scale = a.scale;
-    for (int channel = 0; channel < a.head_dim; channel += kQueryChannels) {
-      const int channels = smaller_of(kQueryChannels, a.head_dim - channel);
-      for (int t = 0; t < T; ++t) round_row(a.query[t] + channel, channels, queries + t, T);
-      add_scores<T, kFormat>(a, queries, channel, channels, padded, scores);
-    }
-    add_biases<T>(a, padded, scores);
+  for (int channel = 0; channel < a.head_dim; channel += kQueryChannels) {
+    const int channels = smaller_of(kQueryChannels, a.head_dim - channel);
+    for (int t = 0; t < T; ++t) round_row(a.query[t] + channel, channels, queries + t, T);
+    add_scores<T, kFormat>(a, queries, channel, channels, padded, scores);
   }
+  add_biases<T>(a, padded, scores);
   float inverse[T];
   for (int t = 0; t < T; ++t) {
     const float* row = scores + std::size_t(t) * padded;
-    inverse[t] = 1.0f / softmax<T, kFormat>(row, a.visible[t], padded, scales[t], a.values,
+    inverse[t] = 1.0f / softmax<T, kFormat>(row, a.visible[t], padded, a.scale, a.values,
                                             weights + t * Weights<T>::kRowStep);
   }
   mix_values<T, registers_for(T, 8), kFormat>(a, weights, inverse, visible, 0);
@@ -1053,9 +1010,9 @@ EDGEVL_NOINLINE void attend_of(const Attention& a) {
 template <CacheFormat kFormat>
 void attend(const Attention& a) {
   constexpr int kFew = kTokenBlock < 8 ? kTokenBlock : 8;
-  if (a.rows == kTokenBlock) return attend_of<kTokenBlock, kFormat, false>(a);
+  if (a.rows == kTokenBlock) return attend_of<kTokenBlock, kFormat>(a);
   with_count<kFew>(smaller_of(a.rows, kFew),
-                   [&](auto t) { attend_of<decltype(t)::value, kFormat, false>(a); });
+                   [&](auto t) { attend_of<decltype(t)::value, kFormat>(a); });
   if (a.rows <= kFew) return;
   Attention rest = a;
   rest.rows = a.rows - kFew;
@@ -1067,15 +1024,279 @@ void attend(const Attention& a) {
   attend<kFormat>(rest);
 }
 
+// --- attention in INT8 ---------------------------------------------------------------------------
+
+/// The low bytes of four registers, interleaved: byte 4 i + k of `out` is lane i of x[k].
+EDGEVL_INLINE void store_interleaved(const Ints (&x)[4], std::uint32_t* out) {
+  // What is negative would borrow from the byte after it: all are moved up before they are added.
+  constexpr std::uint32_t kUp = 0x80808080;
+  Ints words = splat(std::int32_t(kUp));
+  EDGEVL_UNROLL
+  for (int k = 0; k < 4; ++k) words = add(words, shift_left(x[k], 8 * k));
+  copy<Ints>(out, &words);
+  for (int i = 0; i < kWidth; ++i) out[i] ^= kUp;
+}
+
+/// How far ahead of the sums over a head its rows are fetched: they are far apart, and a processor
+/// does not see them coming.
+constexpr int kRowsAhead = 16;
+
+/// Keys less their mean, which adds the same to all scores of a query and so changes no weight:
+/// what all keys have in common, such as a bias, would take the precision from what tells them
+/// apart (SageAttention, arXiv 2410.02367). The mean of values comes back with the result.
+void quantize_head(float* keys, const float* values, std::size_t stride, int positions,
+                   int head_dim, const Int8Head& out) {
+  const Floats share = splat(1.0f / float(positions));
+  const auto fetch_row = [&](const float* rows, int p) {
+    __builtin_prefetch(rows + smaller_of(p + kRowsAhead, positions - 1) * stride);
+  };
+  sweep(head_dim, [&](int c, auto lanes) {
+    Floats key_sum = splat(0.0f), sum = key_sum;
+    Floats most = splat(-__builtin_inff()), least = splat(__builtin_inff());
+    for (int p = 0; p < positions; ++p) {
+      fetch_row(keys + c, p);
+      fetch_row(values + c, p);
+      const Floats value = load(values + p * stride + c, lanes);
+      key_sum = key_sum + load(keys + p * stride + c, lanes);
+      sum = sum + value;
+      most = larger(value, most);
+      least = smaller(value, least);
+    }
+    const Floats key_mean = key_sum * share, mean = sum * share;
+    for (int p = 0; p < positions; ++p) {
+      float* key = keys + p * stride + c;
+      store(key, load(key, lanes) - key_mean, lanes);
+    }
+    const Floats reach = larger(most - mean, mean - least);
+    const Floats inverse = splat(127.0f) / larger(reach, splat(1e-30f));
+    store(out.value_means() + c, mean, lanes);
+    store(out.value_scales() + c, reach * splat(1.0f / 127.0f), lanes);
+    std::uint32_t* words = out.values() + c;
+    for (int p = 0; p < out.positions(); p += 4, words += out.channels()) {
+      Ints bytes[4];
+      EDGEVL_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const float* value = values + (p + k) * stride + c;
+        bytes[k] = p + k < positions ? to_int((load(value, lanes) - mean) * inverse) : splat(0);
+      }
+      store_interleaved(bytes, words);
+    }
+  });
+  for (int p = 0; p < positions; p += kLanes) {
+    quantize(keys + p * stride, stride, head_dim, out.keys(p / kLanes));
+  }
+}
+
+/// scores[T][padded] = queries times INT8 keys, but for the scales of the queries.
+template <int T>
+EDGEVL_INLINE void int8_scores(const Attention& a, const Int8Head& head, std::uint32_t* queries,
+                               float* scores, float* query_scales) {
+  constexpr int kBlockRegisters = kCacheBlock / kWidth;
+  constexpr int R = registers_for(T, kBlockRegisters);
+  const int cols = round_up(a.head_dim, 4), lines = cols / 4, padded = head.positions();
+  for (int t = 0; t < T; ++t) {
+    std::int32_t sum;
+    quantize_group<1>(a.query[t], 0, a.head_dim, cols, queries + t, T, query_scales + t, &sum);
+  }
+  // One factor of dot4 has no sign. It is the query's: keys have their sums at hand.
+  if constexpr (kByteOffset != 0) {
+    for (int i = 0; i < lines * T; ++i) queries[i] ^= 0x80808080;
+  }
+  for (int position = 0; position < padded; position += kCacheBlock) {
+    for (int first = 0; first < kBlockRegisters; first += R) {
+      const std::uint8_t* source[R];
+      Ints sums[T][R];
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int at = position + (first + r) * kWidth;
+        const Block keys = head.keys(at / kLanes);
+        source[r] = reinterpret_cast<const std::uint8_t*>(keys.words + at % kLanes);
+        Ints offset = splat(0);
+        if constexpr (kByteOffset != 0) {
+          copy<Ints>(&offset, keys.sums + at % kLanes);
+          offset = shift_left(subtract(splat(0), offset), 7);
+        }
+        EDGEVL_UNROLL
+        for (int t = 0; t < T; ++t) sums[t][r] = offset;
+      }
+      for (int i = 0; i < lines; ++i) {
+        Bytes line[R];
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) line[r] = load_bytes(source[r] + i * kLineBytes);
+        EDGEVL_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const Bytes x = broadcast_bytes(queries + i * T + t);
+          EDGEVL_UNROLL
+          for (int r = 0; r < R; ++r) {
+            sums[t][r] =
+                kByteOffset == 0 ? dot4(sums[t][r], line[r], x) : dot4(sums[t][r], x, line[r]);
+          }
+        }
+      }
+      float* out = scores + position + first * kWidth;
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Floats scale = load(head.key_scales() + position + (first + r) * kWidth);
+        // NaN for infinity: the least score would hide it.
+        const Floats finite = scale + (scale - scale);
+        EDGEVL_UNROLL
+        for (int t = 0; t < T; ++t) {
+          store(out + std::size_t(t) * padded + r * kWidth, to_float(sums[t][r]) * finite);
+        }
+      }
+    }
+  }
+}
+
+/// Steps of a weight in a byte: the factor of dot4 that has no sign has 255 of them.
+constexpr int kWeightSteps = kByteOffset == 0 ? 127 : 255;
+
+/// Where the bytes for a row's weight of position i lie, in those of T rows: rows of a cache block
+/// are side by side, so that a loop over its positions finds them all from one address.
+template <int T>
+EDGEVL_INLINE std::size_t place_of(int i) {
+  return std::size_t(i / kCacheBlock) * (T * kCacheBlock) + i % kCacheBlock;
+}
+
+/// Sums of a row's weights, in steps of 1 / kWeightSteps of the largest one.
+struct WeightSums {
+  float total;    ///< of the weights as they are rounded
+  float squares;  ///< before they are
+};
+
+/// Weights of the first `visible` scores in bytes; those of the others, up to `padded`, are zero.
+/// With kRest there is a second byte, in steps of 1 / kWeightSteps of the first one's.
+template <int T, bool kRest>
+EDGEVL_INLINE WeightSums int8_weights(const float* scores, int visible, int padded, float scale,
+                                      std::int8_t* bytes, std::int8_t* rest) {
+  const float factor = scale * kLog2E;
+  const Floats slope = splat(factor);
+  const Floats offset = splat(log2f(kWeightSteps) - largest_of(scores, visible) * factor);
+  const auto steps_of = [&](Floats score) { return rough_exp2(fma(score, slope, offset)); };
+  Floats total = splat(0.0f), squares = splat(0.0f);
+  const auto put = [&](int i, Floats steps) {
+    const std::size_t at = place_of<T>(i);
+    squares = fma(steps, steps, squares);
+    if constexpr (kRest) {
+      const Floats whole = larger(nearest(steps - splat(0.5f)), splat(0.0f));
+      const Floats left = nearest((steps - whole) * splat(float(kWeightSteps)));
+      store_bytes(bytes + at, to_int(whole));
+      store_bytes(rest + at, to_int(left));
+      total = total + fma(left, splat(1.0f / kWeightSteps), whole);
+    } else {
+      store_bytes(bytes + at, to_int(steps));
+      total = total + nearest(steps);
+    }
+  };
+  int i = 0;
+  for (; i + kCacheBlock <= visible; i += kCacheBlock) {
+    EDGEVL_UNROLL
+    for (int k = 0; k < kCacheBlock; k += kWidth) put(i + k, steps_of(load(scores + i + k)));
+  }
+  for (; i + kWidth <= visible; i += kWidth) put(i, steps_of(load(scores + i)));
+  for (; i < padded; i += kWidth) {
+    Floats steps = splat(0.0f);
+    if (i < visible) {
+      alignas(64) float part[kWidth];
+      store(part, steps_of(load(scores + i, visible - i)));
+      steps = load(part, visible - i);
+    }
+    put(i, steps);
+  }
+  return {sum(total), sum(squares)};
+}
+
+/// out = weights times the values of an INT8 head, times inverse[T], added to the values' means or,
+/// where it is not the first part, to `out`; for the channels from `channel` on, R registers of
+/// them at a time.
+template <int T, int R>
+EDGEVL_INLINE void mix_int8(const Attention& a, const Int8Head& head, const std::int8_t* weights,
+                            const float* inverse, bool first, int channel) {
+  constexpr int kLines = kCacheBlock / 4;
+  for (; channel + (R - 1) * kWidth < a.head_dim; channel += R * kWidth) {
+    Ints sums[T][R];
+    clear(sums, splat(0));
+    const std::uint32_t* line = head.values() + channel;
+    const auto* words = reinterpret_cast<const std::uint32_t*>(weights);
+    for (int position = 0; position < head.positions(); position += kCacheBlock) {
+      for (int i = 0; i < kLines; ++i, line += head.channels(), ++words) {
+        Bytes values[R];
+        EDGEVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          values[r] = load_bytes(reinterpret_cast<const std::uint8_t*>(line + r * kWidth));
+        }
+        EDGEVL_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const Bytes x = broadcast_bytes(words + t * kLines);
+          EDGEVL_UNROLL
+          for (int r = 0; r < R; ++r) sums[t][r] = dot4(sums[t][r], x, values[r]);
+        }
+      }
+      words += (T - 1) * kLines;
+    }
+    EDGEVL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int at = channel + r * kWidth;
+      const Floats scale = load(head.value_scales() + at), mean = load(head.value_means() + at);
+      EDGEVL_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const Floats part = to_float(sums[t][r]) * splat(inverse[t]) * scale;
+        float* out = a.out[t] + at;
+        if (at + kWidth <= a.head_dim) {
+          store(out, part + (first ? mean : load(out)));
+        } else {
+          store(out, part + (first ? mean : load(out, a.head_dim - at)), a.head_dim - at);
+        }
+      }
+    }
+  }
+  if constexpr (R > 1) mix_int8<T, R / 2>(a, head, weights, inverse, first, channel);
+}
+
+/// The errors of N weights, each up to half a step, are sqrt(N / 12) steps together, beside the
+/// root of the weights' squares, as values are independent of them. A row that would be more than
+/// 0.5 % off has a second byte for each weight.
+template <int T>
+EDGEVL_NOINLINE void attend_int8_of(const Attention& a, const Int8Head& head) {
+  constexpr float kSquares = 200.0f * 200.0f / 12.0f;  // in steps
+  const int positions = head.positions();
+  const std::size_t size = std::size_t(T) * positions;
+  float* scores = a.scratch;
+  auto* queries = reinterpret_cast<std::uint32_t*>(scores + size);
+  auto* bytes = reinterpret_cast<std::int8_t*>(queries + kMaxTokenBlock * (kQueryChannels / 2));
+  std::int8_t* rest = bytes + size;
+  float scales[T], inverse[T];
+  int8_scores<T>(a, head, queries, scores, scales);
+  bool has_rest = false;
+  for (int t = 0; t < T; ++t) {
+    const int visible = a.visible[t], place = t * kCacheBlock;
+    const float* row = scores + std::size_t(t) * positions;
+    const float scale = scales[t] * a.scale;
+    WeightSums sums =
+        int8_weights<T, false>(row, visible, positions, scale, bytes + place, nullptr);
+    if (sums.squares < kSquares * float(visible)) {
+      if (!has_rest) __builtin_memset(rest, 0, size);
+      has_rest = true;
+      sums = int8_weights<T, true>(row, visible, positions, scale, bytes + place, rest + place);
+    }
+    inverse[t] = 1.0f / sums.total;
+  }
+  constexpr int R = registers_for(T, 8);
+  mix_int8<T, R>(a, head, bytes, inverse, true, 0);
+  if (!has_rest) return;
+  for (float& each : inverse) each *= 1.0f / kWeightSteps;
+  mix_int8<T, R>(a, head, rest, inverse, false, 0);
+}
+
 /// Whole sequences come in whole blocks but for the last one, which is not worth code of its own.
-void attend_int8_keys(const Attention& a) {
-  if (a.rows == kTokenBlock) return attend_of<kTokenBlock, CacheFormat::kBf16, true>(a);
+void attend_int8(const Attention& a, const Int8Head& head) {
+  if (a.rows == kTokenBlock) return attend_int8_of<kTokenBlock>(a, head);
   Attention row = a;
   for (int t = 0; t < a.rows; ++t) {
     row.query[0] = a.query[t];
     row.visible[0] = a.visible[t];
     row.out[0] = a.out[t];
-    attend_of<1, CacheFormat::kBf16, true>(row);
+    attend_int8_of<1>(row, head);
   }
 }
 
@@ -1276,7 +1497,8 @@ constexpr Kernels table(const char* name) {
           {store_key_bf16, store_key_int8},
           {store_values_bf16, store_values_int8},
           {attend<CacheFormat::kBf16>, attend<CacheFormat::kInt8>},
-          attend_int8_keys,
+          quantize_head,
+          attend_int8,
           rms_norm,
           layer_norm,
           rotate,

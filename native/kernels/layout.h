@@ -91,33 +91,64 @@ constexpr std::size_t cache_words(int head_dim, CacheFormat format = CacheFormat
   return format == CacheFormat::kBf16 ? pairs : kCacheBlock + pairs / 2;
 }
 
-/// Most channels of a head whose keys are multiplied in INT8.
+/// Most channels of a head that is multiplied in INT8.
 constexpr int kMaxInt8Channels = 256;
 
-/// Keys that are multiplied in INT8, where those of a whole sequence are there at once: a block of
-/// as many words as bfloat16 takes. Each 16 positions are what `Kernels::quantize` makes of them.
-class Int8Keys {
+/// Keys and values of one head that are multiplied in INT8, where those of a whole sequence are
+/// there at once. Keys have a scale for each position, values a scale and a mean for each channel.
+class Int8Head {
  public:
-  [[gnu::always_inline]] Int8Keys(std::uint32_t* block, int head_dim)
-      : block_(block), cols_((head_dim + 3) / 4 * 4) {}
+  /// In 64-byte aligned memory of `bytes`.
+  [[gnu::always_inline]] Int8Head(std::uint8_t* data, int positions, int head_dim)
+      : data_(data),
+        positions_(padded(positions)),
+        key_cols_((head_dim + 3) / 4 * 4),
+        channels_((head_dim + kLanes - 1) / kLanes * kLanes) {}
 
-  [[gnu::always_inline]] float* scales() const { return reinterpret_cast<float*>(block_); }
-  [[gnu::always_inline]] std::int32_t* sums() const {
-    return reinterpret_cast<std::int32_t*>(block_ + kCacheBlock);
+  static std::size_t bytes(int positions, int head_dim) {
+    const Int8Head head(nullptr, positions, head_dim);
+    return head.values_at() + static_cast<std::size_t>(head.positions_) * head.channels_;
   }
-  /// [cols / 4][16] of 16 positions.
-  [[gnu::always_inline]] std::uint32_t* words(int group) const {
-    return block_ + 2 * kCacheBlock + std::size_t(group) * cols_ / 4 * kLanes;
-  }
-  /// The block of activations that 16 positions are.
-  [[gnu::always_inline]] Block positions(int group) const {
+
+  /// Positions, padded to whole cache blocks; those that pad have values of zero.
+  [[gnu::always_inline]] int positions() const { return positions_; }
+  /// Channels of the values, padded.
+  [[gnu::always_inline]] int channels() const { return channels_; }
+
+  /// [positions]
+  [[gnu::always_inline]] float* key_scales() const { return reinterpret_cast<float*>(data_); }
+  /// The block of activations that 16 keys are, as `Kernels::quantize` makes them.
+  [[gnu::always_inline]] Block keys(int group) const {
     const int first = group * kLanes;
-    return {kLanes, cols_, cols_, words(group), scales() + first, sums() + first};
+    auto* sums = reinterpret_cast<std::int32_t*>(key_scales() + positions_);
+    auto* words = reinterpret_cast<std::uint32_t*>(sums + positions_);
+    return {kLanes,
+            key_cols_,
+            key_cols_,
+            words + static_cast<std::size_t>(first) * key_cols_ / 4,
+            key_scales() + first,
+            sums + first};
+  }
+  /// [channels]
+  [[gnu::always_inline]] float* value_scales() const {
+    return reinterpret_cast<float*>(data_ + values_at()) - 2 * channels_;
+  }
+  [[gnu::always_inline]] float* value_means() const { return value_scales() + channels_; }
+  /// [positions / 4][channels], the int8 of a channel at four positions, less its mean.
+  [[gnu::always_inline]] std::uint32_t* values() const {
+    return reinterpret_cast<std::uint32_t*>(data_ + values_at());
   }
 
  private:
-  std::uint32_t* block_;
-  int cols_;
+  [[gnu::always_inline]] static int padded(int positions) {
+    return (positions + kCacheBlock - 1) / kCacheBlock * kCacheBlock;
+  }
+  [[gnu::always_inline]] std::size_t values_at() const {
+    return static_cast<std::size_t>(positions_) * (8 + key_cols_) + 8 * channels_;
+  }
+
+  std::uint8_t* data_;
+  int positions_, key_cols_, channels_;
 };
 
 }  // namespace edgevl

@@ -71,9 +71,9 @@ inline Floats load_bf16(const std::uint16_t* x) {
   return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16));
 }
 inline void store_bytes(std::int8_t* out, Ints x) {
-  const int16x4_t halves = vqmovn_s32(x);
+  const int16x4_t halves = vmovn_s32(x);
   const std::int32_t word =
-      vget_lane_s32(vreinterpret_s32_s8(vqmovn_s16(vcombine_s16(halves, halves))), 0);
+      vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(halves, halves))), 0);
   __builtin_memcpy(out, &word, 4);
 }
 inline void store_bf16(std::uint16_t* out, Floats x) {

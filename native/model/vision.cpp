@@ -94,8 +94,15 @@ void VisionEncoder::allocate() {
       std::max((positions - 1) * config_.patch_values(), tokens * config_.merged_size()));
   x_ = Activations(positions, config_.hidden_size);
   qkv_ = Activations((positions + kLanes - 1) / kLanes * kLanes, 3 * config_.hidden_size);
-  cache_.emplace(1, config_.num_attention_heads, padded_head_dim_);
-  cache_->reserve(config_.positions());
+  for (const auto& layer : weights_.layers) {
+    if (in_int8(layer)) {
+      int8_heads_.reserve(config_.num_attention_heads *
+                          Int8Head::bytes(config_.positions(), config_.head_dim()));
+    } else if (!cache_) {
+      cache_.emplace(1, config_.num_attention_heads, padded_head_dim_);
+      cache_->reserve(config_.positions());
+    }
+  }
 }
 
 void VisionEncoder::encode(const float* pixels, int tiles, float* out) {
@@ -111,6 +118,7 @@ void VisionEncoder::encode(const float* pixels, int tiles, float* out) {
   patches_ = {};
   x_ = {};
   qkv_ = {};
+  int8_heads_ = {};
   cache_.reset();
 }
 
@@ -187,8 +195,7 @@ void VisionEncoder::layer(Worker& worker, int index) {
       kernels_.rms_norm(k, w.k_norm, c.hidden_size, c.norm_eps, k);
     });
   }
-  // Scores are computed as what they are made of.
-  attention(worker, w.qkv.matrix.format != Format::kBf16 && c.head_dim() <= kMaxInt8Channels);
+  attention(worker, in_int8(w));
   each_chunk(positions, [&](std::size_t first, int rows) {
     gemm_.run(worker, w.proj, {qkv_.row(first), qkv_.stride(), rows, c.hidden_size},
               {Epilogue::Kind::kAdd, x_.row(first), x_.stride(), c.hidden_size, w.ls1});
@@ -200,67 +207,49 @@ void VisionEncoder::layer(Worker& worker, int index) {
 
 /// Queries, keys and values in qkv_ to what is attended to, which takes the queries' place; every
 /// position sees every other.
-void VisionEncoder::attention(Worker& worker, bool int8_keys) {
+void VisionEncoder::attention(Worker& worker, bool int8) {
   const int heads = config_.num_attention_heads, positions = config_.positions();
-  worker.each(heads, [&](int head) { store(head, int8_keys); });
+  worker.each(heads, [&](int head) { store(head, int8); });
   // Blocks of one head follow one another, so that its keys and values stay in the cache.
   const int size = kernels_.token_block, blocks = (positions + size - 1) / size;
   worker.each(heads * blocks, [&](int item) {
     const int first = item % blocks * size;
-    attend(worker, int8_keys, item / blocks, first, std::min(size, positions - first));
+    attend(worker, int8, item / blocks, first, std::min(size, positions - first));
   });
 }
 
-/// A head's keys and values into the cache.
-void VisionEncoder::store(int head, bool int8_keys) {
+/// A head's keys and values into what they are attended to in.
+void VisionEncoder::store(int head, bool int8) {
   const int hidden = config_.hidden_size, head_dim = config_.head_dim();
+  const int positions = config_.positions();
+  float* key = qkv_.row(0) + hidden + head * head_dim;
+  if (int8) {
+    kernels_.quantize_head(key, key + hidden, qkv_.stride(), positions, head_dim, int8_head(head));
+    return;
+  }
   std::uint32_t* const* keys = cache_->keys(0, head);
   std::uint32_t* const* values = cache_->values(0, head);
-  for (int first = 0; first < config_.positions(); first += kCacheBlock) {
-    const int block = first / kCacheBlock;
-    const int count = std::min(kCacheBlock, config_.positions() - first);
-    const float* key = qkv_.row(first) + hidden + head * head_dim;
-    for (int i = 0; i < count && !int8_keys; ++i) {
-      kernels_.store_key[kCacheFormat](key + i * qkv_.stride(), head_dim, i, keys[block]);
+  for (int first = 0; first < positions; first += kCacheBlock) {
+    const int block = first / kCacheBlock, count = std::min(kCacheBlock, positions - first);
+    for (int i = 0; i < count; ++i, key += qkv_.stride()) {
+      kernels_.store_key[kCacheFormat](key, head_dim, i, keys[block]);
     }
-    kernels_.store_values[kCacheFormat](key + hidden, qkv_.stride(), count, head_dim, 0,
-                                        values[block]);
-  }
-  if (int8_keys) quantize_keys(head);
-}
-
-/// Keys less their mean, which adds the same to all scores of a query and so changes no weight:
-/// what all keys have in common, such as a bias, would take the precision from what tells them
-/// apart. (SageAttention, arXiv 2410.02367)
-void VisionEncoder::quantize_keys(int head) {
-  const int positions = config_.positions(), head_dim = config_.head_dim();
-  const auto key = [&](int position) {
-    return qkv_.row(position) + config_.hidden_size + head * head_dim;
-  };
-  float mean[kMaxInt8Channels] = {};
-  for (int position = 0; position < positions; ++position) {
-    const float* x = key(position);
-    for (int c = 0; c < head_dim; ++c) mean[c] += x[c];
-  }
-  for (int c = 0; c < head_dim; ++c) mean[c] /= static_cast<float>(positions);
-  for (int position = 0; position < positions; ++position) {
-    float* x = key(position);
-    for (int c = 0; c < head_dim; ++c) x[c] -= mean[c];
-  }
-  constexpr int kGroups = kCacheBlock / kLanes;
-  for (int first = 0; first < positions; first += kLanes) {  // rows beyond the last are zero
-    const Int8Keys keys(cache_->keys(0, head)[first / kCacheBlock], head_dim);
-    kernels_.quantize(key(first), qkv_.stride(), head_dim,
-                      keys.positions(first / kLanes % kGroups));
+    kernels_.store_values[kCacheFormat](qkv_.row(first) + 2 * hidden + head * head_dim,
+                                        qkv_.stride(), count, head_dim, 0, values[block]);
   }
 }
 
-void VisionEncoder::attend(Worker& worker, bool int8_keys, int head, int first, int rows) {
+Int8Head VisionEncoder::int8_head(int head) const {
+  const std::size_t bytes = Int8Head::bytes(config_.positions(), config_.head_dim());
+  return {int8_heads_.data() + head * bytes, config_.positions(), config_.head_dim()};
+}
+
+void VisionEncoder::attend(Worker& worker, bool int8, int head, int first, int rows) {
   const auto& c = config_;
   const int head_dim = c.head_dim();
   Attention attention;
-  attention.keys = cache_->keys(0, head);
-  attention.values = cache_->values(0, head);
+  attention.keys = int8 ? nullptr : cache_->keys(0, head);
+  attention.values = int8 ? nullptr : cache_->values(0, head);
   attention.head_dim = padded_head_dim_;
   attention.rows = rows;
   attention.scale = 1 / std::sqrt(static_cast<float>(head_dim));
@@ -275,7 +264,11 @@ void VisionEncoder::attend(Worker& worker, bool int8_keys, int head, int first, 
     attention.visible[i] = c.positions();
     attention.out[i] = odd ? copy : query(i);
   }
-  (int8_keys ? kernels_.attend_int8_keys : kernels_.attend[kCacheFormat])(attention);
+  if (int8) {
+    kernels_.attend_int8(attention, int8_head(head));
+  } else {
+    kernels_.attend[kCacheFormat](attention);
+  }
   if (!odd) return;
   for (int i = 0; i < rows; ++i) std::copy_n(attention.out[i], head_dim, query(i));
 }
@@ -296,6 +289,11 @@ void VisionEncoder::merge_patches(Worker& worker) {
       }
     }
   });
+}
+
+/// Whether a layer's attention is computed in INT8, as what it is made of.
+bool VisionEncoder::in_int8(const VisionLayer& layer) const {
+  return layer.qkv.matrix.format != Format::kBf16 && config_.head_dim() <= kMaxInt8Channels;
 }
 
 Norm VisionEncoder::norm(const float* weight, const float* bias) const {

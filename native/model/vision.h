@@ -125,10 +125,11 @@ class VisionEncoder {
   void encode_tile(Worker& worker, const float* pixels, float* out);
   void embed_patches(Worker& worker, const float* pixels);
   void layer(Worker& worker, int index);
-  void attention(Worker& worker, bool int8_keys);
-  void store(int head, bool int8_keys);
-  void quantize_keys(int head);
-  void attend(Worker& worker, bool int8_keys, int head, int first, int rows);
+  bool in_int8(const VisionLayer& layer) const;
+  void attention(Worker& worker, bool int8);
+  void store(int head, bool int8);
+  Int8Head int8_head(int head) const;
+  void attend(Worker& worker, bool int8, int head, int first, int rows);
   void merge_patches(Worker& worker);
   Norm norm(const float* weight, const float* bias) const;
 
@@ -144,10 +145,11 @@ class VisionEncoder {
   std::vector<Buffer<float>> odd_;  ///< for each worker, queries of heads with an odd channel more
 
   // While tiles are encoded:
-  std::optional<Cache> cache_;  ///< of one layer at a time
-  Buffer<float> patches_;       ///< [patches, patch_values], then [image_tokens, merged_size]
-  Activations x_;               ///< [positions, hidden_size]
-  Activations qkv_;             ///< [positions, padded to 16; 3 * hidden_size]
+  std::optional<Cache> cache_;       ///< of one layer at a time, where it is not in INT8
+  Buffer<std::uint8_t> int8_heads_;  ///< likewise, where it is
+  Buffer<float> patches_;            ///< [patches, patch_values], then [image_tokens, merged_size]
+  Activations x_;                    ///< [positions, hidden_size]
+  Activations qkv_;                  ///< [positions, padded to 16; 3 * hidden_size]
 };
 
 }  // namespace edgevl

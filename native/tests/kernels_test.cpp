@@ -372,12 +372,7 @@ void test_damage(const Kernels& k) {
 /// How attention is computed.
 struct Kind {
   const char* name;
-  CacheFormat format;      ///< of the values, and of the keys if these are not
-  bool int8_keys = false;  ///< Int8Keys, and queries in INT8
-
-  auto attend(const Kernels& k) const {
-    return int8_keys ? k.attend_int8_keys : k.attend[int(format)];
-  }
+  CacheFormat format;
 };
 
 /// Numbers as a cache holds them.
@@ -413,18 +408,8 @@ struct Cache {
     const int format = int(kind.format);
     for (int p = int(keys.size()) - 1; p >= 0; --p) {
       const int b = p / kCacheBlock, at = p % kCacheBlock;
-      if (!kind.int8_keys) {
-        k.store_key[format](keys[p].data(), head_dim, at, key_blocks[b]->data);
-      }
+      k.store_key[format](keys[p].data(), head_dim, at, key_blocks[b]->data);
       k.store_values[format](values[p].data(), 0, 1, head_dim, at, value_blocks[b]->data);
-    }
-    for (int p = 0; kind.int8_keys && p < int(keys.size()); p += kLanes) {
-      std::vector<float> rows(kLanes * head_dim);
-      for (int i = 0; i < kLanes && p + i < int(keys.size()); ++i) {
-        std::copy_n(keys[p + i].data(), head_dim, rows.data() + i * head_dim);
-      }
-      const Int8Keys block(key_blocks[p / kCacheBlock]->data, head_dim);
-      k.quantize(rows.data(), head_dim, head_dim, block.positions(p % kCacheBlock / kLanes));
     }
   }
   Kind kind;
@@ -486,7 +471,7 @@ void check_attention(const Kernels& k, const Kind& kind, int head_dim,
   cache.store(k, head_dim);
   std::vector<std::vector<double>> keys, values;
   const bool int8_values = kind.format == CacheFormat::kInt8;
-  for (const auto& key : cache.keys) keys.push_back(stored(int8_values || kind.int8_keys, key));
+  for (const auto& key : cache.keys) keys.push_back(stored(int8_values, key));
   for (const auto& value : cache.values) values.push_back(stored(int8_values, value));
 
   std::vector<std::vector<float>> query, out;
@@ -511,10 +496,20 @@ void check_attention(const Kernels& k, const Kind& kind, int head_dim,
     a.out[t] = out[t].data();
     a.visible[t] = visible[t];
   }
-  kind.attend(k)(a);
+  k.attend[int(kind.format)](a);
+  for (int t = 0; t < rows; ++t) {  // alone, a row gives the same bits
+    std::vector<float> alone(head_dim);
+    Attention one = a;
+    one.rows = 1;
+    one.query[0] = query[t].data();
+    one.out[0] = alone.data();
+    one.visible[0] = visible[t];
+    k.attend[int(kind.format)](one);
+    CHECK(alone == out[t]);
+  }
 
   for (int t = 0; t < rows; ++t) {
-    const std::vector<double> asked = stored(kind.int8_keys, query[t]);
+    const std::vector<double> asked = stored(false, query[t]);
     std::vector<double> weight(visible[t]);
     double top = -1e300, largest_term = 0;
     for (int p = 0; p < visible[t]; ++p) {
@@ -574,21 +569,19 @@ void test_attention(const Kernels& k, const Kind& kind) {
   check(128, {1000});
   check(64, std::vector<int>(k.token_block, 1000));
   check(80, {1000, 1, 63, 64});
-  if (!kind.int8_keys) {
-    for (int head_dim : {2, 6, 30, 64, 128, 200}) {
-      for (int count : {1, 3, 40}) {  // 40: more than are taken at once
-        for (int rows = 1; rows <= k.token_block && count <= head_dim / 2; ++rows) {
-          std::vector<int> visible(rows);
-          for (int t = 0; t < rows; ++t) visible[t] = 130 - 20 * (t % 6);
-          check_attention(k, kind, head_dim, visible, count);
-        }
+  for (int head_dim : {2, 6, 30, 64, 128, 200}) {
+    for (int count : {1, 3, 40}) {  // 40: more than are taken at once
+      for (int rows = 1; rows <= k.token_block && count <= head_dim / 2; ++rows) {
+        std::vector<int> visible(rows);
+        for (int t = 0; t < rows; ++t) visible[t] = 130 - 20 * (t % 6);
+        check_attention(k, kind, head_dim, visible, count);
       }
     }
   }
 
   // Scores so far apart that all but one weight vanish, and damage that must show.
   context = std::string(k.name) + kind.name + " attention, extremes";
-  const auto attend = kind.attend(k);
+  const auto attend = k.attend[int(kind.format)];
   Cache cache(k, kind, 70, 32);
   for (float& value : cache.keys[40]) value = 100;
   for (float& value : cache.keys[41]) value = 0;
@@ -625,6 +618,193 @@ void test_attention(const Kernels& k, const Kind& kind) {
     attend(a);
     CHECK(!std::isfinite(out[5]));
     cache.values[40][5] = 0;
+  }
+}
+
+/// A head in INT8 of random keys and values, all of which have something in common.
+struct Int8Sequence {
+  Int8Sequence(const Kernels& k, int positions, int head_dim, float spread)
+      : positions(positions), head_dim(head_dim), memory(Int8Head::bytes(positions, head_dim)) {
+    for (int p = 0; p < positions; ++p) {
+      keys.push_back(floats(head_dim, spread));
+      values.push_back(floats(head_dim));
+      for (float& x : keys.back()) x += 3;
+      for (float& x : values.back()) x -= 5;
+    }
+    store(k);
+  }
+  void store(const Kernels& k) {
+    const int stride = 2 * head_dim + 1;  // as in a row of queries, keys and values
+    std::vector<float> rows(static_cast<std::size_t>(positions + kLanes) * stride);
+    for (int p = 0; p < positions; ++p) {
+      std::copy_n(keys[p].data(), head_dim, rows.data() + p * stride);
+      std::copy_n(values[p].data(), head_dim, rows.data() + p * stride + head_dim);
+    }
+    k.quantize_head(rows.data(), rows.data() + head_dim, stride, positions, head_dim, head());
+  }
+  Int8Head head() const { return {memory.data, positions, head_dim}; }
+  double key(int position, int channel) const {
+    const Block block = head().keys(position / kLanes);
+    const int lane = position % kLanes;
+    const auto* word =
+        reinterpret_cast<const std::int8_t*>(block.words + channel / 4 * kLanes + lane);
+    return double(word[channel % 4]) * block.scales[lane];
+  }
+  /// Less its mean.
+  double value(int position, int channel) const {
+    const std::uint32_t* word = head().values() + position / 4 * head().channels() + channel;
+    return double(reinterpret_cast<const std::int8_t*>(word)[position % 4]) *
+           head().value_scales()[channel];
+  }
+  std::vector<std::vector<float>> keys, values;
+  int positions, head_dim;
+  Aligned<std::uint8_t> memory;
+};
+
+/// What an INT8 head holds: half a step from what it is made of, and as much as float sums of so
+/// many positions may be off.
+void check_int8_head(const Int8Sequence& s) {
+  for (int c = 0; c < s.head_dim; ++c) {
+    double key_mean = 0, mean = 0, reach = 0, most = 0;
+    for (int p = 0; p < s.positions; ++p) {
+      key_mean += s.keys[p][c] / double(s.positions);
+      mean += s.values[p][c] / double(s.positions);
+      most = std::max({most, std::abs(double(s.keys[p][c])), std::abs(double(s.values[p][c]))});
+    }
+    const double sums = 2 * s.positions * kRounding * most;
+    CHECK_NEAR(s.head().value_means()[c], mean, sums);
+    for (int p = 0; p < s.positions; ++p) reach = std::max(reach, std::abs(s.values[p][c] - mean));
+    CHECK_NEAR(s.head().value_scales()[c], reach / 127, sums);
+    for (int p = 0; p < s.positions; ++p) {
+      CHECK_NEAR(s.value(p, c), s.values[p][c] - mean, reach / 254 + 3 * sums);
+      const double step = s.head().key_scales()[p];
+      CHECK_NEAR(s.key(p, c), s.keys[p][c] - key_mean, step / 2 + 2 * sums);
+    }
+  }
+  for (int p = s.positions; p < s.head().positions(); ++p) {
+    for (int c = 0; c < s.head_dim; ++c) CHECK(s.value(p, c) == 0);
+  }
+}
+
+/// Attention of rows to an INT8 head, against double precision with the numbers it holds.
+///
+/// Errors: a weight is rounded by half of one of `steps` to the largest, or of steps^2 where the
+/// weights' squares are too few for that; an exponential is good to 8e-5, and takes over what its
+/// score is off: a product of integers, exact, with two scales and their product rounded.
+void check_int8_attention(const Kernels& k, int head_dim, const std::vector<int>& visible,
+                          float spread) {
+  const int rows = int(visible.size());
+  const int most = *std::max_element(visible.begin(), visible.end());
+  const bool all_signed = !std::strcmp(k.name, "avx2") || std::strstr(k.name, "neon");
+  const int steps = all_signed ? 127 : 255;
+  context = std::string(k.name) + " INT8 attention head_dim " + std::to_string(head_dim) +
+            " rows " + std::to_string(rows) + " visible " + std::to_string(visible[0]) + " .. " +
+            std::to_string(most) + " spread " + std::to_string(spread);
+  const Int8Sequence s(k, most, head_dim, spread);
+  check_int8_head(s);
+  std::vector<std::vector<float>> query, out;
+  Aligned<float> scratch(attention_scratch(rows, most));
+  Attention a{};
+  a.head_dim = head_dim;
+  a.rows = rows;
+  a.scale = 1 / std::sqrt(float(head_dim));
+  a.scratch = scratch.data;
+  for (int t = 0; t < rows; ++t) {
+    query.push_back(floats(head_dim, 2));
+    out.emplace_back(head_dim);
+  }
+  for (int t = 0; t < rows; ++t) {
+    a.query[t] = query[t].data();
+    a.out[t] = out[t].data();
+    a.visible[t] = visible[t];
+  }
+  k.attend_int8(a, s.head());
+
+  for (int t = 0; t < rows; ++t) {
+    const std::vector<double> asked = stored(true, query[t]);
+    std::vector<double> weight(visible[t]);
+    double top = -1e300, farthest = 0, total = 0, squares = 0;
+    for (int p = 0; p < visible[t]; ++p) {
+      for (int c = 0; c < head_dim; ++c) weight[p] += asked[c] * s.key(p, c) * a.scale;
+      top = std::max(top, weight[p]);
+      farthest = std::max(farthest, std::abs(weight[p]));
+    }
+    for (double& w : weight) {
+      total += w = std::exp(w - top);
+      squares += w * w;
+    }
+    const double least = visible[t] * 200.0 * 200.0 / 12 / steps / steps;
+    const double step = squares < 0.99 * least ? 1.0 / steps / steps : 1.0 / steps;
+    const double relative = 2 * (8e-5 + 8 * kRounding * farthest) + 2 * visible[t] * kRounding;
+    for (int c = 0; c < head_dim; ++c) {
+      double expected = 0, magnitude = 0, far = 0;
+      for (int p = 0; p < visible[t]; ++p) {
+        expected += weight[p] / total * s.value(p, c);
+        magnitude += weight[p] / total * std::abs(s.value(p, c));
+      }
+      for (int p = 0; p < visible[t]; ++p) far += std::abs(s.value(p, c) - expected);
+      const double mean = s.head().value_means()[c];
+      const double error = step / 2 * far / total + relative * magnitude;
+      CHECK_NEAR(out[t][c], expected + mean, 1.01 * error + 4 * kRounding * std::abs(mean));
+    }
+  }
+}
+
+void test_int8_attention(const Kernels& k) {
+  // From all weights alike to all but a few nearly none.
+  for (float spread : {0.1f, 1.0f, 4.0f}) {
+    for (int head_dim : {2, 6, 16, 30, 32, 64, 80, 96, 128, 200, 256}) {
+      for (int visible : {1, 2, 15, 17, 63, 64, 65, 200}) {
+        check_int8_attention(k, head_dim, {visible}, spread);
+      }
+    }
+    for (int rows = 1; rows <= k.token_block; ++rows) {
+      std::vector<int> visible(rows, 100);
+      check_int8_attention(k, 64, visible, spread);
+      for (int t = 0; t < rows; ++t) visible[t] = 1 + t * 7;
+      check_int8_attention(k, 80, visible, spread);
+    }
+    check_int8_attention(k, 64, std::vector<int>(k.token_block, 1000), spread);
+  }
+
+  context = std::string(k.name) + " INT8 attention, a row alone and among others";
+  constexpr int kDim = 32, kSize = 70;
+  Int8Sequence s(k, kSize, kDim, 1);
+  Aligned<float> scratch(attention_scratch(k.token_block, kSize));
+  std::vector<float> peaked(kDim, 40.0f), flat(kDim, 0.1f), out(kDim), alone(kDim), other(kDim);
+  Attention a{};
+  a.head_dim = kDim;
+  a.rows = k.token_block;
+  a.scale = 1;
+  a.scratch = scratch.data;
+  for (int t = 0; t < a.rows; ++t) {
+    a.query[t] = t == 0 ? flat.data() : peaked.data();
+    a.out[t] = t == 0 ? out.data() : other.data();
+    a.visible[t] = kSize;
+  }
+  k.attend_int8(a, s.head());
+  a.rows = 1;
+  a.out[0] = alone.data();
+  k.attend_int8(a, s.head());
+  CHECK(out == alone);
+
+  // Damage must show.
+  context = std::string(k.name) + " INT8 attention, damage";
+  flat[3] = kNan;
+  k.attend_int8(a, s.head());
+  for (float x : alone) CHECK(std::isnan(x));
+  flat[3] = 0.1f;
+  for (float damage : {kInfinity, kNan}) {
+    s.keys[69][5] = damage;
+    s.store(k);
+    k.attend_int8(a, s.head());
+    for (float x : alone) CHECK(!std::isfinite(x));
+    s.keys[69][5] = 0;
+    s.values[40][5] = damage;
+    s.store(k);
+    k.attend_int8(a, s.head());
+    CHECK(!std::isfinite(alone[5]));
+    s.values[40][5] = 0;
   }
 }
 
@@ -860,7 +1040,7 @@ int main(int argc, char** argv) {
       test_attention(k, kind);
       test_positions_are_apart(k, kind);
     }
-    test_attention(k, {" int8 keys", CacheFormat::kBf16, true});
+    test_int8_attention(k);
     for (int n : {1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 64, 65, 100, 1024}) {
       test_norms(k, n);
       test_elements(k, n);

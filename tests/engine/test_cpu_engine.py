@@ -54,6 +54,8 @@ from storage import CHAT, TEXT, changed, random_tensors, write_directory  # noqa
 from stored_gptq import gptq_checkpoint  # noqa: E402
 
 ISAS = native.instruction_sets()
+#: Of a weight of attention, where one factor of a product of bytes has no sign.
+WEIGHT_STEPS = {isa: 255 for isa in ("avx512bf16", "avx512", "avxvnni", "portable")}
 #: Formats whose logits come from one head, and so are comparable as a whole.
 PRECISIONS = ["int8", "bf16"]
 #: Of the root mean square: float32 sums of some hundred terms in another order, and a fast exp.
@@ -73,7 +75,7 @@ def text_bound(config, precision, kv_cache="bf16"):
 
 
 def vision_bound(config, precision):
-    return bound(precision, (8 if precision == "bf16" else 6) * vision_layers(config) + 2)
+    return bound(precision, (8 if precision == "bf16" else 7) * vision_layers(config) + 2)
 
 
 def prefill(engine, ids):
@@ -174,23 +176,26 @@ def vision_agrees(checkpoint, precision, pool):
     """Compare every instruction set with the reference, rounded alike and not at all."""
     dequantized = Dequantized(checkpoint, precision, pool)
     tiles = random_tiles(checkpoint, 3)
-    rounded = RoundedReference(dequantized).encode_images(tiles)
+    rounded = {
+        steps: RoundedReference(dequantized, weight_steps=steps).encode_images(tiles)
+        for steps in {WEIGHT_STEPS.get(isa, 127) for isa in ISAS}
+    }
     exact = ReferenceEngine(dequantized).encode_images(tiles)
     for isa in ISAS:
         model = CpuEngine(checkpoint, LoadOptions(precision=precision, threads=2), isa=isa)
         features = model.encode_images(tiles)
         assert features.shape == exact.shape
         assert off(features, exact) < vision_bound(checkpoint.config, precision), isa
-        # Token by token: what is tipped in one layer stays in its tile, so a share of tokens.
+        # Token by token: what is tipped in one layer is seen by all tokens, but tips few of them.
         shares = [
             off(ours, theirs)
             for ours, theirs in zip(
                 features.reshape(-1, features.shape[-1]),
-                rounded.reshape(-1, features.shape[-1]),
+                rounded[WEIGHT_STEPS.get(isa, 127)].reshape(-1, features.shape[-1]),
                 strict=True,
             )
         ]
-        assert np.median(shares) < 5 * CLOSE, isa
+        assert some_close(shares), isa
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

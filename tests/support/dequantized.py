@@ -1,5 +1,6 @@
 """A packed model seen as a checkpoint, so that the reference can run the very same weights."""
 
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -57,11 +58,13 @@ class RoundedReference(ReferenceEngine):
 
     Inputs of linear layers to int8, with a scale for each token and group, or to bfloat16; queries
     and the weights of attention to bfloat16; keys, less their large biases, and values to what
-    ``kv_cache`` says. With int8 weights of qkv, queries and keys of a vision layer to int8.
+    ``kv_cache`` says. With int8 weights of qkv, all of a vision layer's attention to int8, its
+    weights in so many ``weight_steps``.
     """
 
-    def __init__(self, dequantized, kv_cache="bf16", **options):
+    def __init__(self, dequantized, kv_cache="bf16", weight_steps=255, **options):
         super().__init__(dequantized, **options)
+        self.weight_steps = weight_steps
         self.attention = {"bf16": bf16_attention, "int8": int8_attention}[kv_cache]
         self.matrices = {
             LM_HEAD if matrix.name == "text.head" else part.weight: matrix
@@ -109,7 +112,7 @@ class RoundedReference(ReferenceEngine):
     def _vision_layer(self, prefix, x):
         qkv = self.matrices.get(prefix + "attn.qkv.weight")
         int8 = qkv is not None and qkv.format == "int8"
-        attention = int8_keys_attention if int8 else bf16_attention
+        attention = partial(all_int8_attention, self.weight_steps) if int8 else bf16_attention
         with mock.patch.object(ref, "attention", attention):
             return super()._vision_layer(prefix, x)
 
@@ -142,11 +145,30 @@ def bf16_attention(query, key, value, allowed=None, biases=None):
     return rounded_attention(to_bf16(query), to_bf16(key), to_bf16(value), ones, allowed, exact)
 
 
-def int8_keys_attention(query, key, value):
-    """`reference.attention` with queries and keys in int8, these less their mean."""
+def all_int8_attention(steps, query, key, value):
+    """`reference.attention` in int8: keys and values less their means, values by channel.
+
+    Weights have so many steps to the largest; where that would be 0.5 % off, as many to each step.
+    """
+    mean = value.mean(axis=-2, keepdims=True)
     queries, keys = int8_parts(query), int8_parts(key - key.mean(axis=-2, keepdims=True))
-    ones = np.ones((*value.shape[:-1], 1), np.float32)
-    return rounded_attention(np.multiply(*queries), np.multiply(*keys), to_bf16(value), ones)
+    values = np.multiply(*int8_parts((value - mean).swapaxes(-1, -2))).swapaxes(-1, -2)
+    scores = np.multiply(*queries) @ np.multiply(*keys).swapaxes(-1, -2)
+    scores *= np.float32(query.shape[-1] ** -0.5)
+    weights = rough_exp(scores - scores.max(axis=-1, keepdims=True)) * np.float32(steps)
+    few = (weights**2).sum(axis=-1, keepdims=True) < 200**2 / 12 * weights.shape[-1]
+    weights = np.where(few, np.rint(weights * steps) / np.float32(steps), np.rint(weights))
+    mixed = (weights @ values / weights.sum(axis=-1, keepdims=True) + mean).astype(np.float32)
+    *batch, heads, tokens, head_dim = mixed.shape
+    return mixed.swapaxes(-2, -3).reshape(*batch, tokens, heads * head_dim)
+
+
+def rough_exp(x):
+    """The native engine's for weights in bytes; with another one, 8e-5 off, many bytes would tip."""
+    x = np.maximum(x.astype(np.float64) / np.log(2), -126)
+    whole = np.rint(x)
+    y = np.polyval([5.51713231e-2, 2.42611331e-1, 6.93261089e-1, 9.99928047e-1], x - whole)
+    return np.ldexp(y, whole.astype(np.int32))
 
 
 def int8_attention(query, key, value, allowed=None, biases=None):
