@@ -148,17 +148,17 @@ def bf16_attention(query, key, value, allowed=None, biases=None):
 def all_int8_attention(steps, query, key, value):
     """`reference.attention` in int8: keys and values less their means, values by channel.
 
-    Weights have so many steps to the largest; where that would be 0.5 % off, as many to each step.
+    Weights have so many steps to the largest; where that may be 1.5 % off, as many to each step.
     """
     mean = value.mean(axis=-2, keepdims=True)
     queries, keys = int8_parts(query), int8_parts(key - key.mean(axis=-2, keepdims=True))
     values = np.multiply(*int8_parts((value - mean).swapaxes(-1, -2))).swapaxes(-1, -2)
     scores = np.multiply(*queries) @ np.multiply(*keys).swapaxes(-1, -2)
     scores *= np.float32(query.shape[-1] ** -0.5)
-    weights = rough_exp(scores - scores.max(axis=-1, keepdims=True)) * np.float32(steps)
-    few = (weights**2).sum(axis=-1, keepdims=True) < 200**2 / 12 * weights.shape[-1]
-    weights = np.where(few, np.rint(weights * steps) / np.float32(steps), np.rint(weights))
-    mixed = (weights @ values / weights.sum(axis=-1, keepdims=True) + mean).astype(np.float32)
+    exact = rough_exp(scores - scores.max(axis=-1, keepdims=True)) * np.float32(steps)
+    few = (exact**2).mean(axis=-1, keepdims=True) < 1 / (12 * 0.015**2)
+    weights = np.where(few, np.rint(exact * steps) / np.float32(steps), np.rint(exact))
+    mixed = (weights @ values / exact.sum(axis=-1, keepdims=True) + mean).astype(np.float32)
     *batch, heads, tokens, head_dim = mixed.shape
     return mixed.swapaxes(-2, -3).reshape(*batch, tokens, heads * head_dim)
 

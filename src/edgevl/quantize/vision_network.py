@@ -30,9 +30,9 @@ from edgevl.quantize.decoder import load_tensor
 MAX_INT8_CHANNELS = 256
 #: Steps of an attention weight in a byte, from zero to the row's largest (AVX2 and Arm: 127).
 WEIGHT_STEPS = 255
-#: Squares of the weights, in steps, for each position, with which one byte takes the result 0.5 %
-#: off: the errors of weights are 1 / 12 in squares.
-LEAST_SQUARES = 200**2 / 12
+#: Squares of the weights, in steps and for each position, that are too few for one byte each: their
+#: errors, 1 / 12 in squares, may take the result 1.5 % off.
+LEAST_SQUARES = 1 / (12 * 0.015**2)
 
 #: Called with a weight's name and what its layer takes in, [tokens, columns], tile by tile.
 Observer = Callable[[str, Tensor], object]
@@ -233,7 +233,7 @@ def attention_of(
         steps = largest_is_one(query @ key.mT * head_dim**-0.5) * WEIGHT_STEPS
         two = (steps * steps).sum(-1, keepdim=True) < LEAST_SQUARES * steps.shape[-1]
         weights = torch.where(two, (steps * WEIGHT_STEPS).round() / WEIGHT_STEPS, steps.round())
-        return weights @ value / weights.sum(-1, keepdim=True) + mean
+        return weights @ value / steps.sum(-1, keepdim=True) + mean
 
     if qkv is None:
         return functional.scaled_dot_product_attention
