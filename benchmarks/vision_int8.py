@@ -31,13 +31,14 @@ from edgevl import _native
 from edgevl.boards.vision import INPUT, write_vision_onnx
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.cpu import CpuEngine
-from edgevl.engine.plan import MatrixPlan, vision_matrices
+from edgevl.engine.plan import vision_matrices
+from edgevl.engine.smoothing import producer
 from edgevl.options import LoadOptions
 from edgevl.preprocess.picture import prepare_picture
 from edgevl.quantize import QuantizationSettings
 from edgevl.quantize.calibration.pictures import drawn
 from edgevl.quantize.output import quantization_fields, write_checkpoint
-from edgevl.quantize.vision import SmoothedTensors, producer, quantize_vision
+from edgevl.quantize.vision import SmoothedTensors, quantize_vision
 from edgevl.quantize.vision_network import EXACT, Rounding, VisionNetwork
 from edgevl.version import __version__
 
@@ -138,24 +139,19 @@ def ours(
     fields = quantization_fields(QuantizationSettings(text="none"), decided.keep, __version__)
     write_checkpoint(checkpoint, directory, {}, decided.tensors, fields)
     smoothed = [row["name"] for row in decided.layers if row["alpha"] is not None]
-    print(f"EdgeVL smoothed the inputs of {len(smoothed)} linear layers, kept {decided.keep}")
+    print(f"Calibration smoothed {len(smoothed)} linear layers better, kept {decided.keep}")
     worst = sorted(decided.layers, key=lambda row: row["error"], reverse=True)[:5]
     for row in worst:
         print(f"  {row['name']}: {row['plain_error']:.2%}, quantized {row['error']:.2%}")
-    plans = planned(checkpoint, ())
-    factors = {name: torch.from_numpy(each) for name, each in decided.tensors.factors.items()}
     network = VisionNetwork(checkpoint)
-    plain, chosen = Rounding(plans), Rounding(planned(checkpoint, decided.keep), factors)
+    plain = network.as_loaded()
+    kept = {name: replace(plain.matrices[name], format="bf16") for name in decided.keep}
+    factors = {name: torch.from_numpy(each) for name, each in decided.tensors.factors.items()}
+    chosen = Rounding({**plain.matrices, **kept}, factors)
     return (
         lambda tiles: network_states(network, tiles, plain),
         lambda tiles: network_states(network, tiles, chosen),
     )
-
-
-def planned(checkpoint: Checkpoint, keep: tuple[str, ...]) -> dict[str, MatrixPlan]:
-    """Return how each weight is rounded."""
-    config = replace(checkpoint.config, vision_keep=keep)
-    return {matrix.parts[0].weight: matrix for matrix in vision_matrices(config, "int8")}
 
 
 def network_states(

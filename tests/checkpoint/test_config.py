@@ -210,8 +210,9 @@ QKV = "vision_model.encoder.layers.0.attn.qkv.weight"
 @pytest.mark.parametrize("layout", CONFIGS)
 def test_what_vision_keeps(layout):
     config = CONFIGS[layout]
-    assert parse(config).vision_keep == ()
-    for vision in ({}, {"format": "int8"}, {"keep": []}, None):
+    for other in ({}, {"edgevl_quantization": {}}, {"edgevl_quantization": {"vision": None}}):
+        assert parse({**config, **other}).vision_keep is None
+    for vision in ({}, {"format": "int8"}, {"keep": []}):
         assert parse({**config, "edgevl_quantization": {"vision": vision}}).vision_keep == ()
     vision = {"format": "int8", "keep": ["mlp1.3.weight", QKV]}
     parsed = parse({**config, "edgevl_quantization": {"vision": vision}})

@@ -63,6 +63,7 @@ def test_formats(checkpoint, precision, text, head, vision, exact):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_vision_keeps_is_bfloat16(checkpoint, precision):
+    checkpoint.config = dataclasses.replace(checkpoint.config, vision_keep=())
     before = make_plan(checkpoint, precision).matrices
     keep = ("vision_model.encoder.layers.1.attn.qkv.weight", "mlp1.3.weight")
     checkpoint.config = dataclasses.replace(checkpoint.config, vision_keep=keep)

@@ -14,6 +14,7 @@ from edgevl.checkpoint.safetensors import FLOAT_TYPES, NUMPY_TYPES, StoredTensor
 from edgevl.checkpoint.writer import encode  # noqa: E402
 from edgevl.engine import ReferenceEngine, native_missing  # noqa: E402
 from edgevl.engine.plan import vision_matrices  # noqa: E402
+from edgevl.engine.smoothing import loading_factor, producer  # noqa: E402
 from edgevl.loading import locate  # noqa: E402
 from edgevl.options import LoadOptions  # noqa: E402
 from edgevl.preprocess import prepare_picture  # noqa: E402
@@ -21,12 +22,11 @@ from edgevl.quantize import vision  # noqa: E402
 from edgevl.quantize.settings import QuantizationError  # noqa: E402
 from edgevl.quantize.vision import (  # noqa: E402
     SmoothedTensors,
-    producer,
     quantize_vision,
-    smoothing_factor,
 )
 from edgevl.quantize.vision_network import Rounding, VisionNetwork, to_int8  # noqa: E402
 from edgevl.work import WorkDirectory  # noqa: E402
+from outliers import with_outliers  # noqa: E402
 from storage import write_directory  # noqa: E402
 
 PICTURES = locate("tiny") / "heldout" / "images"
@@ -44,34 +44,13 @@ def random_tiles(config, count, seed=0):
     return np.random.default_rng(seed).standard_normal((count, 3, size, size), np.float32)
 
 
-def written(directory, checkpoint, changes, dtype="F32", keep=()):
-    """Write and open a checkpoint with some tensors changed."""
+def written(directory, checkpoint, changes, dtype="F32", keep=None):
+    """Write and open a checkpoint with some tensors changed; it says what is kept, if not None."""
     config = checkpoint.read_json("config.json")
-    if keep:
+    if keep is not None:
         config["edgevl_quantization"] = {"vision": {"format": "int8", "keep": list(keep)}}
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()} | dict(changes)
     return Checkpoint.open(write_directory(directory, config, tensors, dtype))
-
-
-def with_outliers(checkpoint, size=50.0):
-    """Return changes that make some channels `size` times larger, and leave the function as it is.
-
-    After every norm of the encoder and the projector's, and of the values of attention.
-    """
-    rng, changes = np.random.default_rng(7), {}
-    for name in checkpoint.names():
-        if (before := producer(name)) is None:
-            continue
-        weight = changes.get(name, checkpoint.tensor(name)).copy()
-        channels = rng.choice(weight.shape[1], 3, replace=False)
-        weight[:, channels] /= size
-        changes[name] = weight
-        for part in (".weight", ".bias"):
-            if before + part in checkpoint.names():
-                values = changes.get(before + part, checkpoint.tensor(before + part)).copy()
-                values[channels - len(weight[0])] *= size  # of qkv, rows of the last third
-                changes[before + part] = values
-    return changes
 
 
 @pytest.fixture(params=MINIS)
@@ -116,14 +95,6 @@ def test_rounding_to_int8():
 # --- smoothing -----------------------------------------------------------------------------------
 
 
-def test_factors_are_powers_of_two_that_take_peaks_down():
-    peaks = torch.tensor([1.0, 64.0, 1.0, 0.0, 2.0])
-    weight = torch.tensor([[1.0, 1.0, -1.0, 1.0, 0.0], [0.5, 0.25, 1.0, 1.0, 0.0]])
-    assert smoothing_factor(peaks, weight, 0.5).tolist() == [1, 8, 1, 1, 1]
-    assert smoothing_factor(peaks, weight, 1.0).tolist() == [1, 64, 1, 1, 1]
-    assert smoothing_factor(peaks * 0, weight, 0.5).tolist() == [1] * 5
-
-
 def test_smoothed_tensors_compute_the_same_to_the_last_bit(tmp_path, mini):
     """For weights in bfloat16 too; a factor for every layer that can have one."""
     rng = np.random.default_rng(3)
@@ -165,26 +136,43 @@ def test_outliers_are_smoothed_away(tmp_path, mini):
         result = quantize_vision(checkpoint, tiles, held_out)
         with written(tmp_path / "smoothed", checkpoint, result.tensors) as smoothed:
             assert off(ReferenceEngine(smoothed).encode_images(held_out), exact) < 1e-5
-    assert result.plain_error > 3 * before.plain_error
     # Factors are off by the square root of two at most, and so is what is left.
     assert result.error < 1.5 * before.error
     layers = {layer["name"] + ".weight": layer for layer in result.layers}
     assert list(layers) == vision_linears(mini.config)
-    for weight, layer in layers.items():
-        assert (layer["alpha"] is not None) == (producer(weight) is not None)
-        if layer["alpha"] is not None:
+    for (weight, layer), earlier in zip(layers.items(), before.layers, strict=True):
+        if weight.endswith("attn.proj.weight"):  # needs calibration
+            assert layer["plain_error"] > 2 * earlier["plain_error"]
+            assert layer["alpha"] is not None
             assert layer["error"] < 0.7 * layer["plain_error"]
-        elif layer["format"] == "int8":
+        else:
+            assert layer["plain_error"] < 1.5 * earlier["plain_error"]
+        if layer["alpha"] is None and layer["format"] == "int8":
             assert layer["error"] == layer["plain_error"]
 
 
-def test_nothing_is_changed_without_gain(mini):
+def test_without_gain_the_factors_of_loading_stay(tmp_path, mini, monkeypatch):
+    """They are stored, for the engine takes the result as it is: the same to the last bit."""
+    monkeypatch.setattr(vision, "LEAST_GAIN", 0.9)
+    monkeypatch.setattr(vision, "MOST_WORK", 0.0)
     tiles = random_tiles(mini.config, 8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vision, "LEAST_GAIN", 0.9)
-        result = quantize_vision(mini, tiles, tiles)
-    assert len(result.tensors) == 0
-    assert {layer["alpha"] for layer in result.layers} == {None}
+    with written(tmp_path / "outliers", mini, with_outliers(mini, values=False)) as checkpoint:
+        result = quantize_vision(checkpoint, tiles, tiles)
+        factors = result.tensors.factors
+        assert factors.keys() == {
+            name
+            for name in vision_linears(mini.config)
+            if name.endswith(("attn.qkv.weight", "mlp.fc1.weight", "mlp1.1.weight"))
+        }
+        for name, factor in factors.items():
+            assert np.array_equal(factor, loading_factor(checkpoint, name))
+        assert {layer["alpha"] for layer in result.layers} == {None}
+        assert all(layer["error"] == layer["plain_error"] for layer in result.layers)
+        assert result.error == result.plain_error
+        if not native_missing():
+            with written(tmp_path / "out", checkpoint, result.tensors, "F32", ()) as quantized:
+                pair = [engine_features(each, tiles) for each in (checkpoint, quantized)]
+            np.testing.assert_array_equal(*pair)
 
 
 def test_a_sensitive_layer_is_kept(tmp_path, mini):
@@ -238,13 +226,17 @@ def test_progress_and_damage(tmp_path, mini):
 # --- the engine ----------------------------------------------------------------------------------
 
 
-def engine_error(directory, original, result, tiles, dtype):
-    """By how much the engine's features, of the quantized checkpoint, are off the original's."""
+def engine_features(checkpoint, tiles):
     from edgevl.engine.cpu import CpuEngine
 
+    return CpuEngine(checkpoint, LoadOptions(threads=2)).encode_images(tiles)
+
+
+def engine_error(directory, original, result, tiles, dtype):
+    """By how much the engine's features, of the quantized checkpoint, are off the original's."""
     with written(directory, original, result.tensors, dtype, result.keep) as checkpoint:
         assert checkpoint.config.vision_keep == result.keep
-        features = CpuEngine(checkpoint, LoadOptions(threads=2)).encode_images(tiles)
+        features = engine_features(checkpoint, tiles)
     return off(features, ReferenceEngine(original).encode_images(tiles))
 
 
@@ -259,35 +251,43 @@ def test_the_engine_has_the_error_that_was_measured(tmp_path, mini, keep, monkey
         result = quantize_vision(checkpoint, tiles, held_out)
         assert bool(result.keep) == keep
         error = engine_error(tmp_path / "out", checkpoint, result, held_out, "F32")
+        exact = ReferenceEngine(checkpoint).encode_images(held_out)
+        plain_error = off(engine_features(checkpoint, held_out), exact)
     assert error == pytest.approx(result.error, rel=0.02)
+    assert plain_error == pytest.approx(result.plain_error, rel=0.02)
 
 
 @needs_native
 def test_the_shipped_model(tmp_path, tiny, tiny_tiles):
+    """Within 4 %: after its layers most tokens have a rounding that tipped."""
     tiles, held_out = tiny_tiles[:12], tiny_tiles[12:]
     result = quantize_vision(tiny, tiles, held_out)
     assert result.error <= result.plain_error < 0.02
     error = engine_error(tmp_path / "tiny", tiny, result, held_out, "BF16")
-    assert error == pytest.approx(result.error, rel=0.02)
-    plain = dataclasses.replace(result, tensors={}, keep=())
+    assert error == pytest.approx(result.error, rel=0.04)
+    plain = dataclasses.replace(result, tensors={}, keep=None)
     error = engine_error(tmp_path / "plain", tiny, plain, held_out, "BF16")
-    assert error == pytest.approx(result.plain_error, rel=0.02)
+    assert error == pytest.approx(result.plain_error, rel=0.04)
 
 
 @needs_native
-def test_a_rounded_network_is_the_rounded_reference(mini):
-    """The very same roundings, with every other layer kept."""
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_rounded_network_is_the_rounded_reference(mini, quantized):
+    """The very same roundings, as loaded, or as stored with every other layer kept."""
     from dequantized import Dequantized, RoundedReference
     from edgevl import _native
 
-    kept = tuple(vision_linears(mini.config)[::2])
-    mini.config = dataclasses.replace(mini.config, vision_keep=kept)
+    network = VisionNetwork(mini)
+    rounding = network.as_loaded()
+    if quantized:
+        kept = tuple(vision_linears(mini.config)[::2])
+        mini.config = dataclasses.replace(mini.config, vision_keep=kept)
+        plans = vision_matrices(mini.config, "auto")
+        rounding = Rounding({matrix.parts[0].weight: matrix for matrix in plans})
     tiles = random_tiles(mini.config, 2)
     expected = RoundedReference(Dequantized(mini, "auto", _native.ThreadPool(1))).encode_images(
         tiles
     )
-    plans = {m.parts[0].weight: m for m in vision_matrices(mini.config, "auto")}
-    network, rounding = VisionNetwork(mini), Rounding(plans)
     x = network.embed(tiles, rounding)
     for stage in range(len(network.stages)):
         x = network.run(stage, x, rounding)

@@ -9,8 +9,9 @@ import packed_layout
 from edgevl.checkpoint.architecture import LM_HEAD
 from edgevl.engine import ReferenceEngine
 from edgevl.engine import reference as ref
-from edgevl.engine.packed import pack_in_memory
+from edgevl.engine.packed import factor_name, pack_in_memory
 from edgevl.engine.plan import make_plan
+from edgevl.engine.smoothing import producer
 
 #: Biases of a pair of key channels that are larger are not rounded with the keys.
 LARGE_BIAS = 4
@@ -36,6 +37,11 @@ class Dequantized:
                 rows = panel_rows(part)
                 values = weight[rows].reshape(checkpoint.shape(part.weight))
                 self.tensors[name] = values
+            if matrix.norm:
+                for part in (".weight", ".bias"):
+                    name = producer(matrix.parts[0].weight) + part
+                    if name in self.tensors:
+                        self.tensors[name] = self.tensors[name] / packed[factor_name(matrix)]
 
     def names(self):
         return list(self.tensors)

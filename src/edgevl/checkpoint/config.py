@@ -137,8 +137,9 @@ class ModelConfig:
     ``quantization`` are the ways in which the files say that GPTQ weights are stored, the one for
     all layers first, then those for some; it is empty where nothing is quantized. ``vision_keep``
     are the linear weights of the vision encoder and the projector, by canonical name, that `edgevl
-    quantize` found to lose too much in INT8. ``sampling`` are defaults of `SamplingOptions` by
-    name; ``ignored`` says what else was asked for and cannot be, a line each.
+    quantize` found to lose too much in INT8; None where it has not prepared these for INT8.
+    ``sampling`` are defaults of `SamplingOptions` by name; ``ignored`` says what else was asked for
+    and cannot be, a line each.
     """
 
     vision: VisionConfig
@@ -156,7 +157,7 @@ class ModelConfig:
     system_message: str = SYSTEM_MESSAGE
     eos_token_ids: tuple[int, ...] = ()
     quantization: tuple[GPTQConfig, ...] = ()
-    vision_keep: tuple[str, ...] = ()
+    vision_keep: tuple[str, ...] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 

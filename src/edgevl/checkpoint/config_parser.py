@@ -409,9 +409,15 @@ def _named_settings(fields: Fields, stored: GPTQFormat) -> tuple[GPTQConfig, ...
     return tuple(named)
 
 
-def _parse_vision_keep(top: Fields, config: ModelConfig) -> tuple[str, ...]:
-    """Return what ``edgevl_quantization``, written by `edgevl quantize`, keeps in bfloat16."""
-    fields = top.fields("edgevl_quantization", {}).fields("vision", {})
+def _parse_vision_keep(top: Fields, config: ModelConfig) -> tuple[str, ...] | None:
+    """Return what ``edgevl_quantization``, written by `edgevl quantize`, keeps in bfloat16.
+
+    That is None where it says nothing of vision.
+    """
+    quantization = top.fields("edgevl_quantization", {})
+    if not quantization.has("vision"):
+        return None
+    fields = quantization.fields("vision")
     fields.choice("format", ("int8",), "int8")
     if not fields.has("keep"):
         return ()

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,10 @@ from edgevl.checkpoint.architecture import (
 from edgevl.engine.base import Engine, Floats, Part, Sequence, WeightBytes
 from edgevl.engine.kept import Kept
 from edgevl.engine.packed import (
+    LAYOUT_VERSION,
     cache_directory,
     convertible,
+    factor_name,
     is_cached,
     pack_in_memory,
     packed_bytes,
@@ -135,6 +138,8 @@ class CpuEngine(Engine):
             model, _, name = matrix.name.partition(".")
             data = packed[matrix.name]
             tensors[model][name] = (matrix.format, matrix.rows, matrix.cols, matrix.group, data)
+            if matrix.norm:
+                divide_norm(tensors[model], matrix.norm, packed[factor_name(matrix)])
         self.decoder = _native.Decoder(
             decoder_config(checkpoint, self.max_context, self.chunk, options.kv_cache),
             tensors["text"],
@@ -241,13 +246,14 @@ def kept_models(
     """Return what features, and cached positions, depend on beside what they are of (see `Kept`).
 
     That is the weights as they are rounded, the instructions, and the very libraries: sums taken
-    in another order, or another layout of the cache, come with others.
+    in another order, or another layout of the cache, come with others. How weights are rounded is
+    partly Python's, which `LAYOUT_VERSION` stands for.
     """
     module = Path(_native.__file__)
     code = hashlib.sha256()
     for path in [module, *sorted(module.parent.glob("libedgevl_*"))]:
         code.update(path.read_bytes())
-    common = f"{checkpoint.fingerprint()} {code.hexdigest()} {isa}"
+    common = f"{LAYOUT_VERSION} {checkpoint.fingerprint()} {code.hexdigest()} {isa}"
     vision = [matrix for matrix in plan.matrices if matrix.name.startswith("vision.")]
     return {
         "features": f"{common} {vision}",
@@ -340,6 +346,14 @@ def vision_vectors(checkpoint: Checkpoint) -> _native.Tensors:
         return {}
     config = checkpoint.config
     return _vectors(checkpoint, vision_components(config, vision_layers(config)))
+
+
+def divide_norm(vectors: _native.Tensors, norm: str, factor: NDArray[np.floating[Any]]) -> None:
+    """Divide a norm, float32 [C], and its bias, if it has one, by the factors of its reader [C]."""
+    for name in (norm, norm + "_bias"):
+        vector = vectors.get(name)
+        if isinstance(vector, np.ndarray):
+            vector /= factor
 
 
 def _vectors(checkpoint: Checkpoint, components: Iterable[Component]) -> _native.Tensors:

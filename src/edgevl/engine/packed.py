@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +27,16 @@ from edgevl.checkpoint.directory import is_file
 from edgevl.checkpoint.safetensors import SafetensorsFile
 from edgevl.checkpoint.writer import TensorSpec, write_file
 from edgevl.engine.plan import MatrixPlan, PackingPlan, Part
+from edgevl.engine.smoothing import Floats, loading_factor
 from edgevl.errors import CheckpointError
 from edgevl.files import UNFINISHED, replacing
 
 Bytes = NDArray[np.uint8]
+#: The data of matrices, uint8, by name, and the factors of those that have a norm by `factor_name`.
+Packed = dict[str, NDArray[Any]]
 
 #: To be raised when the packed layout, or how weights are rounded, changes.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 #: Smaller models are packed as fast as they are mapped.
 CACHE_FROM_BYTES = 64 << 20
 #: Packed data begins at multiples of this.
@@ -57,8 +61,8 @@ def is_cached(plan: PackingPlan) -> bool:
 
 def packed_matrices(
     checkpoint: Checkpoint, plan: PackingPlan, precision: str, pool: _native.ThreadPool
-) -> dict[str, Bytes]:
-    """Return the data of every matrix of ``plan`` by name, read from the cache or packed now.
+) -> Packed:
+    """Return the data of every matrix of ``plan``, read from the cache or packed now.
 
     Raises:
         CheckpointError: the quantization of a weight is damaged.
@@ -82,36 +86,53 @@ def packed_matrices(
 # --- packing -------------------------------------------------------------------------------
 
 
-def pack_in_memory(
-    checkpoint: Checkpoint, plan: PackingPlan, pool: _native.ThreadPool
-) -> dict[str, Bytes]:
+def factor_name(matrix: MatrixPlan) -> str:
+    """Return what the factors of a matrix with a norm are called."""
+    return matrix.name + ".factor"
+
+
+def pack_in_memory(checkpoint: Checkpoint, plan: PackingPlan, pool: _native.ThreadPool) -> Packed:
     """Pack all matrices into memory of their own."""
-    packed = {}
+    packed: Packed = {}
     for matrix in plan.matrices:
         packed[matrix.name] = aligned_zeros(packed_bytes(matrix))
-        pack_matrix(checkpoint, matrix, packed[matrix.name], pool)
+        factor = pack_matrix(checkpoint, matrix, packed[matrix.name], pool)
+        if factor is not None:
+            packed[factor_name(matrix)] = factor
     return packed
 
 
 def pack_matrix(
     checkpoint: Checkpoint, matrix: MatrixPlan, out: Bytes, pool: _native.ThreadPool
-) -> None:
+) -> Floats | None:
     """Pack one matrix into ``out``, which is zero.
+
+    Returns:
+        If the matrix has a norm, the factors by which that is to be divided: the columns were
+        multiplied with them, float32 [cols].
 
     Raises:
         CheckpointError: the quantization of a weight is damaged.
     """
+    factor = None
     for part in matrix.parts:
         if matrix.gptq:
             _pack_gptq(checkpoint, matrix, part, out, pool)
             continue
-        weight = convertible(checkpoint, part.weight)
+        if matrix.norm:
+            factor = loading_factor(checkpoint, part.weight)
+            values = np.require(checkpoint.tensor(part.weight), None, ["C", "A", "W"])
+            values *= factor
+            weight = StoredTensor("F32", values)
+        else:
+            weight = convertible(checkpoint, part.weight)
         data = weight.data.reshape(part.rows, matrix.cols)
         if data.dtype == np.float16:
             data = data.view(np.uint16)
         place = (matrix.group, out, part.first_panel, part.panel_step, pool)
         _native.pack(matrix.format, data, weight.dtype, *place)
     checkpoint.release()
+    return factor
 
 
 def _pack_gptq(
@@ -172,29 +193,36 @@ def write_cache(
         OSError: it cannot be written; nothing is left behind.
         CheckpointError: the quantization of a weight is damaged.
     """
-    sizes = [packed_bytes(matrix) for matrix in plan.matrices]
-    specs = [
-        TensorSpec(matrix.name, "U8", (size,))
-        for matrix, size in zip(plan.matrices, sizes, strict=True)
-    ]
-    specs.append(TensorSpec(CHECKSUMS, "U64", (len(sizes),)))
 
     def pieces() -> Iterator[memoryview]:
-        sums = []
-        for matrix, size in zip(plan.matrices, sizes, strict=True):
-            data = aligned_zeros(size)
-            pack_matrix(checkpoint, matrix, data, pool)
+        sums, factors = [], []
+        for matrix in plan.matrices:
+            data = aligned_zeros(packed_bytes(matrix))
+            factor = pack_matrix(checkpoint, matrix, data, pool)
+            if factor is not None:
+                factors.append(factor.astype("<f8"))
             sums.append(checksum(data))
             yield data.data
+        for factor in factors:
+            sums.append(checksum(factor))
+            yield factor.view(np.uint8).data
         yield np.array(sums, "<u8").view(np.uint8).data
 
     path.parent.mkdir(exist_ok=True)
     _remove_leftovers(path)
     with replacing(path) as file:
-        write_file(file, specs, pieces(), alignment=ALIGNMENT)
+        write_file(file, _cached_tensors(plan), pieces(), alignment=ALIGNMENT)
 
 
-def read_cache(path: Path, plan: PackingPlan, threads: int) -> dict[str, Bytes]:
+def _cached_tensors(plan: PackingPlan) -> list[TensorSpec]:
+    """Return the tensors of a cache file: matrices, factors in whole words for sums, and sums."""
+    specs = [TensorSpec(matrix.name, "U8", (packed_bytes(matrix),)) for matrix in plan.matrices]
+    smoothed = [matrix for matrix in plan.matrices if matrix.norm]
+    specs += [TensorSpec(factor_name(matrix), "F64", (matrix.cols,)) for matrix in smoothed]
+    return [*specs, TensorSpec(CHECKSUMS, "U64", (len(specs),))]
+
+
+def read_cache(path: Path, plan: PackingPlan, threads: int) -> Packed:
     """Map a cache file and check every byte of it.
 
     The checksum is the sum of all 64-bit words, which runs at the speed of memory: a gigabyte takes
@@ -206,13 +234,12 @@ def read_cache(path: Path, plan: PackingPlan, threads: int) -> dict[str, Bytes]:
         CheckpointError: the file is damaged.
     """
     file = SafetensorsFile(path)
-    expected = {matrix.name: ("U8", (packed_bytes(matrix),)) for matrix in plan.matrices}
-    expected[CHECKSUMS] = ("U64", (len(plan.matrices),))
+    expected = {spec.name: (spec.dtype, spec.shape) for spec in _cached_tensors(plan)}
     found = {name: (file.dtype(name), file.shape(name)) for name in file}
     if found != expected:
         raise CheckpointError(f"{path}: the tensors are not those of the model")
-    packed = {matrix.name: file[matrix.name].data for matrix in plan.matrices}
-    if any(data.ctypes.data % ALIGNMENT for data in packed.values()):
+    packed = {name: file[name].data for name in expected if name != CHECKSUMS}
+    if any(packed[matrix.name].ctypes.data % ALIGNMENT for matrix in plan.matrices):
         raise CheckpointError(f"{path}: the tensors are not aligned")
     with ThreadPoolExecutor(threads) as pool:
         sums = list(pool.map(checksum, packed.values()))
@@ -221,7 +248,7 @@ def read_cache(path: Path, plan: PackingPlan, threads: int) -> dict[str, Bytes]:
     return packed
 
 
-def checksum(data: Bytes) -> int:
+def checksum(data: NDArray[Any]) -> int:
     """Return the sum of the 64-bit words of ``data``, modulo 2^64."""
     return int(data.view("<u8").sum(dtype=np.uint64))
 

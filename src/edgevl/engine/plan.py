@@ -16,12 +16,14 @@ import numpy as np
 from edgevl.checkpoint import Checkpoint, GPTQWeight, ModelConfig
 from edgevl.checkpoint.architecture import (
     Matrix,
+    Vector,
     matrices,
     text_components,
     vision_components,
     vision_layers,
 )
 from edgevl.checkpoint.gptq import group_length
+from edgevl.engine.smoothing import producer
 from edgevl.options import Precision
 
 Format = Literal["int4", "int8", "bf16"]
@@ -54,6 +56,8 @@ class MatrixPlan:
         group: columns that share a scale of the activations and, in INT4, of the weights.
         parts: the weights that it is made of.
         gptq: whether the parts' GPTQ integers are taken as they are.
+        norm: what the native model calls the norm that is divided by the factors with which the
+            weight's columns are multiplied (`edgevl.engine.smoothing`); empty where none are.
     """
 
     name: str
@@ -63,6 +67,7 @@ class MatrixPlan:
     group: int
     parts: tuple[Part, ...]
     gptq: bool = False
+    norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,17 +168,23 @@ def vision_matrices(config: ModelConfig, precision: Precision) -> Iterator[Matri
     """Plan the vision encoder and the projector: INT8 but for ``vision_keep``, or all bfloat16.
 
     A token has one scale, except before ``fc2`` and ``projector.fc2``: what comes out of a GELU
-    has few large values, which would take the precision from all others.
+    has few large values, which would take the precision from all others. What reads a norm is
+    smoothed, unless `edgevl quantize` has done so already.
     """
-    for matrix in matrices(vision_components(config, vision_layers(config))):
+    components = vision_components(config, vision_layers(config))
+    vectors = {each.name: each.native for each in components if isinstance(each, Vector)}
+    for matrix in matrices(components):
         [linear] = matrix.linears
         cols = linear.inputs
         # The patch embedding is small, and first: not worth an error.
-        kept = precision == "bf16" or linear.weight in config.vision_keep or bool(linear.kernel)
+        keep = config.vision_keep
+        kept = precision == "bf16" or linear.weight in (keep or ()) or bool(linear.kernel)
         kind: Format = "bf16" if kept else "int8"
         group = default_group(cols) if matrix.native.endswith("fc2") else _padded(cols, 8)
         parts, rows = _placed(matrix)
-        yield MatrixPlan("vision." + matrix.native, kind, rows, cols, group, parts)
+        smoothed = kind == "int8" and keep is None
+        norm = vectors.get(f"{producer(linear.weight)}.weight", "") if smoothed else ""
+        yield MatrixPlan("vision." + matrix.native, kind, rows, cols, group, parts, norm=norm)
 
 
 def _placed(matrix: Matrix) -> tuple[tuple[Part, ...], int]:

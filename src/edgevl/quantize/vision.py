@@ -3,18 +3,13 @@
 The engine rounds when it loads; a quantized checkpoint stores floats that stand rounding better,
 and the names of the linear layers that are to stay in bfloat16.
 
-Smoothing is SmoothQuant (Xiao et al. 2023). Some channels of what a linear layer takes in are far
-larger than the others, and one scale for a token leaves the others few steps. So channel c is
-divided by s_c, and column c of the weight multiplied with it; whatever produces the channel absorbs
-the division: the norm before, or for ``attn.proj`` the value rows of ``attn.qkv``, for attention
-mixes tokens but not channels. What ``mlp.fc2`` and ``mlp1.3`` take in comes out of a GELU, which
-absorbs nothing. s_c = peak of the channel ^ strength / peak of the column ^ (1 - strength), to the
-nearest power of two: multiplying with those is exact in any floating-point format, so the stored
-model computes what the original computes, to the last bit. (Only F16 has so little room below that
+Smoothing is told in `edgevl.engine.smoothing`. Its factors are powers of two, so the stored model
+computes what the original computes, to the last bit. (Only F16 has so little room below that
 numbers less than 6e-5 lose bits: each is off by 3e-8 at most.) Every linear layer whose inputs can
 be scaled tries `STRENGTHS` on inputs from the calibration tiles, and takes the one that brings its
-outputs closest to the original's, if they are closer by `LEAST_GAIN`: less would be chance, and
-leave the weights changed for nothing.
+outputs closest to the original's, if they are closer by `LEAST_GAIN` than they are when the engine
+loads the original: less would be chance. Elsewhere the factors of loading stay, which are stored
+too, for the engine takes a quantized checkpoint as it is.
 
 Keeping: each linear layer is rounded alone, and the squared error that this brings into the hidden
 states (into the features, for the projector) is its share: independent errors add in squares, and
@@ -38,7 +33,8 @@ from torch import Tensor
 
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine.base import Floats
-from edgevl.engine.plan import MatrixPlan, vision_matrices
+from edgevl.engine.plan import MatrixPlan
+from edgevl.engine.smoothing import producer, smoothing_factor
 from edgevl.quantize.settings import QuantizationError
 from edgevl.quantize.vision_network import EXACT, Rounding, VisionNetwork, linear_of
 from edgevl.work import Loop, Tell, WorkDirectory
@@ -53,15 +49,6 @@ SAMPLED_TOKENS = 1024
 #: Tiles on which layers are rounded alone, and on which keeping is tried.
 PROBE_TILES, TRIAL_TILES = 2, 4
 
-#: What absorbs the division, by the end of the linear layer's weight.
-_PRODUCERS = {
-    "attn.qkv.weight": "norm1",
-    "attn.proj.weight": "attn.qkv",
-    "mlp.fc1.weight": "norm2",
-    "mlp1.1.weight": "mlp1.0",
-}
-#: Factors are within two to the power of this, either way.
-MAX_EXPONENT = 10
 #: Largest magnitude that a stored type holds.
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895e38, "F32": 3.4028e38, "F64": 3.4028e38}
 
@@ -74,11 +61,11 @@ class VisionQuantization:
         tensors: those that smoothing changes.
         keep: linear weights that are to run in bfloat16.
         layers: every linear layer in order, as a report has it: ``name``; ``plain_error``, of its
-            outputs in INT8 without smoothing, and ``error``, as it was decided; ``alpha``, the
-            strength of smoothing, None where there is none; ``format``, what it runs in. Errors are
-            without bias, as a share of the outputs, ‖ŷ - y‖ / ‖y‖, where y is computed from the
-            same inputs with nothing rounded.
-        plain_error: relative error of the features, all in INT8 without smoothing.
+            outputs in INT8 as the engine loads the original, and ``error``, as it was decided;
+            ``alpha``, the strength of smoothing that calibration found better, None where it found
+            none; ``format``, what it runs in. Errors are without bias, as a share of the outputs,
+            ‖ŷ - y‖ / ‖y‖, where y is computed from the same inputs with nothing rounded.
+        plain_error: relative error of the features, all in INT8 as the engine loads the original.
         error: the same as it was decided.
     """
 
@@ -126,12 +113,10 @@ def quantize_vision(
     def passing(number: int) -> Callable[[int], object]:
         return lambda done: progress(number * stages + done, 3 * stages)
 
-    plans = {
-        matrix.parts[0].weight: matrix
-        for matrix in vision_matrices(replace(checkpoint.config, vision_keep=()), "int8")
-    }
+    loaded = network.as_loaded()
+    plans = loaded.matrices
     steps = Loop(work, "vision-decide")
-    features, factors, strengths, squared = _calibrate(network, plans, tiles, steps, passing(0))
+    features, factors, strengths, squared = _calibrate(network, loaded, tiles, steps, passing(0))
     smoothed = chosen = Rounding(plans, factors)
 
     keep = _sensitive(squared, _work(checkpoint, plans))
@@ -152,7 +137,7 @@ def quantize_vision(
             weight, inputs = network.tensor(name), seen.sample(name)
             matrix, factor = chosen.matrices[name], factors.get(name)
             target = linear_of(weight)(inputs)
-            plain = linear_of(weight, None, plans[name])(inputs)
+            plain = linear_of(weight, None, plans[name], loaded.factors.get(name))(inputs)
             decided = linear_of(weight, None, matrix, factor)(inputs)
             rows.append(
                 {
@@ -165,7 +150,7 @@ def quantize_vision(
             )
         return rows
 
-    roundings = [EXACT, Rounding(plans), chosen]
+    roundings = [EXACT, loaded, chosen]
     steps = Loop(work, "vision-errors")
     encoded, layers = _encode(network, held_out, roundings, errors, steps, passing(2))
     exact, plain, final = encoded
@@ -207,7 +192,7 @@ class _Inputs:
 
 def _calibrate(
     network: VisionNetwork,
-    plans: Mapping[str, MatrixPlan],
+    loaded: Rounding,
     tiles: Floats,
     steps: Loop,
     finished: Callable[[int], object],
@@ -216,17 +201,17 @@ def _calibrate(
 
     Returns:
         The features of the tiles; the factors of the linear layers that are smoothed, by weight;
-        the strengths with which they were made; and for every linear layer the squared error of the
-        hidden states, with only this one rounded.
+        the strengths of those that are other than in ``loaded``; and for every linear layer the
+        squared error of the hidden states, with only this one rounded.
     """
-    factors: dict[str, Tensor] = {}
+    plans, factors = loaded.matrices, dict(loaded.factors)
     strengths: dict[str, float] = {}
     squared_errors: dict[str, float] = {}
     if found := steps.resume(len(network.stages)):
         begin, tensors, record = found
         x, *smoothed = (torch.from_numpy(each).to(network.device) for each in tensors.values())
         strengths, squared_errors = record["strengths"], record["squared_errors"]
-        factors = dict(zip(strengths, smoothed, strict=True))
+        factors.update(zip(strengths, smoothed, strict=True))
     else:
         begin, x = 0, network.embed(tiles)
     for stage, weights in enumerate(network.stages[begin:], begin):
@@ -239,15 +224,14 @@ def _calibrate(
             )
         for name in weights:
             if producer(name) is not None:
-                best = _smooth(
-                    network.tensor(name), seen.sample(name), seen.peaks[name], plans[name]
-                )
+                rows, peaks = seen.sample(name), seen.peaks[name]
+                best = _smooth(network.tensor(name), rows, peaks, plans[name], factors.get(name))
                 if best is not None:
                     strengths[name], factors[name] = best
             alone = Rounding({name: plans[name]}, factors)
             error = relative_error(network.run(stage, probe, alone), x[:PROBE_TILES])
             squared_errors[name] = error**2
-        kept = {"x": x, **factors}
+        kept = {"x": x, **{name: factors[name] for name in strengths}}
         steps.save(
             stage + 1,
             {name: tensor.cpu().numpy() for name, tensor in kept.items()},
@@ -258,7 +242,7 @@ def _calibrate(
 
 
 def _smooth(
-    weight: Tensor, rows: Tensor, peaks: Tensor, matrix: MatrixPlan
+    weight: Tensor, rows: Tensor, peaks: Tensor, matrix: MatrixPlan, loaded: Tensor | None
 ) -> tuple[float, Tensor] | None:
     """Return the strength and the factor with the least error, unless none is worth it.
 
@@ -267,11 +251,13 @@ def _smooth(
         rows: inputs [tokens, in].
         peaks: of every channel [in].
         matrix: how the weight is rounded.
+        loaded: the factor [in] when the engine loads the original, if there is one.
     """
-    target, plain = linear_of(weight)(rows), linear_of(weight, None, matrix)(rows)
+    target, plain = linear_of(weight)(rows), linear_of(weight, None, matrix, loaded)(rows)
     least, best = (1 - LEAST_GAIN) * relative_error(plain, target), None
+    channels, columns = peaks.cpu().numpy(), weight.abs().amax(0).cpu().numpy()
     for strength in STRENGTHS:
-        factor = smoothing_factor(peaks, weight, strength)
+        factor = torch.from_numpy(smoothing_factor(channels, columns, strength)).to(weight.device)
         error = relative_error(linear_of(weight, None, matrix, factor)(rows), target)
         if error < least:
             least, best = error, (strength, factor)
@@ -334,35 +320,6 @@ def _sensitive(squared_errors: Mapping[str, float], work: Mapping[str, int]) -> 
             keep.add(name)
             left -= work[name]
     return tuple(name for name in squared_errors if name in keep)
-
-
-def producer(weight: str) -> str | None:
-    """Return what absorbs a division of a linear layer's inputs, without ``.weight``, or None."""
-    for end, name in _PRODUCERS.items():
-        if weight.endswith(end):
-            return weight.removesuffix(end) + name
-    return None
-
-
-def smoothing_factor(peaks: Tensor, weight: Tensor, strength: float) -> Tensor:
-    """Return the factor of each channel.
-
-    Args:
-        peaks: largest magnitude of each channel over the calibration, [columns].
-        weight: of the linear layer, [rows, columns].
-        strength: 0 evens out the weight alone, 1 the activations alone.
-
-    Returns:
-        Powers of two, [columns], half of them at most 1.
-    """
-    columns = weight.abs().amax(0)
-    logarithm = strength * peaks.log2() - (1 - strength) * columns.log2()
-    usable = logarithm.isfinite()  # else the channel or its column is zero throughout
-    if not usable.any():
-        return torch.ones_like(peaks)
-    exponents = (logarithm - logarithm[usable].median()).round()
-    exponents = exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT)
-    return torch.exp2(torch.where(usable, exponents, 0))
 
 
 class SmoothedTensors(Mapping[str, Floats]):

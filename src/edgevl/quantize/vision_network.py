@@ -12,7 +12,7 @@ C vision hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from edgevl.checkpoint import Checkpoint
 from edgevl.checkpoint.architecture import PROJECTOR, VISION, vision_layers, vision_linears
-from edgevl.engine.plan import MatrixPlan
+from edgevl.engine.plan import MatrixPlan, vision_matrices
 from edgevl.engine.reference import PROJECTOR_NORM_EPS
+from edgevl.engine.smoothing import loading_factor
 from edgevl.quantize.decoder import load_tensor
 
 #: Most channels of a head whose attention the engine computes in INT8.
@@ -103,6 +104,23 @@ class VisionNetwork:
     def tensor(self, name: str) -> Tensor:
         """Return a stored tensor on the device, float32."""
         return load_tensor(self._checkpoint, name, self.device)
+
+    def as_loaded(self) -> Rounding:
+        """Return what the CPU engine does in INT8 with the checkpoint as it is.
+
+        It keeps no linear layer in bfloat16, also where an earlier quantization asks for that.
+        """
+        config = self.config
+        if config.vision_keep is not None:
+            config = replace(config, vision_keep=())
+        plans = {matrix.parts[0].weight: matrix for matrix in vision_matrices(config, "int8")}
+        factors = {}
+        for name, matrix in plans.items():
+            if matrix.norm:
+                factor = loading_factor(self._checkpoint, name)
+                factors[name] = torch.from_numpy(factor).to(self.device)
+                self._checkpoint.release()
+        return Rounding(plans, factors)
 
     def embed(self, tiles: NDArray[np.float32], rounding: Rounding = EXACT) -> Tensor:
         """Embed patches: float32 [B, 3, tile, tile] -> [B, P, C]. The engine's are bfloat16."""
