@@ -131,7 +131,8 @@ def test_vision_int8(tmp_path):
     assert stacks[:3] == ["EdgeVL", "EdgeVL, quantized", "ONNX Runtime"]
     assert rows[-1].startswith("| features | ")
     features = [float(cell.rstrip("% ")) for cell in rows[-1].strip("|").split("|")[1:]]
-    assert features[1] < features[0] / 2  # smoothing undoes what makes it harder
+    # Smoothing undoes what makes it harder, and ONNX Runtime has none.
+    assert max(features[:2]) < features[2] / 2
     with Checkpoint.open(TINY) as before, Checkpoint.open(tmp_path / "harder") as after:
         name = "vision_model.encoder.layers.0.norm1.weight"
         ratio = after.tensor(name) / before.tensor(name)

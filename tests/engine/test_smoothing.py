@@ -65,16 +65,16 @@ def test_without_calibration_the_norm_tells_the_peaks(mini, tmp_path):
     norm = "vision_model.encoder.layers.1.norm2"
     tensors = {name: np.array(mini.tensor(name)) for name in mini.names()}
     tensors[f"{norm}.weight"][:] = 1
-    tensors[f"{norm}.weight"][5] = -32
+    tensors[f"{norm}.weight"][5] = -256
     tensors[weight][:, ::2], tensors[weight][:, 1::2] = 0.5, -0.5
     tensors[weight][:, 7] = 1e-9
     tensors[weight][3, 7] = -8
     expected = np.ones(len(tensors[weight][0]))
     if has_bias := f"{norm}.bias" in tensors:
         tensors[f"{norm}.bias"][:] = 0
-        tensors[f"{norm}.bias"][9] = -93  # 3 + 93, 32 times the others
-    expected[5] = 2 ** round(0.3 * 5)
-    expected[9] = 2 ** round(0.3 * 5) if has_bias else 1
+        tensors[f"{norm}.bias"][9] = -765  # 3 + 765, 256 times the others
+    expected[5] = 2 ** round(0.3 * 8)
+    expected[9] = 2 ** round(0.3 * 8) if has_bias else 1
     expected[7] = 2 ** round(-0.7 * 4)
     config = mini.read_json("config.json")
     with Checkpoint.open(write_directory(tmp_path / "made", config, tensors)) as made:
