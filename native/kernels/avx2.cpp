@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kWidth = 8;
 constexpr bool kLanesOfWords = false;
+constexpr bool kBroadcastingDot = false;
 constexpr bool kPairsOfTokens = false;
 #if defined(EDGEVL_AVXVNNI)
 constexpr int kTokenBlock = 6;  // by two registers of weights: 12 sums, 2 weights, 1 word

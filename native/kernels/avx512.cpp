@@ -23,6 +23,7 @@ constexpr int kAccumulators = 24;
 constexpr int kByteOffset = 128;
 constexpr bool kBothNibbles = false;
 constexpr bool kLanesOfWords = false;
+constexpr bool kBroadcastingDot = true;
 constexpr bool kPairsOfTokens = false;
 
 using Floats = __m512;
@@ -96,6 +97,11 @@ inline Bytes broadcast_bytes(const std::uint32_t* word) {
 }
 inline Ints dot4(Ints sums, Bytes weights, Bytes x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums.bits) : "v"(weights.bits), "v"(x.bits));
+  return sums;
+}
+/// Broadcast by the product itself.
+inline Ints dot4(Ints sums, Bytes weights, const std::uint32_t* word) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums.bits) : "v"(weights.bits), "m"(*word));
   return sums;
 }
 inline void opaque(Bytes& x) { asm volatile("" : "+v"(x.bits)); }

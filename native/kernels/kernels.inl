@@ -37,6 +37,8 @@
 //   kLanesOfWords            whether the words of kWidth tokens are best loaded together, and
 //                            multiplied by
 //   dot4_lane<k>, dot2_lane<k>   as dot4 and dot2, with the k-th word
+//   kBroadcastingDot         whether a word that is used once is best broadcast by the product, by
+//   dot4                     (Ints sums, Bytes weights, pointer to the word)
 //   kPairsOfTokens           whether tokens of a tile are best multiplied in pairs, by
 //   add_int4_pairs, add_int8_pairs   as add_int4 and add_int8 below
 //
@@ -279,6 +281,8 @@ EDGEVL_INLINE void add_products(Ints (&sums)[T][R], const Bytes (&weights)[R],
         sums[t + 3][r] = dot4_lane<3>(sums[t + 3][r], weights[r], x);
       }
     }
+  } else if constexpr (kBroadcastingDot && T * R == 1) {
+    sums[0][0] = dot4(sums[0][0], weights[0], words);
   } else {
     EDGEVL_UNROLL
     for (int t = 0; t < T; ++t) {

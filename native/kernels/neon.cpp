@@ -19,8 +19,10 @@ constexpr int kByteOffset = 0;
 constexpr bool kBothNibbles = false;
 constexpr bool kLanesOfWords = true;
 #if defined(EDGEVL_NEON_I8MM)
+constexpr bool kBroadcastingDot = false;
 constexpr bool kPairsOfTokens = true;
 #else
+constexpr bool kBroadcastingDot = false;
 constexpr bool kPairsOfTokens = false;
 #endif
 

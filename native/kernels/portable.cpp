@@ -16,6 +16,7 @@ constexpr int kAccumulators = 4;
 constexpr int kByteOffset = 128;
 constexpr bool kBothNibbles = false;
 constexpr bool kLanesOfWords = false;
+constexpr bool kBroadcastingDot = false;
 constexpr bool kPairsOfTokens = false;
 
 // Lanes are loops, whose unrolling made this file as large as all others together.
