@@ -1,6 +1,7 @@
 #include "model/cache.h"
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -12,11 +13,49 @@ std::size_t blocks_of(int positions) {
   return (static_cast<std::size_t>(positions) + kCacheBlock - 1) / kCacheBlock;
 }
 
+/// Bytes of blocks that are kept: a thousand positions of a small model.
+constexpr std::size_t kMostSpare = std::size_t{128} << 20;
+
 }  // namespace
 
-Cache::Cache(int layers, int kv_heads, int head_dim, CacheFormat format)
+SpareBlocks::Block SpareBlocks::take(const std::shared_ptr<SpareBlocks>& spare, std::size_t words) {
+  if (!spare) return std::make_shared<Buffer<std::uint32_t>>(words);
+  std::unique_ptr<Buffer<std::uint32_t>> block;
+  {
+    std::lock_guard lock(spare->mutex_);
+    if (!spare->blocks_.empty()) {
+      block = std::make_unique<Buffer<std::uint32_t>>(std::move(spare->blocks_.back()));
+      spare->blocks_.pop_back();
+      spare->bytes_ -= words * sizeof(std::uint32_t);
+    }
+  }
+  if (block) {
+    std::fill_n(block->data(), words, 0);
+  } else {
+    block = std::make_unique<Buffer<std::uint32_t>>(words);
+  }
+  return Block(block.release(), [spare](Buffer<std::uint32_t>* old) {
+    const std::unique_ptr<Buffer<std::uint32_t>> owned(old);
+    spare->keep(std::move(*owned));
+  });
+}
+
+void SpareBlocks::keep(Buffer<std::uint32_t> block) {
+  const std::size_t bytes = block.size() * sizeof(std::uint32_t);
+  std::lock_guard lock(mutex_);
+  if (bytes_ + bytes > kMostSpare) return;
+  try {
+    blocks_.push_back(std::move(block));
+    bytes_ += bytes;
+  } catch (const std::bad_alloc&) {  // then it is not kept
+  }
+}
+
+Cache::Cache(int layers, int kv_heads, int head_dim, CacheFormat format,
+             std::shared_ptr<SpareBlocks> spare)
     : kv_heads_(kv_heads),
       head_words_(cache_words(head_dim, format)),
+      spare_(std::move(spare)),
       pointers_(static_cast<std::size_t>(layers) * kv_heads * 2) {
   block_words_ = pointers_.size() * head_words_;
 }
@@ -24,7 +63,7 @@ Cache::Cache(int layers, int kv_heads, int head_dim, CacheFormat format)
 void Cache::reserve(int positions) {
   for (std::size_t i = length_ / kCacheBlock; i < blocks_.size(); ++i) {
     if (blocks_[i].use_count() == 1) continue;
-    auto copy = std::make_shared<Buffer<std::uint32_t>>(block_words_);
+    auto copy = SpareBlocks::take(spare_, block_words_);
     std::copy_n(blocks_[i]->data(), block_words_, copy->data());
     blocks_[i] = std::move(copy);
     point_at(i);
@@ -33,7 +72,7 @@ void Cache::reserve(int positions) {
     // All that may throw comes first.
     if (blocks_.size() == blocks_.capacity()) blocks_.reserve(2 * blocks_.size() + 1);
     for (auto& pointers : pointers_) pointers.reserve(blocks_.capacity());
-    auto block = std::make_shared<Buffer<std::uint32_t>>(block_words_);
+    auto block = SpareBlocks::take(spare_, block_words_);
     for (auto& pointers : pointers_) pointers.push_back(nullptr);
     blocks_.push_back(std::move(block));
     point_at(blocks_.size() - 1);

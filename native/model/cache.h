@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernels/layout.h"
@@ -12,12 +13,37 @@
 
 namespace edgevl {
 
+/// Blocks of sequences that are gone, all of one size, kept for others: memory that the system has
+/// to find and to clear page by page takes a long prompt several percent of its time.
+class SpareBlocks {
+ public:
+  using Block = std::shared_ptr<Buffer<std::uint32_t>>;
+
+  /// A block of zeros, from `spare` if that is there and has one; it goes back there in the end.
+  /// Throws std::bad_alloc.
+  static Block take(const std::shared_ptr<SpareBlocks>& spare, std::size_t words);
+
+  /// What is kept now.
+  std::size_t bytes() const {
+    std::lock_guard lock(mutex_);
+    return bytes_;
+  }
+
+ private:
+  void keep(Buffer<std::uint32_t> block);
+
+  mutable std::mutex mutex_;
+  std::vector<Buffer<std::uint32_t>> blocks_;
+  std::size_t bytes_ = 0;
+};
+
 /// The key/value cache of one sequence, for all layers, in blocks of kCacheBlock positions. A block
 /// is one allocation; there are as many as the sequence needs. Sequences that begin alike may share
 /// blocks: who writes to one first makes a copy of it.
 class Cache {
  public:
-  Cache(int layers, int kv_heads, int head_dim, CacheFormat format = CacheFormat::kBf16);
+  Cache(int layers, int kv_heads, int head_dim, CacheFormat format = CacheFormat::kBf16,
+        std::shared_ptr<SpareBlocks> spare = nullptr);
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
 
@@ -62,13 +88,14 @@ class Cache {
     return pointers_[(static_cast<std::size_t>(layer) * kv_heads_ + head) * 2 + which].data();
   }
 
-  using Block = std::shared_ptr<Buffer<std::uint32_t>>;
+  using Block = SpareBlocks::Block;
   void point_at(std::size_t block);
 
   int kv_heads_;
   int length_ = 0;
   std::size_t head_words_;   ///< of a head's keys in a block
   std::size_t block_words_;  ///< of a block
+  std::shared_ptr<SpareBlocks> spare_;
   std::vector<Block> blocks_;
   std::vector<std::vector<std::uint32_t*>> pointers_;  ///< [layers][kv_heads][keys, values][blocks]
 };

@@ -131,7 +131,7 @@ std::vector<Decoder::LayerBiases> Decoder::large_biases(const DecoderConfig& c,
 }
 
 std::unique_ptr<Sequence> Decoder::new_sequence() const {
-  return std::unique_ptr<Sequence>(new Sequence(config_, number_));
+  return std::unique_ptr<Sequence>(new Sequence(config_, spare_, number_));
 }
 
 void Decoder::share(Sequence& sequence, const Sequence& other, int length) {

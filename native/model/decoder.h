@@ -9,6 +9,7 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -74,9 +75,9 @@ class Sequence {
 
  private:
   friend class Decoder;
-  Sequence(const DecoderConfig& config, std::uint64_t decoder)
+  Sequence(const DecoderConfig& config, std::shared_ptr<SpareBlocks> spare, std::uint64_t decoder)
       : cache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim,
-              config.kv_cache),
+              config.kv_cache, std::move(spare)),
         decoder_(decoder) {}
   std::uint64_t decoder_;  ///< the number of the decoder it belongs to
 };
@@ -189,6 +190,7 @@ class Decoder {
   Activations qkv_;                     ///< [chunk, qkv_rows]
   Activations attended_;                ///< [chunk, heads * head_dim]
   std::vector<Buffer<float>> scratch_;  ///< for each worker, of attention
+  std::shared_ptr<SpareBlocks> spare_ = std::make_shared<SpareBlocks>();  ///< sequences may live on
   int rotary_positions_ = 0;
   std::vector<float> cos_, sin_;  ///< [rotary_positions_, head_dim / 2]
   Buffer<float> rotary_lines_;    ///< the same as KeyBiases want it, unless biases_ is empty

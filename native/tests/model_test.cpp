@@ -283,6 +283,45 @@ void test_gptq() {
   }
 }
 
+void test_spare_blocks() {
+  context = "spare blocks";
+  auto spare = std::make_shared<SpareBlocks>();
+  constexpr std::size_t kWords = 4096;
+  const std::uint32_t* place;
+  {
+    auto block = SpareBlocks::take(spare, kWords);
+    block->data()[kWords - 1] = 7;
+    place = block->data();
+    const auto shared = block;
+    block.reset();
+    CHECK(SpareBlocks::take(spare, kWords)->data() != place);  // somebody still has it
+  }
+  const auto first = SpareBlocks::take(spare, kWords);
+  const auto second = SpareBlocks::take(spare, kWords);
+  CHECK(first->data() == place || second->data() == place);
+  for (std::size_t i = 0; i < kWords; ++i) {
+    CHECK(first->data()[i] == 0);
+    CHECK(second->data()[i] == 0);
+  }
+
+  // More than is kept: what is beyond goes back to the system, and untouched pages take no memory.
+  context = "many spare blocks";
+  constexpr std::size_t kLarge = (40 << 20) / sizeof(std::uint32_t);
+  auto large = std::make_shared<SpareBlocks>();
+  std::vector<SpareBlocks::Block> blocks;
+  for (int i = 0; i < 5; ++i) blocks.push_back(SpareBlocks::take(large, kLarge));
+  CHECK(large->bytes() == 0);
+  blocks.clear();
+  CHECK(large->bytes() == 3 * kLarge * sizeof(std::uint32_t));
+
+  context = "a cache that outlives what it was made with";
+  Cache cache(2, 3, 24, CacheFormat::kBf16, std::make_shared<SpareBlocks>());
+  cache.reserve(100);
+  cache.set_length(100);
+  cache.truncate(0);
+  CHECK(cache.length() == 0);
+}
+
 void test_cache() {
   context = "cache";
   Cache cache(2, 3, 24);
@@ -958,6 +997,7 @@ int main() {
   test_packing();
   test_gptq();
   test_rows();
+  test_spare_blocks();
   test_cache();
   for (const auto& isa : instruction_sets()) {
     for (const int threads : {1, 3}) {  // 3: more than there are key/value heads
