@@ -55,7 +55,7 @@ from stored_gptq import gptq_checkpoint  # noqa: E402
 
 ISAS = native.instruction_sets()
 #: Of a weight of attention, where one factor of a product of bytes has no sign.
-WEIGHT_STEPS = {isa: 255 for isa in ("avx512bf16", "avx512", "avxvnni", "portable")}
+WEIGHT_STEPS = dict.fromkeys(("avx512bf16", "avx512", "avxvnni", "portable"), 255)
 #: Formats whose logits come from one head, and so are comparable as a whole.
 PRECISIONS = ["int8", "bf16"]
 #: Of the root mean square: float32 sums of some hundred terms in another order, and a fast exp.

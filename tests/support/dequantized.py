@@ -170,7 +170,7 @@ def all_int8_attention(steps, query, key, value):
 
 
 def rough_exp(x):
-    """The native engine's for weights in bytes; with another one, 8e-5 off, many bytes would tip."""
+    """The native engine's, 8e-5 off, for weights in bytes: with another one many would tip."""
     x = np.maximum(x.astype(np.float64) / np.log(2), -126)
     whole = np.rint(x)
     y = np.polyval([5.51713231e-2, 2.42611331e-1, 6.93261089e-1, 9.99928047e-1], x - whole)
