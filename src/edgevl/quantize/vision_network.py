@@ -11,6 +11,7 @@ C vision hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -34,6 +35,9 @@ WEIGHT_STEPS = 255
 #: Squares of the weights, in steps and for each position, that are too few for one byte each: their
 #: errors, 1 / 12 in squares, may take the result 1.5 % off.
 LEAST_SQUARES = 1 / (12 * 0.015**2)
+#: 2^x for x in [-1/2, 1/2] as the engine has it for such weights, the highest power first: with
+#: another one, many would be rounded to the next step.
+EXP2 = (5.51713231e-2, 2.42611331e-1, 6.93261089e-1, 9.99928047e-1)
 
 #: Called with a weight's name and what its layer takes in, [tokens, columns], tile by tile.
 Observer = Callable[[str, Tensor], object]
@@ -240,7 +244,8 @@ def attention_of(
     """Return attention of [heads, P, head_dim] each, computed as the plan of ``qkv`` implies."""
 
     def in_bfloat16(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        weights = largest_is_one(to_bfloat16(query) @ to_bfloat16(key).mT * head_dim**-0.5)
+        scores = to_bfloat16(query) @ to_bfloat16(key).mT * head_dim**-0.5
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
         return to_bfloat16(weights) @ to_bfloat16(value) / weights.sum(-1, keepdim=True)
 
     def in_int8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -248,7 +253,8 @@ def attention_of(
         mean = value.mean(-2, keepdim=True)
         query, key = to_int8(query), to_int8(key - key.mean(-2, keepdim=True))
         value = to_int8((value - mean).mT).mT
-        steps = largest_is_one(query @ key.mT * head_dim**-0.5) * WEIGHT_STEPS
+        scores = query @ key.mT * (head_dim**-0.5 / math.log(2))
+        steps = exp2(scores - scores.amax(-1, keepdim=True) + math.log2(WEIGHT_STEPS))
         two = (steps * steps).sum(-1, keepdim=True) < LEAST_SQUARES * steps.shape[-1]
         weights = torch.where(two, (steps * WEIGHT_STEPS).round() / WEIGHT_STEPS, steps.round())
         return weights @ value / steps.sum(-1, keepdim=True) + mean
@@ -258,6 +264,11 @@ def attention_of(
     return in_int8 if qkv.format == "int8" and head_dim <= MAX_INT8_CHANNELS else in_bfloat16
 
 
-def largest_is_one(scores: Tensor) -> Tensor:
-    """Return the weights of attention [..., P], not normalised: the largest of a row is 1."""
-    return torch.exp(scores - scores.amax(-1, keepdim=True))
+def exp2(x: Tensor) -> Tensor:
+    """Return 2^x, good to 8e-5."""
+    x = x.clamp(min=-126)
+    whole = x.round()
+    result = torch.zeros_like(x)
+    for coefficient in EXP2:
+        result = result * (x - whole) + coefficient
+    return torch.ldexp(result, whole)
