@@ -214,13 +214,13 @@ def slow_reader(directory):
     """Start a scheduler that reads eight tokens in 3 ms."""
     scheduler = Scheduler(edgevl.load(directory, threads=1), max_sequences=4)
     engine = scheduler.model.engine
-    engine.chunk, prefill = 8, engine.prefill
+    engine.chunk, step = 8, engine.step
 
-    def slowly(sequence, embeddings):
+    def slowly(prompt, answers):
         time.sleep(0.003)
-        return prefill(sequence, embeddings)
+        return step(prompt, answers)
 
-    engine.prefill = slowly
+    engine.step = slowly
     return scheduler
 
 
