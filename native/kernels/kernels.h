@@ -108,14 +108,15 @@ struct Kernels {
   void (*attend[2])(const Attention& attention);
 
   /// Makes keys and values of `positions` rows, `stride` floats apart, a head in INT8, with at most
-  /// kMaxInt8Channels. Keys lose their mean, in place too; rows that pad them to 16 are zero.
+  /// kMaxInt8Channels and kMaxInt8Positions. Keys lose their mean, in place too; rows that pad them
+  /// to 16 are zero.
   void (*quantize_head)(float* keys, const float* values, std::size_t stride, int positions,
                         int head_dim, const Int8Head& out);
 
-  /// Attention to such a head, its keys and values instead of the cache's. Queries are quantized as
-  /// `quantize` does. A row's weights are bytes, with 255 steps to the largest (127 where the
-  /// instructions have no unsigned factor), or two bytes each where one would take its result more
-  /// than 0.5 % off.
+  /// Attention to such a head, its keys and values instead of the cache's; scratch is for all of
+  /// its positions. Queries are quantized as `quantize` does. A row's weights are bytes, with 255
+  /// steps to the largest (127 where the instructions have no unsigned factor), or two bytes each
+  /// where one would take its result more than 0.5 % off.
   void (*attend_int8)(const Attention& attention, const Int8Head& head);
 
   // --- element by element ---

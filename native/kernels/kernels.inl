@@ -1172,10 +1172,10 @@ struct WeightSums {
 template <int T, bool kRest>
 EDGEVL_INLINE WeightSums int8_weights(const float* scores, int visible, int padded, float scale,
                                       std::int8_t* bytes, std::int8_t* rest) {
-  const float factor = scale * kLog2E;
-  const Floats slope = splat(factor);
-  const Floats offset = splat(log2f(kWeightSteps) - largest_of(scores, visible) * factor);
-  const auto steps_of = [&](Floats score) { return rough_exp2(fma(score, slope, offset)); };
+  // The largest is to be exact, or it would be a step too many: it is subtracted first.
+  const Floats top = splat(largest_of(scores, visible)), slope = splat(scale * kLog2E);
+  const Floats most = splat(log2f(kWeightSteps));
+  const auto steps_of = [&](Floats score) { return rough_exp2(fma(score - top, slope, most)); };
   Floats total = splat(0.0f), squares = splat(0.0f);
   const auto put = [&](int i, Floats steps) {
     const std::size_t at = place_of<T>(i);

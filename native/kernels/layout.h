@@ -91,8 +91,9 @@ constexpr std::size_t cache_words(int head_dim, CacheFormat format = CacheFormat
   return format == CacheFormat::kBf16 ? pairs : kCacheBlock + pairs / 2;
 }
 
-/// Most channels of a head that is multiplied in INT8.
-constexpr int kMaxInt8Channels = 256;
+/// Most channels and positions of a head that is multiplied in INT8: 255 * 127 for each position
+/// fit into 31 bits.
+constexpr int kMaxInt8Channels = 256, kMaxInt8Positions = 1 << 16;
 
 /// Keys and values of one head that are multiplied in INT8, where those of a whole sequence are
 /// there at once. Keys have a scale for each position, values a scale and a mean for each channel.

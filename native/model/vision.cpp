@@ -259,7 +259,10 @@ void VisionEncoder::attend(Worker& worker, bool int8, int head, int first, int r
   float* const copies = odd ? odd_[worker.rank()].data() : nullptr;
   for (int i = 0; i < rows; ++i) {
     float* copy = copies + (odd ? i * padded_head_dim_ : 0);
-    if (odd) std::copy_n(query(i), head_dim, copy);  // its last channel stays zero
+    if (odd) {
+      std::copy_n(query(i), head_dim, copy);
+      copy[head_dim] = 0;
+    }
     attention.query[i] = odd ? copy : query(i);
     attention.visible[i] = c.positions();
     attention.out[i] = odd ? copy : query(i);
@@ -293,7 +296,8 @@ void VisionEncoder::merge_patches(Worker& worker) {
 
 /// Whether a layer's attention is computed in INT8, as what it is made of.
 bool VisionEncoder::in_int8(const VisionLayer& layer) const {
-  return layer.qkv.matrix.format != Format::kBf16 && config_.head_dim() <= kMaxInt8Channels;
+  return layer.qkv.matrix.format != Format::kBf16 && config_.head_dim() <= kMaxInt8Channels &&
+         config_.positions() <= kMaxInt8Positions;
 }
 
 Norm VisionEncoder::norm(const float* weight, const float* bias) const {

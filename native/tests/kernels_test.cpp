@@ -788,6 +788,26 @@ void test_int8_attention(const Kernels& k) {
   k.attend_int8(a, s.head());
   CHECK(out == alone);
 
+  // However large scores are, the largest weight is one: no byte has a step more.
+  context = std::string(k.name) + " INT8 attention, large scores";
+  for (float size : {1e3f, 1e4f, 1e5f, 3e6f}) {
+    for (float part : {0.5f, 0.7f, 0.9f, 1.0f, 1.3f}) {
+      Int8Sequence large(k, kSize, kDim, 0.01f);
+      for (float& x : large.keys[40]) x += size * part;
+      large.store(k);
+      std::vector<float> ones(kDim, 1.0f);
+      a.query[0] = ones.data();
+      a.rows = 1;
+      a.out[0] = alone.data();
+      k.attend_int8(a, large.head());
+      for (int c = 0; c < kDim; ++c) {
+        const double expected = large.value(40, c) + large.head().value_means()[c];
+        CHECK_NEAR(alone[c], expected, 1e-3 * std::abs(expected));
+      }
+    }
+  }
+  a.query[0] = flat.data();
+
   // Damage must show.
   context = std::string(k.name) + " INT8 attention, damage";
   flat[3] = kNan;
