@@ -667,6 +667,7 @@ def test_a_picture_two_turns_retry_edit_undo_clear(browser, tiny_page):
     tab.on("request", lambda r: r.url.startswith((tiny_page, "data:")) or outside.append(r.url))
     tab.on("pageerror", lambda error: errors.append(error))
     tab.press("#box textarea", "Enter")  # nothing to ask
+    tab.wait_for_timeout(2000)  # what comes back of it could fall on the next question
     attach(tab, METER)
     ask(tab, QUESTION)
     answered(tab)
