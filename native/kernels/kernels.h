@@ -116,7 +116,7 @@ struct Kernels {
   /// Attention to such a head, its keys and values instead of the cache's; scratch is for all of
   /// its positions. Queries are quantized as `quantize` does. A row's weights are bytes, with 255
   /// steps to the largest (127 where the instructions have no unsigned factor), or two bytes each
-  /// where one would take its result more than 0.5 % off.
+  /// where one might take its result more than 1.5 % off.
   void (*attend_int8)(const Attention& attention, const Int8Head& head);
 
   // --- element by element ---
