@@ -448,6 +448,18 @@ struct Biases {
   std::vector<float> rotary;
 };
 
+/// Gives attention random queries that see so many positions, and places for the results.
+void add_rows(Attention& a, const std::vector<int>& visible, std::vector<std::vector<float>>& query,
+              std::vector<std::vector<float>>& out) {
+  for (std::size_t t = 0; t < visible.size(); ++t) {
+    query.push_back(floats(a.head_dim, 2));
+    out.emplace_back(a.head_dim);
+    a.query[t] = query[t].data();
+    a.out[t] = out[t].data();
+    a.visible[t] = visible[t];
+  }
+}
+
 /// Attention of rows that see so many positions, against double precision.
 ///
 /// Errors: a weight, which brings the scale of an int8 value, is rounded to bfloat16 (2^-8); a
@@ -487,15 +499,7 @@ void check_attention(const Kernels& k, const Kind& kind, int head_dim,
               scratch.data};
   const Biases biases(bias_count, head_dim, (most / kCacheBlock + 1) * kCacheBlock);
   a.biases = biases.get();
-  for (int t = 0; t < rows; ++t) {
-    query.push_back(floats(head_dim, 2));
-    out.emplace_back(head_dim);
-  }
-  for (int t = 0; t < rows; ++t) {
-    a.query[t] = query[t].data();
-    a.out[t] = out[t].data();
-    a.visible[t] = visible[t];
-  }
+  add_rows(a, visible, query, out);
   k.attend[int(kind.format)](a);
   for (int t = 0; t < rows; ++t) {  // alone, a row gives the same bits
     std::vector<float> alone(head_dim);
@@ -709,15 +713,7 @@ void check_int8_attention(const Kernels& k, int head_dim, const std::vector<int>
   a.rows = rows;
   a.scale = 1 / std::sqrt(float(head_dim));
   a.scratch = scratch.data;
-  for (int t = 0; t < rows; ++t) {
-    query.push_back(floats(head_dim, 2));
-    out.emplace_back(head_dim);
-  }
-  for (int t = 0; t < rows; ++t) {
-    a.query[t] = query[t].data();
-    a.out[t] = out[t].data();
-    a.visible[t] = visible[t];
-  }
+  add_rows(a, visible, query, out);
   k.attend_int8(a, s.head());
 
   for (int t = 0; t < rows; ++t) {
