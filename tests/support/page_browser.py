@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Counts the answers: the button that stops one comes and goes, perhaps before a test can look.
+# Counts the questions and their answers: the button that stops an answer comes and goes, perhaps
+# before a test can look.
 _COUNT_ANSWERS = """
-window.answers = window.answersSeen = 0;
+window.questions = window.answers = window.answersSeen = 0;
 let answering = false;
 new MutationObserver(() => {
   const now = document.querySelector("#box .stop-button") !== null;
+  if (!answering && now) window.questions += 1;
   if (answering && !now) window.answers += 1;
   answering = now;
 }).observe(document.body, { childList: true, subtree: true });
@@ -82,10 +84,28 @@ def attach(tab: Any, *paths: Path) -> None:
     )
 
 
+def playwright_timeout() -> type[Exception]:
+    """Return what Playwright raises; it is installed only where there are tests of pages."""
+    from playwright.sync_api import TimeoutError
+
+    return TimeoutError
+
+
 def ask(tab: Any, question: str) -> None:
-    """Type a question and send it."""
+    """Type a question, and send it until it is taken.
+
+    While what was sent before is being wound up, Gradio leaves the question where it is.
+    """
+    asked = tab.evaluate("window.questions")
     tab.fill("#box textarea", question)
-    tab.press("#box textarea", "Enter")
+    for _ in range(60):
+        tab.press("#box textarea", "Enter")
+        try:
+            tab.wait_for_function(f"window.questions > {asked}", timeout=1000)
+        except playwright_timeout():
+            continue
+        return
+    raise AssertionError("the question was not taken")
 
 
 def answered(tab: Any) -> None:
