@@ -25,7 +25,8 @@ import edgevl
 from edgevl import Constraint
 from edgevl.checkpoint import Checkpoint
 from edgevl.engine import Engine
-from edgevl.generate import generation
+from edgevl.generate import SamplingParams, generation
+from edgevl.generate.rounds import Rounds
 from edgevl.generate.speculation import AnswerPool, Drafts
 from edgevl.loading import load_engine
 from edgevl.options import GREEDY, PRECISIONS, LoadOptions
@@ -84,6 +85,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
     parser.add_argument("--kinds", nargs="+", choices=PROMPTS, default=list(PROMPTS))
     parser.add_argument("--no-forced", action="store_true", help="leave out what a form forces")
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="answers at once")
     parser.add_argument(
         "--busy", action="store_true", help="others compute here: one thread, its processor time"
     )
@@ -100,6 +102,8 @@ def main() -> int:
         for text in PROMPTS[kind]
     ]
     sampling = {**GREEDY, "temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
+    if arguments.together > 1:
+        return measure_together(model, questions, arguments.together, arguments.rounds, sampling)
     measure_answers(model, questions, arguments.rounds, sampling, not arguments.no_forced)
     if not arguments.no_forced:
         for question in questions:
@@ -137,9 +141,11 @@ def measure_answers(
         def draft(self, most: int, forced: Sequence[int] = ()) -> list[int]:
             return super().draft(most, forced if with_forced else ())
 
-        def learn(self, drafted: int, gained: int, elapsed_ms: float) -> None:
+        def learn(
+            self, drafted: int, gained: int, plain_ms: float | None = None, each_ms: float = 0.0
+        ) -> None:
             steps.append((min(self._forced, drafted), drafted, gained))
-            super().learn(drafted, gained, elapsed_ms)
+            super().learn(drafted, gained, plain_ms, each_ms)
 
     longest = model.engine.max_draft
     pool = AnswerPool()
@@ -163,6 +169,93 @@ def measure_answers(
                     times = question.drafted_ms if max_draft else question.plain_ms
                     times.append(answer.timings.decode_ms_per_token)
                     question.steps += steps if max_draft else []
+
+
+def measure_together(
+    model: edgevl.Model,
+    questions: Sequence[Question],
+    together: int,
+    rounds: int,
+    sampling: dict[str, Any],
+) -> int:
+    """Answer the questions of each kind so many at once, in three ways in turn, and print times.
+
+    Returns:
+        1 if an answer was not the same in all of them, or else 0.
+    """
+
+    class Unforced(Drafts):
+        def draft(self, most: int, forced: Sequence[int] = ()) -> list[int]:
+            return super().draft(most)
+
+    ways: dict[str, tuple[int, type[Drafts]]] = {
+        "no drafts": (0, Drafts),
+        "none forced": (model.engine.max_draft, Unforced),
+        "drafts": (model.engine.max_draft, Drafts),
+    }
+    status = 0
+    print(f"{together} answers at once; shares of the time without drafts\n")
+    print("| | tokens | ms a token without drafts | none forced | drafts |\n|---|---|---|---|---|")
+    for kind in dict.fromkeys(question.kind for question in questions):
+        asked = [question for question in questions if question.kind == kind]
+        while len(asked) < together:
+            asked += asked
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        tokens = 0
+        for number in range(rounds + 1):
+            order = [*ways][number % len(ways) :] + [*ways][: number % len(ways)]
+            answers = {}
+            for way in order:
+                model.engine.max_draft, drafts = ways[way]
+                with mock.patch.object(generation, "Drafts", drafts):
+                    answers[way], elapsed_ms = answer_together(model, asked, together, sampling)
+                if number:  # the first round warms up
+                    times[way].append(elapsed_ms)
+            tokens = sum(map(len, answers["drafts"]))
+            if not answers["no drafts"] == answers["none forced"] == answers["drafts"]:
+                print(f"{kind}: not the same with speculation", file=sys.stderr)
+                status = 1
+        plain = times.pop("no drafts")
+        shares = [
+            statistics.median(own / other for own, other in zip(each, plain, strict=True))
+            for each in times.values()
+        ]
+        print(
+            f"| {kind} | {tokens} | {statistics.median(plain) / tokens:.2f} "
+            f"| {' | '.join(f'{share:.2f}' for share in shares)} |",
+            flush=True,
+        )
+    return status
+
+
+def answer_together(
+    model: edgevl.Model, questions: Sequence[Question], together: int, sampling: dict[str, Any]
+) -> tuple[list[tuple[int, ...]], float]:
+    """Answer questions: -> their tokens, and the milliseconds of it all, prompts included."""
+    rounds: Rounds[generation.Generation] = Rounds(model.engine, together)
+    answers = []
+    for number, question in enumerate(questions):
+        message = Message.user(question.text, [])
+        own = {**sampling, **SAMPLING.get(question.kind, {})}
+        answers.append(
+            generation.Generation(
+                model.prompts,
+                model.masks,
+                model.prompts.encode([message]),
+                SamplingParams(constraint=question.constraint, seed=number, **own),
+                model.max_context,
+                time.perf_counter(),
+            )
+        )
+    waiting, begun = answers[::-1], time.perf_counter()
+    while waiting or rounds.under_way:
+        if waiting and rounds.start(waiting[-1]):
+            waiting.pop()
+        for _, gain in rounds.step():
+            if isinstance(gain, Exception):
+                raise gain
+    elapsed_ms = 1000 * (time.perf_counter() - begun)
+    return [answer.answer(0.0).token_ids for answer in answers], elapsed_ms
 
 
 def forced(model: edgevl.Model, question: Question) -> list[list[int]]:
@@ -208,7 +301,7 @@ def replayed_ms(question: Question, max_draft: int, costs: Costs) -> float:
         rest = answer[place + 1 :]
         right = next((i for i, token in enumerate(draft) if token != rest[i]), len(draft))
         cost = costs[len(draft) + 1 if draft else 0]
-        lookup.learn(len(draft), right + 1, cost)
+        lookup.learn(len(draft), right + 1, costs[0], (cost - costs[0]) / max(len(draft), 1))
         for token in rest[:right]:
             lookup.add(token)
         total_ms += cost

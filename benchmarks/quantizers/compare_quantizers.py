@@ -75,6 +75,7 @@ TOOLS = {
                 "protobuf==7.36.2",
                 "pyarrow==26.0.1",
                 "pypcre==0.6.4",
+                "requests>=2.33,<3",
                 "threadpoolctl==3.7.0",
                 "tokenicer==0.0.14",
                 "torchao==0.18.0",
@@ -328,6 +329,7 @@ def run(command: list[Any], log: Path, threads: int | None = None) -> dict[str, 
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment(**variables if threads else {}),
+            cwd=log.parent,  # GPTQModel leaves logs where it runs
         )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -28,6 +28,7 @@ def round_to_nearest(model: Path, tokens: np.ndarray, directory: Path, group_siz
             weight = layer.weight.data
             groups = weight.view(len(weight), -1, group_size)
             scales = (groups.abs().amax(2, keepdim=True) * 2 / 15).half().float()
+            scales[scales == 0] = 1  # of weights that are zero, or so small that they become it
             rounded = (groups / scales).round().clamp(-8, 7) * scales
             layer.weight.data = rounded.view_as(weight)
     loaded.save_pretrained(directory)

@@ -6,7 +6,7 @@ from PIL import Image
 
 import edgevl
 from edgevl.generate import prefix
-from edgevl.generate.prefix import FeatureCache, Slot, drain, prompt_keys, read_on
+from edgevl.generate.prefix import FeatureCache, Reading, Slot, advance, drain, prompt_keys
 from edgevl.preprocess import Message, prepare_picture
 
 
@@ -32,7 +32,8 @@ def in_steps(slot, prompt, step):
     """Read a prompt by so many positions at once; yield the logits after each step."""
     unread = drain(slot.prepare(prompt))
     for begin in range(0, len(unread), step):
-        yield read_on(slot, unread[begin : begin + step], begin + step >= len(unread))[0]
+        ends = begin + step >= len(unread)
+        yield advance([], Reading(slot, unread[begin : begin + step], ends))[0]
 
 
 def test_every_place_where_a_prefix_may_end(model):
@@ -45,7 +46,7 @@ def test_every_place_where_a_prefix_may_end(model):
         again.truncate(length)
         unread = drain(again.prepare(prompt))
         assert len(unread) == max(len(prompt.token_ids) - length, 1)
-        [logits] = read_on(again, unread, True)
+        [logits] = advance([], Reading(again, unread, True))
         np.testing.assert_array_equal(logits, expected)
 
 
@@ -77,14 +78,28 @@ def test_answers_beside_a_prompt_are_those_alone(model, step):
     unread = drain(reading.prepare(prompt))
     for begin in range(0, len(unread), step):
         ends = begin + step >= len(unread)
-        tokens = [5 + begin, 7]
-        read, *rows = read_on(reading, unread[begin : begin + step], ends, beside, tokens)
-        rows = [row.copy() for row in rows]
-        read = read.copy()
-        for slot, token, row in zip(alone, tokens, rows, strict=True):
-            np.testing.assert_array_equal(slot.decode(token), row)
+        tokens = [[5 + begin], [7, 8, 9]]
+        part = Reading(reading, unread[begin : begin + step], ends)
+        found = advance(list(zip(beside, tokens, strict=True)), part)
+        *rows, read = [each.copy() for each in found]
+        for slot, ids, row in zip(alone, tokens, rows, strict=True):
+            np.testing.assert_array_equal(np.concatenate([slot.decode(i).copy() for i in ids]), row)
     np.testing.assert_array_equal(read, expected)
     assert [len(slot) for slot in alone] == [len(slot) for slot in beside]
+
+
+def test_answers_with_drafts_are_those_alone(model):
+    """Bit by bit, however many tokens each of them has."""
+    alone, together = ([runner(model) for _ in range(3)] for _ in range(2))
+    for slots in (alone, together):
+        for slot, text in zip(slots, ("One", "Another", "The third of them"), strict=True):
+            slot.read(prompt_of(model, text))
+    for ids in ([[5], [6, 7], [8] * 12], [[1, 2, 3], [4], [5]], [[9], [9], [9]]):
+        rows = [each.copy() for each in advance(list(zip(together, ids, strict=True)))]
+        for slot, tokens, found in zip(alone, ids, rows, strict=True):
+            expected = [slot.decode(token).copy() for token in tokens]
+            np.testing.assert_array_equal(found, np.concatenate(expected))
+    assert [len(slot) for slot in alone] == [len(slot) for slot in together]
 
 
 def test_sequences_share_the_features_of_pictures(model):

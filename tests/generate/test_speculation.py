@@ -13,9 +13,9 @@ from edgevl import Constraint
 from edgevl.engine import native_missing
 from edgevl.generate import SamplingParams, speculation
 from edgevl.generate.generation import Delta, Generation
-from edgevl.generate.rounds import Rounds
+from edgevl.generate.rounds import MOST_DRAFTED, Rounds
 from edgevl.generate.scheduler import Scheduler
-from edgevl.generate.speculation import FIRST_DRAFT, MAX_PAUSE, AnswerPool, Drafts
+from edgevl.generate.speculation import FIRST_DRAFT, MAX_PAUSE, AnswerPool, Drafts, StepCosts
 from edgevl.preprocess import Message
 
 ENGINES = [
@@ -29,7 +29,7 @@ ENGINES = [
 def confident(tokens, max_draft):
     """Return a lookup whose first draft was right, so that the next may be longer."""
     lookup = Drafts(tokens, max_draft)
-    lookup.learn(1, 2, 0.0)
+    lookup.learn(1, 2)
     return lookup
 
 
@@ -63,9 +63,9 @@ def test_drafts_grow_while_they_are_right_to_their_end():
     lookup = Drafts([*range(20), 0, 1, 2, 3], 9)
     assert len(lookup.draft(9)) == FIRST_DRAFT
     for drafted, gained, following in ((2, 3, 5), (5, 6, 9), (9, 10, 9), (9, 5, 5), (5, 1, 2)):
-        lookup.learn(drafted, gained, 1.0)
+        lookup.learn(drafted, gained)
         assert len(lookup.draft(99)) == following
-    lookup.learn(0, 1, 1.0)  # a plain step says nothing of drafts
+    lookup.learn(0, 1)  # a plain step says nothing of drafts
     assert len(lookup.draft(99)) == 2
 
 
@@ -73,24 +73,35 @@ def test_engines_without_it_get_no_draft():
     assert Drafts([1, 2, 3, 1, 2, 3, 1, 2], 0).draft(9) == []
 
 
-def drafts_of(lookup, opportunities, gained, elapsed_ms):
-    """Count drafts among some opportunities, each draft giving ``gained`` tokens."""
+def drafts_of(lookup, opportunities, gained):
+    """Count drafts among some opportunities, each giving ``gained`` tokens for half a step more."""
     count = 0
     for _ in range(opportunities):
         drafted = bool(lookup.draft(4))
         count += drafted
-        lookup.learn(4 * drafted, gained if drafted else 1, elapsed_ms if drafted else 10)
+        lookup.learn(4 * drafted, gained if drafted else 1, 10, 5 / 4)
     return count
 
 
 def test_it_stops_where_it_does_not_pay_and_comes_back():
     lookup = Drafts([1, 2, 3] * 3, 4)
-    lookup.learn(0, 1, 10)
-    assert drafts_of(lookup, 100, 3, 15) == 100  # three tokens in the time of one and a half
-    few = drafts_of(lookup, 1000, 1, 15)
+    assert drafts_of(lookup, 100, 3) == 100  # three tokens in the time of one and a half
+    few = drafts_of(lookup, 1000, 1)
     assert few < 40
-    assert drafts_of(lookup, 2 * MAX_PAUSE, 3, 15) > MAX_PAUSE // 2
-    assert drafts_of(lookup, 100, 3, 15) == 100
+    assert drafts_of(lookup, 2 * MAX_PAUSE, 3) > MAX_PAUSE // 2
+    assert drafts_of(lookup, 100, 3) == 100
+
+
+def test_what_a_step_takes_is_known_of_those_around_it():
+    costs = StepCosts()
+    assert costs.of(1) is None
+    costs.learn(4, 10.0)
+    assert costs.of(1) is costs.of(5) is None
+    costs.learn(12, 26.0)
+    assert [costs.of(tokens) for tokens in (4, 5, 8, 12)] == [10.0, 12.0, 18.0, 26.0]
+    for _ in range(99):
+        costs.learn(4, 18.0)
+    assert costs.of(8) == pytest.approx(22.0)
 
 
 def test_what_is_forced_comes_first_and_is_looked_up_from():
@@ -105,32 +116,29 @@ def test_what_is_forced_comes_first_and_is_looked_up_from():
 
 def test_forced_tokens_are_drafted_whatever_looking_up_gains():
     drafts = Drafts([1, 2, 3, 1, 2, 9, 1, 2], 4)
-    drafts.learn(0, 1, 10)
     while drafts.draft(9):  # until it pauses
-        drafts.learn(2, 1, 30)
+        drafts.learn(2, 1, 10, 10)
     for _ in range(9):
         assert drafts.draft(9, [7, 7]) == [7, 7]
-        drafts.learn(2, 3, 15)
+        drafts.learn(2, 3, 10, 2.5)
 
 
 def test_each_kind_is_judged_by_its_own_tokens():
     """Forced tokens that are right do not keep up looking up what is wrong; nor the other way."""
     drafts = Drafts([1, 2, 3, 4, 5, 6, 1, 2], 4)
-    drafts.learn(0, 1, 10)
     looked_up = 0
     for _ in range(100):
         draft = drafts.draft(9, [3, 4])
         looked_up += draft == [3, 4, 5, 6]
-        drafts.learn(len(draft), 3, 10 + 3 * len(draft))
+        drafts.learn(len(draft), 3, 10, 3)
     assert draft[:2] == [3, 4]
     assert looked_up < 20
     drafts = Drafts([1, 2, 3, 4, 5, 6, 7, 2, 3], 4)
-    drafts.learn(0, 1, 10)
     forced = 0
     for _ in range(100):
         draft = drafts.draft(9, [8, 8])
         forced += draft[:1] == [8]
-        drafts.learn(len(draft), 1 if draft[0] == 8 else 1 + len(draft), 10 + 3 * len(draft))
+        drafts.learn(len(draft), 1 if draft[0] == 8 else 1 + len(draft), 10, 3)
     assert forced < 20
 
 
@@ -400,3 +408,59 @@ def test_requests_of_a_server_share_what_they_said(mini_checkpoint, monkeypatch)
     assert said[0] == said[1]
     drafted = {token_id for draft in found for token_id in draft}
     assert drafted <= set(said[0])
+
+
+def answers_together(model, questions):
+    """Answer several questions at once: -> their tokens, and how many each round computed."""
+    computed = []
+    rounds = Rounds(model.engine, len(questions))
+    answers = []
+    for question, sampling in questions:
+        prompt = model.prompts.encode([Message.user(question)])
+        params = SamplingParams(**{"max_tokens": 60, **sampling})
+        answers.append(
+            Generation(model.prompts, model.masks, prompt, params, model.max_context, 0.0)
+        )
+    waiting = list(answers)
+    while any(not answer.finish_reason for answer in answers):
+        if waiting and rounds.start(waiting[0]):
+            waiting.pop(0)
+        before = model.engine.timings().decode_tokens
+        for _, gain in rounds.step():
+            assert not isinstance(gain, Exception), gain
+        computed.append(model.engine.timings().decode_tokens - before)
+    return [answer.answer(0.0).token_ids for answer in answers], computed
+
+
+def test_answers_together_are_drafted_and_stay_the_same(model, monkeypatch):
+    """Forms, draws and words of their own; some are read while others are answered."""
+    if not model.engine.batched:
+        pytest.skip("it answers one question at a time")
+    monkeypatch.setattr(Drafts, "learn", lambda *args: None)
+    monkeypatch.setattr(speculation, "FIRST_DRAFT", 7)
+    model.engine.chunk = 16  # so that prompts are read beside answers
+    questions = [
+        (QUESTION, {}),
+        ("List them", {"constraint": ITEMS, "max_tokens": 200}),
+        (QUESTION + " and then?", {"temperature": 1, "seed": 1, "logit_bias": {40: 100, 41: 100}}),
+        ("Say it", {"constraint": Constraint.regex("The one and only answer: 42[.]")}),
+        ("And again", {"constraint": ITEMS, "max_tokens": 90, "temperature": 1, "seed": 3}),
+    ]
+    drafted, rounds = answers_together(model, questions)
+    model.engine.max_draft = 0
+    plain, plain_rounds = answers_together(model, questions)
+    assert drafted == plain
+    assert len(rounds) < 0.8 * len(plain_rounds)
+    assert max(plain_rounds) == len(questions)
+    assert max(rounds) > 2 * len(questions)
+    assert max(rounds) <= len(questions) + MOST_DRAFTED
+
+
+def test_what_drafts_cost_several_answers_is_learned(model):
+    """A token's share of a step without drafts, and what a step with them takes beyond it."""
+    costs = Rounds(model.engine, 4)
+    plain_ms, each_ms = costs._cost(4, 4, 0.020)
+    assert plain_ms == 20.0
+    plain_ms, each_ms = costs._cost(4, 12, 0.036)
+    assert (plain_ms, each_ms) == (pytest.approx(5.0), pytest.approx(2.0))
+    assert costs._cost(2, 8, 0.030)[0] is None  # nothing is known of so few

@@ -179,34 +179,36 @@ class Engine(ABC):
         self._count_decoded(start, len(token_ids))
         return logits
 
-    def step(self, prompt: Part, answers: list[Part]) -> list[Floats]:
+    def step(self, prompt: Part | None, answers: list[Part]) -> list[Floats]:
         """Append a part of a prompt to one sequence, and tokens to others: -> logits of each part.
 
         Where the engine is `batched` that reads the weights once.
 
         Args:
-            prompt: embeddings, of which the last logits are wanted or none.
+            prompt: embeddings, of which the last logits are wanted or none; None where there are
+                only answers.
             answers: tokens for other sequences; all their logits are wanted.
 
         Returns:
-            float32 [wanted, V] for the prompt, then for each answer.
+            float32 [wanted, V] for the prompt, if there is one, then for each answer.
 
         Raises:
             ValueError: a part is empty, the context would overflow, a sequence is of another model
                 or occurs twice.
         """
-        parts = [prompt, *answers]
+        parts = [*([prompt] if prompt else []), *answers]
         for part in parts:
             self._check_room(part.sequence, len(part.inputs))
         start = time.perf_counter()
         logits = self._step(parts)
         elapsed_ms = (time.perf_counter() - start) * 1000
         positions = sum(len(part.inputs) for part in parts)
-        share = len(prompt.inputs) / positions
+        read = len(prompt.inputs) if prompt else 0
+        share = read / positions
         self._timings.prefill_ms += share * elapsed_ms
-        self._timings.prefill_tokens += len(prompt.inputs)
+        self._timings.prefill_tokens += read
         self._timings.decode_ms += (1 - share) * elapsed_ms
-        self._timings.decode_tokens += positions - len(prompt.inputs)
+        self._timings.decode_tokens += positions - read
         return logits
 
     def share(self, sequence: Sequence, other: Sequence, length: int) -> None:

@@ -218,6 +218,7 @@ class Generation:
 
     def following(self, most_drafted: int) -> list[int]:
         """Return what is to be computed next: `latest`, and up to so many tokens as a draft."""
+        self._draft = []
         if most_drafted:
             if self._drafts is None:
                 prompt = self.prompt.token_ids.tolist()
@@ -229,12 +230,13 @@ class Generation:
             self._draft = self._sampler.allowed(draft)
         return [self.latest, *self._draft]
 
-    def take(self, logits: Floats, alone_ms: float = 0.0) -> Delta:
+    def take(self, logits: Floats, plain_ms: float | None = None, each_ms: float = 0.0) -> Delta:
         """Choose the tokens after those that `following` returned; take back what was not right.
 
         Args:
             logits: after each of them, float32 [T, V].
-            alone_ms: what computing them took, if nothing else was computed with them.
+            plain_ms: what a token takes without drafts; None where that is not known.
+            each_ms: what each drafted token took.
         """
         draft, self._draft = self._draft, []
         before = self._chosen
@@ -242,8 +244,8 @@ class Generation:
         gained = self._chosen - before
         if draft:
             self.slot.truncate(len(self.slot) - (len(draft) + 1 - gained))
-        if self._drafts and alone_ms:
-            self._drafts.learn(len(draft), gained, alone_ms)
+        if self._drafts:
+            self._drafts.learn(len(draft), gained, plain_ms, each_ms)
         self._decode_ms += 1000 * (time.perf_counter() - self.latest_token)
         return delta
 

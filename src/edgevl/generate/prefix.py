@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -167,7 +168,7 @@ class Slot:
     def prepare(self, prompt: Prompt) -> Generator[None, None, Floats]:
         """Bring the cache to the part of ``prompt`` that it holds, and embed the rest.
 
-        Yields after each tile of a picture. `read_on` computes what this returns.
+        Yields after each tile of a picture. `advance` computes what this returns.
 
         Returns:
             Embeddings of what is left to compute, float32 [T, H]; at least one position.
@@ -181,7 +182,7 @@ class Slot:
 
     def read(self, prompt: Prompt) -> Floats:
         """Bring the cache to exactly ``prompt``: -> logits of the last position, float32 [1, V]."""
-        [logits] = read_on(self, drain(self.prepare(prompt)), True)
+        [logits] = advance([], Reading(self, drain(self.prepare(prompt)), True))
         return logits
 
     def embed(self, prompt: Prompt) -> Floats:
@@ -190,12 +191,11 @@ class Slot:
 
     def decode(self, token_id: int) -> Floats:
         """Append one token and return the logits after it, float32 [1, V]."""
-        return decode_together([self], [token_id])
+        return self.extend([token_id])
 
     def extend(self, token_ids: list[int]) -> Floats:
         """Append tokens and return the logits after each, float32 [T, V]."""
-        logits = self.engine.extend(self.sequence, token_ids)
-        self._cached.extend(token_ids)
+        [logits] = advance([(self, token_ids)])
         return logits
 
     def truncate(self, length: int) -> None:
@@ -251,39 +251,51 @@ class Slot:
         return features
 
 
-def decode_together(slots: Sequence[Slot], token_ids: list[int]) -> Floats:
-    """Append a token to each of B sequences of an engine: -> logits float32 [B, V]."""
-    logits = slots[0].engine.decode([slot.sequence for slot in slots], token_ids)
-    for slot, token_id in zip(slots, token_ids, strict=True):
-        slot._cached.append(token_id)
-    return logits
+@dataclass(frozen=True)
+class Reading:
+    """A part of a prompt that is to be computed.
 
-
-def read_on(
-    slot: Slot,
-    embeddings: Floats,
-    last: bool,
-    others: Sequence[Slot] = (),
-    latest: Sequence[int] = (),
-) -> list[Floats]:
-    """Read a part of a prompt, and a token of each of several answers, at once.
-
-    Args:
+    Attributes:
         slot: what the prompt was prepared for.
         embeddings: the next positions, float32 [T, H].
         last: whether the prompt ends with them.
-        others: sequences of the answers.
-        latest: a token for each of them.
+    """
+
+    slot: Slot
+    embeddings: Floats
+    last: bool
+
+
+def advance(
+    answers: Sequence[tuple[Slot, list[int]]], reading: Reading | None = None
+) -> list[Floats]:
+    """Append tokens to the sequences of answers, and to that of a prompt, in one pass.
+
+    Args:
+        answers: sequences, and tokens for each.
+        reading: a part of a prompt.
 
     Returns:
-        Logits: of the prompt's last position [1, V], or none [0, V]; then of each token [1, V].
+        Logits after each token of each answer [T, V]; then those of the prompt's last position
+        [1, V], or none [0, V] where it goes on.
     """
-    answers = [Part(other.sequence, [i], 1) for other, i in zip(others, latest, strict=True)]
-    logits = slot.engine.step(Part(slot.sequence, embeddings, int(last)), answers)
-    begin = len(slot._cached)
-    slot._cached += slot._keys[begin : begin + len(embeddings)]
-    for other, token_id in zip(others, latest, strict=True):
-        other._cached.append(token_id)
+    engine = reading.slot.engine if reading else answers[0][0].engine
+    parts = [Part(slot.sequence, ids, len(ids)) for slot, ids in answers]
+    if reading:
+        slot, embeddings = reading.slot, reading.embeddings
+        read, *logits = engine.step(Part(slot.sequence, embeddings, int(reading.last)), parts)
+        begin = len(slot._cached)
+        slot._cached += slot._keys[begin : begin + len(embeddings)]
+        logits.append(read)
+    elif all(len(ids) == 1 for _, ids in answers):
+        tokens = [ids[0] for _, ids in answers]
+        logits = np.split(engine.decode([part.sequence for part in parts], tokens), len(parts))
+    elif len(answers) == 1:
+        logits = [engine.extend(answers[0][0].sequence, answers[0][1])]
+    else:
+        logits = engine.step(None, parts)
+    for slot, ids in answers:
+        slot._cached += ids
     return logits
 
 

@@ -7,22 +7,26 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
-from edgevl.engine.base import Engine, Floats
+from edgevl.engine.base import Engine
 from edgevl.generate.generation import Delta, Generation
-from edgevl.generate.prefix import Slots, decode_together, read_on
-from edgevl.generate.speculation import AnswerPool
+from edgevl.generate.prefix import Reading, Slots, advance
+from edgevl.generate.speculation import AnswerPool, StepCosts
 
 AnswerT = TypeVar("AnswerT", bound=Generation)
 #: An answer, and what it has gained or why it failed.
 Gain: TypeAlias = tuple[AnswerT, Delta | Exception]
 
+#: Most tokens that are drafted for all answers of a round. From there on a drafted token costs as
+#: much as any other, since it is no longer reading the weights that takes the time.
+MOST_DRAFTED = 24
+
 
 class Rounds(Generic[AnswerT]):
     """The answers under way; whoever calls `step` computes them.
 
-    A round computes one token of every answer and a chunk of one prompt, all in one pass of the
-    weights, or a tile of a picture. So answers go on while the next prompt is read. One that is
-    shorter than what is left of that prompt goes in between.
+    A round computes one token of every answer, with what is drafted of those after it, and a chunk
+    of one prompt, all in one pass of the weights; or a tile of a picture. So answers go on while
+    the next prompt is read. One that is shorter than what is left of that prompt goes in between.
 
     Args:
         engine: what computes.
@@ -37,10 +41,12 @@ class Rounds(Generic[AnswerT]):
         self.slots = Slots(engine, max_sequences)
         self._engine = engine
         self._pool = AnswerPool()
+        self._costs = StepCosts()
         self._whole_prompts = whole_prompts
         self._prefilling: list[AnswerT] = []  # each shorter than what was left of the one before
         self._decoding: list[AnswerT] = []
         self._rounds = 0
+        self._first = 0  # of the answers, in the latest round
 
     @property
     def under_way(self) -> list[AnswerT]:
@@ -75,13 +81,10 @@ class Rounds(Generic[AnswerT]):
             # The one that has grown most beyond what was reserved for it makes room.
             answer = max(self._decoding, key=lambda each: len(each.slot) - each.slot.reserved)
             yield from self._gained(answer, answer.cut())
-        answers = list(self._decoding)
-        if reading is not None and reading.unread is not None:
-            yield from self._read_on(reading, reading.unread, answers)
-        elif len(answers) == 1:
-            yield from self._attempt(answers[0], partial(self._decode_alone, answers[0]))
-        elif answers:
-            yield from self._decode_together(answers)
+        if reading is not None and reading.unread is None:
+            reading = None
+        if reading is not None or self._decoding:
+            yield from self._advance(reading, list(self._decoding))
 
     def end(self, answer: AnswerT) -> None:
         """Stop computing an answer, if it is under way; what its sequence holds can be reused."""
@@ -104,55 +107,62 @@ class Rounds(Generic[AnswerT]):
         except Exception as error:
             yield from self._gained(answer, error)
 
-    def _read_on(
-        self, reading: AnswerT, unread: Floats, answers: list[AnswerT]
-    ) -> Iterator[Gain[AnswerT]]:
-        """Compute the next positions of a prompt together with a token of each answer."""
-        count = len(unread)
-        if not self._whole_prompts:
-            count = min(count, max(self._engine.chunk - len(answers), 1))
-        ends = count == len(unread)
+    def _advance(self, reading: AnswerT | None, answers: list[AnswerT]) -> Iterator[Gain[AnswerT]]:
+        """Compute the next tokens of each answer, and the next positions of a prompt."""
+        following = self._following(answers)
+        tokens = sum(map(len, following))
+        part = None if reading is None else self._part(reading, tokens)
         before_ms = self._engine.timings().prefill_ms
+        begun = time.perf_counter()
         try:
-            read, *rows = read_on(
-                reading.slot,
-                unread[:count],
-                ends,
-                [answer.slot for answer in answers],
-                [answer.latest for answer in answers],
+            logits = advance(
+                [(answer.slot, ids) for answer, ids in zip(answers, following, strict=True)], part
             )
         except Exception as error:
-            # The others have lost nothing: they go on in the next round, without this prompt.
-            yield from self._gained(reading, error)
-            return
-        elapsed_ms = self._engine.timings().prefill_ms - before_ms
-        reading.read(count, elapsed_ms)
-        if ends:
-            self._prefilling.remove(reading)
-            self._decoding.append(reading)
-            yield from self._attempt(reading, partial(reading.begin, read))
-        for answer, row in zip(answers, rows, strict=True):
-            yield from self._attempt(answer, partial(answer.take, row))
-
-    def _decode_alone(self, answer: AnswerT) -> Delta:
-        """Compute an answer's next token, and more where a draft is right."""
-        following = answer.following(self._engine.max_draft)
-        begun = time.perf_counter()
-        if len(following) > 1:
-            logits = answer.slot.extend(following)
-        else:
-            logits = answer.slot.decode(answer.latest)
-        return answer.take(logits, 1000 * (time.perf_counter() - begun))
-
-    def _decode_together(self, answers: list[AnswerT]) -> Iterator[Gain[AnswerT]]:
-        try:
-            logits = decode_together([a.slot for a in answers], [a.latest for a in answers])
-        except Exception as error:
-            for answer in answers:
+            # Beside a prompt the answers have lost nothing: they go on in the next round without.
+            for answer in answers if reading is None else [reading]:
                 yield from self._gained(answer, error)
             return
-        for answer, row in zip(answers, logits, strict=True):
-            yield from self._attempt(answer, partial(answer.take, row[None]))
+        plain_ms, each_ms = None, 0.0
+        if reading is None:
+            plain_ms, each_ms = self._cost(len(answers), tokens, time.perf_counter() - begun)
+        else:
+            assert part is not None
+            read = logits.pop()
+            reading.read(len(part.embeddings), self._engine.timings().prefill_ms - before_ms)
+            if part.last:
+                self._prefilling.remove(reading)
+                self._decoding.append(reading)
+                yield from self._attempt(reading, partial(reading.begin, read))
+        for answer, rows in zip(answers, logits, strict=True):
+            yield from self._attempt(answer, partial(answer.take, rows, plain_ms, each_ms))
+
+    def _part(self, reading: AnswerT, others: int) -> Reading:
+        """Return the next positions of a prompt, beside so many tokens of answers."""
+        assert reading.unread is not None
+        count = len(reading.unread)
+        if not self._whole_prompts:
+            count = min(count, max(self._engine.chunk - others, 1))
+        return Reading(reading.slot, reading.unread[:count], count == len(reading.unread))
+
+    def _following(self, answers: list[AnswerT]) -> list[list[int]]:
+        """Return the latest token of each answer, and what is drafted of those after it."""
+        left = MOST_DRAFTED
+        following: dict[int, list[int]] = {}
+        self._first = (self._first + 1) % max(len(answers), 1)  # who drafts first, in turn
+        for number in [*range(self._first, len(answers)), *range(self._first)]:
+            following[number] = answers[number].following(min(left, self._engine.max_draft))
+            left -= len(following[number]) - 1
+        return [following[number] for number in range(len(answers))]
+
+    def _cost(self, answers: int, tokens: int, elapsed_s: float) -> tuple[float | None, float]:
+        """Learn from a step: -> what a token would take without drafts, what a drafted one took."""
+        elapsed_ms = 1000 * elapsed_s
+        self._costs.learn(tokens, elapsed_ms)
+        plain_ms = self._costs.of(answers)
+        if plain_ms is None or tokens == answers:
+            return plain_ms, 0.0
+        return plain_ms / answers, (elapsed_ms - plain_ms) / (tokens - answers)
 
     def _attempt(self, answer: AnswerT, gain: Callable[[], Delta]) -> Iterator[Gain[AnswerT]]:
         try:

@@ -74,6 +74,30 @@ class AnswerPool:
         return hash(tuple(tokens)) % len(self._places)
 
 
+class StepCosts:
+    """What steps take by the number of tokens computed in them: running means, in milliseconds."""
+
+    def __init__(self) -> None:
+        self._means: dict[int, float] = {}
+
+    def learn(self, tokens: int, elapsed_ms: float) -> None:
+        """Take what a step of so many tokens took."""
+        mean = self._means.get(tokens, elapsed_ms)
+        self._means[tokens] = mean + (elapsed_ms - mean) * LATEST
+
+    def of(self, tokens: int) -> float | None:
+        """Return what a step of so many tokens takes, between others if none has been of as many.
+
+        None where all were of more, or all of fewer.
+        """
+        fewer = max((known for known in self._means if known <= tokens), default=None)
+        more = min((known for known in self._means if known >= tokens), default=None)
+        if fewer is None or more is None:
+            return None
+        below, above = self._means[fewer], self._means[more]
+        return below + (above - below) * (tokens - fewer) / max(more - fewer, 1)
+
+
 class Payoff:
     """Whether drafts of one kind gain time. Where they do not they pause, ever longer."""
 
@@ -118,7 +142,6 @@ class Drafts:
         self._length = FIRST_DRAFT
         self._tokens: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}
-        self._plain_ms = 0.0
         self._forcing, self._looking, self._going_on = Payoff(), Payoff(), Payoff()
         self._forced = 0  # tokens of the latest draft
         self._followed = 0
@@ -171,17 +194,18 @@ class Drafts:
                 return self._tokens[place : place + most]
         return self._pool.find(latest, most) if self._pool else []
 
-    def learn(self, drafted: int, gained: int, elapsed_ms: float) -> None:
+    def learn(
+        self, drafted: int, gained: int, plain_ms: float | None = None, each_ms: float = 0.0
+    ) -> None:
         """Take the result of a step.
 
         Args:
-            drafted: tokens of the draft; 0 for a plain step.
+            drafted: tokens of the draft; 0 for a plain step, of which there is nothing to learn.
             gained: tokens of the answer that the step gave, at least 1.
-            elapsed_ms: what it took.
+            plain_ms: what a token takes without drafts; None where that is not known.
+            each_ms: what each drafted token took.
         """
         if not drafted:
-            share = LATEST if self._plain_ms else 1
-            self._plain_ms += (elapsed_ms - self._plain_ms) * share
             return
         forced = min(self._forced, drafted)
         looked_up = drafted - forced
@@ -189,12 +213,11 @@ class Drafts:
             self._length = min(2 * self._length + 1, self._max_draft)  # a step of twice as many
         elif gained > forced:
             self._length = max(FIRST_DRAFT, gained - forced)
-        if not self._plain_ms:
+        if plain_ms is None:
             return
-        each_ms = (elapsed_ms - self._plain_ms) / drafted
         right = gained - 1
         if forced:
-            self._forcing.learn(min(right, forced) * self._plain_ms - forced * each_ms)
+            self._forcing.learn(min(right, forced) * plain_ms - forced * each_ms)
         if looked_up:
             looking = self._going_on if forced else self._looking
-            looking.learn(max(right - forced, 0) * self._plain_ms - looked_up * each_ms)
+            looking.learn(max(right - forced, 0) * plain_ms - looked_up * each_ms)
