@@ -493,8 +493,8 @@ void row_bf16(const Matrix& matrix, const std::uint8_t* panel, const Block& x, f
 // --- matrix times a block of tokens --------------------------------------------------------------
 
 /// Registers of output lanes that so many tokens take at once: those of one panel where the tokens
-/// are few, and reading the weights is what takes the time, as a processor follows one stream better
-/// than two; those of both panels where there is enough to compute.
+/// are few, and reading the weights is what takes the time, as a processor follows one stream
+/// better than two; those of both panels where there is enough to compute.
 constexpr int tile_registers(int tokens) {
   return registers_for(tokens, tokens <= 8 ? kRegisters : 2 * kRegisters);
 }

@@ -211,10 +211,13 @@ def test_a_full_disk_leaves_nothing_behind(kept, directory, monkeypatch):
         written.append(specs)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(keeping, "write_file", write_file)
-    kept.put("features", "one", lambda: values(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "write_file", write_file)
+        kept.put("features", "one", lambda: values(1))
     assert written
     assert files(directory) == []
+    kept.put("features", "one", lambda: values(1))  # there is room again
+    assert has(kept, "one")
 
 
 def test_without_memory_nothing_is_kept_or_read(kept, directory, monkeypatch):

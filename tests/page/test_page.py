@@ -109,7 +109,8 @@ def test_turns_follow_one_another(echo):
     second = talk(echo, "two")
     assert [turn.reply for turn in echo.turns] == ["ONE", "TWO"]
     assert first.answer.text == "ONE"
-    assert echo.script.calls[0] == {"text": "one", "images": [], "frames": 8, "seed": 4}
+    asked = {"text": "one", "images": [], "frames": 8, "frame_threshold": 0.0, "seed": 4}
+    assert echo.script.calls[0] == asked
     assert echo.turns == [first, second]
 
 
@@ -828,7 +829,8 @@ def test_the_checkpoint_s_defaults_are_where_the_sliders_begin(browser):
     assert said.count("Default: the model's generation_config.json") == len(own)
     first, second = script.calls
     rest = {"max_tokens": 100, "frequency_penalty": 0, "presence_penalty": 0, "seed": None}
-    assert first == {"text": "one", "images": [], "frames": 8, **own, **rest}
+    rest |= {"images": [], "frames": 8, "frame_threshold": 0}
+    assert first == {"text": "one", **own, **rest}
     assert second == first | {"text": "two", "temperature": 0.85}
 
 

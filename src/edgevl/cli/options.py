@@ -21,8 +21,8 @@ Decorator: TypeAlias = Callable[[Function], Function]
 
 #: A file or directory, which need not be there.
 FILE = click.Path(path_type=Path)
-#: ``DEFAULT_FRAMES`` and ``MAX_SAMPLED`` of ``edgevl.preprocess.video``.
-DEFAULT_FRAMES, MAX_FRAMES = 8, 256
+#: ``DEFAULT_FRAMES``, ``MAX_SAMPLED`` and ``MAX_DIFFERENCE`` of ``edgevl.preprocess.video``.
+DEFAULT_FRAMES, MAX_FRAMES, MAX_DIFFERENCE = 8, 256, 255
 
 
 def as_unicode(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
@@ -248,7 +248,7 @@ answer_options = _together(
         ),
         click.option(
             "--frame-threshold",
-            type=click.FloatRange(0, 255),
+            type=click.FloatRange(0, MAX_DIFFERENCE),
             default=0.0,
             show_default=True,
             metavar="T",

@@ -35,6 +35,8 @@ HEADER_BYTES = 1024
 
 #: Names of files that are written here; others are left alone.
 _NAME = re.compile(r"[a-z]+-[0-9a-f]{32}\.safetensors")
+#: Failures of writing that may be over the next time.
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
 _UNFINISHED_NAME = re.compile(re.escape(UNFINISHED) + "[0-9a-f]{16}")
 
 log = logging.getLogger(__name__)
@@ -101,8 +103,9 @@ class Kept:
                 os.fchmod(file.fileno(), 0o600)
                 _write(file, array)
         except (OSError, MemoryError) as error:  # read-only, or the disk is full
-            log.info("%s: not written (%s), nothing more is kept", path, error)
-            self._refused = True
+            log.info("%s: not written (%s)", path, error)
+            # A full disk and too little memory pass; a read-only directory is tried once.
+            self._refused = isinstance(error, OSError) and error.errno not in _PASSING
 
     def _path(self, kind: str, key: str) -> Path:
         name = hashlib.sha256(f"{self._models[kind]} {key}".encode()).hexdigest()[:32]

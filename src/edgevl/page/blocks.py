@@ -45,6 +45,9 @@ with needs("ui"):
     from starlette.routing import Mount
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+#: Where the slider of differences ends. At half of it answers about films change already
+#: (docs/performance.md).
+LARGEST_THRESHOLD = 40
 #: Answers at a time, and questions that wait for their turn; more are refused.
 MOST_ANSWERING, MOST_WAITING = 16, 64
 #: Uploads are deleted when they are this old, and it is looked so often, seconds.
@@ -358,6 +361,14 @@ def _settings(
         controls["frames"] = gr.Slider(
             1, MAX_SAMPLED, DEFAULT_FRAMES, step=1, label=labels("frames")
         )
+        controls["frame_threshold"] = gr.Slider(
+            0,
+            LARGEST_THRESHOLD,
+            0,
+            step=1,
+            label=labels("frame_threshold"),
+            info=labels("frame_threshold_is"),
+        )
     with gr.Accordion(labels("more"), open=any(name in sampling for name in _RARE)):
         controls |= {name: slider(name) for name in _SLIDERS if name in _RARE}
     gr.Markdown(labels("next"))
@@ -370,6 +381,7 @@ def _settings(
             thinking=_THINKING[given.pop("thinking")],
             max_tiles=None if tiles is None else int(tiles),
             frames=int(given.pop("frames", DEFAULT_FRAMES)),
+            frame_threshold=float(given.pop("frame_threshold", 0)),
             sampling=given
             | {name: int(given[name]) for name in given if OPTIONS[name].kind == "integer"}
             | {"seed": None if seed is None or seed < 0 else seed},

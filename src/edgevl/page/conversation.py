@@ -41,6 +41,7 @@ class Settings:
         thinking: let the model think first; None leaves it to its template.
         max_tiles: most tiles of a picture; None for the model's own number.
         frames: taken of each video.
+        frame_threshold: a frame that differs by less from the last one shown is that one again.
         sampling: fields of `edgevl.generate.SamplingParams`.
     """
 
@@ -48,6 +49,7 @@ class Settings:
     thinking: bool | None = None
     max_tiles: int | None = None
     frames: int = DEFAULT_FRAMES
+    frame_threshold: float = 0.0
     sampling: dict[str, Any] = field(default_factory=dict)
 
 
@@ -168,7 +170,13 @@ class Conversation:
         session.max_tiles = settings.max_tiles
         try:
             _check(turn)
-            answer = session.answer(turn, before, settings.frames, **settings.sampling)
+            answer = session.answer(
+                turn,
+                before,
+                settings.frames,
+                frame_threshold=settings.frame_threshold,
+                **settings.sampling,
+            )
             with closing(answer):
                 yield
                 for _ in answer:

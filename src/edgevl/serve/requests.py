@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from edgevl.options import MAX_BIASES, OPTIONS, Option
+from edgevl.preprocess.video import MAX_DIFFERENCE, MAX_SAMPLED
 from edgevl.serve.errors import NOT_OFFERED, ApiError
 
 logger = logging.getLogger("edgevl.serve")
@@ -402,10 +403,10 @@ class ChatRequest(Sampling):
         None, description="Think before answering, or not; default: as the chat template has it."
     )
     chat_template_kwargs: TemplateArguments | None = None
-    frames: Annotated[Whole, Field(ge=1, le=256)] | None = Field(
+    frames: Annotated[Whole, Field(ge=1, le=MAX_SAMPLED)] | None = Field(
         None, description="Frames shown of each video."
     )
-    frame_threshold: Annotated[float, Field(ge=0, le=255)] | None = Field(
+    frame_threshold: Annotated[float, Field(ge=0, le=MAX_DIFFERENCE)] | None = Field(
         None,
         description="A frame that differs by less from the last one shown, in any patch on average "
         "and of 255, is that one again; default: 0, all are shown as they are.",
