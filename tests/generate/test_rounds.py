@@ -85,6 +85,24 @@ def test_an_answer_that_fails_has_ended(model, monkeypatch):
     assert rounds.under_way == []
 
 
+def test_an_answer_that_fails_to_draft_ends_alone(model, monkeypatch):
+    rounds = Rounds(model.engine, 2)
+    first, second = both = [answering(model, "Go on"), answering(model, "x")]
+    for answer in both:
+        assert rounds.start(answer)
+    while len(set(gains(rounds))) < 2:  # both decode
+        pass
+    monkeypatch.setattr(first, "following", raising(EdgeVLError("no")))
+    gained = dict(rounds.step())
+    assert str(gained[first]) == "no"
+    assert gained[second].token_ids
+    assert rounds.under_way == [second]
+    monkeypatch.setattr(second, "following", raising(EdgeVLError("neither")))
+    [(failed, error)] = rounds.step()
+    assert (failed, str(error)) == (second, "neither")
+    assert rounds.under_way == []
+
+
 def test_a_prompt_that_fails_ends_no_other_answer(model, monkeypatch):
     expected = model.ask("Go on", max_tokens=20).token_ids
     rounds = Rounds(model.engine, 2)

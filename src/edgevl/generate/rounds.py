@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
@@ -109,23 +109,24 @@ class Rounds(Generic[AnswerT]):
 
     def _advance(self, reading: AnswerT | None, answers: list[AnswerT]) -> Iterator[Gain[AnswerT]]:
         """Compute the next tokens of each answer, and the next positions of a prompt."""
-        following = self._following(answers)
-        tokens = sum(map(len, following))
+        following = yield from self._following(answers)
+        if reading is None and not following:
+            return
+        tokens = sum(len(ids) for _, ids in following)
         part = None if reading is None else self._part(reading, tokens)
         before_ms = self._engine.timings().prefill_ms
         begun = time.perf_counter()
         try:
-            logits = advance(
-                [(answer.slot, ids) for answer, ids in zip(answers, following, strict=True)], part
-            )
+            logits = advance([(answer.slot, ids) for answer, ids in following], part)
         except Exception as error:
             # Beside a prompt the answers have lost nothing: they go on in the next round without.
-            for answer in answers if reading is None else [reading]:
+            failed = [answer for answer, _ in following] if reading is None else [reading]
+            for answer in failed:
                 yield from self._gained(answer, error)
             return
         plain_ms, each_ms = None, 0.0
         if reading is None:
-            plain_ms, each_ms = self._cost(len(answers), tokens, time.perf_counter() - begun)
+            plain_ms, each_ms = self._cost(len(following), tokens, time.perf_counter() - begun)
         else:
             assert part is not None
             read = logits.pop()
@@ -134,7 +135,7 @@ class Rounds(Generic[AnswerT]):
                 self._prefilling.remove(reading)
                 self._decoding.append(reading)
                 yield from self._attempt(reading, partial(reading.begin, read))
-        for answer, rows in zip(answers, logits, strict=True):
+        for (answer, _), rows in zip(following, logits, strict=True):
             yield from self._attempt(answer, partial(answer.take, rows, plain_ms, each_ms))
 
     def _part(self, reading: AnswerT, others: int) -> Reading:
@@ -145,15 +146,21 @@ class Rounds(Generic[AnswerT]):
             count = min(count, max(self._engine.chunk - others, 1))
         return Reading(reading.slot, reading.unread[:count], count == len(reading.unread))
 
-    def _following(self, answers: list[AnswerT]) -> list[list[int]]:
+    def _following(
+        self, answers: list[AnswerT]
+    ) -> Generator[Gain[AnswerT], None, list[tuple[AnswerT, list[int]]]]:
         """Return the latest token of each answer, and what is drafted of those after it."""
         left = MOST_DRAFTED
-        following: dict[int, list[int]] = {}
+        found: dict[int, list[int]] = {}
         self._first = (self._first + 1) % max(len(answers), 1)  # who drafts first, in turn
         for number in [*range(self._first, len(answers)), *range(self._first)]:
-            following[number] = answers[number].following(min(left, self._engine.max_draft))
-            left -= len(following[number]) - 1
-        return [following[number] for number in range(len(answers))]
+            try:
+                found[number] = answers[number].following(min(left, self._engine.max_draft))
+            except Exception as error:
+                yield from self._gained(answers[number], error)
+            else:
+                left -= len(found[number]) - 1
+        return [(answers[number], found[number]) for number in sorted(found)]
 
     def _cost(self, answers: int, tokens: int, elapsed_s: float) -> tuple[float | None, float]:
         """Learn from a step: -> what a token would take without drafts, what a drafted one took."""
