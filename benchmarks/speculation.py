@@ -138,8 +138,10 @@ def measure_answers(
     steps: list[tuple[int, int, int]] = []
 
     class Recorder(Drafts):
-        def draft(self, most: int, forced: Sequence[int] = ()) -> list[int]:
-            return super().draft(most, forced if with_forced else ())
+        def draft(
+            self, most: int, forced: Sequence[int] = (), looked_up: int | None = None
+        ) -> list[int]:
+            return super().draft(most, forced if with_forced else (), looked_up)
 
         def learn(
             self, drafted: int, gained: int, plain_ms: float | None = None, each_ms: float = 0.0
@@ -185,8 +187,10 @@ def measure_together(
     """
 
     class Unforced(Drafts):
-        def draft(self, most: int, forced: Sequence[int] = ()) -> list[int]:
-            return super().draft(most)
+        def draft(
+            self, most: int, forced: Sequence[int] = (), looked_up: int | None = None
+        ) -> list[int]:
+            return super().draft(most, (), looked_up)
 
     ways: dict[str, tuple[int, type[Drafts]]] = {
         "no drafts": (0, Drafts),

@@ -111,6 +111,8 @@ def test_what_is_forced_comes_first_and_is_looked_up_from():
     assert drafts.draft(9, [6, 7]) == [6, 7]  # which are not telling enough by themselves
     assert drafts.draft(3, [3, 4]) == [3, 4, 5]
     assert drafts.draft(1, [3, 4]) == [3]
+    assert drafts.draft(9, [3, 4], 1) == [3, 4, 5]
+    assert drafts.draft(9, [3, 4], 0) == [3, 4]
     assert Drafts([1, 2, 3], 0).draft(9, [2, 3]) == []
 
 

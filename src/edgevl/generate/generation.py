@@ -216,8 +216,11 @@ class Generation:
         self._ttft_ms = 1000 * (time.perf_counter() - self._started)
         return delta
 
-    def following(self, most_drafted: int) -> list[int]:
-        """Return what is to be computed next: `latest`, and up to so many tokens as a draft."""
+    def following(self, most_drafted: int, looked_up: int | None = None) -> list[int]:
+        """Return what is to be computed next: `latest`, and up to so many tokens as a draft.
+
+        ``looked_up`` bounds those of them that no form forces; see `Drafts.draft`.
+        """
         self._draft = []
         if most_drafted:
             if self._drafts is None:
@@ -226,7 +229,7 @@ class Generation:
             self._drafts.follow(self._token_ids)
             # The last token of an answer is never computed.
             most = min(most_drafted, self._room - len(self._token_ids) - 1)
-            draft = self._drafts.draft(most, self._sampler.foreseen())
+            draft = self._drafts.draft(most, self._sampler.foreseen(), looked_up)
             self._draft = self._sampler.allowed(draft)
         return [self.latest, *self._draft]
 

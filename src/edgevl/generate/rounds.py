@@ -16,8 +16,7 @@ AnswerT = TypeVar("AnswerT", bound=Generation)
 #: An answer, and what it has gained or why it failed.
 Gain: TypeAlias = tuple[AnswerT, Delta | Exception]
 
-#: Most tokens that are drafted for all answers of a round. From there on a drafted token costs as
-#: much as any other, since it is no longer reading the weights that takes the time.
+#: Most tokens that are drafted for all answers of a round, where their forms force them.
 MOST_DRAFTED = 24
 
 
@@ -150,16 +149,21 @@ class Rounds(Generic[AnswerT]):
         self, answers: list[AnswerT]
     ) -> Generator[Gain[AnswerT], None, list[tuple[AnswerT, list[int]]]]:
         """Return the latest token of each answer, and what is drafted of those after it."""
+        most = self._engine.max_draft
         left = MOST_DRAFTED
+        # What is looked up may be wrong, and fills up what a step computes for little more.
+        looked_up = max(most + 1 - len(answers), 0)
         found: dict[int, list[int]] = {}
         self._first = (self._first + 1) % max(len(answers), 1)  # who drafts first, in turn
         for number in [*range(self._first, len(answers)), *range(self._first)]:
             try:
-                found[number] = answers[number].following(min(left, self._engine.max_draft))
+                found[number] = answers[number].following(min(left, most), looked_up)
             except Exception as error:
                 yield from self._gained(answers[number], error)
             else:
-                left -= len(found[number]) - 1
+                drafted = len(found[number]) - 1
+                left -= drafted
+                looked_up = max(looked_up - drafted, 0)
         return [(answers[number], found[number]) for number in sorted(found)]
 
     def _cost(self, answers: int, tokens: int, elapsed_s: float) -> tuple[float | None, float]:

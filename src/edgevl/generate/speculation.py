@@ -166,19 +166,23 @@ class Drafts:
                 self._next[tuple(self._tokens[-length:])] = place
         self._tokens.append(token_id)
 
-    def draft(self, most: int, forced: Sequence[int] = ()) -> list[int]:
+    def draft(
+        self, most: int, forced: Sequence[int] = (), looked_up: int | None = None
+    ) -> list[int]:
         """Return tokens that may come next: none, or up to ``most``.
 
         Args:
             most: as many as are of use.
             forced: what the answer's form lets come next, with which the draft begins.
+            looked_up: how many of them may be looked up; as many as there is room for by default.
         """
         most = min(most, self._max_draft)
         if most <= 0:
             return []
+        looked_up = most if looked_up is None else looked_up
         draft = list(forced[:most]) if forced and self._forcing.promises() else []
         self._forced = len(draft)
-        found = self._look_up(draft, min(self._length, most - len(draft)))
+        found = self._look_up(draft, min(self._length, most - len(draft), looked_up))
         looking = self._going_on if draft else self._looking
         return draft + found if found and looking.promises() else draft
 
