@@ -140,14 +140,12 @@ void Gemm::multiply(Worker& worker, const Linear& linear, const Blocks& x, int t
   }
   const auto row = kernels_.row[static_cast<int>(matrix.format)];
   const Block token = block(x, matrix, 0, 1);
-  alignas(kLineBytes) float tile[kPair];
-  const auto [begin, end] = worker.share(pairs);
-  for (int pair = begin; pair < end; ++pair) {
+  worker.each(pairs, [&](int pair) {
+    alignas(kLineBytes) float tile[kPair];
     row(matrix, matrix.panel(2 * pair), token, tile);
     row(matrix, matrix.panel(2 * pair + 1), token, tile + kLanes);
     apply_epilogue(tile, 1, linear, pair, 0, output);
-  }
-  worker.barrier();
+  });
 }
 
 /// Two panels times some blocks.

@@ -66,8 +66,7 @@ class Gemm {
 
   /// One linear layer. All workers call it alike; ends with a barrier.
   ///
-  /// One token: each worker streams its own contiguous share of the weights. More: workers claim
-  /// pairs of panels and take all tokens through each while it is in their cache.
+  /// Workers claim pairs of panels and take all tokens through each while it is in their cache.
   void run(Worker& worker, const Linear& linear, const Input& input, const Output& output);
 
   /// Both layers of an MLP, likewise. What comes out of the activation is quantized group by group

@@ -51,13 +51,18 @@ long process_id() {
 }  // namespace
 
 struct ThreadPool::State {
+  /// Item of a worker's share that the next claim gets.
+  struct alignas(64) Next {
+    std::atomic<int> item{0};
+  };
+
   // Each counter has a cache line of its own: workers spin on one while others write the next.
-  alignas(64) std::atomic<int> next{0};               ///< item that the next claim gets
   alignas(64) std::atomic<int> arrived{0};            ///< workers at the current barrier
   alignas(64) std::atomic<std::uint32_t> passed{0};   ///< barriers passed; wraps around
   alignas(64) std::atomic<std::uint32_t> started{0};  ///< steps started; wraps around
 
   alignas(64) int size = 1;
+  std::vector<Next> next;  ///< of each worker
   long process = process_id();
   std::mutex turn;                                     ///< held by the caller whose step runs
   const std::function<void(Worker&)>* step = nullptr;  ///< null: leave
@@ -95,11 +100,17 @@ struct ThreadPool::State {
   }
 };
 
-int Worker::claim() { return pool_.state_->next.fetch_add(1, std::memory_order_relaxed); }
+/// Returns the next item of a worker's share of `count`; from `count` on if there is none.
+int Worker::claim(int rank, int count) {
+  auto& item = pool_.state_->next[rank].item;
+  // Of shares that are through the line is only read: it stays where it is.
+  if (item.load(std::memory_order_relaxed) >= count) return count;
+  return item.fetch_add(1, std::memory_order_relaxed);
+}
 
-Worker::Range Worker::share(int n) const {
-  auto edge = [&](int rank) { return static_cast<int>(static_cast<long long>(n) * rank / size_); };
-  return {edge(rank_), edge(rank_ + 1)};
+Worker::Range Worker::share(int n, int rank) const {
+  auto edge = [&](int r) { return static_cast<int>(static_cast<long long>(n) * r / size_); };
+  return {edge(rank), edge(rank + 1)};
 }
 
 void Worker::barrier() {
@@ -110,7 +121,7 @@ void Worker::barrier() {
     return;
   }
   // Nobody claims or arrives while the others wait for the last one.
-  state.next.store(0, std::memory_order_relaxed);
+  for (auto& next : state.next) next.item.store(0, std::memory_order_relaxed);
   state.arrived.store(0, std::memory_order_relaxed);
   state.passed.fetch_add(1, std::memory_order_release);
   state.passed.notify_all();
@@ -123,6 +134,7 @@ ThreadPool::ThreadPool(int threads) {
   }
   state_ = std::make_unique<State>();
   state_->size = threads;
+  state_->next = std::vector<State::Next>(threads);
   try {
     for (int rank = 1; rank < threads; ++rank) {
       state_->threads.emplace_back(&State::work, state_.get(), Worker(*this, rank, threads));

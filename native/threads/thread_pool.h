@@ -27,19 +27,25 @@ class Worker {
   struct Range {
     int begin, end;
   };
-  Range share(int n) const;
+  Range share(int n) const { return share(n, rank_); }
 
-  /// Calls body(i) once for every i in [0, n), each on whichever worker is free; then a barrier.
+  /// Calls body(i) once for every i in [0, n); then a barrier. A worker goes through its share, and
+  /// then takes from those of others who are not through: so what it reads is mostly contiguous.
   template <class Body>
   void each(int n, Body&& body) {
-    for (int i; (i = claim()) < n;) body(i);
+    for (int other = 0; other < size_; ++other) {
+      const int rank = (rank_ + other) % size_;
+      const auto [begin, end] = share(n, rank);
+      for (int i; (i = begin + claim(rank, end - begin)) < end;) body(i);
+    }
     barrier();
   }
 
  private:
   friend class ThreadPool;
   Worker(ThreadPool& pool, int rank, int size) : pool_(pool), rank_(rank), size_(size) {}
-  int claim();
+  Range share(int n, int rank) const;
+  int claim(int rank, int count);
 
   ThreadPool& pool_;
   int rank_, size_;
