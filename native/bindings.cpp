@@ -407,7 +407,7 @@ Floats encode(HeldVision& self, const Array& pixels) {
 std::pair<Matrix, std::uint8_t*> target(Format format, int cols, int group,
                                         nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig>& out) {
   Matrix matrix = describe(format, 1, cols, group);
-  const std::size_t pair = 2 * matrix.panel_bytes();
+  const std::size_t pair = matrix.bytes();  // of panels, as all rows are padded to
   if (out.size() == 0 || out.size() % pair != 0 || out.size() / pair > 1 << 20) {
     fail("out has " + std::to_string(out.size()) + " bytes, expected a multiple of " +
          std::to_string(pair));
@@ -518,6 +518,12 @@ NB_MODULE(_native, m) {
       "packed_bytes",
       [](const std::string& format, int rows, int cols, int group) {
         return describe(parse_format(format), rows, cols, group).bytes();
+      },
+      "format"_a, "rows"_a, "cols"_a, "group"_a);
+  m.def(
+      "product_bytes",
+      [](const std::string& format, int rows, int cols, int group) {
+        return describe(parse_format(format), rows, cols, group).panels_bytes();
       },
       "format"_a, "rows"_a, "cols"_a, "group"_a);
   m.def("pack", &pack_plain, "format"_a, "weight"_a, "dtype"_a, "group"_a, "out"_a.noconvert(),

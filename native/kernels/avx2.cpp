@@ -127,6 +127,12 @@ inline Bytes low_nibbles(Bytes x) { return {_mm256_and_si256(x.bits, _mm256_set1
 inline Bytes high_nibbles(Bytes x) {
   return {_mm256_and_si256(_mm256_srli_epi16(x.bits, 4), _mm256_set1_epi8(15))};
 }
+template <int k>
+inline Bytes crumbs(Bytes x) {
+  const __m256i doubled =
+      k == 0 ? _mm256_slli_epi16(x.bits, 1) : _mm256_srli_epi16(x.bits, k == 0 ? 0 : 2 * k - 1);
+  return {_mm256_and_si256(doubled, _mm256_set1_epi8(6))};
+}
 /// In assembly, so that the word is broadcast once for all registers of weights.
 inline Bytes broadcast_bytes(const std::uint32_t* word) {
   Bytes x;

@@ -88,6 +88,12 @@ inline Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.bits, _mm512_set1
 inline Bytes high_nibbles(Bytes x) {
   return {_mm512_and_si512(_mm512_srli_epi16(x.bits, 4), _mm512_set1_epi8(15))};
 }
+template <int k>
+inline Bytes crumbs(Bytes x) {
+  const __m512i doubled =
+      k == 0 ? _mm512_slli_epi16(x.bits, 1) : _mm512_srli_epi16(x.bits, k == 0 ? 0 : 2 * k - 1);
+  return {_mm512_and_si512(doubled, _mm512_set1_epi8(6))};
+}
 /// In assembly, so that the word is broadcast once for all registers of weights. Left to itself,
 /// GCC gives every product a load of its own, or keeps a tile's sums in two places and spills them.
 inline Bytes broadcast_bytes(const std::uint32_t* word) {

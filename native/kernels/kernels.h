@@ -80,14 +80,18 @@ struct Kernels {
   /// Rounds rows to bfloat16, nearest even; otherwise as `quantize`.
   void (*round)(const float* x, std::size_t stride, int cols, const Block& out);
 
-  // --- matrix products: float32 out; scales applied; no bias ---
+  // --- matrix products: float32 out; scales applied; no bias; of kSplit the upper parts ---
 
   /// One token: out[16] = a panel times the only token of the block. By Format.
-  void (*row[3])(const Matrix& matrix, const std::uint8_t* panel, const Block& x, float* out);
+  void (*row[4])(const Matrix& matrix, const std::uint8_t* panel, const Block& x, float* out);
 
   /// A block: out[tokens][32] = two panels that lie one after the other times the block. By Format.
   /// `out` is 64-byte aligned.
-  void (*tile[3])(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out);
+  void (*tile[4])(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out);
+
+  /// What the lower parts of a row of kSplit add to its product with x [cols], up to the columns
+  /// that x has.
+  float (*lower)(const Matrix& matrix, int row, const float* x, int cols);
 
   /// Does to each of the first `tokens` rows of a tile y[tokens][32] what `epilogue` says.
   void (*apply_epilogue)(const float* tile, int tokens, const Epilogue& epilogue);
@@ -126,6 +130,8 @@ struct Kernels {
                      float* out);
   /// Rotary embedding in place, halves paired: x [head_dim], cos and sin [head_dim / 2].
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim);
+  /// The largest of x [n]; if one is NaN, that, or the largest of some of the others.
+  float (*largest)(const float* x, int n);
   /// Inner product of a row in bfloat16 with a float32 vector, in float32.
   float (*dot_bf16)(const std::uint16_t* row, const float* x, int n);
 

@@ -27,6 +27,7 @@
 //   store_bytes, store_bf16  the low byte of each lane; Floats rounded to nearest even
 //   load_bytes, either       any register of bytes; bitwise or
 //   low_nibbles, high_nibbles, bytes_int8, broadcast_bytes
+//   crumbs<k>                twice the two bits 2 k and 2 k + 1 of each byte, k from 0 to 3
 //   dot4                     (Ints sums, Bytes weights, Bytes signed activations)
 //   load_pairs, broadcast_pairs
 //   load_int8_pairs          kWidth int8 that are the first of each pair, then the second ones
@@ -40,7 +41,7 @@
 //   kBroadcastingDot         whether a word that is used once is best broadcast by the product, by
 //   dot4                     (Ints sums, Bytes weights, pointer to the word)
 //   kPairsOfTokens           whether tokens of a tile are best multiplied in pairs, by
-//   add_int4_pairs, add_int8_pairs   as add_int4 and add_int8 below
+//   add_int4_pairs, add_int8_pairs, add_split_pairs   as those below
 //
 // The files are compiled with flags of their own. Nothing here may therefore be visible outside of
 // the file, or the linker could take it for a processor that lacks the instructions: everything is
@@ -302,6 +303,36 @@ EDGEVL_INLINE void add_products(Ints (&sums)[T][R], const Bytes (&weights)[R],
   }
 }
 
+/// Adds the products of weights of up to 4 bits with words [T], and of others with the next T.
+template <int T, int R>
+EDGEVL_INLINE void add_both(Ints (&sums)[T][R], const Bytes (&first)[R], const Bytes (&second)[R],
+                            const std::uint32_t* words) {
+  if constexpr (kBothNibbles) {
+    EDGEVL_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const Bytes x = broadcast_bytes(words + t), y = broadcast_bytes(words + T + t);
+      EDGEVL_UNROLL
+      for (int r = 0; r < R; ++r) sums[t][r] = dot8(sums[t][r], first[r], second[r], x, y);
+    }
+  } else {
+    add_products(sums, first, words);
+    add_products(sums, second, words + T);
+  }
+}
+
+/// Adds the products of the k-th and the next two bits of bytes.
+template <int k, int T, int R>
+EDGEVL_INLINE void add_crumbs(Ints (&sums)[T][R], const Bytes (&line)[R],
+                              const std::uint32_t* words) {
+  Bytes first[R], second[R];
+  EDGEVL_UNROLL
+  for (int r = 0; r < R; ++r) {
+    first[r] = crumbs<k>(line[r]);
+    second[r] = crumbs<k + 1>(line[r]);
+  }
+  add_both(sums, first, second, words);
+}
+
 /// Lines of kInt4; source[r] is the register's place in the first line, words are [2 * lines][T].
 /// `ahead` bytes are fetched ahead.
 template <int T, int R>
@@ -316,17 +347,23 @@ EDGEVL_INLINE void add_int4(Ints (&sums)[T][R], const std::uint8_t* const (&sour
       low[r] = low_nibbles(both);
       high[r] = high_nibbles(both);
     }
-    if constexpr (kBothNibbles) {
-      EDGEVL_UNROLL
-      for (int t = 0; t < T; ++t) {
-        const Bytes x = broadcast_bytes(words + t), y = broadcast_bytes(words + T + t);
-        EDGEVL_UNROLL
-        for (int r = 0; r < R; ++r) sums[t][r] = dot8(sums[t][r], low[r], high[r], x, y);
-      }
-    } else {
-      add_products(sums, low, words);
-      add_products(sums, high, words + T);
+    add_both(sums, low, high, words);
+  }
+}
+
+/// Lines of the upper parts of kSplit, doubled, likewise; words are [4 * lines][T].
+template <int T, int R>
+EDGEVL_INLINE void add_split(Ints (&sums)[T][R], const std::uint8_t* const (&source)[R], int lines,
+                             const std::uint32_t* words, std::ptrdiff_t ahead = kAhead) {
+  for (int i = 0; i < lines; ++i, words += 4 * T) {
+    Bytes line[R];
+    EDGEVL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if constexpr (T > 1) fetch(source[r] + i * kLineBytes, ahead);
+      line[r] = load_bytes(source[r] + i * kLineBytes);
     }
+    add_crumbs<0>(sums, line, words);
+    add_crumbs<2>(sums, line, words + 2 * T);
   }
 }
 
@@ -417,8 +454,42 @@ EDGEVL_INLINE void add_in_chains(Ints (&sums)[kChains][1][kRegisters], const std
   }
 }
 
-void row_int4(const Matrix& matrix, const std::uint8_t* panel, const Block& x, float* out) {
-  const int lines = matrix.group / 8;
+/// How the lines of a format with scales of groups are added up.
+template <Format>
+struct Lines {
+  static constexpr int kColumns = 8;
+  /// What their sums have too much where the activations' is x.
+  static EDGEVL_INLINE Ints offset(Ints x) { return shift_left(x, 3); }
+  template <int T, int R>
+  static EDGEVL_INLINE void add(Ints (&sums)[T][R], const std::uint8_t* const (&source)[R],
+                                int lines, const std::uint32_t* words, std::ptrdiff_t ahead) {
+    if constexpr (kPairsOfTokens && T > 1) {
+      add_int4_pairs(sums, source, lines, words);
+    } else {
+      add_int4(sums, source, lines, words, ahead);
+    }
+  }
+};
+template <>
+struct Lines<Format::kSplit> {
+  static constexpr int kColumns = 16;
+  static EDGEVL_INLINE Ints offset(Ints x) { return edgevl::add(shift_left(x, 1), x); }
+  template <int T, int R>
+  static EDGEVL_INLINE void add(Ints (&sums)[T][R], const std::uint8_t* const (&source)[R],
+                                int lines, const std::uint32_t* words, std::ptrdiff_t ahead) {
+    if constexpr (kPairsOfTokens && T > 1) {
+      add_split_pairs(sums, source, lines, words);
+    } else {
+      add_split(sums, source, lines, words, ahead);
+    }
+  }
+};
+
+template <Format kFormat>
+void row_of_groups(const Matrix& matrix, const std::uint8_t* panel, const Block& x, float* out) {
+  using Own = Lines<kFormat>;
+  constexpr int kWords = Own::kColumns / 4;
+  const int lines = matrix.group / Own::kColumns;
   const int groups = matrix.groups();
   const std::uint8_t* scales = panel;
   const std::uint8_t* source = panel + matrix.scale_bytes();
@@ -431,9 +502,10 @@ void row_int4(const Matrix& matrix, const std::uint8_t* panel, const Block& x, f
     Ints sums[kChains][1][kRegisters];
     EDGEVL_UNROLL
     for (auto& chain : sums) clear(chain, splat(0));
-    add_in_chains(sums, source, lines,
-                  [&](auto& one, auto& from, int i) { add_int4(one, from, 1, words + 2 * i); });
-    const Ints offset = shift_left(splat(x.sums[g]), 3);
+    add_in_chains(sums, source, lines, [&](auto& one, auto& from, int i) {
+      Own::add(one, from, 1, words + kWords * i, kAhead);
+    });
+    const Ints offset = Own::offset(splat(x.sums[g]));
     const Floats scale = splat(x.scales[g]);
     EDGEVL_UNROLL
     for (int r = 0; r < kRegisters; ++r) {
@@ -442,7 +514,7 @@ void row_int4(const Matrix& matrix, const std::uint8_t* panel, const Block& x, f
     }
     scales += 2 * kLanes;
     source += std::size_t(lines) * kLineBytes;
-    words += 2 * lines;
+    words += kWords * lines;
   }
   EDGEVL_UNROLL
   for (int r = 0; r < kRegisters; ++r) store(out + r * kWidth, total[r]);
@@ -540,22 +612,23 @@ EDGEVL_INLINE void add_scaled(const Ints (&sums)[T][R], const Floats (&weight_sc
   }
 }
 
-/// Starts a group's sums with what takes off the offset of the weights, 2^bits.
-template <int T, int R>
-EDGEVL_INLINE void start(Ints (&sums)[T][R], const std::int32_t* token_sums, int bits) {
+/// Starts a group's sums with what takes off the offset of the weights.
+template <int T, int R, class Offset>
+EDGEVL_INLINE void start(Ints (&sums)[T][R], const std::int32_t* token_sums, const Offset& of) {
   EDGEVL_UNROLL
   for (int t = 0; t < T; ++t) {
-    const Ints offset = subtract(splat(0), shift_left(splat(token_sums[t]), bits));
+    const Ints offset = subtract(splat(0), of(splat(token_sums[t])));
     EDGEVL_UNROLL
     for (int r = 0; r < R; ++r) sums[t][r] = offset;
   }
 }
 
-template <int T>
-EDGEVL_NOINLINE void tile_int4_of(const Matrix& matrix, const std::uint8_t* panels, const Block& x,
-                                  float* out) {
+template <Format kFormat, int T>
+EDGEVL_NOINLINE void tile_of_groups(const Matrix& matrix, const std::uint8_t* panels,
+                                    const Block& x, float* out) {
+  using Own = Lines<kFormat>;
   constexpr int R = tile_registers(T);
-  const int lines = matrix.group / 8;
+  const int lines = matrix.group / Own::kColumns;
   const int groups = matrix.groups();
   for (int first = 0; first < 2 * kRegisters; first += R, out += R * kWidth) {
     Place<R> place(matrix, panels, first, 2);
@@ -564,12 +637,8 @@ EDGEVL_NOINLINE void tile_int4_of(const Matrix& matrix, const std::uint8_t* pane
     const std::uint32_t* words = x.words;
     for (int g = 0; g < groups; ++g) {
       Ints sums[T][R];
-      start(sums, x.sums + g * T, 3);
-      if constexpr (kPairsOfTokens && T > 1) {
-        add_int4_pairs(sums, place.source, lines, words);
-      } else {
-        add_int4(sums, place.source, lines, words, tile_ahead<R>(matrix));
-      }
+      start(sums, x.sums + g * T, Own::offset);
+      Own::add(sums, place.source, lines, words, tile_ahead<R>(matrix));
       Floats scales[R];
       EDGEVL_UNROLL
       for (int r = 0; r < R; ++r) {
@@ -577,7 +646,7 @@ EDGEVL_NOINLINE void tile_int4_of(const Matrix& matrix, const std::uint8_t* pane
         place.source[r] += std::size_t(lines) * kLineBytes;
       }
       add_scaled(sums, scales, x.scales + g * T, g == 0, out);
-      words += 2 * lines * T;
+      words += Own::kColumns / 4 * lines * T;
     }
   }
 }
@@ -596,7 +665,7 @@ EDGEVL_NOINLINE void tile_int8_of(const Matrix& matrix, const std::uint8_t* pane
       if constexpr (kByteOffset == 0) {
         clear(sums, splat(0));
       } else {
-        start(sums, x.sums + g * T, 7);
+        start(sums, x.sums + g * T, [](Ints x) { return shift_left(x, 7); });
       }
       if constexpr (kPairsOfTokens && T > 1) {
         add_int8_pairs(sums, place.source, lines, words);
@@ -632,8 +701,10 @@ EDGEVL_NOINLINE void tile_bf16_of(const Matrix& matrix, const std::uint8_t* pane
   }
 }
 
-void tile_int4(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out) {
-  with_count(x.tokens, [&](auto t) { tile_int4_of<decltype(t)::value>(matrix, panels, x, out); });
+template <Format kFormat>
+void tile_of_groups(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out) {
+  with_count(x.tokens,
+             [&](auto t) { tile_of_groups<kFormat, decltype(t)::value>(matrix, panels, x, out); });
 }
 
 void tile_int8(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out) {
@@ -642,6 +713,41 @@ void tile_int8(const Matrix& matrix, const std::uint8_t* panels, const Block& x,
 
 void tile_bf16(const Matrix& matrix, const std::uint8_t* panels, const Block& x, float* out) {
   with_count(x.tokens, [&](auto t) { tile_bf16_of<decltype(t)::value>(matrix, panels, x, out); });
+}
+
+// --- the lower parts of kSplit -------------------------------------------------------------------
+
+float lower(const Matrix& matrix, int row, const float* x, int cols) {
+  const std::uint8_t* scales = matrix.lower(row);
+  const std::uint8_t* parts = scales + matrix.lower_scale_bytes();
+  float scale[kWidth];
+  float sums[kLanes] = {};
+  int group = -1, left = 0;  // columns of the group
+  const auto add_columns = [&](int c, const float* values) {
+    if (left == 0) {
+      ++group;
+      left = matrix.group;
+      if (group % kWidth == 0) store(scale, splat(0.5f) * load_half(scales + 2 * group));
+    }
+    left -= kLanes;
+    const float half = scale[group % kWidth];
+    const int bit = c / kLanes % 16 * 2;
+    std::uint32_t words[kLanes];
+    __builtin_memcpy(words, parts + c / 256 * kLineBytes, sizeof words);
+    for (int l = 0; l < kLanes; ++l) {
+      sums[l] += half * (float(std::int32_t(words[l] >> bit & 3)) - 1.5f) * values[l];
+    }
+  };
+  int c = 0;
+  for (; c + kLanes <= cols; c += kLanes) add_columns(c, x + c);
+  if (c < cols) {
+    float values[kLanes] = {};
+    for (int l = 0; c + l < cols; ++l) values[l] = x[c + l];
+    add_columns(c, values);
+  }
+  float total = 0;
+  for (float each : sums) total += each;
+  return total;
 }
 
 // --- attention -----------------------------------------------------------------------------------
@@ -1519,8 +1625,9 @@ constexpr Kernels table(const char* name) {
           kTokenBlock,
           quantize,
           round_rows,
-          {row_int4, row_int8, row_bf16},
-          {tile_int4, tile_int8, tile_bf16},
+          {row_of_groups<Format::kInt4>, row_int8, row_bf16, row_of_groups<Format::kSplit>},
+          {tile_of_groups<Format::kInt4>, tile_int8, tile_bf16, tile_of_groups<Format::kSplit>},
+          lower,
           apply_epilogue,
           {store_key_bf16, store_key_int8},
           {store_values_bf16, store_values_int8},
@@ -1530,6 +1637,7 @@ constexpr Kernels table(const char* name) {
           rms_norm,
           layer_norm,
           rotate,
+          largest_of,
           dot_bf16,
           read_bytes,
           multiply};

@@ -20,6 +20,7 @@ enum class Format : std::uint8_t {
   kInt4,  ///< symmetric, -8..7, a scale for each row and group of columns
   kInt8,  ///< symmetric, -127..127, a scale for each row
   kBf16,
+  kSplit,  ///< 4 bits with a scale for each row and group of columns, in two parts of 2 bits
 };
 
 /// A weight matrix [rows, cols], cut into panels of 16 rows that lie one after the other.
@@ -28,33 +29,59 @@ enum class Format : std::uint8_t {
 /// - kInt4: `groups` times 16 float16 scales, then cols / 8 lines; byte 4 r + t of line i has
 ///   w[r][8 i + t] + 8 in its low and w[r][8 i + 4 + t] + 8 in its high nibble;
 /// - kInt8: 16 float32 scales, then cols / 4 lines; byte 4 r + t of line i is w[r][4 i + t] + 128;
-/// - kBf16: cols / 2 lines; half-word 2 r + t of line i is w[r][2 i + t].
+/// - kBf16: cols / 2 lines; half-word 2 r + t of line i is w[r][2 i + t];
+/// - kSplit: `groups` times 16 float16 scales, then cols / 16 lines; byte 4 r + t of line i has the
+///   upper part of w[r][16 i + 4 j + t] in its bits 2 j and 2 j + 1, j from 0 to 3.
 ///
 /// Scales come padded to whole lines. Rows are padded to pairs of panels and columns to a multiple
 /// of `group` (kBf16: of 2), with zeros.
+///
+/// A number of kSplit is its scale times (2 upper - 3) + (lower - 1.5) / 2, both parts from 0 to 3.
+/// The panels alone are a matrix of 2 bits, which a product is taken with; what the lower parts add
+/// is computed for the rows where it matters. They follow the panels row by row: once more the
+/// row's `groups` scales, padded to whole lines, and 16 words for each 256 columns begun, of which
+/// word l has the lower part of column 16 j + l in its bits 2 j and 2 j + 1.
 struct Matrix {
   Format format = Format::kBf16;
   int rows = 0;   ///< output features, not padded
   int cols = 0;   ///< input features, padded
-  int group = 0;  ///< columns that share a scale of the activations and, in kInt4, of the weights;
-                  ///< divides cols; a multiple of 8 (kInt4) or 4 (kInt8); not used by kBf16
+  int group = 0;  ///< columns that share a scale of the activations and, in kInt4 and kSplit, of
+                  ///< the weights; divides cols; a multiple of 8 (kInt4), 4 (kInt8) or 16 (kSplit);
+                  ///< not used by kBf16
   const std::uint8_t* data = nullptr;  ///< 64-byte aligned
 
   [[gnu::always_inline]] int panels() const { return (rows + 2 * kLanes - 1) / (2 * kLanes) * 2; }
   [[gnu::always_inline]] int groups() const { return format == Format::kBf16 ? 1 : cols / group; }
   [[gnu::always_inline]] std::size_t scale_bytes() const {
     switch (format) {
-      case Format::kInt4: return (std::size_t(groups()) * 32 + 63) / 64 * 64;
+      case Format::kInt4:
+      case Format::kSplit: return (std::size_t(groups()) * 32 + 63) / 64 * 64;
       case Format::kInt8: return 64;
       default: return 0;
     }
   }
   [[gnu::always_inline]] std::size_t panel_bytes() const {
-    constexpr int kColumnsPerLine[] = {8, 4, 2};
+    constexpr int kColumnsPerLine[] = {8, 4, 2, 16};
     return scale_bytes() + std::size_t(cols / kColumnsPerLine[int(format)]) * kLineBytes;
   }
-  std::size_t bytes() const { return panels() * panel_bytes(); }
-  const std::uint8_t* panel(int index) const { return data + index * panel_bytes(); }
+  /// Bytes that a product reads.
+  std::size_t panels_bytes() const { return panels() * panel_bytes(); }
+  std::size_t bytes() const {
+    return panels_bytes() + (format == Format::kSplit ? panels() * kLanes * lower_bytes() : 0);
+  }
+  [[gnu::always_inline]] const std::uint8_t* panel(int index) const {
+    return data + index * panel_bytes();
+  }
+  /// The lower parts of a row of kSplit.
+  [[gnu::always_inline]] const std::uint8_t* lower(int row) const {
+    return data + panels() * panel_bytes() + row * lower_bytes();
+  }
+  [[gnu::always_inline]] std::size_t lower_bytes() const {
+    return lower_scale_bytes() + std::size_t(cols + 255) / 256 * kLineBytes;
+  }
+  [[gnu::always_inline]] std::size_t lower_scale_bytes() const {
+    return (std::size_t(groups()) * 2 + 63) / 64 * 64;
+  }
 };
 
 /// A block of tokens ready to be multiplied with a matrix: their words side by side, so that one

@@ -96,6 +96,17 @@ inline Bytes low_nibbles(Bytes x) { return vandq_s8(x, vdupq_n_s8(15)); }
 inline Bytes high_nibbles(Bytes x) {
   return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(x), 4));
 }
+template <int k>
+inline Bytes crumbs(Bytes x) {
+  const uint8x16_t bits = vreinterpretq_u8_s8(x);
+  uint8x16_t doubled;
+  if constexpr (k == 0) {
+    doubled = vshlq_n_u8(bits, 1);
+  } else {
+    doubled = vshrq_n_u8(bits, 2 * k - 1);
+  }
+  return vreinterpretq_s8_u8(vandq_u8(doubled, vdupq_n_u8(6)));
+}
 inline Bytes broadcast_bytes(const std::uint32_t* word) {
   return vreinterpretq_s8_u32(vld1q_dup_u32(word));
 }
@@ -186,6 +197,27 @@ inline __attribute__((always_inline)) void add_int4_pairs(Ints (&sums)[T][R],
       high[r] = high_nibbles(both);
     }
     pairs.add_products(low, high, words, words + T);
+  }
+  pairs.add_to(sums);
+}
+
+template <int T, int R>
+inline __attribute__((always_inline)) void add_split_pairs(Ints (&sums)[T][R],
+                                                           const std::uint8_t* const (&source)[R],
+                                                           int lines, const std::uint32_t* words) {
+  PairSums<T, R> pairs = {};
+  for (int i = 0; i < lines; ++i, words += 4 * T) {
+    Bytes part[4][R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Bytes line = load_bytes(source[r] + i * kLineBytes);
+      part[0][r] = crumbs<0>(line);
+      part[1][r] = crumbs<1>(line);
+      part[2][r] = crumbs<2>(line);
+      part[3][r] = crumbs<3>(line);
+    }
+    pairs.add_products(part[0], part[1], words, words + T);
+    pairs.add_products(part[2], part[3], words + 2 * T, words + 3 * T);
   }
   pairs.add_to(sums);
 }

@@ -211,6 +211,11 @@ inline Bytes high_nibbles(Bytes x) {
   EDGEVL_EACH(i, 4 * kWidth) x.at[i] >>= 4;
   return x;
 }
+template <int k>
+inline Bytes crumbs(Bytes x) {
+  EDGEVL_EACH(i, 4 * kWidth) x.at[i] = std::uint8_t(2 * (x.at[i] >> 2 * k & 3));
+  return x;
+}
 inline Ints dot4(Ints sums, const Bytes& weights, const Bytes& x) {
   EDGEVL_EACH(i, kWidth) {
     std::int32_t product = 0;

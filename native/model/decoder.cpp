@@ -46,7 +46,7 @@ DecoderWeights checked(DecoderWeights weights, const DecoderConfig& c) {
     require(layer.input_norm && layer.post_norm, name + " has no norm");
   }
   check_rows(weights.embedding, "embedding", c.vocab_size, c.hidden_size);
-  check_matrix(weights.head, "head", c.vocab_size, c.hidden_size);
+  check_matrix(weights.head, "head", c.vocab_size, c.hidden_size, true);
   if (weights.head_exact) {
     check_rows(*weights.head_exact, "head_exact", c.vocab_size, c.hidden_size);
   }

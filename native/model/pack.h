@@ -12,7 +12,7 @@
 
 namespace edgevl {
 
-/// "int4", "int8" or "bf16". Throws std::invalid_argument for anything else.
+/// "int4", "int8", "bf16" or "split". Throws std::invalid_argument for anything else.
 Format parse_format(const std::string& name);
 
 /// "BF16", "F16" or "F32". Throws std::invalid_argument for anything else.
@@ -54,7 +54,8 @@ struct Place {
 /// Packs rows by rounding to nearest.
 ///
 /// INT8: the scale of a row is its largest magnitude / 127. INT4: of five scales around the one
-/// that takes a group's largest magnitude to -8, the one with the least squared error.
+/// that takes a group's largest magnitude to -8, the one with the least squared error. kSplit: a
+/// group's largest magnitude / 9.4.
 ///
 /// `out` has the layout of `matrix`; rows beyond the source's in its last panel become zeros,
 /// panels that nothing is put into are left as they are. Throws std::invalid_argument where the

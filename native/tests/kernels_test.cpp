@@ -222,11 +222,13 @@ struct Weights {
         scale_of(r, 0) = value;
         for (int g = 1; g < matrix.groups(); ++g) scale_of(r, g) = value;
         std::memcpy(panel + 4 * lane, &value, 4);
-      } else if (format == Format::kInt4) {
+      } else if (format == Format::kInt4 || format == Format::kSplit) {
         for (int g = 0; g < matrix.groups(); ++g) {
-          const Half value = random_half();
+          // Numbers of kSplit are never zero: rows that pad it have scales of zero.
+          const Half value = format == Format::kInt4 || r < rows ? random_half() : Half{0, 0};
           scale_of(r, g) = value.value;
           std::memcpy(panel + 2 * (g * kLanes + lane), &value.bits, 2);
+          if (format == Format::kSplit) std::memcpy(lower(r) + 2 * g, &value.bits, 2);
         }
       }
       for (int c = 0; c < matrix.cols; ++c) {
@@ -235,6 +237,17 @@ struct Weights {
         if (format == Format::kInt4) {
           w = real ? whole(-8, 7) : 0;
           lines[c / 8 * 64 + 4 * lane + c % 4] |= int(w + 8) << (c % 8 < 4 ? 0 : 4);
+        } else if (format == Format::kSplit) {
+          const int upper = r % 3 == 0 ? 3 : whole(0, 3), part = whole(0, 3);
+          w = 2 * upper - 3;
+          lines[c / 16 * 64 + 4 * lane + c % 4] |= upper << c % 16 / 4 * 2;
+          std::uint32_t word;
+          std::uint8_t* at = lower(r) + matrix.lower_scale_bytes() + c / 256 * 64 + c % 16 * 4;
+          std::memcpy(&word, at, 4);
+          word |= std::uint32_t(part) << c % 256 / 16 * 2;
+          std::memcpy(at, &word, 4);
+          rest.resize(number.size());
+          rest[std::size_t(r) * matrix.cols + c] = (part - 1.5) / 2;
         } else if (format == Format::kInt8) {
           // Runs of the largest numbers would saturate 16-bit sums.
           w = real ? (r % 3 == 0 ? (r % 2 ? 127 : -127) : whole(-127, 127)) : 0;
@@ -247,10 +260,12 @@ struct Weights {
       }
     }
   }
+  std::uint8_t* lower(int row) { return data->data + (matrix.lower(row) - matrix.data); }
   double& scale_of(int row, int group) { return scale[std::size_t(row) * matrix.groups() + group]; }
 
   Matrix matrix;
   std::vector<double> number, scale;
+  std::vector<double> rest;  ///< kSplit: what the lower parts add to `number`
   std::unique_ptr<Aligned<std::uint8_t>> data;
 };
 
@@ -287,13 +302,52 @@ void check_product(Weights& w, Activations& a, int row, int token, float actual)
   CHECK_NEAR(actual, expected, (terms + 5) * kRounding * magnitude);
 }
 
+/// The lower parts of kSplit, beside float64. Each of 16 sums is of n terms, a term is rounded
+/// three times and the 16 are added up: less than (n + 19) roundings of the terms' magnitudes.
+void test_lower_parts(const Kernels& k) {
+  for (int cols : {1, 15, 16, 100, 128, 250, 256, 300, 896}) {
+    for (int group : {16, 64, 128, 1024}) {
+      context = std::string(k.name) + " lower parts, cols " + std::to_string(cols) + " group " +
+                std::to_string(group);
+      Weights w(Format::kSplit, 40, cols, group);
+      const Matrix& m = w.matrix;
+      const std::vector<float> x = floats(cols, 3);
+      for (int row = 0; row < m.rows; ++row) {
+        double expected = 0, magnitude = 0;
+        for (int c = 0; c < cols; ++c) {
+          const double rest = w.rest[std::size_t(row) * m.cols + c];
+          const double term = rest * w.scale_of(row, c / m.group) * x[c];
+          expected += term;
+          magnitude += std::abs(term);
+        }
+        const int terms = (cols + 15) / 16;
+        CHECK_NEAR(k.lower(m, row, x.data(), cols), expected, (terms + 19) * kRounding * magnitude);
+      }
+    }
+  }
+}
+
+void test_largest(const Kernels& k) {
+  for (int n : {1, 3, 16, 17, 64, 100}) {
+    context = std::string(k.name) + " largest of " + std::to_string(n);
+    std::vector<float> x = floats(n, 3);
+    CHECK(k.largest(x.data(), n) == *std::max_element(x.begin(), x.end()));
+    for (int at = 0; at < n; ++at) {
+      std::vector<float> y(n, -2.0f);
+      y[at] = -1.0f;
+      CHECK(k.largest(y.data(), n) == -1.0f);
+    }
+  }
+}
+
 void test_products(const Kernels& k) {
-  const char* const names[] = {"int4", "int8", "bf16"};
-  for (Format format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
+  const char* const names[] = {"int4", "int8", "bf16", "split"};
+  for (Format format : {Format::kInt4, Format::kInt8, Format::kBf16, Format::kSplit}) {
     for (int cols : {1, 7, 8, 40, 100, 128, 200, 1000}) {
       const int all = (cols + 7) / 8 * 8;
       for (int group : {8, 32, 64, 128, all}) {
         if (format == Format::kBf16 && group != all) continue;
+        if (format == Format::kSplit && group % 16 != 0) continue;
         for (int rows : {1, 16, 17, 40, 64}) {
           if (cols == 1000 && rows > 40) continue;
           Weights w(format, rows, cols, group);
@@ -345,7 +399,7 @@ void test_products(const Kernels& k) {
 
 /// NaN and infinity in an activation reach every output of their token, and no other token's.
 void test_damage(const Kernels& k) {
-  for (Format format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
+  for (Format format : {Format::kInt4, Format::kInt8, Format::kBf16, Format::kSplit}) {
     for (float damage : {kNan, -kNan, kInfinity, -kInfinity}) {
       context = std::string(k.name) + " damaged activations, format " + std::to_string(int(format));
       Weights w(format, 32, 128, 64);
@@ -1050,6 +1104,8 @@ int main(int argc, char** argv) {
     test_quantize(k);
     test_round(k);
     test_products(k);
+    test_lower_parts(k);
+    test_largest(k);
     test_damage(k);
     for (const Kind& kind :
          {Kind{" bf16 cache", CacheFormat::kBf16}, Kind{" int8 cache", CacheFormat::kInt8}}) {

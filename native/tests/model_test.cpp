@@ -206,9 +206,11 @@ struct Packed {
 
 void test_packing() {
   ThreadPool pool(2);
-  for (const auto& [rows, cols, group] : {std::tuple{16, 8, 8}, {37, 100, 32}, {64, 250, 128}}) {
+  for (const auto& [rows, cols, group] :
+       {std::tuple{16, 8, 8}, {37, 100, 32}, {64, 250, 128}, {40, 300, 16}}) {
     const auto source = normal(static_cast<std::size_t>(rows) * cols);
-    for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
+    for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16, Format::kSplit}) {
+      if (format == Format::kSplit && group % 16 != 0) continue;
       context = "packing, format " + std::to_string(static_cast<int>(format));
       const Packed packed(format, rows, cols, group, pool, source);
       CHECK(packed.linear.matrix.cols >= cols && packed.linear.matrix.panels() % 2 == 0);
@@ -221,6 +223,17 @@ void test_packing() {
           const float error = std::fabs(x[c] - y[c]);
           if (format == Format::kBf16) CHECK(y[c] == from_bf16(to_bf16(x[c])));
           if (format == Format::kInt8) CHECK(error <= largest / 127 * 0.5001f);
+        }
+        for (int g = 0; g < cols && format == Format::kSplit; g += group) {
+          const int end = std::min(g + group, cols);
+          float peak = 0;
+          for (int c = g; c < end; ++c) peak = std::max(peak, std::fabs(x[c]));
+          // Half a step, or what is clipped; the scale is rounded to float16.
+          const float step = peak / (7.5f / 0.8f);
+          for (int c = g; c < end; ++c) {
+            const float clipped = std::fabs(x[c]) - 7.5f * step;
+            CHECK(std::fabs(x[c] - y[c]) <= std::max(0.5f * step, clipped) + peak * 0x1p-10f);
+          }
         }
         for (int g = 0; g < cols && format == Format::kInt4; g += group) {
           // Better than rounding with the largest magnitude at 7; a little worse where the scale's
@@ -240,7 +253,7 @@ void test_packing() {
     }
   }
   context = "packing zeros and NaN";
-  for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
+  for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16, Format::kSplit}) {
     const Packed zeros(format, 16, 32, 32, pool, std::vector<float>(16 * 32));
     CHECK(std::count(zeros.weights.begin(), zeros.weights.end(), 0.0f) == 16 * 32);
     Packed(format, 16, 32, 32, pool, std::vector<float>(16 * 32, NAN));  // must not be undefined
@@ -254,6 +267,7 @@ void test_packing() {
   CHECK_THROWS(
       pack(PlainMatrix{Dtype::kF32, 32, 32, source.data()}, matrix, out.data(), {1, 1}, pool));
   CHECK_THROWS(describe(Format::kInt4, 16, 16, 12));
+  CHECK_THROWS(describe(Format::kSplit, 16, 16, 24));
   CHECK_THROWS(describe(Format::kInt8, 0, 16, 16));
 }
 
@@ -386,14 +400,15 @@ void test_cache() {
 /// A small decoder with random weights, and its forward pass in double precision.
 struct SmallDecoder {
   DecoderConfig config;
-  Format format;
+  Format format;  ///< of all matrices but the head
   std::vector<std::vector<float>> vectors;
   std::vector<Packed> matrices;  // qkv, o, gate_up, down of each layer; head
   PlainMatrix embedding;
   DecoderWeights weights;
 
-  SmallDecoder(bool qwen3, Format format, bool exact, ThreadPool& pool, bool large_biases = false)
-      : format(format) {
+  SmallDecoder(bool qwen3, Format head_format, bool exact, ThreadPool& pool,
+               bool large_biases = false)
+      : format(head_format == Format::kSplit ? Format::kInt4 : head_format) {
     auto& c = config;
     c.hidden_size = 56;
     c.intermediate_size = 72;
@@ -442,7 +457,7 @@ struct SmallDecoder {
     weights.embedding = embedding;
     weights.norm = vector(c.hidden_size, 0.2f, 1);
     const float* head = vector(c.vocab_size * c.hidden_size, 0.2f);
-    matrices.emplace_back(format, c.vocab_size, c.hidden_size, 32, pool, vectors.back());
+    matrices.emplace_back(head_format, c.vocab_size, c.hidden_size, 32, pool, vectors.back());
     weights.head = matrices.back().linear;
     if (exact) weights.head_exact = PlainMatrix{Dtype::kF32, c.vocab_size, c.hidden_size, head};
     float* frequencies = vector(c.head_dim / 2, 0);
@@ -724,6 +739,13 @@ void test_decoder_errors() {
   config = small.config;
   config.head_dim = 0;
   CHECK_THROWS(Decoder(config, small.weights, pool, kernels()));
+  SmallDecoder split(true, Format::kSplit, false, pool);
+  const Packed two_parts(Format::kSplit, split.config.hidden_size,
+                         split.weights.layers[0].o.matrix.cols, 32, pool,
+                         normal(static_cast<std::size_t>(split.config.hidden_size) *
+                                split.weights.layers[0].o.matrix.cols));
+  split.weights.layers[0].o = two_parts.linear;  // its lower part would be left out
+  CHECK_THROWS(Decoder(split.config, split.weights, pool, kernels()));
 }
 
 void test_exact_head() {
@@ -761,6 +783,63 @@ void test_exact_head() {
     const float* logits = after.buffer->data();
     if (first.empty()) first.assign(logits, logits + kTokens * c.vocab_size);
     CHECK(std::equal(first.begin(), first.end(), logits));
+  }
+}
+
+/// The lower part of the matrix is added to the largest logits, no fewer than kRefined, and no
+/// other.
+void test_refined_head() {
+  constexpr int kVocabulary = 100'000, kHidden = 60, kRows = 3;
+  random_bits.seed(7);
+  std::vector<float> norm(kHidden, 1);
+  const auto x = normal(kRows * kHidden);
+  const auto source = normal(static_cast<std::size_t>(kVocabulary) * kHidden);
+  std::vector<float> first;
+  for (int threads : {1, 2, 3}) {
+    context = "refined head, " + std::to_string(threads) + " threads";
+    ThreadPool pool(threads);
+    const Packed packed(Format::kSplit, kVocabulary, kHidden, 32, pool, source);
+    Gemm gemm(kernels(), threads, kRows);
+    gemm.fit(packed.linear.matrix);
+    const Norm normed{norm.data(), nullptr, 1e-6f};
+    std::vector<float> rough(kRows * kVocabulary), logits(rough.size());
+    Head head(kernels(), normed, packed.linear, {}, kVocabulary, kHidden, threads);
+    head.reserve(kRows);
+    pool.run([&](Worker& worker) {
+      gemm.run(worker, packed.linear, {x.data(), kHidden, kRows, kHidden, normed},
+               {Epilogue::Kind::kStore, rough.data(), kVocabulary, kVocabulary});
+      head.run(worker, gemm, {x.data(), kHidden, kRows}, logits.data());
+    });
+    for (int row = 0; row < kRows; ++row) {
+      std::vector<float> y(kHidden);
+      normed.apply(kernels(), x.data() + row * kHidden, kHidden, y.data());
+      float largest = 0;
+      for (float each : y) largest = std::max(largest, std::fabs(each));
+      int refined = 0;
+      float least = INFINITY, most = -INFINITY;  // rough logits that are refined, that are not
+      for (int token = 0; token < kVocabulary; ++token) {
+        const float before = rough[row * kVocabulary + token];
+        const float after = logits[row * kVocabulary + token];
+        if (before == after) {
+          most = std::max(most, before);
+          continue;
+        }
+        ++refined;
+        least = std::min(least, before);
+        const float* weights = packed.weights.data() + static_cast<std::size_t>(token) * kHidden;
+        double expected = 0, sizes = 0;
+        for (int c = 0; c < kHidden; ++c) {
+          expected += static_cast<double>(weights[c]) * y[c];
+          sizes += std::fabs(weights[c]);
+        }
+        // Half a step of the activations for each weight's upper part, which is at most three
+        // times as large as the weight: 2 beside 0.5 steps, but for those, seldom, near zero.
+        CHECK(std::fabs(after - expected) <= largest / 254 * 3 * sizes);
+      }
+      CHECK(least > most && refined >= kRefined && refined < 2 * kRefined);
+    }
+    if (first.empty()) first = logits;
+    CHECK(first == logits);
   }
 }
 
@@ -1001,7 +1080,7 @@ int main() {
   test_cache();
   for (const auto& isa : instruction_sets()) {
     for (const int threads : {1, 3}) {  // 3: more than there are key/value heads
-      for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16}) {
+      for (const auto format : {Format::kInt4, Format::kInt8, Format::kBf16, Format::kSplit}) {
         test_decoder(isa, threads, true, format);
         test_decoder(isa, threads, false, format);
       }
@@ -1016,6 +1095,7 @@ int main() {
   }
   test_decoder_errors();
   test_exact_head();
+  test_refined_head();
   for (const int threads : {1, 3}) test_decoder_with_files(threads);
   test_measurements();
   if (failures == 0) std::printf("model_test: all passed\n");

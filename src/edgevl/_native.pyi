@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Format: TypeAlias = Literal["int4", "int8", "bf16"]
+Format: TypeAlias = Literal["int4", "int8", "bf16", "split"]
 Matrix: TypeAlias = tuple[Format, int, int, int, NDArray[np.uint8]]
 #: A two-dimensional tensor as a checkpoint stores it: its safetensors type, and its data.
 Stored: TypeAlias = tuple[str, NDArray[Any]]
@@ -34,6 +34,9 @@ def padded_cols(format: Format, cols: int, group: int) -> int:
 
 def packed_bytes(format: Format, rows: int, cols: int, group: int) -> int:
     """Return the bytes of a packed matrix, a multiple of 64."""
+
+def product_bytes(format: Format, rows: int, cols: int, group: int) -> int:
+    """Return those of them that a product with the matrix reads."""
 
 def pack(
     format: Format,

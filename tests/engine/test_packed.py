@@ -23,7 +23,7 @@ from edgevl.engine.plan import make_plan  # noqa: E402
 from stored_gptq import gptq_checkpoint, quantized  # noqa: E402
 
 SHAPES = [(1, 8), (16, 128), (17, 130), (33, 300), (75, 48)]
-GROUPS = {"int4": 32, "int8": 16, "bf16": 8}
+GROUPS = {"int4": 32, "int8": 16, "bf16": 8, "split": 32}
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,14 @@ def pack(kind, weight, dtype, group, pool):
     return out
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
+@pytest.mark.parametrize("kind", ["int4", "int8", "bf16", "split"])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_sizes_and_layout_are_those_of_the_header(kind, rows, cols, pool):
     group = GROUPS[kind]
     assert native.packed_bytes(kind, rows, cols, group) == packed_layout.packed_bytes(
+        kind, rows, cols, group
+    )
+    assert native.product_bytes(kind, rows, cols, group) == packed_layout.product_bytes(
         kind, rows, cols, group
     )
     assert native.padded_cols(kind, cols, group) == packed_layout.padded_cols(kind, cols, group)
@@ -80,6 +83,14 @@ def test_rounding_is_to_nearest(rows, cols, pool):
         assert (error <= bound * 1.1 + np.linalg.norm(part, axis=1) * 2**-11).all()
         if part.shape[1] == 32 and len(part) > 10:
             assert error.sum() < 0.95 * bound.sum()
+
+    result = packed_layout.unpack("split", pack("split", weight, "F32", 32, pool), rows, cols, 32)
+    assert (result[0] == 0).all()
+    for begin in range(0, cols, 32):
+        part, got = weight[1:, begin : begin + 32], result[1:, begin : begin + 32]
+        step = np.abs(part).max(axis=1, keepdims=True) / 9.375
+        bound = np.maximum(step / 2, np.abs(part) - 7.5 * step)  # or it is clipped
+        assert (np.abs(got - part) <= bound + step * 2**-7).all()  # the scale is a float16
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])

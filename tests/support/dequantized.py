@@ -28,10 +28,15 @@ class Dequantized:
         self.plan = make_plan(checkpoint, precision)
         packed = pack_in_memory(checkpoint, self.plan, pool)
         self.tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+        self.lower = None  # of the head, if it is in two parts
         for matrix in self.plan.matrices:
             weight = packed_layout.unpack(
                 matrix.format, packed[matrix.name], matrix.rows, matrix.cols, matrix.group
             )
+            if matrix.format == "split":
+                _, self.lower = packed_layout.unpack_split(
+                    packed[matrix.name], matrix.rows, matrix.cols, matrix.group
+                )
             for part in matrix.parts:
                 name = LM_HEAD if matrix.name == "text.head" else part.weight
                 rows = panel_rows(part)
@@ -71,6 +76,7 @@ class RoundedReference(ReferenceEngine):
     def __init__(self, dequantized, kv_cache="bf16", weight_steps=255, **options):
         super().__init__(dequantized, **options)
         self.weight_steps = weight_steps
+        self.lower = dequantized.lower
         self.attention = {"bf16": bf16_attention, "int8": int8_attention}[kv_cache]
         self.matrices = {
             LM_HEAD if matrix.name == "text.head" else part.weight: matrix
@@ -92,7 +98,10 @@ class RoundedReference(ReferenceEngine):
 
     def _logits(self, hidden):
         normed = self._text_norm("language_model.model.norm", hidden)
-        return self._weights[LM_HEAD] @ self.rounded(LM_HEAD, normed)
+        rounded = self.rounded(LM_HEAD, normed)
+        logits = self._weights[LM_HEAD] @ rounded
+        # What the lower part adds is computed in float32; here of all rows, as they are few.
+        return logits if self.lower is None else logits + self.lower @ (normed - rounded)
 
     def _decoder(self, sequence, x):
         layers = iter(range(self.config.text.num_hidden_layers))

@@ -40,17 +40,19 @@ class WeightBytes:
         text: decoder layers and head, read once by each step of the decoder.
         embedding: the embedding table, of which a step reads a row a token.
         cache_per_token: keys and values of one position of the cache, over all layers.
+        lower: lower bits of the head, of which a step reads the rows of its candidates.
     """
 
     vision: int
     text: int
     embedding: int
     cache_per_token: int
+    lower: int = 0
 
     @property
     def total(self) -> int:
         """All weights together."""
-        return self.vision + self.text + self.embedding
+        return self.vision + self.text + self.embedding + self.lower
 
 
 class Sequence:

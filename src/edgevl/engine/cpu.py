@@ -34,6 +34,7 @@ from edgevl.engine.packed import (
     pack_in_memory,
     packed_bytes,
     packed_matrices,
+    product_bytes,
 )
 from edgevl.engine.plan import PANEL, PackingPlan, make_plan
 from edgevl.engine.reference import PROJECTOR_NORM_EPS, inverse_frequencies
@@ -264,13 +265,14 @@ def kept_models(
 def weight_bytes(checkpoint: Checkpoint, plan: PackingPlan, kv_cache: KVCacheFormat) -> WeightBytes:
     """Add up the packed matrices, the embedding as it is stored, and a position of the cache."""
     text = checkpoint.config.text
-    sizes = {matrix.name: packed_bytes(matrix) for matrix in plan.matrices}
+    sizes = {matrix.name: product_bytes(matrix) for matrix in plan.matrices}
     padded = -(-text.head_dim // 16) * 16
     vector = 2 * padded if kv_cache == "bf16" else padded + 4  # and a float32 scale
     return WeightBytes(
         vision=sum(size for name, size in sizes.items() if name.startswith("vision.")),
         text=sum(size for name, size in sizes.items() if name.startswith("text.")),
         embedding=convertible(checkpoint, EMBEDDING).data.nbytes,
+        lower=sum(map(packed_bytes, plan.matrices)) - sum(sizes.values()),
         cache_per_token=2 * vector * text.num_key_value_heads * text.num_hidden_layers,
     )
 

@@ -36,7 +36,7 @@ Bytes = NDArray[np.uint8]
 Packed = dict[str, NDArray[Any]]
 
 #: To be raised when the packed layout, or how weights are rounded, changes.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 #: Smaller models are packed as fast as they are mapped.
 CACHE_FROM_BYTES = 64 << 20
 #: Packed data begins at multiples of this.
@@ -52,6 +52,11 @@ log = logging.getLogger(__name__)
 def packed_bytes(matrix: MatrixPlan) -> int:
     """Return the size of a packed matrix."""
     return _native.packed_bytes(matrix.format, matrix.rows, matrix.cols, matrix.group)
+
+
+def product_bytes(matrix: MatrixPlan) -> int:
+    """Return what a product with a packed matrix reads of it."""
+    return _native.product_bytes(matrix.format, matrix.rows, matrix.cols, matrix.group)
 
 
 def is_cached(plan: PackingPlan) -> bool:

@@ -1,8 +1,9 @@
 """Which weights become which packed matrix, in which format: the plan of a model in memory.
 
 The native engine multiplies with packed matrices (``native/kernels/layout.h``): panels of 16 rows,
-INT4 with a scale for each row and group of columns, INT8 with a scale for each row, or bfloat16.
-INT4 and INT8 multiply with activations rounded to int8, with a scale for each token and group.
+INT4 with a scale for each row and group of columns, INT8 with a scale for each row, or bfloat16;
+the head's 4 bits are in two parts. Integers multiply with activations rounded to int8, with a scale
+for each token and group.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from edgevl.checkpoint.gptq import group_length
 from edgevl.engine.smoothing import producer
 from edgevl.options import Precision
 
-Format = Literal["int4", "int8", "bf16"]
+Format = Literal["int4", "int8", "bf16", "split"]
 
 #: Rows of a panel.
 PANEL = 16
@@ -53,7 +54,7 @@ class MatrixPlan:
         format: how its numbers are stored.
         rows: output features, those that pad the parts included.
         cols: input features, not padded.
-        group: columns that share a scale of the activations and, in INT4, of the weights.
+        group: columns that share a scale of the activations and, in 4 bits, of the weights.
         parts: the weights that it is made of.
         gptq: whether the parts' GPTQ integers are taken as they are.
         norm: what the native model calls the norm that is divided by the factors with which the
@@ -94,6 +95,9 @@ def make_plan(
     INT8; ``int4`` also rounds unquantized text weights to INT4. With both the head is INT4, of
     which the best candidates are scored again with the stored weights: the head is read whole for
     every token, so its size is speed, and only the candidates' order is what its precision is for.
+    Where layers are INT4, its 4 bits are in two parts, of which only the upper one is read whole.
+    The likely tokens' order is the same; unlikely ones' probabilities, which are 2 bits' then, are
+    not more wrong than such layers make them.
     ``exact_logits`` has it in bfloat16 instead, for who needs the logits of all tokens.
     """
     plans: list[MatrixPlan] = []
@@ -106,6 +110,9 @@ def make_plan(
             if checkpoint.gptq(part.weight) is None:
                 exact_head = not exact_logits
                 plan = replace(plan, format="bf16" if exact_logits else "int4")
+                if not exact_logits and any(layer.format == "int4" for layer in plans):
+                    group = min(GROUP, _padded(plan.cols, 16))
+                    plan = replace(plan, format="split", group=group)
         plans.append(plan)
     notes: tuple[str, ...] = ()
     if rounded:
