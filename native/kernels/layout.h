@@ -34,7 +34,7 @@ enum class Format : std::uint8_t {
 ///   upper part of w[r][16 i + 4 j + t] in its bits 2 j and 2 j + 1, j from 0 to 3.
 ///
 /// Scales come padded to whole lines. Rows are padded to pairs of panels and columns to a multiple
-/// of `group` (kBf16: of 2), with zeros.
+/// of `group` (kBf16: of 2), with zeros; columns of kSplit, which has none, with what is nearest.
 ///
 /// A number of kSplit is its scale times (2 upper - 3) + (lower - 1.5) / 2, both parts from 0 to 3.
 /// The panels alone are a matrix of 2 bits, which a product is taken with; what the lower parts add

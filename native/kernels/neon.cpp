@@ -140,7 +140,7 @@ inline Floats dot2_lane(Floats sums, Pairs a, Pairs b) {
 }
 
 /// Sums of pairs of tokens and pairs of rows. SMMLA multiplies two tokens with two rows, 8 columns
-/// of each: two words of each, from two lines (kInt8) or from the nibbles of one (kInt4).
+/// of each: two words of each, from two lines (kInt8) or from the bits of one (kInt4, kSplit).
 template <int T, int R>
 struct PairSums {
   static constexpr int kPairs = (T + 1) / 2;

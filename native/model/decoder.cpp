@@ -320,6 +320,17 @@ void Decoder::plan(int rows, int wanted) {
     const int skipped = std::clamp(rows - wanted - span.row, 0, span.count);
     add_attention_items(last_attends_, span, index, skipped);
   }
+  deal(attends_);
+  deal(last_attends_);
+}
+
+/// Deals items out among the workers' shares, so that each has long and short ones.
+void Decoder::deal(std::vector<Item>& items) {
+  dealt_.clear();
+  for (int rank = 0; rank < pool_.size(); ++rank) {
+    for (std::size_t i = rank; i < items.size(); i += pool_.size()) dealt_.push_back(items[i]);
+  }
+  items.swap(dealt_);
 }
 
 /// Adds items for the rows of a span from `first` on. The late rows, which see most, come first, so

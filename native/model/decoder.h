@@ -168,6 +168,7 @@ class Decoder {
   float* start_logits(int rows);
   void plan(int rows, int wanted);
   void add_attention_items(std::vector<Item>& items, const Span& span, int index, int first) const;
+  void deal(std::vector<Item>& items);
   void forward(int rows, int wanted, float* logits);
   void layer(Worker& worker, int index, int rows, int first);
   void attention(Worker& worker, int layer, int rows, int first);
@@ -197,7 +198,7 @@ class Decoder {
 
   // The step at hand.
   std::vector<Span> spans_;
-  std::vector<Item> stores_, attends_, last_attends_;
+  std::vector<Item> stores_, attends_, last_attends_, dealt_;
 };
 
 }  // namespace edgevl

@@ -55,9 +55,12 @@ bool Head::finds_candidates() const { return exact_ || linear_.matrix.format == 
 void Head::reserve(int rows) {
   const auto count = static_cast<std::size_t>(rows);
   if (!finds_candidates() || least_.size() >= count) return;
-  least_.resize(count);
   largest_.resize(count * sets());
   candidates_.resize(count * workers_ * kRescored);
+  // Workers must not run out of memory between barriers.
+  for (auto& order : order_) order.reserve(sets());
+  for (auto& tokens : refined_) tokens.reserve((sets() / workers_ + 1) * kSet);
+  least_.resize(count);  // the last, as it says that there is room for all
 }
 
 void Head::run(Worker& worker, Gemm& gemm, const Hidden& hidden, float* logits) {

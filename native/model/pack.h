@@ -54,8 +54,8 @@ struct Place {
 /// Packs rows by rounding to nearest.
 ///
 /// INT8: the scale of a row is its largest magnitude / 127. INT4: of five scales around the one
-/// that takes a group's largest magnitude to -8, the one with the least squared error. kSplit: a
-/// group's largest magnitude / 9.4.
+/// that takes a group's largest magnitude to -8, the one with the least squared error. kSplit:
+/// twice a group's largest magnitude / 9.4.
 ///
 /// `out` has the layout of `matrix`; rows beyond the source's in its last panel become zeros,
 /// panels that nothing is put into are left as they are. Throws std::invalid_argument where the

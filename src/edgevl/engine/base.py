@@ -37,7 +37,7 @@ class WeightBytes:
 
     Attributes:
         vision: encoder and projector, read once by each batch of tiles.
-        text: decoder layers and head, read once by each step of the decoder.
+        text: decoder layers and head, but for its lower bits, read once by each step.
         embedding: the embedding table, of which a step reads a row a token.
         cache_per_token: keys and values of one position of the cache, over all layers.
         lower: lower bits of the head, of which a step reads the rows of its candidates.

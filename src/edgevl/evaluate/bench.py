@@ -260,8 +260,8 @@ def _median(values: Sequence[float]) -> float | None:
 def decode_bytes(engine: Engine, config: ModelConfig, context: int) -> int | None:
     """Return the bytes that one token reads with ``context`` positions cached.
 
-    That is every weight of the decoder and the head, a row of the embedding, and the cache. None
-    where the engine does not say what its weights take.
+    That is what products read of the decoder and the head, a row of the embedding, and the cache.
+    None where the engine does not say what its weights take.
     """
     weights = engine.weight_bytes()
     if weights is None:
